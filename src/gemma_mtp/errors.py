@@ -1,0 +1,45 @@
+"""Typed errors, all below `GemmaMtpError`.
+
+    GemmaMtpError
+    ├── ConfigError       a config.json that is malformed or describes a model we cannot run
+    ├── CheckpointError   a checkpoint directory that is missing, truncated, or does not match its config
+    ├── PairError         a drafter that does not fit its target
+    ├── TokenizerError    a tokenizer or chat template that is missing or unusable
+    ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
+    ├── SamplingError     a sampling parameter out of its range
+    └── TrainingError     training data or settings that cannot work
+
+Each message is one sentence: what was wrong, what was expected, what to do. The CLI prints it and exits with 2.
+"""
+
+
+class GemmaMtpError(Exception):
+    """Base of every error this package raises for bad input."""
+
+
+class ConfigError(GemmaMtpError):
+    """A config.json that is malformed or describes a model we cannot run."""
+
+
+class CheckpointError(GemmaMtpError):
+    """A checkpoint directory that is missing, truncated, or does not match its config."""
+
+
+class PairError(GemmaMtpError):
+    """A drafter that does not fit its target."""
+
+
+class TokenizerError(GemmaMtpError):
+    """A tokenizer or chat template that is missing or unusable."""
+
+
+class PromptError(GemmaMtpError):
+    """A prompt that cannot be decoded: empty, too long, or with ids out of range."""
+
+
+class SamplingError(GemmaMtpError):
+    """A sampling parameter out of its range."""
+
+
+class TrainingError(GemmaMtpError):
+    """Training data or settings that cannot work."""
