@@ -1,0 +1,1 @@
+"""The models' math: no requests, no files."""

@@ -1,0 +1,143 @@
+"""The drafter: a four-layer model that reads the target's keys and values (transformers 5.22.2, gemma4_assistant)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from gemma_mtp.config import FULL, DrafterConfig, LayerType
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears
+from gemma_mtp.model.target import sequence_attention
+from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
+
+
+class CentroidHead(nn.Module):
+    """Scores clusters first, then only the tokens of the best ones (E2B and E4B drafters).
+
+    `token_ordering` [V] lists the token ids cluster by cluster, V / num_centroids to a cluster.
+    """
+
+    token_ordering: Tensor
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.top_k = config.centroid_intermediate_top_k
+        self.centroids = Linear(config.text.hidden_size, config.num_centroids)
+        self.register_buffer("token_ordering", torch.zeros(config.text.vocab_size, dtype=torch.int64))
+
+    def candidates(self, hidden_RH: Tensor, table_VH: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and token ids of the tokens in each row's best clusters, each [R, top_k * V / num_centroids]."""
+        scores: Tensor = self.centroids(hidden_RH)
+        clusters = scores.topk(self.top_k, dim=-1).indices
+        token_ids = self.token_ordering.view(scores.shape[-1], -1)[clusters].flatten(-2)
+        return torch.einsum("rch,rh->rc", F.embedding(token_ids, table_VH), hidden_RH), token_ids
+
+
+class Drafter(nn.Module):
+    """Input projection, KV-less decoder layers, head, and the projection fed back to the next step.
+
+    Its own embedding table is only its head; inputs are the target's embeddings and hidden states.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        text, D = config.text, config.backbone_hidden_size
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.pre_projection = Linear(2 * D, text.hidden_size)
+        self.post_projection = Linear(text.hidden_size, D)
+        self.masked_embedding = CentroidHead(config) if config.use_ordered_embeddings else None
+        self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size)
+        self.packed_head: Tensor | None = None
+
+    def forward(
+        self, embeds_BTD: Tensor, hidden_BTD: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step for each row.
+
+        `embeds_BTD`: the target's scaled embedding of each row's last token; `hidden_BTD`: the target's hidden state
+        that produced it, or the previous step's projected state. Returns the state for the head [B, T, H] and the
+        projected state [B, T, D] for the next step.
+        """
+        x = self.pre_projection(torch.cat((embeds_BTD, hidden_BTD), dim=-1))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope[self.config.text.layer_types[i]], kv)
+        x = self.norm(x)
+        return x, self.post_projection(x)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Logits over the whole vocabulary [..., V] (training; decoding uses `candidates`)."""
+        if self.packed_head is not None:
+            return packed_linear(state, self.packed_head)
+        return F.linear(state, self.head_table) if self.lm_head is None else self.lm_head(state)
+
+    def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
+        if self.masked_embedding is None:
+            return self.logits(state_RH), None
+        return self.masked_embedding.candidates(state_RH, self.head_table)
+
+    @property
+    def head_table(self) -> Tensor:
+        """The head's rows [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def pack_(self) -> None:
+        """Pack the weights for decoding on this device; the model can not be trained after."""
+        gathered = self.masked_embedding is not None  # the centroid head gathers rows, so its table stays dense
+        if gathered and self.lm_head is not None:
+            self.embed_tokens.weight, self.lm_head = self.lm_head.weight, None
+        pack_linears(self)
+        if not gathered and self.lm_head is None and can_pack(self.embed_tokens.weight):
+            self.packed_head = pack(self.embed_tokens.weight)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Official tensor names and views of the parameters that hold them."""
+        tensors = {"model.embed_tokens.weight": self.embed_tokens.weight, "model.norm.weight": self.norm.weight}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
+        for name in ("pre_projection", "post_projection"):
+            tensors[f"{name}.weight"] = self.get_parameter(f"{name}.weight")
+        if self.masked_embedding is not None:
+            tensors["masked_embedding.centroids.weight"] = self.masked_embedding.centroids.weight
+            tensors["masked_embedding.token_ordering"] = self.masked_embedding.token_ordering
+        if self.lm_head is not None:
+            tensors["lm_head.weight"] = self.lm_head.weight
+        return tensors
+
+
+@dataclass
+class DonorKeyValues:
+    """The target's donor keys and values over whole sequences, for training: query t sees rows before its position.
+
+    `stored[kind]` holds [B, S, G, d]; row t of a draft step has query position `query_positions_T[t]` and sees the
+    rows strictly before it, within the sliding window counted from it: what decoding has committed at that point.
+    """
+
+    config: DrafterConfig
+    stored: Mapping[LayerType, tuple[Tensor, Tensor]]
+    query_positions_T: Tensor
+    masks: dict[LayerType, Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor | None, v_BTGd: Tensor | None) -> Tensor:
+        kind = self.config.text.layer_types[layer]
+        k, v = self.stored[kind]
+        if kind not in self.masks:
+            window = None if kind == FULL else self.config.text.sliding_window
+            rows = torch.arange(k.shape[1], device=k.device)
+            self.masks[kind] = committed_rows(self.query_positions_T, rows, window)
+        return sequence_attention(q_BTHd, k, v, self.masks[kind])
+
+
+def committed_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:
+    """[T, S] boolean: rows strictly before the query's position and nearer than `window` to it."""
+    distance = query_positions_T[:, None] - row_positions_S[None, :]
+    visible = distance >= 1
+    return visible if window is None else visible & (distance < window)

@@ -1,0 +1,254 @@
+"""A Gemma 4 decoder layer (transformers 5.22.2, models/gemma4/modeling_gemma4.py).
+
+Shape suffixes: B batch, T rows of this call, S cached rows, D hidden, H query heads, G key-value heads, d head size,
+P per-layer embedding size, E experts, I expert width.
+
+Projections that read the same input are stored fused; `checkpoint_tensors` gives their parts under the official names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gemma_mtp.config import LayerType, TextConfig
+from gemma_mtp.ops import reference as ops
+from gemma_mtp.ops.linear import Linear
+
+#: (cos, signed sin), each [T, d], for one layer type; see `ops.reference.rope_tables`
+Rope = tuple[Tensor, Tensor]
+NamedTensors = Iterator[tuple[str, Tensor]]
+
+
+class KeyValues(Protocol):
+    """Where a layer's keys and values live: a cache when decoding, the call's own rows when training."""
+
+    def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor | None, v_BTGd: Tensor | None) -> Tensor:
+        """Store this call's keys and values, if given, and attend; returns [B, T, H * d]."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Query, key and value projections, per-head norms, RoPE, attention over `KeyValues`, output projection."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.eps = config.rms_norm_eps
+        self.heads = config.num_attention_heads
+        self.kv_heads = 0 if config.is_kv_shared(layer) else config.layer_kv_heads(layer)
+        self.key_is_value = config.key_is_value(layer)
+        self.head_dim = config.layer_head_dim(layer)
+        value_heads = 0 if self.key_is_value else self.kv_heads
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + self.kv_heads + value_heads) * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, self.eps)
+        self.k_norm = RMSNorm(self.head_dim, self.eps) if self.kv_heads else None
+
+    def forward(self, x_BTD: Tensor, rope: Rope, kv: KeyValues) -> Tensor:
+        B, T, _ = x_BTD.shape
+        H, G = self.heads, self.kv_heads
+        heads = self.qkv_proj(x_BTD).view(B, T, -1, self.head_dim)
+        if self.k_norm is None:
+            q = ops.rotate(self.q_norm(heads), *rope)
+            return self.o_proj(kv.attend(self.layer, q, None, None))
+        # one norm for all heads: queries and keys then take their own weights, values have none
+        normed = ops.rms_norm(heads, None, self.eps)
+        weights = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))
+        qk = ops.rotate(normed[:, :, : H + G] * weights, *rope)
+        v = normed[:, :, H:] if self.key_is_value else normed[:, :, H + G :]
+        return self.o_proj(kv.attend(self.layer, qk[:, :, :H], qk[:, :, H:], v))
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        d, H, G = self.head_dim, self.heads, self.kv_heads
+        weight = self.qkv_proj.weight
+        yield "q_proj.weight", weight[: H * d]
+        yield "q_norm.weight", self.q_norm.weight
+        yield "o_proj.weight", self.o_proj.weight
+        if self.k_norm is not None:
+            yield "k_proj.weight", weight[H * d : (H + G) * d]
+            yield "k_norm.weight", self.k_norm.weight
+            if not self.key_is_value:
+                yield "v_proj.weight", weight[(H + G) * d :]
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.intermediate = intermediate
+        self.gate_up_proj = Linear(hidden, 2 * intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(ops.gated_mlp(self.gate_up_proj(x)))
+        return out
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        yield "gate_proj.weight", self.gate_up_proj.weight[: self.intermediate]
+        yield "up_proj.weight", self.gate_up_proj.weight[self.intermediate :]
+        yield "down_proj.weight", self.down_proj.weight
+
+
+class Router(nn.Module):
+    """Chooses each row's experts; soft-maxes over all of them, then renormalises the chosen ones."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.eps, self.top_k = config.rms_norm_eps, config.top_k_experts
+        self.proj = Linear(config.hidden_size, config.num_experts)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns expert weights and expert indices, each [R, top_k]."""
+        x = ops.rms_norm(x_RD, None, self.eps) * self.scale * x_RD.shape[-1] ** -0.5
+        weights, experts = self.proj(x).softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.per_expert_scale[experts], experts
+
+
+class Experts(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        E, D, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, I))
+
+    def forward(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        few = experts_RK.numel() <= self.gate_up_proj.shape[0]
+        return (self._gathered if few else self._grouped)(x_RD, weights_RK, experts_RK)
+
+    def _gathered(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        """Decode: gather each row's experts; needs no host synchronisation."""
+        R, K = experts_RK.shape
+        flat = experts_RK.reshape(-1)
+        x = x_RD.repeat_interleave(K, 0).unsqueeze(-1)
+        hidden = ops.gated_mlp(torch.bmm(self.gate_up_proj[flat], x).squeeze(-1))
+        out = torch.bmm(self.down_proj[flat], hidden.unsqueeze(-1)).view(R, K, -1)
+        return (out * weights_RK.unsqueeze(-1)).to(x_RD.dtype).sum(1)
+
+    def _grouped(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        """Prefill and training: each expert's weights are read once for all of its rows."""
+        out = torch.zeros_like(x_RD)
+        for expert in experts_RK.unique().tolist():
+            rows, slots = torch.where(experts_RK == expert)
+            hidden = ops.gated_mlp(x_RD[rows] @ self.gate_up_proj[expert].T)
+            scaled = (hidden @ self.down_proj[expert].T) * weights_RK[rows, slots, None]
+            out = out.index_add(0, rows, scaled.to(out.dtype))
+        return out
+
+
+class MoE(nn.Module):
+    """The expert branch beside the dense MLP (26B-A4B), with its own norms around both branches."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.post_feedforward_layernorm_1 = RMSNorm(D, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(D, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(D, eps)
+
+    def forward(self, residual_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+        rows = residual_BTD.flatten(0, -2)
+        sparse = self.experts(self.pre_feedforward_layernorm_2(rows), *self.router(rows)).view_as(residual_BTD)
+        return self.post_feedforward_layernorm_1(dense_BTD) + self.post_feedforward_layernorm_2(sparse)
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        yield from self.named_parameters()
+
+
+class PerLayerInput(nn.Module):
+    """Adds the token's per-layer embedding, gated by the hidden state (E2B, E4B)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        P, D = config.hidden_size_per_layer_input, config.hidden_size
+        self.per_layer_input_gate = Linear(D, P)
+        self.per_layer_projection = Linear(P, D)
+        self.post_per_layer_input_norm = RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, per_layer_BTP: Tensor) -> Tensor:
+        gate = torch.nn.functional.gelu(self.per_layer_input_gate(x_BTD), approximate="tanh")
+        return x_BTD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_BTP))
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        yield from self.named_parameters()
+
+
+class DecoderLayer(nn.Module):
+    layer_scalar: Tensor
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(D, config.layer_intermediate_size(layer))
+        self.moe = MoE(config) if config.enable_moe_block else None
+        self.ple = PerLayerInput(config) if config.hidden_size_per_layer_input else None
+        self.input_layernorm = RMSNorm(D, eps)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.pre_feedforward_layernorm = RMSNorm(D, eps)
+        self.post_feedforward_layernorm = RMSNorm(D, eps)
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(self, x_BTD: Tensor, rope: Rope, kv: KeyValues, per_layer_BTP: Tensor | None = None) -> Tensor:
+        x = x_BTD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BTD), rope, kv))
+        out = self.mlp(self.pre_feedforward_layernorm(x))
+        if self.moe is not None:
+            out = self.moe(x, out)
+        x = x + self.post_feedforward_layernorm(out)
+        if self.ple is not None and per_layer_BTP is not None:
+            x = self.ple(x, per_layer_BTP)
+        return x * self.layer_scalar
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        for name, tensor in self.self_attn.checkpoint_tensors():
+            yield f"self_attn.{name}", tensor
+        for name, tensor in self.mlp.checkpoint_tensors():
+            yield f"mlp.{name}", tensor
+        for branch in (self.moe, self.ple):
+            if branch is not None:
+                yield from branch.checkpoint_tensors()
+        for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                     "post_feedforward_layernorm"):  # fmt: skip
+            yield f"{name}.weight", self.get_parameter(f"{name}.weight")
+        yield "layer_scalar", self.layer_scalar
+
+
+def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dict[LayerType, Rope]:
+    """Rotary tables of both layer types at the given positions."""
+    tables: dict[LayerType, Rope] = {}
+    for layer, kind in enumerate(config.layer_types):
+        if kind not in tables:
+            rope = config.rope(kind)
+            tables[kind] = ops.rope_tables(
+                positions_T, config.layer_head_dim(layer), rope.rope_theta, rope.partial_rotary_factor, dtype
+            )
+    return tables
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Pack every linear layer of a loaded model for decoding."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack_()
+
+
+def slice_rope(tables: Mapping[LayerType, Rope], start: int, stop: int) -> dict[LayerType, Rope]:
+    """The rows of positions start..stop-1."""
+    return {kind: (cos[start:stop], sin[start:stop]) for kind, (cos, sin) in tables.items()}

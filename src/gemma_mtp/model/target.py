@@ -1,0 +1,155 @@
+"""The target: a Gemma 4 text model (transformers 5.22.2, Gemma4TextModel and Gemma4ForCausalLM)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from gemma_mtp.config import FULL, LayerType, TextConfig
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, rope_for
+from gemma_mtp.ops import reference as ops
+from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
+
+
+@dataclass
+class SequenceOutput:
+    """Hidden states after the final norm [B, T, D], and the donor layers' keys and values, each [B, T, G, d]."""
+
+    hidden_BTD: Tensor
+    donor_kv: dict[LayerType, tuple[Tensor, Tensor]]
+
+
+class Target(nn.Module):
+    """Embeddings, decoder layers, final norm and head of a Gemma 4 text model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, P, L = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(L))
+        self.norm = RMSNorm(D, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
+        self.packed_head: Tensor | None = None
+        if P:
+            self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, L * P)
+            self.per_layer_model_projection = Linear(D, L * P)
+            self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Scaled token embeddings, [..., D]. The scale is rounded to the weights' dtype, as Gemma was trained."""
+        x = self.embed_tokens(token_ids)
+        return x * _rounded(math.sqrt(self.config.hidden_size), x.dtype)
+
+    def per_layer_inputs(self, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor | None:
+        """Per-layer embeddings (PLE), [L, B, T, P]: the token's own, mixed with a projection of its embedding."""
+        P = self.config.hidden_size_per_layer_input
+        if not P:
+            return None
+        projected = self.per_layer_model_projection(embeds_BTD) * self.config.hidden_size**-0.5
+        projected = self.per_layer_projection_norm(projected.unflatten(-1, (-1, P)))
+        own = self.embed_tokens_per_layer(token_ids_BT)
+        own = (own * _rounded(math.sqrt(P), own.dtype)).unflatten(-1, (-1, P))
+        return ((projected + own) * 2**-0.5).permute(2, 0, 1, 3)
+
+    def forward(
+        self, token_ids_BT: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues, last_only: bool = False
+    ) -> Tensor:
+        """Hidden states after the final norm: [B, T, D], or [B, 1, D] of the last row with `last_only`.
+
+        `rope` holds this call's positions. With `last_only` (prefill), only the last row goes through the KV-shared
+        layers: they store nothing, so no later row needs the others.
+        """
+        config = self.config
+        x = self.embed(token_ids_BT)
+        per_layer = self.per_layer_inputs(token_ids_BT, x)
+        for i, layer in enumerate(self.layers):
+            if last_only and i == config.first_kv_shared_layer:
+                x, rope = x[:, -1:], {kind: (cos[-1:], sin[-1:]) for kind, (cos, sin) in rope.items()}
+                per_layer = None if per_layer is None else per_layer[:, :, -1:]
+            x = layer(x, rope[config.layer_types[i]], kv, None if per_layer is None else per_layer[i])
+        return self.norm(x[:, -1:] if last_only else x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits [..., V] of hidden states after the final norm."""
+        if self.packed_head is not None:
+            scores = packed_linear(hidden, self.packed_head)
+        elif self.lm_head is not None:
+            scores = self.lm_head(hidden)
+        else:
+            scores = F.linear(hidden, self.embed_tokens.weight)
+        return ops.softcap(scores, self.config.final_logit_softcapping)
+
+    def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
+        """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""
+        T = token_ids_BT.shape[1]
+        positions = torch.arange(T, device=token_ids_BT.device)
+        kv = SequenceKeyValues(self.config, positions)
+        hidden = self(token_ids_BT, rope_for(self.config, positions, self.embed_tokens.weight.dtype), kv)
+        return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
+
+    def pack_(self) -> None:
+        """Pack the weights for decoding on this device (see `ops.linear`); the model can not be trained after."""
+        pack_linears(self)
+        if self.lm_head is None and can_pack(self.embed_tokens.weight):
+            self.packed_head = pack(self.embed_tokens.weight)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Official tensor names, with the `model.` prefix, and views of the parameters that hold them."""
+        tensors = {"model.embed_tokens.weight": self.embed_tokens.weight, "model.norm.weight": self.norm.weight}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
+        if self.lm_head is not None:
+            tensors["lm_head.weight"] = self.lm_head.weight
+        if self.config.hidden_size_per_layer_input:
+            for name in ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"):
+                tensors[f"model.{name}.weight"] = self.get_parameter(f"{name}.weight")
+        return tensors
+
+
+@dataclass
+class SequenceKeyValues:
+    """Keys and values of whole sequences: every row sees itself and the rows before it, within its layer's window."""
+
+    config: TextConfig
+    positions_T: Tensor
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[LayerType, Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor | None, v_BTGd: Tensor | None) -> Tensor:
+        if k_BTGd is not None and v_BTGd is not None:
+            self.stored[layer] = k_BTGd, v_BTGd
+        k, v = self.stored[self.config.kv_layer(layer)]
+        return sequence_attention(q_BTHd, k, v, self._mask(self.config.layer_types[layer]))
+
+    def _mask(self, kind: LayerType) -> Tensor:
+        if kind not in self.masks:
+            window = None if kind == FULL else self.config.sliding_window
+            self.masks[kind] = visible_rows(self.positions_T, self.positions_T, window)
+        return self.masks[kind]
+
+
+def visible_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:
+    """[T, S] boolean: rows at or before the query, and nearer than `window` to it where the layer slides."""
+    distance = query_positions_T[:, None] - row_positions_S[None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def sequence_attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, visible_TS: Tensor) -> Tensor:
+    """Grouped-query attention over whole sequences with a boolean mask, differentiable. Returns [B, T, H * d]."""
+    groups = q_BTHd.shape[2] // k_BSGd.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BSGd, v_BSGd))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_TS, scale=1.0).transpose(1, 2).flatten(2)
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()

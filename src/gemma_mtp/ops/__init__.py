@@ -1,0 +1,1 @@
+"""The hot operators behind one interface; `reference` runs them with stock PyTorch."""
