@@ -1,0 +1,335 @@
+"""The choice of a token: a pure function of (logits, sampling parameters, history, seed, position).
+
+The order is: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k, top-p, min-p, then
+the arg max of log-probability plus Gumbel noise keyed by (seed, position, token id), which draws from the filtered
+distribution exactly (the Gumbel-max trick). Temperature 0 is the arg max without noise. Ties go to the lowest id.
+
+Definitions are those of Hugging Face and vLLM. Penalties: vLLM's. Filters: Hugging Face's order (vLLM applies min-p
+before top-k and top-p); top-p counts mass among what top-k left; at a tie for the k-th place the lower id stays, where
+both libraries keep all tied tokens and so more than k. The bias comes after the penalties, so that it is the last word.
+
+No step reduces floating-point numbers across rows or in an order that could depend on the number of rows.
+
+Shapes: R rows (positions of one sequence), V vocabulary, C candidates (C = V where no subset is given), K drafts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.decoding.noise import STREAM_CHOICE, gumbel
+from gemma_mtp.errors import SamplingError
+
+MAX_LOGPROBS = 20
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise SamplingError(f"{name} is {value!r}, but must be {expected}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Raises `SamplingError` for a value out of its range.
+
+    temperature          0 is greedy; otherwise logits are divided by it
+    top_k                keep the k most likely tokens; 0 keeps all
+    top_p                keep the most likely tokens until their mass reaches top_p; 1 keeps all
+    min_p                keep tokens at least min_p times as likely as the most likely one; 0 keeps all
+    repetition_penalty   above 1 makes tokens of the prompt and the output less likely; 1 is off
+    presence_penalty     subtracted from the logit of each token in the output
+    frequency_penalty    subtracted once for each time the token is in the output
+    logit_bias           token id -> number from -100 to 100 added to its logit, or -inf to forbid it
+    seed                 the same seed gives the same text
+    max_tokens           at most so many output tokens
+    stop                 strings that end the output (one string or several)
+    stop_token_ids       token ids that end the output, beside the checkpoint's own
+    ignore_eos           do not end at the checkpoint's end-of-sequence ids
+    logprobs             report log-probabilities of the chosen token and of this many alternatives; None reports none
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    max_tokens: int = 128
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        self._check_filters()
+        self._check_penalties()
+        self._check_limits()
+
+    def _check_filters(self) -> None:
+        temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
+        _require(_is_number(temperature) and temperature >= 0, "temperature", temperature, "a number of 0 or more")
+        _require(_is_integer(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of 0 (off) or more")
+        _require(_is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (off)")
+        _require(_is_number(min_p) and 0 <= min_p <= 1, "min_p", min_p, "between 0 (off) and 1")
+
+    def _check_penalties(self) -> None:
+        repetition = self.repetition_penalty
+        _require(_is_number(repetition) and repetition > 0, "repetition_penalty", repetition, "above 0 (1 is off)")
+        for name, value in (("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)):
+            _require(_is_number(value) and -2 <= value <= 2, name, value, "between -2 and 2")
+        for token_id, bias in self.logit_bias.items():
+            _require(_is_integer(token_id) and token_id >= 0, "a token id in logit_bias", token_id, "0 or more")
+            allowed = bias == -math.inf or (_is_number(bias) and -100 <= bias <= 100)
+            _require(allowed, f"logit_bias of token {token_id}", bias, "between -100 and 100, or -inf")
+
+    def _check_limits(self) -> None:
+        _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        for text in self.stop:
+            _require(isinstance(text, str) and text != "", "a stop string", text, "text of at least one character")
+        for token_id in self.stop_token_ids:
+            _require(_is_integer(token_id) and token_id >= 0, "a stop token id", token_id, "0 or more")
+        logprobs_ok = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
+        _require(logprobs_ok, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}, or none")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether the choice depends on earlier tokens, so that a `TokenHistory` must be kept."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What each row's penalties see: `output_RV` int32 counts in the output, `seen_RV` bool in prompt or output."""
+
+    output_RV: Tensor
+    seen_RV: Tensor
+
+    def at(self, token_ids_RC: Tensor) -> TokenCounts:
+        ids = token_ids_RC.expand(self.output_RV.shape[0], -1)
+        return TokenCounts(self.output_RV.gather(-1, ids), self.seen_RV.gather(-1, ids))
+
+
+class TokenHistory:
+    """Token counts of one sequence, on the device. Keep one only where `SamplingParams.uses_history`."""
+
+    def __init__(self, prompt_ids: Tensor | Sequence[int], vocab_size: int, device: torch.device | str) -> None:
+        prompt = torch.as_tensor(prompt_ids, dtype=torch.int64, device=device)
+        self.prompt_V = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, prompt, True)
+        self.output_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+
+    def commit(self, token_ids_N: Tensor, count: Tensor | int | None = None) -> None:
+        """Add the first `count` (default: all) of `token_ids_N` to the output; a device tensor needs no host sync."""
+        if count is None:
+            weights = torch.ones_like(token_ids_N, dtype=torch.int32)
+        else:
+            weights = (torch.arange(token_ids_N.shape[0], device=token_ids_N.device) < count).to(torch.int32)
+        self.output_V.index_add_(0, token_ids_N, weights)
+
+    def rows(self, drafts_K: Tensor, first: int = 0) -> TokenCounts:
+        """Counts of rows `first` .. K: row r sees what was committed and the drafts before r.
+
+        Verification takes all K+1 rows; draft step j takes `rows(drafts[:j], first=j)`, which is one row.
+        """
+        n_drafts = drafts_K.shape[0]
+        row_R1 = torch.arange(first, n_drafts + 1, device=drafts_K.device).unsqueeze(-1)
+        visible_RK = (torch.arange(n_drafts, device=drafts_K.device) < row_R1).to(torch.int32)
+        output_RV = self.output_V.repeat(row_R1.shape[0], 1)
+        output_RV.scatter_add_(-1, drafts_K.expand(row_R1.shape[0], -1), visible_RK)
+        return TokenCounts(output_RV, self.prompt_V | (output_RV > 0))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may be chosen in each row, and how likely it is.
+
+    `scores_RC`: log-probabilities up to a constant a row, -inf where removed. At temperature 0 they are penalised and
+    biased logits, neither scaled nor filtered. `token_ids_RC`: their ids, or None where column = id.
+    """
+
+    scores_RC: Tensor
+    token_ids_RC: Tensor | None
+
+    def log_probs(self) -> Tensor:
+        """Normalised log-probabilities, float32 [R, C]."""
+        return self.scores_RC.float().log_softmax(-1)
+
+
+def process(
+    logits_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None = None, counts: TokenCounts | None = None
+) -> Candidates:
+    """Penalties, bias, temperature and filters. `logits_RC` (any float dtype) is left as it is.
+
+    `token_ids_RC`: int64 ids of the columns, distinct within a row ([R, C] or [1, C]); None where column = id.
+    `counts`: R rows from `TokenHistory.rows`, needed if and only if `params.uses_history`.
+    Raises SamplingError if a biased token id is beyond the vocabulary.
+    """
+    scores_RC = logits_RC
+    if params.uses_history:
+        assert counts is not None, "penalties need a TokenHistory"
+        scores_RC = _penalise(scores_RC.float(), params, counts if token_ids_RC is None else counts.at(token_ids_RC))
+    if params.logit_bias:
+        scores_RC = _add_bias(scores_RC.float(), params, token_ids_RC)
+    if params.greedy:
+        return Candidates(scores_RC, token_ids_RC)
+    return _filter(scores_RC.float() / params.temperature, params, token_ids_RC)
+
+
+def _penalise(scores_RC: Tensor, params: SamplingParams, counts: TokenCounts) -> Tensor:
+    penalty = params.repetition_penalty
+    if penalty != 1:
+        repeated_RC = torch.where(scores_RC > 0, scores_RC / penalty, scores_RC * penalty)
+        scores_RC = torch.where(counts.seen_RV, repeated_RC, scores_RC)
+    scores_RC = scores_RC - params.frequency_penalty * counts.output_RV
+    return scores_RC - params.presence_penalty * (counts.output_RV > 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _bias_tensors(items: tuple[tuple[int, float], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Biased token ids and their biases on the device, copied there once."""
+    token_ids, biases = zip(*items, strict=True)
+    return torch.tensor(token_ids, device=device), torch.tensor(biases, dtype=torch.float32, device=device)
+
+
+def _add_bias(scores_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Tensor:
+    token_ids_B, biases_B = _bias_tensors(tuple(params.logit_bias.items()), scores_RC.device)
+    if token_ids_RC is None:
+        highest, vocab_size = max(params.logit_bias), scores_RC.shape[-1]
+        _require(highest < vocab_size, "a token id in logit_bias", highest, f"below the vocabulary size, {vocab_size}")
+        return scores_RC.index_add(-1, token_ids_B, biases_B.expand(*scores_RC.shape[:-1], -1))
+    matches_RCB = token_ids_RC.unsqueeze(-1) == token_ids_B
+    return scores_RC + torch.where(matches_RCB, biases_B, 0.0).sum(-1)  # at most one term is not zero
+
+
+def _filter(scores_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Candidates:
+    if 0 < params.top_k < scores_RC.shape[-1]:
+        scores_RC, token_ids_RC = _keep_top_k(scores_RC, params.top_k, token_ids_RC)
+    elif params.top_p < 1:
+        scores_RC, token_ids_RC = _sort(scores_RC, token_ids_RC)
+    if params.top_p < 1:
+        scores_RC = _mask_top_p(scores_RC, params.top_p)
+    if params.min_p > 0:
+        threshold_R1 = scores_RC.amax(-1, keepdim=True) + math.log(params.min_p)
+        scores_RC = scores_RC.masked_fill(scores_RC < threshold_R1, -math.inf)
+    return Candidates(scores_RC, token_ids_RC)
+
+
+def _order_keys(scores_RC: Tensor, token_ids_RC: Tensor | None) -> Tensor:
+    """Distinct int64 keys that order by score, then by lower id.
+
+    torch.topk may take any of several equal scores, and on CUDA which ones depends on the number of rows.
+    """
+    bits_RC = scores_RC.contiguous().view(torch.int32)
+    ordered_RC = bits_RC ^ ((bits_RC >> 31) & 0x7FFFFFFF)  # float32 bits as integers that compare as the floats do
+    if token_ids_RC is None:
+        token_ids_RC = torch.arange(scores_RC.shape[-1], device=scores_RC.device)
+    return torch.add(-token_ids_RC, ordered_RC, alpha=1 << 32)
+
+
+def _take(scores_RC: Tensor, columns_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+    if token_ids_RC is None:
+        return scores_RC.gather(-1, columns_RC), columns_RC
+    return scores_RC.gather(-1, columns_RC), token_ids_RC.expand_as(scores_RC).gather(-1, columns_RC)
+
+
+def _keep_top_k(scores_RC: Tensor, top_k: int, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The top_k likeliest of each row and their ids, in descending order."""
+    columns_RC = _order_keys(scores_RC, token_ids_RC).topk(top_k, dim=-1, sorted=True).indices
+    return _take(scores_RC, columns_RC, token_ids_RC)
+
+
+def _sort(scores_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+    columns_RC = _order_keys(scores_RC, token_ids_RC).argsort(dim=-1, descending=True)
+    return _take(scores_RC, columns_RC, token_ids_RC)
+
+
+def _mask_top_p(scores_RC: Tensor, top_p: float) -> Tensor:
+    """Remove what comes, in descending order, after a mass of top_p. The first is always kept.
+
+    Masses are fixed-point integers, because a parallel floating-point sum may depend on the number of rows.
+    """
+    weights_RC = (scores_RC - scores_RC[..., :1]).exp()
+    masses_RC = (weights_RC * float(1 << 40)).to(torch.int64)  # the sum stays below 2**63 up to 2**22 candidates
+    sums_RC = masses_RC.cumsum(-1)
+    before_RC = (sums_RC - masses_RC).to(torch.float64)
+    return scores_RC.masked_fill(before_RC >= top_p * sums_RC[..., -1:].to(torch.float64), -math.inf)
+
+
+def choose(
+    candidates: Candidates, params: SamplingParams, positions_R: Tensor, stream: int = STREAM_CHOICE
+) -> Tensor:
+    """The token ids chosen, int64 [R]. `positions_R` int64: index in the sequence of the token that each row chooses.
+
+    Plain decoding, `exact` verification and its drafter all use this with the default stream. Drafts for `rejection`
+    and `block` are drawn with `STREAM_DRAFT` at `noise.round_counters` in place of positions.
+    """
+    scores_RC, token_ids_RC = candidates.scores_RC, candidates.token_ids_RC
+    if not params.greedy:
+        ids = torch.arange(scores_RC.shape[-1], device=scores_RC.device) if token_ids_RC is None else token_ids_RC
+        scores_RC = scores_RC + gumbel(params.seed, positions_R, ids, stream)
+    columns_R1 = scores_RC.argmax(-1, keepdim=True)  # documented to return the first of several maxima
+    if token_ids_RC is None:
+        return columns_R1.squeeze(-1)
+    token_ids_RC = token_ids_RC.expand_as(scores_RC)
+    tied_RC = scores_RC == scores_RC.gather(-1, columns_R1)
+    return torch.where(tied_RC, token_ids_RC, token_ids_RC.gather(-1, columns_R1)).amin(-1)
+
+
+def probabilities(candidates: Candidates, params: SamplingParams, vocab_size: int) -> Tensor:
+    """The distribution that `choose` draws from, over the whole vocabulary: float32 [R, V], one-hot at temperature 0.
+
+    What `rejection` and `block` verification compare.
+    """
+    scores_RC, ids = candidates.scores_RC, candidates.token_ids_RC
+    probs_RV = torch.zeros(*scores_RC.shape[:-1], vocab_size, device=scores_RC.device)
+    if params.greedy:
+        unused_positions = torch.zeros(scores_RC.shape[:-1], dtype=torch.int64, device=scores_RC.device)
+        return probs_RV.scatter_(-1, choose(candidates, params, unused_positions).unsqueeze(-1), 1.0)
+    if ids is None:
+        return candidates.log_probs().exp()
+    return probs_RV.scatter_(-1, ids.expand_as(scores_RC), candidates.log_probs().exp())
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """`chosen_R` float32 of the chosen tokens; the n likeliest tokens: `token_ids_RN` int64 and `top_RN` float32."""
+
+    chosen_R: Tensor
+    token_ids_RN: Tensor
+    top_RN: Tensor
+
+
+def top_logprobs(logits_RV: Tensor, chosen_ids_R: Tensor, n: int) -> TopLogprobs:
+    """Log-probabilities to report: of the model's own distribution, before penalties, bias, temperature and filters.
+
+    So they mean the same whatever the sampling parameters (vLLM's default, `logprobs_mode="raw_logprobs"`).
+    """
+    log_probs_RV = logits_RV.float().log_softmax(-1)
+    columns_RN = _order_keys(log_probs_RV, None).topk(min(n, log_probs_RV.shape[-1]), dim=-1).indices
+    chosen_R = log_probs_RV.gather(-1, chosen_ids_R.unsqueeze(-1)).squeeze(-1)
+    return TopLogprobs(chosen_R, columns_RN, log_probs_RV.gather(-1, columns_RN))
