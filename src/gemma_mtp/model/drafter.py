@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears
-from gemma_mtp.model.target import sequence_attention
+from gemma_mtp.ops import reference as ops
 from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
 
 
@@ -133,7 +133,7 @@ class DonorKeyValues:
             window = None if kind == FULL else self.config.text.sliding_window
             rows = torch.arange(k.shape[1], device=k.device)
             self.masks[kind] = committed_rows(self.query_positions_T, rows, window)
-        return sequence_attention(q_BTHd, k, v, self.masks[kind])
+        return ops.masked_attention(q_BTHd, k.transpose(1, 2), v.transpose(1, 2), self.masks[kind])
 
 
 def committed_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:

@@ -126,29 +126,14 @@ class SequenceKeyValues:
         if k_BTGd is not None and v_BTGd is not None:
             self.stored[layer] = k_BTGd, v_BTGd
         k, v = self.stored[self.config.kv_layer(layer)]
-        return sequence_attention(q_BTHd, k, v, self._mask(self.config.layer_types[layer]))
+        mask = self._mask(self.config.layer_types[layer])
+        return ops.masked_attention(q_BTHd, k.transpose(1, 2), v.transpose(1, 2), mask)
 
     def _mask(self, kind: LayerType) -> Tensor:
         if kind not in self.masks:
             window = None if kind == FULL else self.config.sliding_window
-            self.masks[kind] = visible_rows(self.positions_T, self.positions_T, window)
+            self.masks[kind] = ops.visible_rows(self.positions_T, self.positions_T, window)
         return self.masks[kind]
-
-
-def visible_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:
-    """[T, S] boolean: rows at or before the query, and nearer than `window` to it where the layer slides."""
-    distance = query_positions_T[:, None] - row_positions_S[None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
-
-
-def sequence_attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, visible_TS: Tensor) -> Tensor:
-    """Grouped-query attention over whole sequences with a boolean mask, differentiable. Returns [B, T, H * d]."""
-    groups = q_BTHd.shape[2] // k_BSGd.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BSGd, v_BSGd))
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_TS, scale=1.0).transpose(1, 2).flatten(2)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -34,6 +34,20 @@ def attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | Non
     return out.view(B, G, H // G, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H * d)
 
 
+def masked_attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, visible_TS: Tensor) -> Tensor:
+    """The same for many rows, with a boolean mask and differentiable: prefill and training. Returns [B, T, H * d]."""
+    q = q_BTHd.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k_BGSd, v_BGSd, attn_mask=visible_TS, scale=1.0, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def visible_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:
+    """[T, S] boolean: rows at or before the query, and nearer than `window` to it where the layer slides."""
+    distance = query_positions_T[:, None] - row_positions_S[None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
 def stack_mask(visible_TS: Tensor, heads_per_group: int, dtype: torch.dtype) -> Tensor:
     """Turn a boolean visibility matrix into the additive mask `attention` takes."""
     mask = torch.zeros(visible_TS.shape, dtype=dtype, device=visible_TS.device)
