@@ -1,0 +1,82 @@
+"""Turns rounds into output: cuts at the exact token that ends it, and gives out text as it becomes certain."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from gemma_mtp.decoding.round import RoundOutput
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
+from gemma_mtp.tokenizer import StopMatcher, Tokenizer
+
+
+class OutputBuilder:
+    """Collects one sequence's committed tokens into a `GenerationResult`."""
+
+    def __init__(
+        self,
+        result: GenerationResult,
+        params: SamplingParams,
+        max_tokens: int,
+        eos_token_ids: Collection[int],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.result = result
+        self.max_tokens = max_tokens
+        self.stop_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self.decoder = None if tokenizer is None else tokenizer.stream()
+        self.matcher = StopMatcher(params.stop)
+        self.done = False
+        result.text = None if tokenizer is None else ""
+        result.logprobs = None if params.logprobs is None else []
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens the output may take."""
+        return self.max_tokens - len(self.result.token_ids)
+
+    def push(self, output: RoundOutput) -> str:
+        """Take a round's tokens up to the one that ends the output; returns the text that became certain."""
+        text, taken = "", 0
+        for token_id in output.token_ids[: self.remaining]:
+            self.result.token_ids.append(token_id)
+            taken += 1
+            text += self._push_text(token_id)
+            if self.done:
+                break
+        if not self.done and self.remaining == 0:
+            self.done = True
+            text += self._flush_text()
+        self.result.rounds.append(RoundStats(output.drafted, min(output.accepted, taken), taken))
+        self._push_logprobs(output, taken)
+        if self.result.text is not None:
+            self.result.text += text
+        return text
+
+    def _push_text(self, token_id: int) -> str:
+        text = "" if self.decoder is None else self.matcher.push(self.decoder.push([token_id]))
+        if self.matcher.stopped:
+            self._stop()
+        elif token_id in self.stop_token_ids:
+            self._stop()
+            text += self._flush_text()
+        return text
+
+    def _flush_text(self) -> str:
+        """Text still held back when the output ends: half characters and possible beginnings of stop strings."""
+        if self.decoder is None:
+            return ""
+        return self.matcher.push(self.decoder.flush()) + self.matcher.flush()
+
+    def _stop(self) -> None:
+        self.done = True
+        self.result.finish_reason = "stop"
+
+    def _push_logprobs(self, output: RoundOutput, taken: int) -> None:
+        if self.result.logprobs is None or output.logprobs is None:
+            return
+        chosen, ids, tops = (t.tolist() for t in (output.logprobs.chosen_R, output.logprobs.token_ids_RN,
+                                                  output.logprobs.top_RN))  # fmt: skip
+        for row in range(taken):
+            top = tuple(zip(ids[row], tops[row], strict=True))
+            self.result.logprobs.append(TokenLogprob(output.token_ids[row], chosen[row], top))

@@ -1,0 +1,228 @@
+"""A target and its drafter, loaded and ready to decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from gemma_mtp import checkpoint
+from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
+from gemma_mtp.decoding.round import open_sequence, play_round, prefill
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
+from gemma_mtp.engine.output import OutputBuilder
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.tokenizer import Tokenizer
+
+#: prompt rows per target call: enough to use the hardware, few enough to bound activations
+PREFILL_CHUNK_ROWS = 512
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DRAFT_TOKENS = 4
+
+
+@dataclass
+class Pair:
+    """A loaded target, its drafter if any, and its tokenizer if the checkpoint has one."""
+
+    target: Target
+    drafter: Drafter | None
+    tokenizer: Tokenizer | None
+    generation: checkpoint.GenerationDefaults
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        verification: Verification = "exact",
+    ) -> GenerationResult:
+        """Complete a prompt (text, or token ids) and return tokens, text, and what each round did.
+
+        `draft_tokens` is K, drafts a round; 0 is plain decoding. Raises PromptError, SamplingError, TokenizerError.
+        """
+        stream = self.stream(prompt, params, draft_tokens=draft_tokens, verification=verification)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        verification: Verification = "exact",
+    ) -> TextStream:
+        """The same, as an iterator of text pieces, given out as tokens are committed and never half a character.
+
+        Its `result` grows while it is read and is complete when it ends.
+        """
+        params = params or SamplingParams()
+        prompt_ids = self.encode(prompt)
+        _check_decoding(draft_tokens, verification)
+        self._check_params(params)
+        used = draft_tokens if self.drafter is not None else 0
+        return TextStream(self, GenerationResult(prompt_ids, used, verification), params, verification)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt, checked. Raises PromptError (empty, out of range, too long) or TokenizerError."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise TokenizerError(
+                    "the target's directory has no tokenizer.json, so a text prompt can not be encoded;"
+                    " pass token ids, or add the tokenizer's files."
+                )
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        self._check_prompt(token_ids)
+        return token_ids
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.generation.eos_token_ids
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        config = self.target.config
+        if not token_ids:
+            raise PromptError("the prompt is empty; give at least one token.")
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+                raise PromptError(
+                    f"the prompt has token id {token_id!r}, but the target's ids run from 0 to {config.vocab_size - 1}."
+                )
+        if len(token_ids) >= config.max_position_embeddings:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens, but the target takes at most"
+                f" {config.max_position_embeddings - 1} (max_position_embeddings less one for the output); shorten it."
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise TokenizerError("stop strings need a tokenizer, and the target's directory has none; use stop token ids.")
+        vocab_size = self.target.config.vocab_size
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise SamplingError(f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}.")
+
+
+class TextStream(Iterator[str]):
+    """Text pieces of one generation; `result` holds what has been generated so far."""
+
+    def __init__(
+        self, pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification
+    ) -> None:
+        self.result = result
+        self._pieces = _decode(pair, result, params, verification)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+
+def _decode(
+    pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification
+) -> Iterator[str]:
+    """Prefill, then rounds until a stop condition holds. Times exclude what the reader does between pieces."""
+    prompt = result.prompt_token_ids
+    limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
+    output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
+    device = pair.target.embed_tokens.weight.device
+    started = time.perf_counter()
+    with torch.inference_mode():
+        sequence = open_sequence(pair.target, len(prompt), limit, result.draft_tokens, params)
+        first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
+    text = output.push(first)
+    result.prefill_seconds = time.perf_counter() - started
+    while True:
+        if text:
+            yield text
+        if output.done:
+            return
+        started = time.perf_counter()
+        drafts = min(result.draft_tokens, output.remaining - 1)
+        with torch.inference_mode():
+            played = play_round(pair.target, pair.drafter, sequence, drafts, verification)
+        text = output.push(played)
+        result.decode_seconds += time.perf_counter() - started
+
+
+def _check_decoding(draft_tokens: int, verification: str) -> None:
+    if not isinstance(draft_tokens, int) or not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
+        raise SamplingError(f"draft_tokens is {draft_tokens!r}, but must be from 0 (plain) to {MAX_DRAFT_TOKENS}.")
+    if verification not in VERIFICATIONS:
+        raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
+
+
+def load_pair(
+    target: str | Path | None = None,
+    drafter: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    use_drafter: bool = True,
+) -> Pair:
+    """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
+
+    A target given without a drafter decodes plainly. `dtype` "auto" is float32 on a CPU, where PyTorch's own bfloat16
+    arithmetic makes near-ties common, and bfloat16 on a GPU. `device` "auto" is CUDA where there is one.
+    The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError, PairError.
+    """
+    if target is None:
+        bundled = Path(str(resources.files("gemma_mtp") / "bundled"))
+        target, drafter = bundled / "target", drafter or bundled / "drafter"
+    if not use_drafter:
+        drafter = None
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device)
+    target_config: TargetConfig = checkpoint.read_target_config(target)
+    if drafter is not None:
+        drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
+        checkpoint.check_pair(target_config, drafter_config)
+    return Pair(
+        target=_packed(checkpoint.load_target(target, chosen_dtype, chosen_device)),
+        drafter=None if drafter is None else _packed(checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)),
+        tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
+        generation=checkpoint.read_generation_config(target),
+    )
+
+
+_Model = TypeVar("_Model", Target, Drafter)
+
+
+def _packed(model: _Model) -> _Model:
+    model.pack_()
+    return model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

@@ -1,0 +1,83 @@
+"""What a generation returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of an output token and of the likeliest tokens in its place, (token id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RoundStats:
+    """One round: draft tokens proposed, draft tokens accepted, and tokens committed to the output.
+
+    `committed` is `accepted` + 1 (a correction if a draft was refused, else a bonus token), or fewer where a stop
+    condition cut the round.
+    """
+
+    drafted: int
+    accepted: int
+    committed: int
+
+
+@dataclass
+class GenerationResult:
+    """The output of one prompt.
+
+    `rounds[0]` is the prefill, which commits the first token; `rounds[1:]` are the decode rounds. `text` is None
+    without a tokenizer. A stop token is part of `token_ids`; a stop string is not part of `text`.
+    """
+
+    prompt_token_ids: list[int]
+    draft_tokens: int
+    verification: str
+    token_ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: FinishReason = "length"
+    logprobs: list[TokenLogprob] | None = None
+    rounds: list[RoundStats] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def decode_rounds(self) -> list[RoundStats]:
+        return self.rounds[1:]
+
+    @property
+    def drafted(self) -> int:
+        return sum(r.drafted for r in self.decode_rounds)
+
+    @property
+    def accepted(self) -> int:
+        return sum(r.accepted for r in self.decode_rounds)
+
+    @property
+    def accepted_by_position(self) -> list[float]:
+        """For each draft position, the share of rounds in which it was accepted given that those before it were."""
+        shares = []
+        for position in range(max((r.drafted for r in self.decode_rounds), default=0)):
+            reached = [r for r in self.decode_rounds if r.drafted > position and r.accepted >= position]
+            kept = sum(r.accepted > position for r in reached)
+            shares.append(kept / len(reached) if reached else 0.0)
+        return shares
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens committed per decode round, the target's own included; 0 where there was no decode round."""
+        rounds = self.decode_rounds
+        return sum(r.committed for r in rounds) / len(rounds) if rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: the tokens after the first, over the time spent in decode rounds."""
+        return sum(r.committed for r in self.decode_rounds) / self.decode_seconds if self.decode_seconds else 0.0

@@ -1,0 +1,127 @@
+"""Small random models of our own, for tests that need no transformers, and a slow decoder to hold the fast one against."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.config import DrafterConfig, LayerType, TextConfig
+from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
+from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+
+VOCAB = 61
+S: LayerType = "sliding_attention"
+F: LayerType = "full_attention"
+
+TINY = TextConfig(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, num_global_key_value_heads=2, head_dim=8, global_head_dim=16, layer_types=(S, S, F, S, S, F),
+    sliding_window=8, num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=4,
+    vocab_size_per_layer_input=VOCAB, final_logit_softcapping=30.0, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def random_target(seed: int = 0, config: TextConfig = TINY) -> Target:
+    return _randomise(Target(config), seed).eval().requires_grad_(False)
+
+
+def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = False) -> Drafter:
+    text = dataclasses.replace(
+        target, hidden_size=16, intermediate_size=32, num_hidden_layers=4, layer_types=(S, S, S, F),
+        num_kv_shared_layers=4, use_double_wide_mlp=False, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0, final_logit_softcapping=None,
+    )  # fmt: skip
+    config = DrafterConfig(
+        text, target.hidden_size, use_ordered_embeddings=centroids, num_centroids=VOCAB, centroid_intermediate_top_k=9
+    )
+    drafter = _randomise(Drafter(config), seed).eval().requires_grad_(False)
+    if drafter.masked_embedding is not None:
+        drafter.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB, generator=_generator(seed)))
+    return drafter
+
+
+def agreeing_pair(seed: int = 0) -> tuple[Target, Drafter]:
+    """A pair whose drafter often agrees: both repeat or step by tables that are nearly the same.
+
+    Residual branches are damped in both, so that each mostly maps its input embedding through its head.
+    """
+    target, drafter = random_target(seed), random_drafter(seed=seed + 1)
+    with torch.no_grad():
+        for model in (target, drafter):
+            for name, parameter in model.named_parameters():
+                if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+                    parameter.mul_(0.15)
+        width = drafter.config.text.hidden_size
+        drafter.pre_projection.weight.zero_()
+        drafter.pre_projection.weight[:, :width].copy_(torch.eye(width))
+        drafter.embed_tokens.weight.copy_(target.embed_tokens.weight[:, :width])
+    return target, drafter
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Weights of a scale that gives well-spread logits; norms and scalars away from one, so that none is a no-op."""
+    generator = _generator(seed)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(1 + 0.2 * noise if tensor.ndim == 1 else noise / tensor.shape[-1] ** 0.5)
+    return model
+
+
+@torch.inference_mode()
+def slow_decode(target: Target, prompt: list[int], params: SamplingParams, count: int) -> list[int]:
+    """The slow, obvious reference: the whole sequence through the target for every token, no cache, no drafter."""
+    tokens = list(prompt)
+    history = TokenHistory(prompt, target.config.vocab_size, "cpu") if params.uses_history else None
+    for _ in range(count):
+        logits = target.logits(target.forward_sequence(torch.tensor([tokens])).hidden_BTD[0, -1:])
+        counts = None if history is None else history.rows(torch.zeros(0, dtype=torch.int64))
+        token = choose(process(logits, params, counts=counts), params, torch.tensor([len(tokens)]))
+        if history is not None:
+            history.commit(token)
+        tokens += token.tolist()
+    return tokens[len(prompt) :]
+
+
+@dataclasses.dataclass
+class Played:
+    """Tokens of a run of rounds and what the rounds did."""
+
+    tokens: list[int]
+    accepted: list[int]
+    drafted: list[int]
+    sequence: Sequence
+
+
+@torch.inference_mode()
+def play(
+    target: Target, drafter: Drafter | None, prompt: list[int], params: SamplingParams, draft_tokens: int,
+    verification: Verification = "exact", chunk_rows: int = 512, after_round=lambda sequence: None,
+) -> Played:  # fmt: skip
+    """Decode params.max_tokens tokens by rounds, without stop conditions."""
+    sequence = open_sequence(target, len(prompt), params.max_tokens, draft_tokens, params)
+    tokens = prefill(target, sequence, torch.tensor(prompt), chunk_rows).token_ids
+    played = Played(list(tokens), [], [], sequence)
+    while len(played.tokens) < params.max_tokens:
+        drafts = min(draft_tokens, params.max_tokens - len(played.tokens) - 1)
+        output = play_round(target, drafter, sequence, drafts, verification)
+        played.tokens += output.token_ids
+        played.accepted.append(output.accepted)
+        played.drafted.append(output.drafted)
+        after_round(sequence)
+    return played
+
+
+def last_row_logits(target: Target, tokens: list[int]) -> Tensor:
+    with torch.inference_mode():
+        return target.logits(target.forward_sequence(torch.tensor([tokens])).hidden_BTD[0, -1])
