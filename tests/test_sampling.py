@@ -227,7 +227,12 @@ HF_FILTERS = [
     ({"temperature": 1.0, "min_p": 0.1}, [hf.MinPLogitsWarper(0.1)]),
     (
         {"temperature": 1.4, "top_k": 64, "top_p": 0.95, "min_p": 0.02},
-        [hf.TemperatureLogitsWarper(1.4), hf.TopKLogitsWarper(64), hf.TopPLogitsWarper(0.95), hf.MinPLogitsWarper(0.02)],
+        [
+            hf.TemperatureLogitsWarper(1.4),
+            hf.TopKLogitsWarper(64),
+            hf.TopPLogitsWarper(0.95),
+            hf.MinPLogitsWarper(0.02),
+        ],
     ),
     (
         {"temperature": 1.0, "repetition_penalty": 1.3, "top_k": 20},
@@ -412,7 +417,7 @@ def test_choices_follow_the_softmax(vary: str) -> None:
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
-    """Half the mass on one token, half spread evenly over the rest of a large vocabulary: the tail must get its half."""
+    """Half the mass on one token, half spread evenly over the rest of a large vocabulary."""
     vocab, n = 50_000, 400
     logits = torch.zeros(1, vocab)
     logits[0, 123] = math.log(vocab - 1)

@@ -280,9 +280,7 @@ def _mask_top_p(scores_RC: Tensor, top_p: float) -> Tensor:
     return scores_RC.masked_fill(before_RC >= top_p * sums_RC[..., -1:].to(torch.float64), -math.inf)
 
 
-def choose(
-    candidates: Candidates, params: SamplingParams, positions_R: Tensor, stream: int = STREAM_CHOICE
-) -> Tensor:
+def choose(candidates: Candidates, params: SamplingParams, positions_R: Tensor, stream: int = STREAM_CHOICE) -> Tensor:
     """The token ids chosen, int64 [R]. `positions_R` int64: index in the sequence of the token that each row chooses.
 
     Plain decoding, `exact` verification and its drafter all use this with the default stream. Drafts for `rejection`
