@@ -22,6 +22,7 @@ from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 
 #: prompt rows per target call: enough to use the hardware, few enough to bound activations
@@ -189,7 +190,7 @@ def load_pair(
     target_config: TargetConfig = checkpoint.read_target_config(target)
     if drafter is not None:
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
-        checkpoint.check_pair(target_config, drafter_config)
+        check_pair(target_config, drafter_config)
     return Pair(
         target=_packed(checkpoint.load_target(target, chosen_dtype, chosen_device)),
         drafter=None if drafter is None else _packed(checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)),

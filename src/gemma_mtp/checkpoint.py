@@ -1,0 +1,325 @@
+"""Checkpoint directories in the official Hugging Face layout: open, check, load, save. safetensors only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemma_mtp.config import (
+    DrafterConfig,
+    TargetConfig,
+    drafter_config_to_hf,
+    parse_drafter_config,
+    parse_target_config,
+    target_config_to_hf,
+)
+from gemma_mtp.errors import CheckpointError
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+
+logger = logging.getLogger("gemma_mtp")
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+#: a file is opened anew after so many bytes, so that the pages mapped for tensors already copied are given back
+MAPPED_BYTES = 256 << 20
+#: safetensors' names of the dtypes we load, and their size in bytes
+FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
+INTEGER_DTYPES = {"I64": 8, "I32": 4}
+
+_Model = TypeVar("_Model", Target, Drafter)
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor, and the file it is in."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * {**FLOAT_DTYPES, **INTEGER_DTYPES}.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a checkpoint's generation_config.json asks for; None where it says nothing."""
+
+    eos_token_ids: tuple[int, ...]
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_assistant_tokens: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+
+
+def read_target_config(directory: str | Path) -> TargetConfig:
+    """The target's configuration. Raises CheckpointError (no such file, malformed) or ConfigError (unusable)."""
+    return parse_target_config(read_json(_existing(directory) / "config.json"))
+
+
+def read_drafter_config(directory: str | Path) -> DrafterConfig:
+    """The drafter's configuration. Raises CheckpointError (no such file, malformed) or ConfigError (unusable)."""
+    return parse_drafter_config(read_json(_existing(directory) / "config.json"))
+
+
+def read_config(directory: str | Path) -> TargetConfig | DrafterConfig:
+    """Either, by the model_type in the file."""
+    raw = read_json(_existing(directory) / "config.json")
+    is_drafter = isinstance(raw, dict) and "assistant" in str(raw.get("model_type"))
+    return parse_drafter_config(raw) if is_drafter else parse_target_config(raw)
+
+
+def read_generation_config(directory: str | Path) -> GenerationDefaults:
+    """Sampling defaults and end-of-sequence ids; a missing generation_config.json leaves those of config.json."""
+    path = _existing(directory) / "generation_config.json"
+    raw = read_json(path) if path.exists() else {}
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(raw).__name__}.")
+    eos = _ids(raw.get("eos_token_id"), path, "eos_token_id")
+    return GenerationDefaults(
+        eos_token_ids=eos or read_config(directory).text.eos_token_ids,
+        temperature=_number(raw, "temperature", path),
+        top_k=None if raw.get("top_k") is None else int(_number(raw, "top_k", path) or 0),
+        top_p=_number(raw, "top_p", path),
+        num_assistant_tokens=None
+        if raw.get("num_assistant_tokens") is None
+        else int(_number(raw, "num_assistant_tokens", path) or 0),
+        suppress_tokens=_ids(raw.get("suppress_tokens"), path, "suppress_tokens"),
+    )
+
+
+def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
+    """Names, dtypes and shapes of every tensor, from the files' headers alone.
+
+    Raises CheckpointError where there are no safetensors files, or a shard is missing or truncated.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for file in _weight_files(_existing(directory)):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    entry = tensors.get_slice(name)
+                    headers[name] = TensorHeader(file, entry.get_dtype(), tuple(entry.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} can not be read as safetensors ({error}); it is truncated or damaged: copy it again."
+            ) from None
+    return headers
+
+
+def load_target(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Target:
+    """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
+
+    Peak memory: the weights in `dtype`, plus 256 MB of mapped file. Raises CheckpointError or ConfigError.
+    """
+    config = read_target_config(directory)
+    with torch.device("meta"):
+        model = Target(config.text)
+    return _load(model, text_headers(read_headers(directory)), dtype, device)
+
+
+def load_drafter(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Drafter:
+    """Load a drafter in inference mode; checks and errors as in `load_target`."""
+    config = read_drafter_config(directory)
+    with torch.device("meta"):
+        model = Drafter(config)
+    drafter = _load(model, read_headers(directory), dtype, device)
+    head = drafter.masked_embedding
+    if head is not None:
+        expected = torch.arange(config.text.vocab_size, device=head.token_ordering.device)
+        if not torch.equal(head.token_ordering.sort().values, expected):
+            raise CheckpointError(
+                f"{directory}: masked_embedding.token_ordering must list every token id once, but does not;"
+                " the checkpoint is damaged: copy it again."
+            )
+    return drafter
+
+
+def save_target(
+    model: Target, config: TargetConfig, directory: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a target in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
+    prefix = "model." if "text" in config.model_type else "model.language_model."
+    named = {name.replace("model.", prefix, 1): tensor for name, tensor in model.checkpoint_tensors().items()}
+    _save(named, target_config_to_hf(config), directory, dtype)
+
+
+def save_drafter(
+    model: Drafter, config: DrafterConfig, directory: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a drafter in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
+    _save(model.checkpoint_tensors(), drafter_config_to_hf(config), directory, dtype)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises CheckpointError naming the file, and the line where it is malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; give a directory in the Hugging Face layout.") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} can not be read: {error}.") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file under a temporary name, then rename it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """The text model's tensors of a possibly multimodal checkpoint, under their text-only names."""
+    nested = "model.language_model."
+    if not any(name.startswith(nested) for name in headers):
+        return dict(headers)
+    text = {name.replace(nested, "model.", 1): header for name, header in headers.items() if name.startswith(nested)}
+    if "lm_head.weight" in headers:
+        text["lm_head.weight"] = headers["lm_head.weight"]
+    skipped = [header for name, header in headers.items() if not name.startswith((nested, "lm_head."))]
+    if skipped:
+        size = sum(header.nbytes for header in skipped) / 1e6
+        logger.info("skipped %d tensors (%.1f MB) that text decoding does not use (vision, audio)", len(skipped), size)
+    return text
+
+
+def _existing(directory: str | Path) -> Path:
+    path = Path(directory)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint directory {path} {what}; give a directory in the Hugging Face layout.")
+    return path
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX_FILE
+    if index.exists():
+        raw = read_json(index)
+        names = raw.get("weight_map") if isinstance(raw, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index} has no 'weight_map' object; restore it from the source.")
+        files = [directory / name for name in sorted(set(map(str, names.values())))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{directory} lacks the shard {missing[0]} named in {INDEX_FILE}; copy it there.")
+        return files
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{directory} holds pickled weights only ({pickles[0]}), which are never loaded because unpickling can run"
+            " code; convert them to safetensors."
+        )
+    raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; copy the weights there.")
+
+
+def _load(model: _Model, headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device | str) -> _Model:
+    check_headers(model.checkpoint_tensors(), headers)
+    model = model.to(dtype).to_empty(device=device)
+    views = model.checkpoint_tensors()
+    with torch.no_grad():
+        for file in sorted({headers[name].file for name in views}):
+            _copy_file(file, [name for name in views if headers[name].file == file], views, headers)
+    return model.eval().requires_grad_(False)
+
+
+def check_headers(views: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]) -> None:
+    """Hold a checkpoint's tensors against the model's. Raises CheckpointError naming the first that does not fit."""
+    for name, view in views.items():
+        header = headers.get(name)
+        if header is None:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {name}, which its config.json calls for; restore either from the source."
+            )
+        if header.shape != tuple(view.shape):
+            raise CheckpointError(
+                f"{header.file.name} has {name} of shape {list(header.shape)}, but config.json calls for"
+                f" {list(view.shape)}; restore either from the source."
+            )
+        allowed = FLOAT_DTYPES if view.is_floating_point() else INTEGER_DTYPES
+        if header.dtype not in allowed:
+            raise CheckpointError(
+                f"{header.file.name} stores {name} as {header.dtype}, but {' or '.join(allowed)} was expected;"
+                " use an unquantised checkpoint."
+            )
+
+
+def _copy_file(
+    file: Path, names: Iterable[str], views: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]
+) -> None:
+    for batch in _batches(names, headers):
+        with safe_open(file, "pt") as tensors:
+            for name in batch:
+                views[name].copy_(tensors.get_tensor(_stored_name(name, tensors)))
+
+
+def _stored_name(name: str, tensors: Any) -> str:
+    nested = name.replace("model.", "model.language_model.", 1)
+    return nested if nested in tensors.keys() else name  # noqa: SIM118
+
+
+def _batches(names: Iterable[str], headers: Mapping[str, TensorHeader]) -> Iterable[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        batch.append(name)
+        size += headers[name].nbytes
+        if size >= MAPPED_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _save(named: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, dtype: torch.dtype) -> None:
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    # copies, because fused parts share memory and safetensors refuses that
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in named.items()
+    }
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    partial = path / f".{SINGLE_FILE}.partial"
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.replace(partial, path / SINGLE_FILE)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path / SINGLE_FILE} can not be written: {error}.") from None
+    write_json(path / "config.json", {**config, "dtype": names[dtype]})
+
+
+def _ids(raw: Any, path: Path, name: str) -> tuple[int, ...]:
+    ids = [] if raw is None else raw if isinstance(raw, list) else [raw]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{path} has {name} = {raw!r}, but a token id or a list of them was expected.")
+    return tuple(ids)
+
+
+def _number(raw: Mapping[str, Any], name: str, path: Path) -> float | None:
+    value = raw.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise CheckpointError(f"{path} has {name} = {value!r}, but a number was expected.")
+    return value
