@@ -1,0 +1,1 @@
+"""Training of the bundled pair: corpus, tokenizer, target, drafter and their evaluation."""

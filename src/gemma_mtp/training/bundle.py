@@ -1,0 +1,129 @@
+"""Writes a trained pair as checkpoint directories, with its tokenizer, held-out prompts and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gemma_mtp.checkpoint import save_drafter, save_target, write_json
+from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.training import bpe
+from gemma_mtp.training.evaluate import AcceptanceReport
+
+GENERATION = {
+    "bos_token_id": bpe.BOS,
+    "eos_token_id": [bpe.EOS, bpe.TURN_CLOSE],
+    "pad_token_id": bpe.PAD,
+}
+
+
+def export_target(target: Target, config: TargetConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    """Weights in bf16, config, generation config and tokenizer, as transformers reads them."""
+    save_target(target, config, directory)
+    write_json(directory / "generation_config.json", {**GENERATION, "do_sample": False})
+    bpe.save_tokenizer(tokenizer, directory, config.text.max_position_embeddings)
+
+
+def export_drafter(drafter: Drafter, config: DrafterConfig, directory: Path, draft_tokens: int = 4) -> None:
+    """Weights in bf16, config and generation config, as transformers reads them."""
+    save_drafter(drafter, config, directory)
+    drafting = {"num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
+    write_json(directory / "generation_config.json", {**GENERATION, **drafting})
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What the trainers report, for the card. Times are wall seconds."""
+
+    target_parameters: int
+    target_steps: int
+    target_tokens: int
+    target_seconds: float
+    corpus_tokens: int
+    held_out_tokens: int
+    held_out_nats_per_token: float
+    held_out_bits_per_byte: float
+    drafter_parameters: int
+    drafter_steps: int
+    drafter_tokens: int
+    drafter_seconds: float
+    written_tokens: int
+
+
+def write_record(record: TrainingRecord, acceptance: AcceptanceReport, directory: Path) -> None:
+    """The figures of the card for programs to read: `training.json`."""
+    write_json(directory / "training.json", {**asdict(record), "acceptance": asdict(acceptance)})
+
+
+def model_card(
+    record: TrainingRecord,
+    acceptance: AcceptanceReport,
+    sources: Sequence[Mapping[str, Any]],
+    recipes: Mapping[str, Any],
+) -> str:
+    """MODEL_CARD.md: what the pair is, what it was trained on, how, and what was measured."""
+    table = "\n".join(
+        f"| {s['name']} | {s['version']} | {s['licence']} | {s['files']} | {s['bytes'] / 1e6:.1f} |" for s in sources
+    )
+    positions = ", ".join(f"{share:.3f}" for share in acceptance.by_position)
+    files = "\n".join(f"| `{name}` | {length:.2f} |" for name, length in sorted(acceptance.by_prompt.items()))
+    settings = "\n".join(f"- {name}: `{recipe}`" for name, recipe in recipes.items())
+    return f"""# The bundled pair
+
+A small Gemma-4-architecture language model of Python source and its MTP drafter, trained from scratch by `make pair`.
+It is a test bed and a demonstration of drafting: it writes text that looks like Python and is not to be trusted for
+anything else. The weights are Apache-2.0. No Gemma weights or outputs were used.
+
+| | target | drafter |
+|---|---|---|
+| parameters | {record.target_parameters:,} | {record.drafter_parameters:,} |
+| architecture | 15 layers (4 sliding + 1 full) x 3, the last 5 KV-shared with double-wide MLP, hidden 256, per-layer \
+embeddings of 32, softcap 30 | 4 layers (3 sliding + 1 full) without KV of their own, hidden 128 |
+| steps | {record.target_steps:,} | {record.drafter_steps:,} |
+| tokens seen | {record.target_tokens:,} | {record.drafter_tokens:,} |
+| wall minutes on two CPU cores | {record.target_seconds / 60:.0f} | {record.drafter_seconds / 60:.0f} |
+
+Tokenizer: byte-level BPE of 4096 tokens with Gemma's special ids, trained on the same text. Context: trained on rows
+of 512 tokens; positions beyond are untrained.
+
+## Data
+
+{record.corpus_tokens:,} training tokens and {record.held_out_tokens:,} held-out tokens of permissively licensed
+Python source, taken from the interpreter and from wheels; tests, vendored copies, generated tables, files over 200 KB
+and exact duplicates left out. A file is held out by a hash of its name (1%); `heldout.json` lists the held-out files.
+
+| source | version | licence | files | MB |
+|---|---|---|---|---|
+{table}
+
+## Recipe
+
+Target: next-token cross-entropy on packed documents, Muon for the layers' matrices and AdamW for the rest, bf16
+arithmetic with fp32 master weights, learning rate up, flat, then linearly to zero at the end of the wall-time budget.
+
+Drafter: the target is frozen. Row t pairs the target's hidden state after token t with the embedding of token t + 1,
+sees the target's keys and values up to row t only (within the sliding window counted from position t + 1), and is
+unrolled five steps at that one position, fed its own projected state. Half of each batch is corpus, half is text the
+target wrote itself ({record.written_tokens:,} tokens, two thirds of it greedy, the rest at temperature 0.7). The loss is the
+cross-entropy to the target's distribution mixed equally with its argmax, on the rows whose earlier drafts were right.
+
+{settings}
+
+## Measured
+
+- Target, held-out files: {record.held_out_nats_per_token:.3f} nats per token, {record.held_out_bits_per_byte:.3f} bits per byte.
+- Drafter, greedy, {acceptance.draft_tokens} drafts a round, {acceptance.rounds} rounds on the held-out prompts of
+  `heldout_prompts.jsonl`, 128 tokens each: mean acceptance length **{acceptance.mean_length:.2f}**
+  (the target's own token included); acceptance at positions 1 to {acceptance.draft_tokens}, given the ones before:
+  {positions}.
+
+| held-out file | mean acceptance length |
+|---|---|
+{files}
+"""
