@@ -1,0 +1,274 @@
+"""`gemma-mtp generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gemma_mtp.cli import render
+from gemma_mtp.cli.progress import progress
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.pair import DEFAULT_DRAFT_TOKENS, Pair, load_pair
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
+
+INPUT, MODELS, DRAFTING, SAMPLING, OUTPUT = "Prompt", "Models", "Drafting", "Sampling and stopping", "Output"
+
+
+def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to generate with which pair: everything but how to print it."""
+
+    pair: Pair
+    prompt: str | list[int]
+    params: SamplingParams
+    draft_tokens: int
+    verification: Verification
+
+    def once(self, draft_tokens: int | None = None, max_tokens: int | None = None) -> GenerationResult:
+        params = self.params
+        if max_tokens is not None:
+            params = SamplingParams(**{**vars(params), "max_tokens": min(max_tokens, params.max_tokens)})
+        k = self.draft_tokens if draft_tokens is None else draft_tokens
+        return self.pair.generate(self.prompt, params, draft_tokens=k, verification=self.verification)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to complete; without it, --file or standard input.")] = None,
+    file: Annotated[Path | None, _option("--file", "-f", help="Read the prompt from a file.", panel=INPUT)] = None,
+    token_ids: Annotated[
+        str | None, _option("--token-ids", help='Prompt as token ids, such as "2 5 7".', panel=INPUT)
+    ] = None,
+    chat: Annotated[
+        bool,
+        _option("--chat", help="Send the prompt as a user's message through the checkpoint's chat template, with the"
+                " checkpoint's own sampling defaults.", panel=INPUT),
+    ] = False,
+    system: Annotated[str | None, _option("--system", help="System message, with --chat.", panel=INPUT)] = None,
+    target: Annotated[
+        Path | None, _option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
+    ] = None,
+    drafter: Annotated[Path | None, _option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)] = None,
+    no_drafter: Annotated[bool, _option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
+    dtype: Annotated[
+        str,
+        _option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, bfloat16 on a GPU.",
+                panel=MODELS),
+    ] = "auto",
+    device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)] = "auto",
+    draft_tokens: Annotated[
+        int, _option("--draft-tokens", "-k", help="Drafts a round (K); 0 is plain decoding.", panel=DRAFTING)
+    ] = DEFAULT_DRAFT_TOKENS,
+    verification: Annotated[
+        str,
+        _option("--verification", help="exact: the very tokens of plain decoding; rejection, block: the same"
+                " distribution, more accepted at high temperature.", panel=DRAFTING),
+    ] = "exact",
+    max_tokens: Annotated[int, _option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
+    temperature: Annotated[
+        float | None, _option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
+    ] = None,
+    top_k: Annotated[int | None, _option("--top-k", help="Keep the k likeliest tokens; 0: all.", panel=SAMPLING)] = None,
+    top_p: Annotated[
+        float | None, _option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
+    ] = None,
+    min_p: Annotated[
+        float, _option("--min-p", help="Drop tokens below this share of the likeliest one's chance.", panel=SAMPLING)
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, _option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, _option("--presence-penalty", help="Taken off every token already in the output.", panel=SAMPLING)
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, _option("--frequency-penalty", help="Taken off once for each earlier occurrence.", panel=SAMPLING)
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        _option("--logit-bias", help="Add a bias to a token's logit; may be repeated.", metavar="ID:BIAS",
+                panel=SAMPLING),
+    ] = None,
+    seed: Annotated[int, _option("--seed", help="The same seed gives the same text.", panel=SAMPLING)] = 0,
+    stop: Annotated[list[str] | None, _option("--stop", help="Stop before this text; may be repeated.",
+                                              panel=SAMPLING)] = None,
+    stop_token_id: Annotated[
+        list[int] | None, _option("--stop-token-id", help="Stop after this token; may be repeated.", panel=SAMPLING)
+    ] = None,
+    ignore_eos: Annotated[
+        bool, _option("--ignore-eos", help="Go on after the checkpoint's end-of-sequence tokens.", panel=SAMPLING)
+    ] = False,
+    logprobs: Annotated[
+        int | None, _option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.",
+                            panel=OUTPUT)
+    ] = None,
+    compare: Annotated[
+        bool, _option("--compare", help="Run with and without the drafter, interleaved: speeds, ratio, and whether the"
+                      " outputs are identical.", panel=OUTPUT)
+    ] = False,
+    repeats: Annotated[int, _option("--repeats", help="Runs of each side with --compare.", panel=OUTPUT)] = 3,
+    show_drafts: Annotated[
+        bool, _option("--show-drafts", help="Colour accepted, corrected and bonus tokens.", panel=OUTPUT)
+    ] = False,
+    as_json: Annotated[bool, _option("--json", help="Print one JSON object.", panel=OUTPUT)] = False,
+    quiet: Annotated[bool, _option("--quiet", "-q", help="No summary on standard error.", panel=OUTPUT)] = False,
+) -> None:
+    """Complete a prompt. Without --target, with the bundled pair, which completes Python source."""
+    if repeats < 1:
+        raise SamplingError(f"--repeats is {repeats}, but must be 1 or more.")
+    given = _prompt(prompt, file, token_ids, chat)
+    if no_drafter and drafter is not None:
+        raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+    if compare and (no_drafter or (target is not None and drafter is None)):
+        raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
+    with progress("loading"):
+        pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter)
+    defaults = pair.generation
+    params = SamplingParams(
+        temperature=_first(temperature, defaults.temperature if chat else None, 0.0),
+        top_k=_first(top_k, defaults.top_k if chat else None, 0),
+        top_p=_first(top_p, defaults.top_p if chat else None, 1.0),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_logit_bias(logit_bias or []),
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    text = _chat_text(pair, given, system) if chat else given
+    run = Run(pair, text, params, draft_tokens, verification)  # type: ignore[arg-type]  # checked by the engine
+    if compare:
+        _compare(run, repeats, as_json, show_drafts)
+    elif as_json:
+        with progress("generating"):
+            print(json.dumps(render.to_json(run.once())))
+    elif show_drafts or pair.tokenizer is None:
+        _print_whole(run, show_drafts, quiet)
+    else:
+        _print_stream(run, quiet)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: bool) -> str | list[int]:
+    """The prompt from the one place it was given."""
+    given = [name for name, value in (("PROMPT", prompt), ("--file", file), ("--token-ids", token_ids)) if value is not None]
+    if len(given) > 1:
+        raise PromptError(f"the prompt was given twice ({' and '.join(given)}); give it once.")
+    if token_ids is not None:
+        if chat:
+            raise PromptError("--chat needs a text prompt, not --token-ids.")
+        return _parse_token_ids(token_ids)
+    if file is not None:
+        return _read(file)
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise PromptError("there is no prompt; give it as an argument, with --file, or on standard input.")
+    return sys.stdin.read()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"the prompt file {file} can not be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
+
+
+def _parse_token_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise PromptError(f"--token-ids is {text!r}, but must be whole numbers, such as \"2 5 7\".") from None
+
+
+def _logit_bias(entries: list[str]) -> dict[int, float]:
+    biases = {}
+    for entry in entries:
+        token_id, _, bias = entry.partition(":")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise SamplingError(f"--logit-bias is {entry!r}, but must be ID:BIAS, such as 42:-1.5 or 42:-inf.") from None
+    return biases
+
+
+def _chat_text(pair: Pair, prompt: str | list[int], system: str | None) -> str:
+    if pair.tokenizer is None:
+        raise TokenizerError("--chat needs a tokenizer with a chat template, and the target's directory has none.")
+    assert isinstance(prompt, str)
+    messages = [{"role": "system", "content": system}] if system else []
+    return pair.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+
+
+def _print_stream(run: Run, quiet: bool) -> None:
+    stream = run.pair.stream(run.prompt, run.params, draft_tokens=run.draft_tokens, verification=run.verification)
+    with progress("prefill"):
+        piece = next(stream, "")
+    print(piece, end="", flush=True)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    _print_summary(stream.result, quiet)
+
+
+def _print_whole(run: Run, show_drafts: bool, quiet: bool) -> None:
+    with progress("generating"):
+        result = run.once()
+    if show_drafts:
+        render.print_drafts(Console(), result, run.pair.tokenizer)
+    else:
+        print(" ".join(map(str, result.token_ids)))
+    _print_summary(result, quiet)
+
+
+def _print_summary(result: GenerationResult, quiet: bool) -> None:
+    if not quiet:
+        print(render.summary(result), file=sys.stderr)
+
+
+def _compare(run: Run, repeats: int, as_json: bool, show_drafts: bool) -> None:
+    """Both sides once to warm up, then in turn. Exits with 1 if `exact` verification changed the output."""
+    plain: list[GenerationResult] = []
+    drafted: list[GenerationResult] = []
+    with progress("comparing") as say:
+        for k in (0, None):
+            run.once(draft_tokens=k, max_tokens=16)
+        for i in range(repeats):
+            say(f"comparing: run {i + 1} of {repeats}")
+            plain.append(run.once(draft_tokens=0))
+            drafted.append(run.once())
+    compared = render.comparison(plain, drafted)
+    if as_json:
+        sides = {"plain": render.to_json(plain[-1]), "drafted": render.to_json(drafted[-1])}
+        print(json.dumps({**compared, **sides}))
+    else:
+        console = Console()
+        if show_drafts:
+            render.print_drafts(console, drafted[-1], run.pair.tokenizer)
+        else:
+            print(drafted[-1].text if drafted[-1].text is not None else " ".join(map(str, drafted[-1].token_ids)))
+        print()
+        render.print_comparison(console, plain, drafted)
+    if run.verification == "exact" and not compared["identical"]:
+        raise typer.Exit(1)

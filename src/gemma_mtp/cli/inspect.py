@@ -1,0 +1,61 @@
+"""`gemma-mtp inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gemma_mtp.checkpoint import read_drafter_config, read_target_config
+from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
+from gemma_mtp.pairing import pair_verdict
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
+    drafter: Annotated[Path | None, typer.Argument(help="A drafter's directory, to check that the pair fits.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print a checkpoint's geometry, parameters, bytes and KV bytes per token, and whether a pair fits.
+
+    Reads configurations and file headers only, never the weights. Exits with 1 if the pair does not fit.
+    """
+    reports = [inspect_checkpoint(path) for path in (directory, drafter) if path is not None]
+    verdict = None
+    if drafter is not None:
+        verdict = pair_verdict(read_target_config(directory), read_drafter_config(drafter))
+    if as_json:
+        content = {"checkpoints": [report.to_dict() for report in reports]}
+        pair = {} if drafter is None else {"pair": {"fits": verdict is None, "reason": verdict}}
+        print(json.dumps({**content, **pair}))
+    else:
+        console = Console()
+        for path, report in zip((directory, drafter), reports, strict=False):
+            console.print(_table(str(path), report))
+        if drafter is not None:
+            console.print("pair: fits" if verdict is None else f"pair: does not fit; {verdict}", highlight=False)
+    if verdict is not None:
+        raise typer.Exit(1)
+
+
+def _table(title: str, report: CheckpointReport) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for name, value in report.to_dict().items():
+        table.add_row(name.replace("_", " "), _shown(value))
+    return table
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_shown(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_shown(part) for part in value)
+    return str(value)

@@ -1,0 +1,142 @@
+"""How results are printed: statistics, comparisons, coloured drafts, JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.tokenizer import Tokenizer
+
+TokenKind = Literal["first", "accepted", "corrected", "bonus"]
+#: style, and the marks that stand in for it where there are no colours
+KINDS: dict[TokenKind, tuple[str, str, str]] = {
+    "first": ("dim", "", ""),
+    "accepted": ("green", "", ""),
+    "corrected": ("bold red", "[", "]"),
+    "bonus": ("bold cyan", "{", "}"),
+}
+EXPLANATIONS: dict[TokenKind, str] = {
+    "first": "from the prefill",
+    "accepted": "drafted, and what the target would have said",
+    "corrected": "the target's own token where it refused a draft, or where none was made",
+    "bonus": "the target's own token after a fully accepted draft",
+}
+
+
+def token_kinds(result: GenerationResult) -> Iterator[TokenKind]:
+    """How each output token came about, in order."""
+    for i, round_ in enumerate(result.rounds):
+        yield from ["accepted"] * min(round_.accepted, round_.committed)
+        if round_.committed > round_.accepted:
+            full = round_.drafted > 0 and round_.accepted == round_.drafted
+            yield "first" if i == 0 else "bonus" if full else "corrected"
+
+
+def token_texts(result: GenerationResult, tokenizer: Tokenizer | None) -> list[str]:
+    """The text each token adds; a character split over tokens comes with its last one."""
+    if tokenizer is None:
+        return [f"{token_id} " for token_id in result.token_ids]
+    decoder = tokenizer.stream()
+    texts = [decoder.push([token_id]) for token_id in result.token_ids]
+    return [*texts[:-1], texts[-1] + decoder.flush()] if texts else []
+
+
+def print_drafts(console: Console, result: GenerationResult, tokenizer: Tokenizer | None) -> None:
+    """The output with every token coloured by its kind, and a legend with counts."""
+    coloured = console.color_system is not None
+    kinds = list(token_kinds(result))
+    text = Text()
+    for kind, piece in zip(kinds, token_texts(result, tokenizer), strict=True):
+        style, before, after = KINDS[kind]
+        text.append(piece if coloured else f"{before}{piece}{after}", style=style)
+    console.print(text, highlight=False)
+    console.print()
+    for kind, explanation in EXPLANATIONS.items():
+        style, before, after = KINDS[kind]
+        name = kind if coloured else f"{before}{kind}{after}"
+        console.print(Text.assemble((f"{name:>11}", style), f" {kinds.count(kind):5d}  {explanation}"))
+
+
+def summary(result: GenerationResult) -> str:
+    """One line: tokens, time, speed, and what drafting did."""
+    tokens, rounds = len(result.token_ids), len(result.decode_rounds)
+    line = (
+        f"{tokens} tokens, prefill {result.prefill_seconds:.2f} s, decode {result.decode_seconds:.2f} s"
+        f" ({result.tokens_per_second:.1f} tokens/s)"
+    )
+    if not result.drafted:
+        return f"{line}, no drafts"
+    share = result.accepted / result.drafted
+    return (
+        f"{line}, {rounds} rounds of {result.draft_tokens} drafts, {share:.0%} accepted,"
+        f" mean acceptance length {result.mean_acceptance_length:.2f}"
+    )
+
+
+def to_json(result: GenerationResult) -> dict[str, Any]:
+    """The object `--json` prints."""
+    content: dict[str, Any] = {
+        "prompt_token_ids": result.prompt_token_ids,
+        "token_ids": result.token_ids,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "draft_tokens": result.draft_tokens,
+        "verification": result.verification,
+        "rounds": len(result.decode_rounds),
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "accepted_by_position": result.accepted_by_position,
+        "mean_acceptance_length": result.mean_acceptance_length,
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    if result.logprobs is not None:
+        content["logprobs"] = [
+            {"token_id": entry.token_id, "logprob": entry.logprob, "top": [list(pair) for pair in entry.top]}
+            for entry in result.logprobs
+        ]
+    return content
+
+
+def speed(results: Sequence[GenerationResult]) -> float:
+    """Median decode speed, tokens/s."""
+    return statistics.median(result.tokens_per_second for result in results)
+
+
+def comparison(plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]) -> dict[str, Any]:
+    """Both speeds, their ratio, and whether every run gave the same tokens."""
+    outputs = [result.token_ids for result in (*plain, *drafted)]
+    slow, fast = speed(plain), speed(drafted)
+    return {
+        "plain_tokens_per_second": slow,
+        "drafted_tokens_per_second": fast,
+        "ratio": fast / slow if slow else 0.0,
+        "identical": all(output == outputs[0] for output in outputs),
+    }
+
+
+def print_comparison(
+    console: Console, plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]
+) -> None:
+    """A table of both sides, the ratio, and the verdict."""
+    compared = comparison(plain, drafted)
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("", "left"), ("tokens/s", "right"), ("tokens a round", "right"), ("rounds", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, results in (("without drafter", plain), ("with drafter", drafted)):
+        first = results[0]
+        length = f"{first.mean_acceptance_length:.2f}"
+        table.add_row(name, f"{speed(results):.1f}", length, str(len(first.decode_rounds)))
+    console.print(table)
+    console.print(
+        f"ratio {compared['ratio']:.2f}x (decode, median of {len(plain)}, interleaved, K = {drafted[0].draft_tokens},"
+        f" {drafted[0].verification} verification); identical output: {'yes' if compared['identical'] else 'NO'}",
+        highlight=False,
+    )
