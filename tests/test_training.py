@@ -133,7 +133,9 @@ def test_a_row_depends_on_nothing_after_it(target: Target, drafter: Drafter, tok
     assert torch.equal(first, second)
 
 
-def test_chunked_attention_is_the_reference(target: Target, drafter: Drafter, rows: TargetRows, tokens_BT: Tensor) -> None:
+def test_chunked_attention_is_the_reference(
+    target: Target, drafter: Drafter, rows: TargetRows, tokens_BT: Tensor
+) -> None:
     reference = target.forward_sequence(tokens_BT)
     torch.testing.assert_close(rows.hidden_BTD, reference.hidden_BTD, **CLOSE)
     for kind, kv in reference.donor_kv.items():

@@ -47,6 +47,7 @@ class TrainingRecord:
     target_seconds: float
     corpus_tokens: int
     held_out_tokens: int
+    held_out_bytes: int
     held_out_nats_per_token: float
     held_out_bits_per_byte: float
     drafter_parameters: int
@@ -110,14 +111,15 @@ arithmetic with fp32 master weights, learning rate up, flat, then linearly to ze
 Drafter: the target is frozen. Row t pairs the target's hidden state after token t with the embedding of token t + 1,
 sees the target's keys and values up to row t only (within the sliding window counted from position t + 1), and is
 unrolled five steps at that one position, fed its own projected state. Half of each batch is corpus, half is text the
-target wrote itself ({record.written_tokens:,} tokens, two thirds of it greedy, the rest at temperature 0.7). The loss is the
-cross-entropy to the target's distribution mixed equally with its argmax, on the rows whose earlier drafts were right.
+target continued itself ({record.written_tokens:,} tokens, two thirds greedy, the rest at temperature 0.7). The loss is
+the cross-entropy to the target's distribution mixed equally with its argmax, where the earlier drafts were right.
 
 {settings}
 
 ## Measured
 
-- Target, held-out files: {record.held_out_nats_per_token:.3f} nats per token, {record.held_out_bits_per_byte:.3f} bits per byte.
+- Target, held-out files: {record.held_out_nats_per_token:.3f} nats per token,
+  {record.held_out_bits_per_byte:.3f} bits per byte.
 - Drafter, greedy, {acceptance.draft_tokens} drafts a round, {acceptance.rounds} rounds on the held-out prompts of
   `heldout_prompts.jsonl`, 128 tokens each: mean acceptance length **{acceptance.mean_length:.2f}**
   (the target's own token included); acceptance at positions 1 to {acceptance.draft_tokens}, given the ones before:

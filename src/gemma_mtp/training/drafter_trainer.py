@@ -107,7 +107,8 @@ def train_drafter(
     optimiser = Optimiser(drafter, masters, recipe.matrix_lr, recipe.embedding_lr)
     length, half = corpus.shape[1], recipe.batch_size // 2
     step_of = DraftStep(target.requires_grad_(False), drafter, length, recipe.steps, recipe.compile)
-    orders = (data.BatchOrder(corpus, recipe.batch_size - half, recipe.seed), data.BatchOrder(written, half, recipe.seed))
+    sources = ((corpus, recipe.batch_size - half), (written, half))
+    orders = [data.BatchOrder(rows_NT, count, recipe.seed) for rows_NT, count in sources]
     budget, start = recipe.minutes * 60, time.monotonic()
     step, last_checkpoint = 0, start
     counts = torch.zeros(2, recipe.steps)
@@ -134,8 +135,9 @@ def train_drafter(
             if step % 20 == 0:
                 file.flush()
                 shares = " ".join(f"{a:.2f}" for a in seen.by_position)
+                left = max(0.0, budget - seconds) / 60
                 print(f"drafter step {step} loss {value:.3f} norm {norm:.2f} lr {share:.2f} accepts {shares}"
-                      f" {tokens / seconds:.0f} tok/s, {max(0.0, budget - seconds) / 60:.1f} min left", flush=True)  # fmt: skip
+                      f" {tokens / seconds:.0f} tok/s, {left:.1f} min left", flush=True)  # fmt: skip
             if time.monotonic() - last_checkpoint > recipe.checkpoint_minutes * 60:
                 last_checkpoint = time.monotonic()
                 save_masters(masters, checkpoint)

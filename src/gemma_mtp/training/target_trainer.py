@@ -122,8 +122,9 @@ def train_target(
                           f"{tokens / seconds:.0f}"])  # fmt: skip
             if step % 20 == 0:
                 file.flush()
+                left = max(0.0, budget - seconds) / 60
                 print(f"target step {step} loss {smooth:.3f} norm {norm:.2f} lr {share:.2f} {tokens / 1e6:.2f}M tokens"
-                      f" {tokens / seconds:.0f} tok/s, {max(0.0, budget - seconds) / 60:.1f} min left", flush=True)  # fmt: skip
+                      f" {tokens / seconds:.0f} tok/s, {left:.1f} min left", flush=True)  # fmt: skip
             if time.monotonic() - last_checkpoint > recipe.checkpoint_minutes * 60:
                 last_checkpoint = time.monotonic()
                 save_masters(masters, checkpoint)
