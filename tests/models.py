@@ -1,4 +1,4 @@
-"""Small random models of our own, for tests that need no transformers, and a slow decoder to hold the fast one against."""
+"""Small random models of our own, for tests that need no transformers, and a slow decoder for the fast one."""
 
 from __future__ import annotations
 

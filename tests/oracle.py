@@ -90,7 +90,9 @@ def build_drafter(family: str, centroids: bool = False, seed: int = 1) -> PreTra
         for name in ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block"):
             settings.pop(name)
         text = Gemma4UnifiedTextConfig(**settings)
-        drafter: PreTrainedModel = Gemma4UnifiedAssistantForCausalLM(Gemma4UnifiedAssistantConfig(text_config=text, **rest))
+        drafter: PreTrainedModel = Gemma4UnifiedAssistantForCausalLM(
+            Gemma4UnifiedAssistantConfig(text_config=text, **rest)
+        )
     else:
         drafter = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(text_config=Gemma4TextConfig(**settings), **rest))
     randomise(drafter, seed)

@@ -112,9 +112,10 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
 def test_greedy_is_the_same_under_every_verification(verification) -> None:
     target, drafter = PAIRS["agreeing"]
     params = SamplingParams(max_tokens=60)
-    assert play(target, drafter, [9, 8, 7], params, 4, verification).tokens == play(
-        target, None, [9, 8, 7], params, 0
-    ).tokens
+    assert (
+        play(target, drafter, [9, 8, 7], params, 4, verification).tokens
+        == play(target, None, [9, 8, 7], params, 0).tokens
+    )
 
 
 @pytest.mark.parametrize("verification", ["rejection", "block"])

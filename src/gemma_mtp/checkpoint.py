@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +172,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; give a directory in the Hugging Face layout.") from None
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; give a directory in the Hugging Face layout."
+        ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
@@ -186,7 +187,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, then rename it into place."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
@@ -304,7 +305,7 @@ def _save(named: Mapping[str, Tensor], config: dict[str, Any], directory: str | 
     partial = path / f".{SINGLE_FILE}.partial"
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, path / SINGLE_FILE)
+        partial.replace(path / SINGLE_FILE)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path / SINGLE_FILE} can not be written: {error}.") from None

@@ -154,7 +154,9 @@ def parse_target_config(raw: dict[str, Any]) -> TargetConfig:
         )
     key = TARGET_MODEL_TYPES[model_type]
     if key is not None and not isinstance(raw.get(key), dict):
-        raise ConfigError(f"config.json of model_type {model_type!r} has no {key!r} object; restore it from the source.")
+        raise ConfigError(
+            f"config.json of model_type {model_type!r} has no {key!r} object; restore it from the source."
+        )
     return TargetConfig(text=_parse_text_config(raw if key is None else raw[key], raw), model_type=model_type)
 
 
@@ -311,10 +313,11 @@ def _full_layer_overrides(raw: dict[str, Any], layer_types: tuple[LayerType, ...
     per_layer = raw.get("per_layer_config")
     if not isinstance(per_layer, dict):
         return {}
-    entries = [per_layer.get(str(i), per_layer.get(i, {})) for i, kind in enumerate(layer_types) if kind == FULL]
-    if any(entry != entries[0] for entry in entries):
+    entries = [per_layer.get(str(i), {}) for i, kind in enumerate(layer_types) if kind == FULL]
+    first: Any = entries[0] if entries else {}
+    if not isinstance(first, dict) or any(entry != first for entry in entries):
         raise ConfigError("config.json has a per_layer_config that differs between full-attention layers.")
-    return entries[0] if entries else {}
+    return first
 
 
 def _parse_rope(raw: Any, default: RopeConfig) -> RopeConfig:
@@ -326,7 +329,7 @@ def _parse_rope(raw: Any, default: RopeConfig) -> RopeConfig:
     if kind not in ("default", "proportional"):
         raise ConfigError(f"config.json has rope_type {kind!r}; Gemma 4 uses 'default' or 'proportional'.")
     factor = _get(raw, "partial_rotary_factor", float, 1.0)
-    return RopeConfig(_get(raw, "rope_theta", float, default.rope_theta), kind, factor)  # type: ignore[arg-type]
+    return RopeConfig(_get(raw, "rope_theta", float, default.rope_theta), kind, factor)
 
 
 def _parse_eos(raw: Any) -> tuple[int, ...]:
@@ -387,7 +390,9 @@ def _check_drafter_config(c: DrafterConfig) -> None:
     if c.text.hidden_size_per_layer_input or c.text.enable_moe_block or c.text.use_double_wide_mlp:
         raise ConfigError("the drafter must have no per-layer embeddings, experts or double-wide MLP.")
     if c.backbone_hidden_size < 1:
-        raise ConfigError(f"config.json has backbone_hidden_size = {c.backbone_hidden_size}; expected a positive number.")
+        raise ConfigError(
+            f"config.json has backbone_hidden_size = {c.backbone_hidden_size}; expected a positive number."
+        )
     if c.use_ordered_embeddings:
         if c.num_centroids < 1 or c.text.vocab_size % c.num_centroids:
             raise ConfigError(f"config.json has num_centroids = {c.num_centroids}, which does not divide vocab_size ="

@@ -21,6 +21,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def run() -> None:
+    """Entry point of the `gemma-mtp` script and of `python -m gemma_mtp`."""
+    sys.exit(main())
+
+
 app.command()(generate)
 app.command()(inspect)
 

@@ -45,15 +45,21 @@ class Run:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Text to complete; without it, --file or standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to complete; without it, --file or standard input.")
+    ] = None,
     file: Annotated[Path | None, _option("--file", "-f", help="Read the prompt from a file.", panel=INPUT)] = None,
     token_ids: Annotated[
         str | None, _option("--token-ids", help='Prompt as token ids, such as "2 5 7".', panel=INPUT)
     ] = None,
     chat: Annotated[
         bool,
-        _option("--chat", help="Send the prompt as a user's message through the checkpoint's chat template, with the"
-                " checkpoint's own sampling defaults.", panel=INPUT),
+        _option(
+            "--chat",
+            help="Send the prompt as a user's message through the checkpoint's chat template, with the"
+            " checkpoint's own sampling defaults.",
+            panel=INPUT,
+        ),
     ] = False,
     system: Annotated[str | None, _option("--system", help="System message, with --chat.", panel=INPUT)] = None,
     target: Annotated[
@@ -63,8 +69,11 @@ def generate(
     no_drafter: Annotated[bool, _option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
     dtype: Annotated[
         str,
-        _option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, bfloat16 on a GPU.",
-                panel=MODELS),
+        _option(
+            "--dtype",
+            help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, bfloat16 on a GPU.",
+            panel=MODELS,
+        ),
     ] = "auto",
     device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)] = "auto",
     draft_tokens: Annotated[
@@ -72,14 +81,20 @@ def generate(
     ] = DEFAULT_DRAFT_TOKENS,
     verification: Annotated[
         str,
-        _option("--verification", help="exact: the very tokens of plain decoding; rejection, block: the same"
-                " distribution, more accepted at high temperature.", panel=DRAFTING),
+        _option(
+            "--verification",
+            help="exact: the very tokens of plain decoding; rejection, block: the same"
+            " distribution, more accepted at high temperature.",
+            panel=DRAFTING,
+        ),
     ] = "exact",
     max_tokens: Annotated[int, _option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
     temperature: Annotated[
         float | None, _option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
     ] = None,
-    top_k: Annotated[int | None, _option("--top-k", help="Keep the k likeliest tokens; 0: all.", panel=SAMPLING)] = None,
+    top_k: Annotated[
+        int | None, _option("--top-k", help="Keep the k likeliest tokens; 0: all.", panel=SAMPLING)
+    ] = None,
     top_p: Annotated[
         float | None, _option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
     ] = None,
@@ -97,12 +112,14 @@ def generate(
     ] = 0.0,
     logit_bias: Annotated[
         list[str] | None,
-        _option("--logit-bias", help="Add a bias to a token's logit; may be repeated.", metavar="ID:BIAS",
-                panel=SAMPLING),
+        _option(
+            "--logit-bias", help="Add a bias to a token's logit; may be repeated.", metavar="ID:BIAS", panel=SAMPLING
+        ),
     ] = None,
     seed: Annotated[int, _option("--seed", help="The same seed gives the same text.", panel=SAMPLING)] = 0,
-    stop: Annotated[list[str] | None, _option("--stop", help="Stop before this text; may be repeated.",
-                                              panel=SAMPLING)] = None,
+    stop: Annotated[
+        list[str] | None, _option("--stop", help="Stop before this text; may be repeated.", panel=SAMPLING)
+    ] = None,
     stop_token_id: Annotated[
         list[int] | None, _option("--stop-token-id", help="Stop after this token; may be repeated.", panel=SAMPLING)
     ] = None,
@@ -110,12 +127,16 @@ def generate(
         bool, _option("--ignore-eos", help="Go on after the checkpoint's end-of-sequence tokens.", panel=SAMPLING)
     ] = False,
     logprobs: Annotated[
-        int | None, _option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.",
-                            panel=OUTPUT)
+        int | None,
+        _option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.", panel=OUTPUT),
     ] = None,
     compare: Annotated[
-        bool, _option("--compare", help="Run with and without the drafter, interleaved: speeds, ratio, and whether the"
-                      " outputs are identical.", panel=OUTPUT)
+        bool,
+        _option(
+            "--compare",
+            help="Run with and without the drafter, interleaved: speeds, ratio, and whether the outputs are identical.",
+            panel=OUTPUT,
+        ),
     ] = False,
     repeats: Annotated[int, _option("--repeats", help="Runs of each side with --compare.", panel=OUTPUT)] = 3,
     show_drafts: Annotated[
@@ -170,7 +191,9 @@ def _first(*values: Any) -> Any:
 
 def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: bool) -> str | list[int]:
     """The prompt from the one place it was given."""
-    given = [name for name, value in (("PROMPT", prompt), ("--file", file), ("--token-ids", token_ids)) if value is not None]
+    given = [
+        name for name, value in (("PROMPT", prompt), ("--file", file), ("--token-ids", token_ids)) if value is not None
+    ]
     if len(given) > 1:
         raise PromptError(f"the prompt was given twice ({' and '.join(given)}); give it once.")
     if token_ids is not None:
@@ -199,7 +222,7 @@ def _parse_token_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise PromptError(f"--token-ids is {text!r}, but must be whole numbers, such as \"2 5 7\".") from None
+        raise PromptError(f'--token-ids is {text!r}, but must be whole numbers, such as "2 5 7".') from None
 
 
 def _logit_bias(entries: list[str]) -> dict[int, float]:
@@ -209,7 +232,9 @@ def _logit_bias(entries: list[str]) -> dict[int, float]:
         try:
             biases[int(token_id)] = float(bias)
         except ValueError:
-            raise SamplingError(f"--logit-bias is {entry!r}, but must be ID:BIAS, such as 42:-1.5 or 42:-inf.") from None
+            raise SamplingError(
+                f"--logit-bias is {entry!r}, but must be ID:BIAS, such as 42:-1.5 or 42:-inf."
+            ) from None
     return biases
 
 

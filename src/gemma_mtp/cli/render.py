@@ -32,7 +32,8 @@ EXPLANATIONS: dict[TokenKind, str] = {
 def token_kinds(result: GenerationResult) -> Iterator[TokenKind]:
     """How each output token came about, in order."""
     for i, round_ in enumerate(result.rounds):
-        yield from ["accepted"] * min(round_.accepted, round_.committed)
+        for _ in range(min(round_.accepted, round_.committed)):
+            yield "accepted"
         if round_.committed > round_.accepted:
             full = round_.drafted > 0 and round_.accepted == round_.drafted
             yield "first" if i == 0 else "bonus" if full else "corrected"
@@ -122,9 +123,7 @@ def comparison(plain: Sequence[GenerationResult], drafted: Sequence[GenerationRe
     }
 
 
-def print_comparison(
-    console: Console, plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]
-) -> None:
+def print_comparison(console: Console, plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]) -> None:
     """A table of both sides, the ratio, and the verdict."""
     compared = comparison(plain, drafted)
     table = Table(box=None, pad_edge=False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_mtp.decoding.noise import STREAM_ACCEPT, STREAM_RESIDUAL, gumbel, round_counters, uniform

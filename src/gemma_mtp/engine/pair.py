@@ -111,12 +111,16 @@ class Pair:
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop and self.tokenizer is None:
-            raise TokenizerError("stop strings need a tokenizer, and the target's directory has none; use stop token ids.")
+            raise TokenizerError(
+                "stop strings need a tokenizer, and the target's directory has none; use stop token ids."
+            )
         vocab_size = self.target.config.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
                 if token_id >= vocab_size:
-                    raise SamplingError(f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}.")
+                    raise SamplingError(
+                        f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}."
+                    )
 
 
 class TextStream(Iterator[str]):
@@ -132,9 +136,7 @@ class TextStream(Iterator[str]):
         return next(self._pieces)
 
 
-def _decode(
-    pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification
-) -> Iterator[str]:
+def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification) -> Iterator[str]:
     """Prefill, then rounds until a stop condition holds. Times exclude what the reader does between pieces."""
     prompt = result.prompt_token_ids
     limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))

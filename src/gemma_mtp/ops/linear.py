@@ -7,7 +7,7 @@ verification as dear as decoding. oneDNN's prepacked weights do not, and give a 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T rows of this call, S cached rows, D hidden, H query h
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

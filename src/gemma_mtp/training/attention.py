@@ -84,7 +84,7 @@ def chunked_attention(q_BTHd: Tensor, k_BTGd: Tensor, v_BTGd: Tensor, chunk: int
     return out.view(B, C, G, H // G, chunk, d).permute(0, 1, 4, 2, 3, 5).reshape(B, T, H * d)
 
 
-def _with_previous(x_BTGd: Tensor, chunk: int, S: int) -> Tensor:  # noqa: N803
+def _with_previous(x_BTGd: Tensor, chunk: int, S: int) -> Tensor:
     """[B, C, G, S, d]: each chunk's keys, after those of the chunk before it where S asks for them."""
     B, T, G, d = x_BTGd.shape
     x = x_BTGd.view(B, T // chunk, chunk, G, d).transpose(2, 3)

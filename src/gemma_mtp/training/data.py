@@ -119,9 +119,10 @@ def wheel_documents(source: Source, wheel: Path) -> Iterator[Document]:
     """Every usable Python file of a wheel, in name order."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
-            if name.endswith(".py") and not _excluded(tuple(name.split("/"))):
-                if (text := usable_text(archive.read(name))) is not None:
-                    yield Document(f"{source.name}/{name}", text)
+            if not name.endswith(".py") or _excluded(tuple(name.split("/"))):
+                continue
+            if (text := usable_text(archive.read(name))) is not None:
+                yield Document(f"{source.name}/{name}", text)
 
 
 def _excluded(parts: tuple[str, ...]) -> bool:
@@ -238,9 +239,10 @@ def held_out_prompts(documents: Sequence[Document], tokenizer: Tokenizer, count:
     prompts: list[dict[str, str]] = []
     for depth in range(max(map(len, by_source.values()), default=0)):
         for group in by_source.values():
-            if len(prompts) < count and depth < len(group):
-                if (text := beginning(group[depth].text, tokenizer)) is not None:
-                    prompts.append({"text": text, "source": group[depth].name})
+            if len(prompts) == count or depth >= len(group):
+                continue
+            if (text := beginning(group[depth].text, tokenizer)) is not None:
+                prompts.append({"text": text, "source": group[depth].name})
     return prompts
 
 

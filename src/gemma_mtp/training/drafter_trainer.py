@@ -119,7 +119,7 @@ def train_drafter(
         while (elapsed := time.monotonic() - start) < budget:
             share = trapezoid(elapsed / budget)
             result = step_of(torch.cat([order.batch(step) for order in orders]))
-            result.loss.backward()  # type: ignore[no-untyped-call]
+            result.loss.backward()
             norm = masters.gather_gradients()
             value = result.loss.item()
             if not math.isfinite(value):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
@@ -55,7 +55,7 @@ def unroll(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType, Rope], s
         yield state
 
 
-def shifted(x_BTX: Tensor, by: int) -> Tensor:  # noqa: N803
+def shifted(x_BTX: Tensor, by: int) -> Tensor:
     """Row t takes row t + `by`; zeros at the end."""
     return F.pad(x_BTX[:, by:], (0, 0, 0, by))
 

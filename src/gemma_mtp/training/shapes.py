@@ -54,9 +54,7 @@ def initialise(model: Target | Drafter, seed: int) -> None:
     branch = (2 * len(model.layers)) ** -0.5
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, Linear):
-                module.weight.normal_(0.0, module.weight.shape[1] ** -0.5, generator=generator)
-            elif isinstance(module, nn.Embedding):
+            if isinstance(module, Linear | nn.Embedding):
                 module.weight.normal_(0.0, module.weight.shape[1] ** -0.5, generator=generator)
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -93,11 +93,13 @@ def train_target(
     masters.working = dict(target.named_parameters())
     optimiser = Optimiser(target, masters, recipe.matrix_lr, recipe.embedding_lr)
     checkpoint = directory / "target-masters.safetensors"
-    if resume and checkpoint.exists():
+    resumed = resume and checkpoint.exists()
+    if resumed:
         masters.load(load_file(checkpoint))
     loss_of = RowLoss(target, recipe.row_length)
     training_loss = compiled(loss_of) if recipe.compile else loss_of
-    batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed)
+    # what is resumed has seen the beginning of its order: it goes on in another one
+    batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed + resumed)
     budget, start = recipe.minutes * 60, time.monotonic()
     step, last_checkpoint, smooth = 0, start, 0.0
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def train_target(
         while (elapsed := time.monotonic() - start) < budget:
             share = trapezoid(elapsed / budget)
             loss = training_loss(batches.batch(step))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = masters.gather_gradients()
             value = loss.item()
             if not math.isfinite(value):

@@ -1,0 +1,46 @@
+# Every target does the set-up it needs: a virtual environment in .venv and the package in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SET_UP := pyproject.toml constraints.txt
+
+.PHONY: demo test slow check format pair bench clean
+
+demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
+	$(BIN)/gemma-mtp generate --file examples/prompt.py --max-tokens 160 --compare --show-drafts
+
+test: $(VENV)/.dev         ## the default tests
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.dev         ## the tests that take more than a minute each
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.dev        ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pair: $(VENV)/.core        ## train the bundled pair from scratch (about two hours on two cores; see docs/training.md)
+	$(BIN)/python tools/make_pair.py
+
+bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(SET_UP) | $(VENV)/bin/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(SET_UP) | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.core $@

@@ -1,0 +1,139 @@
+"""What a checkpoint holds and what decoding with it takes, from its configuration and file headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_mtp.checkpoint import TensorHeader, check_headers, read_config, read_headers, text_headers
+from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+
+#: bytes of one cached element: bf16 and fp16, the dtypes a GPU decodes in
+HALF_BYTES = 2
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of one sequence's KV cache, with elements of `element_bytes` (2: bf16; double it for float32).
+
+    `per_token` counts the full layers, which grow with the context. The sliding layers' share grows only until the
+    window is full.
+    """
+
+    element_bytes: int
+    per_token: int
+    sliding_per_token_until_window: int
+    at_max_context: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint's geometry and sizes. Bytes are the files' own; parameters count the text model only."""
+
+    kind: str
+    model_type: str
+    geometry: dict[str, Any]
+    parameters: int
+    stored_dtypes: dict[str, int]
+    weight_bytes: int
+    skipped_tensors: int
+    skipped_bytes: int
+    kv_bytes: KVBytes | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a drafter has no KV of its own."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def inspect_checkpoint(directory: str | Path) -> CheckpointReport:
+    """Read a target's or drafter's directory, without its weights, and hold every tensor against the configuration.
+
+    Raises CheckpointError or ConfigError where it could not be loaded.
+    """
+    config = read_config(directory)
+    stored = read_headers(directory)
+    headers = text_headers(stored)
+    with torch.device("meta"):
+        model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
+    views = model.checkpoint_tensors()
+    check_headers(views, headers)
+    used = {name: headers[name] for name in views}
+    skipped = len(stored) - len(used)
+    return CheckpointReport(
+        kind="target" if isinstance(config, TargetConfig) else "drafter",
+        model_type=config.model_type,
+        geometry=geometry(config),
+        parameters=sum(header.numel for name, header in used.items() if views[name].is_floating_point()),
+        stored_dtypes=dict(Counter(header.dtype for header in used.values())),
+        weight_bytes=_nbytes(used),
+        skipped_tensors=skipped,
+        skipped_bytes=_nbytes(stored) - _nbytes(used),
+        kv_bytes=kv_bytes(config.text) if isinstance(config, TargetConfig) else None,
+    )
+
+
+def kv_bytes(config: TextConfig, element_bytes: int = HALF_BYTES) -> KVBytes:
+    """Bytes of a target's KV cache for one sequence: keys and values of the layers that have their own."""
+    per_row = {True: 0, False: 0}
+    for layer in range(config.first_kv_shared_layer):
+        row = 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
+        per_row[config.is_sliding(layer)] += row
+    sliding, full = per_row[True], per_row[False]
+    return KVBytes(
+        element_bytes=element_bytes,
+        per_token=full,
+        sliding_per_token_until_window=sliding,
+        at_max_context=sliding * min(config.sliding_window, config.max_position_embeddings)
+        + full * config.max_position_embeddings,
+    )
+
+
+def geometry(config: TargetConfig | DrafterConfig) -> dict[str, Any]:
+    """The sizes that tell one model from another, by Hugging Face's names."""
+    text = config.text
+    shown: dict[str, Any] = {
+        "layers": f"{text.num_hidden_layers} ({_pattern(text)})",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "attention_heads": text.num_attention_heads,
+        "kv_heads_sliding_full": [text.num_key_value_heads, text.num_global_key_value_heads],
+        "head_dim_sliding_full": [text.head_dim, text.global_head_dim],
+        "sliding_window": text.sliding_window,
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+    if isinstance(config, DrafterConfig):
+        shown["backbone_hidden_size"] = config.backbone_hidden_size
+        if config.use_ordered_embeddings:
+            shown["centroids"] = config.num_centroids
+        return shown
+    shown["donor_layers"] = {kind.removesuffix("_attention"): i for kind, i in text.donor_layers.items()}
+    optional = {
+        "kv_shared_layers": text.num_kv_shared_layers,
+        "double_wide_mlp": text.use_double_wide_mlp,
+        "k_eq_v": text.attention_k_eq_v,
+        "per_layer_embedding_size": text.hidden_size_per_layer_input,
+        "experts": text.num_experts if text.enable_moe_block else 0,
+        "logit_softcap": text.final_logit_softcapping,
+    }
+    return {**shown, **{name: value for name, value in optional.items() if value}}
+
+
+def _pattern(text: TextConfig) -> str:
+    """The layer types in short: "4S+F x 7" where they repeat, else letter by letter."""
+    letters = "".join("F" if kind == FULL else "S" for kind in text.layer_types)
+    sliding = letters.find("F")
+    unit = letters[: sliding + 1]
+    if sliding > 0 and letters == unit * (len(letters) // len(unit)):
+        return f"{sliding}S+F x {len(letters) // len(unit)}"
+    return letters
+
+
+def _nbytes(headers: dict[str, TensorHeader]) -> int:
+    return sum(header.nbytes for header in headers.values())
