@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SET_UP := pyproject.toml constraints.txt
 
-.PHONY: demo test slow check format pair bench clean
+.PHONY: demo test slow check docs format pair bench clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
-	$(BIN)/gemma-mtp generate --file examples/prompt.py --max-tokens 160 --compare --show-drafts
+	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
 
 test: $(VENV)/.dev         ## the default tests
 	$(BIN)/python -m pytest -q
@@ -20,6 +20,9 @@ check: $(VENV)/.dev        ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.core        ## docs/cli.md from the commands' own help
+	$(BIN)/python tools/cli_docs.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

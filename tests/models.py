@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gemma_mtp.config import DrafterConfig, LayerType, TextConfig
+from gemma_mtp.checkpoint import save_drafter, save_target
+from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.tokenizer import Tokenizer
 
 VOCAB = 61
 S: LayerType = "sliding_attention"
@@ -125,3 +130,20 @@ def play(
 def last_row_logits(target: Target, tokens: list[int]) -> Tensor:
     with torch.inference_mode():
         return target.logits(target.forward_sequence(torch.tensor([tokens])).hidden_BTD[0, -1])
+
+
+def letters(directory: Path) -> Tokenizer:
+    """A tokenizer of one letter a token: A, B, …, with ids as the tiny models have them."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {letter: i for i, letter in enumerate(sorted(alphabet)[32 : 32 + VOCAB])}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.save(str(directory / "tokenizer.json"))
+    return Tokenizer.from_dir(directory)
+
+
+def save_pair(root: Path, target: Target, drafter: Drafter) -> None:
+    """Write both as fp32 checkpoints, to root/target and root/drafter."""
+    save_target(target, TargetConfig(target.config), root / "target", torch.float32)
+    save_drafter(drafter, drafter.config, root / "drafter", torch.float32)

@@ -8,29 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, VOCAB, agreeing_pair, random_drafter, random_target
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from models import TINY, VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
 
-from gemma_mtp.checkpoint import GenerationDefaults, save_drafter, save_target
-from gemma_mtp.config import TargetConfig
+from gemma_mtp.checkpoint import GenerationDefaults, save_drafter
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError, PairError, PromptError, SamplingError, TokenizerError
-from gemma_mtp.tokenizer import Tokenizer
 
 PROMPT = [9, 8, 7]
-
-
-def letters(directory: Path) -> Tokenizer:
-    """A tokenizer of one letter a token: A, B, …, with ids as the tiny models have them."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocab = {letter: i for i, letter in enumerate(sorted(alphabet)[32 : 32 + VOCAB])}
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.save(str(directory / "tokenizer.json"))
-    return Tokenizer.from_dir(directory)
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +141,7 @@ def test_bad_parameters(raw_pair: Pair) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
-    target, drafter = agreeing_pair(3)
-    save_target(target, TargetConfig(target.config), root / "target", torch.float32)
-    save_drafter(drafter, drafter.config, root / "drafter", torch.float32)
+    save_pair(root, *agreeing_pair(3))
     return root
 
 

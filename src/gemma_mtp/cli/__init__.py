@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_mtp import __version__
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.errors import GemmaMtpError
@@ -32,9 +33,16 @@ app.command()(generate)
 app.command()(inspect)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is loaded and skipped.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version)] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
@@ -42,7 +50,7 @@ def common(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 130 (interrupted)."""
     try:
-        app(list(sys.argv[1:] if argv is None else argv))
+        app(list(sys.argv[1:] if argv is None else argv), prog_name="gemma-mtp")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except GemmaMtpError as error:

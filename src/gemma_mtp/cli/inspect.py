@@ -37,7 +37,8 @@ def inspect(
         for path, report in zip((directory, drafter), reports, strict=False):
             console.print(_table(str(path), report))
         if drafter is not None:
-            console.print("pair: fits" if verdict is None else f"pair: does not fit; {verdict}", highlight=False)
+            fit = "pair: fits" if verdict is None else f"pair: does not fit; {verdict}"
+            console.print(fit, highlight=False, soft_wrap=True)
     if verdict is not None:
         raise typer.Exit(1)
 

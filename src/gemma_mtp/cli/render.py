@@ -56,12 +56,13 @@ def print_drafts(console: Console, result: GenerationResult, tokenizer: Tokenize
     for kind, piece in zip(kinds, token_texts(result, tokenizer), strict=True):
         style, before, after = KINDS[kind]
         text.append(piece if coloured else f"{before}{piece}{after}", style=style)
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)
     console.print()
     for kind, explanation in EXPLANATIONS.items():
         style, before, after = KINDS[kind]
         name = kind if coloured else f"{before}{kind}{after}"
-        console.print(Text.assemble((f"{name:>11}", style), f" {kinds.count(kind):5d}  {explanation}"))
+        line = Text.assemble((f"{name:>11}", style), f" {kinds.count(kind):5d}  {explanation}")
+        console.print(line, soft_wrap=True)
 
 
 def summary(result: GenerationResult) -> str:
@@ -138,4 +139,5 @@ def print_comparison(console: Console, plain: Sequence[GenerationResult], drafte
         f"ratio {compared['ratio']:.2f}x (decode, median of {len(plain)}, interleaved, K = {drafted[0].draft_tokens},"
         f" {drafted[0].verification} verification); identical output: {'yes' if compared['identical'] else 'NO'}",
         highlight=False,
+        soft_wrap=True,
     )

@@ -168,6 +168,11 @@ def _check_decoding(draft_tokens: int, verification: str) -> None:
         raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
 
 
+def bundled_directory() -> Path:
+    """Where the bundled pair lies: `target`, `drafter`, its card and the held-out prompts."""
+    return Path(str(resources.files("gemma_mtp") / "bundled"))
+
+
 def load_pair(
     target: str | Path | None = None,
     drafter: str | Path | None = None,
@@ -183,8 +188,7 @@ def load_pair(
     The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError, PairError.
     """
     if target is None:
-        bundled = Path(str(resources.files("gemma_mtp") / "bundled"))
-        target, drafter = bundled / "target", drafter or bundled / "drafter"
+        target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
         drafter = None
     chosen_device = _device(device)

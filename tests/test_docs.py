@@ -1,0 +1,50 @@
+"""The docs stay true: help texts, commands, code blocks and links."""
+
+import re
+from pathlib import Path
+
+import cli_docs
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_cli_page_is_the_commands_own_help() -> None:
+    assert cli_docs.DOCS.read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?\bmake ([a-z]+)`", path.read_text(encoding="utf-8"))) <= targets
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_options_of_shown_commands_exist(path: Path) -> None:
+    helps = cli_docs.page()
+    for block in blocks(path, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("gemma-mtp"):
+                command = line.split("#")[0]
+                assert f"## gemma-mtp {command.split()[1]}\n" in helps, command
+                for option in re.findall(r"(?<=\s)--[a-z-]+", command):
+                    assert re.search(rf"{option}\s", helps), f"{option} in {line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_python_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of one page share their names, as a reader would type them one after the other."""
+    names: dict[str, object] = {}
+    for block in blocks(path, "python"):
+        exec(compile(block, str(path), "exec"), names)

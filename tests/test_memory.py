@@ -1,0 +1,69 @@
+"""What inspect reports, against the official figures and against files that transformers wrote."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import build_target
+
+from gemma_mtp.config import PRESETS, TargetConfig
+from gemma_mtp.kv_cache import KVCache
+from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
+from gemma_mtp.model.target import Target
+
+Checkpoints = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.mark.parametrize("family", ["e2b", "26b", "31b", "text"])
+def test_a_checkpoint_that_transformers_wrote(checkpoints: Checkpoints, family: str) -> None:
+    target, drafter = map(inspect_checkpoint, checkpoints(family))
+    theirs = build_target(family)
+    text = [p for name, p in theirs.named_parameters() if "vision" not in name and "audio" not in name]
+    scalars = [b for name, b in theirs.named_buffers() if name.endswith("layer_scalar") and "vision" not in name]
+    assert target.parameters == sum(tensor.numel() for tensor in {id(t): t for t in (*text, *scalars)}.values())
+    assert target.weight_bytes == 4 * target.parameters
+    assert (target.kind, drafter.kind) == ("target", "drafter")
+    assert drafter.kv_bytes is None
+    assert "kv_bytes" not in drafter.to_dict()
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("assistant")])
+def test_kv_bytes_are_what_the_cache_allocates(name: str) -> None:
+    config = PRESETS[name].text
+    sizes = kv_bytes(config)
+    window = config.sliding_window
+    with torch.device("meta"):
+        caches = [KVCache(config, length, 1, torch.bfloat16, "meta") for length in (window, window + 1000)]
+    allocated = [sum(2 * rows.keys.nbytes for rows in cache.layers.values()) for cache in caches]
+    assert allocated[0] == window * (sizes.per_token + sizes.sliding_per_token_until_window)
+    sliding_rows = caches[1].sliding_capacity - window
+    assert allocated[1] - allocated[0] == 1000 * sizes.per_token + sliding_rows * sizes.sliding_per_token_until_window
+    expected = window * sizes.sliding_per_token_until_window + config.max_position_embeddings * sizes.per_token
+    assert sizes.at_max_context == expected
+
+
+def test_the_31b_takes_two_bytes_times_heads_times_sizes() -> None:
+    """10 full layers of 4 heads of 512, 50 sliding ones of 16 heads of 256 (FACTS), keys and values in bf16."""
+    sizes = kv_bytes(PRESETS["gemma-4-31B-it"].text)
+    assert sizes.per_token == 10 * 4 * 512 * 2 * 2
+    assert sizes.sliding_per_token_until_window == 50 * 16 * 256 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("gemma-4-E2B-it", 4.65), ("gemma-4-12B-it", 11.9), ("gemma-4-26B-A4B-it", 25.2)]
+)
+def test_official_parameter_counts(name: str, billions: float) -> None:
+    """The text models; the hub's totals hold the vision and audio towers too."""
+    config = PRESETS[name]
+    assert isinstance(config, TargetConfig)
+    with torch.device("meta"):
+        count = sum(tensor.numel() for tensor in Target(config.text).checkpoint_tensors().values())
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_geometry_shows_the_layer_pattern() -> None:
+    assert geometry(PRESETS["gemma-4-E2B-it"])["layers"] == "35 (4S+F x 7)"
+    assert geometry(PRESETS["gemma-4-E2B-it"])["donor_layers"] == {"sliding": 13, "full": 14}
+    assert geometry(PRESETS["gemma-4-31B-it-assistant"])["backbone_hidden_size"] == 5376
+    assert "centroids" not in geometry(PRESETS["gemma-4-31B-it-assistant"])

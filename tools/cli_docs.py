@@ -1,0 +1,39 @@
+"""Write docs/cli.md from the commands' own help texts: `python tools/cli_docs.py`. A test holds the two equal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+os.environ.update(TERMINAL_WIDTH="100", COLUMNS="100", NO_COLOR="1", TERM="dumb")
+
+from gemma_mtp.cli import app, main
+
+DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
+INTRODUCTION = """# The command line
+
+Written by `make docs` from the commands' own help; do not edit.
+
+Exit codes: 0 done; 1 a comparison failed (`generate --compare` found different outputs under `exact` verification, or
+`inspect` a pair that does not fit); 2 bad input, with one sentence on standard error that says what to do; 130
+interrupted. `python -m gemma_mtp` is the same as `gemma-mtp`.
+"""
+
+
+def page() -> str:
+    """The page's text: every command's help, without trailing blanks."""
+    commands = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    parts = [INTRODUCTION]
+    for command in commands:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            main([command, "--help"])
+        lines = [line.rstrip() for line in text.getvalue().strip().splitlines()]
+        parts.append("\n".join([f"## gemma-mtp {command}", "", "```text", *lines, "```", ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    DOCS.write_text(page(), encoding="utf-8")
