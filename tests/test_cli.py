@@ -145,7 +145,7 @@ def test_chat_uses_the_template_and_the_checkpoints_defaults(
     save_pair(tmp_path, *agreeing_pair(3))
     letters(tmp_path / "target")
     (tmp_path / "target" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    settings = {"temperature": 1.5, "top_k": 7, "top_p": 0.8, "eos_token_id": [1]}
+    settings = {"temperature": 1.5, "top_k": 7, "top_p": 0.8, "suppress_tokens": [9, 8]}
     (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     seen: list[tuple[str, SamplingParams]] = []
     real = Pair.generate
@@ -160,6 +160,8 @@ def test_chat_uses_the_template_and_the_checkpoints_defaults(
     (chat, defaults), (plain, greedy) = seen
     assert (chat, plain) == ("system:BE;user:HI;model:", "HI")
     assert (defaults.temperature, defaults.top_k, defaults.top_p) == (1.5, 3, 0.8)
+    assert defaults.logit_bias == {9: float("-inf"), 8: float("-inf")}
+    assert greedy.logit_bias == {}
     assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0.0, 0, 1.0)
 
 

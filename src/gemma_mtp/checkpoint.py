@@ -64,7 +64,6 @@ class GenerationDefaults:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    num_assistant_tokens: int | None = None
     suppress_tokens: tuple[int, ...] = ()
 
 
@@ -97,9 +96,6 @@ def read_generation_config(directory: str | Path) -> GenerationDefaults:
         temperature=_number(raw, "temperature", path),
         top_k=None if raw.get("top_k") is None else int(_number(raw, "top_k", path) or 0),
         top_p=_number(raw, "top_p", path),
-        num_assistant_tokens=None
-        if raw.get("num_assistant_tokens") is None
-        else int(_number(raw, "num_assistant_tokens", path) or 0),
         suppress_tokens=_ids(raw.get("suppress_tokens"), path, "suppress_tokens"),
     )
 

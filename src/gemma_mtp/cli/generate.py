@@ -156,6 +156,7 @@ def generate(
     with progress("loading"):
         pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter)
     defaults = pair.generation
+    suppressed = dict.fromkeys(defaults.suppress_tokens if chat else (), float("-inf"))
     params = SamplingParams(
         temperature=_first(temperature, defaults.temperature if chat else None, 0.0),
         top_k=_first(top_k, defaults.top_k if chat else None, 0),
@@ -164,7 +165,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=_logit_bias(logit_bias or []),
+        logit_bias={**suppressed, **_logit_bias(logit_bias or [])},
         seed=seed,
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
