@@ -180,7 +180,8 @@ def show(content: dict[str, Any]) -> None:
         f"{content['machine']}, {content['threads']} threads, torch {content['torch']}, {content['dtype']},"
         f" {content['prompts']} prompts of {content['max_tokens']} new tokens, median of {content['repeats']}\n"
         f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights allows"
-        f" {content['plain_floor_tokens_per_second']:.0f} tokens/s plain; plain reaches {content['share_of_floor']:.0%}",
+        f" {content['plain_floor_tokens_per_second']:.0f} tokens/s plain;"
+        f" plain reaches {content['share_of_floor']:.0%}",
         highlight=False,
         soft_wrap=True,
     )

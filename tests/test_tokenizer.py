@@ -14,7 +14,16 @@ from gemma_mtp.tokenizer import StopMatcher, Tokenizer
 
 DIRECTORY = bundled_directory() / "target"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(
-    ["", " ", "naïve café", "日本語のテキスト", "🙂👩‍👩‍👧‍👦", "def f(x):\n\treturn  x\r\n", "<|turn>user\nhi<turn|>", "<bos><bos>x"]
+    [
+        "",
+        " ",
+        "naïve café",
+        "日本語のテキスト",
+        "🙂👩‍👩‍👧‍👦",
+        "def f(x):\n\treturn  x\r\n",
+        "<|turn>user\nhi<turn|>",
+        "<bos><bos>x",
+    ]
 )
 CONVERSATION = [
     {"role": "system", "content": "Answer in one line."},

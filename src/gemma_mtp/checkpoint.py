@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,15 +176,27 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number too long, nested too deep
         raise CheckpointError(f"{path} can not be read: {error}.") from None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file under a temporary name, then rename it into place."""
+    """Write a JSON file under a temporary name, then rename it into place. Raises CheckpointError."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it to `path`; nothing is left where either fails."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} can not be written: {error}.") from None
 
 
 def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
@@ -268,8 +281,12 @@ def _copy_file(
 ) -> None:
     for batch in _batches(names, headers):
         with safe_open(file, "pt") as tensors:
-            for name in batch:
-                views[name].copy_(tensors.get_tensor(_stored_name(name, tensors)))
+            for name, rows in batch:
+                stored = tensors.get_slice(_stored_name(name, tensors))
+                if rows is None:
+                    views[name].copy_(stored[...])
+                else:
+                    views[name][rows].copy_(stored[rows])
 
 
 def _stored_name(name: str, tensors: Any) -> str:
@@ -277,34 +294,41 @@ def _stored_name(name: str, tensors: Any) -> str:
     return nested if nested in tensors.keys() else name  # noqa: SIM118
 
 
-def _batches(names: Iterable[str], headers: Mapping[str, TensorHeader]) -> Iterable[list[str]]:
-    batch: list[str] = []
+def _batches(names: Iterable[str], headers: Mapping[str, TensorHeader]) -> Iterable[list[tuple[str, slice | None]]]:
+    """Tensors, and row ranges of tensors that are larger, in groups of at most `MAPPED_BYTES`."""
+    batch: list[tuple[str, slice | None]] = []
     size = 0
     for name in names:
-        batch.append(name)
-        size += headers[name].nbytes
-        if size >= MAPPED_BYTES:
-            yield batch
-            batch, size = [], 0
+        for rows, nbytes in _pieces(headers[name]):
+            if size + nbytes > MAPPED_BYTES and batch:
+                yield batch
+                batch, size = [], 0
+            batch.append((name, rows))
+            size += nbytes
     yield batch
 
 
+def _pieces(header: TensorHeader) -> Iterable[tuple[slice | None, int]]:
+    """The whole tensor, or ranges of its rows that fit into `MAPPED_BYTES`, with their bytes."""
+    if header.nbytes <= MAPPED_BYTES or not header.shape:
+        return [(None, header.nbytes)]
+    count, row_bytes = header.shape[0], header.nbytes // header.shape[0]
+    step = max(1, MAPPED_BYTES // row_bytes)
+    starts = range(0, count, step)
+    return [(slice(i, min(i + step, count)), (min(i + step, count) - i) * row_bytes) for i in starts]
+
+
 def _save(named: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, dtype: torch.dtype) -> None:
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    if dtype not in names:
+        raise CheckpointError(f"checkpoints can not be saved as {dtype}; use one of {', '.join(names.values())}.")
     # copies, because fused parts share memory and safetensors refuses that
     tensors = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in named.items()
     }
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    partial = path / f".{SINGLE_FILE}.partial"
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(path / SINGLE_FILE)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path / SINGLE_FILE} can not be written: {error}.") from None
+    path = Path(directory)
+    _replace(path / SINGLE_FILE, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
     write_json(path / "config.json", {**config, "dtype": names[dtype]})
 
 

@@ -7,6 +7,7 @@ decoder layers: the target's own, and the one inside a drafter.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -249,10 +250,15 @@ def _parse_text_config(raw: dict[str, Any], outer: dict[str, Any]) -> TextConfig
     head_dim = _get(raw, "head_dim", int, 256)
     kv_heads = _get(raw, "num_key_value_heads", int)
     k_eq_v = _get(raw, "attention_k_eq_v", bool, False)
-    # transformers >= 5.20 stores the full layers' sizes in per_layer_config; the hub's files name them directly
-    full_layer: dict[str, Any] = _full_layer_overrides(raw, layer_types)
-    # Gemma4TextConfig applies num_global_key_value_heads only where keys are values
-    global_kv = _get(raw, "num_global_key_value_heads", int, kv_heads) if k_eq_v else kv_heads
+    # transformers >= 5.20 stores what differs in full layers in per_layer_config; the hub's files name it directly
+    overrides = _full_layer_overrides(raw, layer_types)
+    if overrides is not None:
+        global_head_dim = _get(overrides, "head_dim", int, head_dim)
+        global_kv = _get(overrides, "num_key_value_heads", int, kv_heads)
+    else:
+        global_head_dim = _get(raw, "global_head_dim", int, 512)
+        # Gemma4TextConfig applies num_global_key_value_heads only where keys are values
+        global_kv = _get(raw, "num_global_key_value_heads", int, kv_heads) if k_eq_v else kv_heads
     activation = _get(raw, "hidden_activation", str, "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise ConfigError(f"config.json has hidden_activation {activation!r}, but Gemma 4 uses 'gelu_pytorch_tanh'.")
@@ -262,7 +268,8 @@ def _parse_text_config(raw: dict[str, Any], outer: dict[str, Any]) -> TextConfig
         raise ConfigError("config.json has use_bidirectional_attention 'all': such an encoder cannot decode text.")
     ple = _get(raw, "hidden_size_per_layer_input", int, 0)
     vocab = _get(raw, "vocab_size", int)
-    rope = raw.get("rope_parameters") or {}
+    rope = _get(raw, "rope_parameters", dict, {})
+    eos = outer.get("eos_token_id")
     return TextConfig(
         vocab_size=vocab,
         hidden_size=_get(raw, "hidden_size", int),
@@ -271,8 +278,8 @@ def _parse_text_config(raw: dict[str, Any], outer: dict[str, Any]) -> TextConfig
         num_attention_heads=_get(raw, "num_attention_heads", int),
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        global_head_dim=_get(full_layer, "head_dim", int, _get(raw, "global_head_dim", int, 512)),
-        num_global_key_value_heads=_get(full_layer, "num_key_value_heads", int, global_kv),
+        global_head_dim=global_head_dim,
+        num_global_key_value_heads=global_kv,
         layer_types=layer_types,
         sliding_window=_get(raw, "sliding_window", int),
         num_kv_shared_layers=_get(raw, "num_kv_shared_layers", int, 0),
@@ -292,7 +299,7 @@ def _parse_text_config(raw: dict[str, Any], outer: dict[str, Any]) -> TextConfig
         tie_word_embeddings=_get(outer, "tie_word_embeddings", bool, True),
         pad_token_id=_get(raw, "pad_token_id", int, None),
         bos_token_id=_get(raw, "bos_token_id", int, None),
-        eos_token_ids=_parse_eos(outer.get("eos_token_id") or raw.get("eos_token_id")),
+        eos_token_ids=_parse_eos(raw.get("eos_token_id") if eos is None else eos),
         model_type=_get(raw, "model_type", str, "gemma4_text"),
     )
 
@@ -309,11 +316,14 @@ def _parse_layer_types(raw: dict[str, Any], layers: int) -> tuple[LayerType, ...
     return tuple(given)
 
 
-def _full_layer_overrides(raw: dict[str, Any], layer_types: tuple[LayerType, ...]) -> dict[str, Any]:
-    per_layer = raw.get("per_layer_config")
-    if not isinstance(per_layer, dict):
-        return {}
-    entries = [per_layer.get(str(i), {}) for i, kind in enumerate(layer_types) if kind == FULL]
+def _full_layer_overrides(raw: dict[str, Any], layer_types: tuple[LayerType, ...]) -> dict[str, Any] | None:
+    """What per_layer_config says of full layers, the same for all of them; None where there is no such field."""
+    per_layer = _get(raw, "per_layer_config", dict, None)
+    if per_layer is None:
+        return None
+    # transformers pads the keys with zeros to the width of the highest
+    named = {key.lstrip("0") or "0": entry for key, entry in per_layer.items() if isinstance(key, str)}
+    entries = [named.get(str(i), {}) for i, kind in enumerate(layer_types) if kind == FULL]
     first: Any = entries[0] if entries else {}
     if not isinstance(first, dict) or any(entry != first for entry in entries):
         raise ConfigError("config.json has a per_layer_config that differs between full-attention layers.")
@@ -329,12 +339,17 @@ def _parse_rope(raw: Any, default: RopeConfig) -> RopeConfig:
     if kind not in ("default", "proportional"):
         raise ConfigError(f"config.json has rope_type {kind!r}; Gemma 4 uses 'default' or 'proportional'.")
     factor = _get(raw, "partial_rotary_factor", float, 1.0)
-    return RopeConfig(_get(raw, "rope_theta", float, default.rope_theta), kind, factor)
+    theta = _get(raw, "rope_theta", float, default.rope_theta)
+    if not (math.isfinite(theta) and theta > 0):
+        raise ConfigError(f"config.json has rope_theta = {theta}, but a positive number was expected.")
+    if not 0 < factor <= 1:
+        raise ConfigError(f"config.json has partial_rotary_factor = {factor}, but it must lie above 0 and at most 1.")
+    return RopeConfig(theta, kind, factor)
 
 
 def _parse_eos(raw: Any) -> tuple[int, ...]:
     ids = [] if raw is None else raw if isinstance(raw, list) else [raw]
-    if any(not isinstance(i, int) for i in ids):
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
         raise ConfigError(f"config.json has eos_token_id {raw!r}, but a token id or a list of them was expected.")
     return tuple(ids)
 
@@ -347,6 +362,9 @@ def _text_config_to_hf(config: TextConfig) -> dict[str, Any]:
     del raw["sliding_rope"], raw["full_rope"]
     if config.num_global_key_value_heads == config.num_key_value_heads:
         raw["num_global_key_value_heads"] = None
+    elif not config.attention_k_eq_v:  # only per_layer_config can say so
+        full = {"head_dim": config.global_head_dim, "num_key_value_heads": raw.pop("num_global_key_value_heads")}
+        raw["per_layer_config"] = {str(i): full for i, kind in enumerate(config.layer_types) if kind == FULL}
     for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         raw[name] = raw[name] or None
     raw["hidden_activation"] = "gelu_pytorch_tanh"
@@ -367,6 +385,13 @@ def _check_text_config(c: TextConfig) -> None:
     for name in positive:
         if getattr(c, name) < 1:
             raise ConfigError(f"config.json has {name} = {getattr(c, name)}, but a positive number was expected.")
+    if c.hidden_size_per_layer_input < 0:
+        raise ConfigError(f"config.json has hidden_size_per_layer_input = {c.hidden_size_per_layer_input}; expected 0"
+                          " (none) or more.")  # fmt: skip
+    cap = c.final_logit_softcapping
+    for name, value in (("rms_norm_eps", c.rms_norm_eps), ("final_logit_softcapping", 1.0 if cap is None else cap)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"config.json has {name} = {value}, but a positive number was expected.")
     for name in ("num_key_value_heads", "num_global_key_value_heads"):
         if c.num_attention_heads % getattr(c, name):
             raise ConfigError(f"config.json has {name} = {getattr(c, name)}, which does not divide num_attention_heads"
@@ -377,7 +402,8 @@ def _check_text_config(c: TextConfig) -> None:
     if 0 < c.first_kv_shared_layer < c.num_hidden_layers:
         missing = set(c.layer_types[c.first_kv_shared_layer :]) - set(c.donor_layers)
         if missing:
-            raise ConfigError(f"config.json shares KV for {missing.pop()} layers, but no such layer has KV of its own.")
+            raise ConfigError(f"config.json has num_kv_shared_layers = {c.num_kv_shared_layers}, which leaves no"
+                              f" {missing.pop()} layer with keys and values for the others to read.")  # fmt: skip
     if c.enable_moe_block and not (0 < c.top_k_experts <= c.num_experts and c.moe_intermediate_size > 0):
         raise ConfigError("config.json has enable_moe_block true without usable num_experts, top_k_experts and"
                           " moe_intermediate_size.")  # fmt: skip
@@ -388,7 +414,8 @@ def _check_drafter_config(c: DrafterConfig) -> None:
         raise ConfigError("the drafter's layers must all be KV-shared: num_kv_shared_layers must equal"
                           f" num_hidden_layers = {c.text.num_hidden_layers}.")  # fmt: skip
     if c.text.hidden_size_per_layer_input or c.text.enable_moe_block or c.text.use_double_wide_mlp:
-        raise ConfigError("the drafter must have no per-layer embeddings, experts or double-wide MLP.")
+        raise ConfigError("the drafter's config.json must have hidden_size_per_layer_input 0, and enable_moe_block and"
+                          " use_double_wide_mlp false.")  # fmt: skip
     if c.backbone_hidden_size < 1:
         raise ConfigError(
             f"config.json has backbone_hidden_size = {c.backbone_hidden_size}; expected a positive number."
