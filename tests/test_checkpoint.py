@@ -517,7 +517,7 @@ print(peak() - before, sum(tensor.nbytes for tensor in model.checkpoint_tensors(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of 620 MB in bf16, of which one tensor alone is twice the 256 MB that may be mapped."""
+    """A target of 620 MB in bf16, of which one tensor alone is larger than what may be mapped at once."""
     config = dataclasses.replace(
         TINY, vocab_size=250_000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=2,
         layer_types=TINY.layer_types[1:3],
@@ -537,12 +537,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux' /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_of_loading(large: Path, saved: Path, dtype: str) -> None:
-    """The weights in the dtype asked for, 10%, and 256 MB of mapped file, whose pages count as resident."""
+    """At most the weights in the dtype asked for and 10%; pages of mapped files count as resident."""
     command = [sys.executable, "-c", MEASURE, str(large), str(saved / "target"), dtype]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
     growth, weights = map(int, ran.stdout.split())
-    limit = 1.1 * weights + (256 << 20)
+    limit = 1.1 * weights
     figures = f"{dtype}: peak grew by {growth / 1e6:.0f} MB, weights {weights / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB"
     assert weights <= growth <= limit, figures
     print(figures)

@@ -32,7 +32,7 @@ logger = logging.getLogger("gemma_mtp")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: a file is opened anew after so many bytes, so that the pages mapped for tensors already copied are given back
-MAPPED_BYTES = 256 << 20
+MAPPED_BYTES = 32 << 20
 #: safetensors' names of the dtypes we load, and their size in bytes
 FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
 INTEGER_DTYPES = {"I64": 8, "I32": 4}
@@ -123,7 +123,7 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
 def load_target(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
-    Peak memory: the weights in `dtype`, plus 256 MB of mapped file. Raises CheckpointError or ConfigError.
+    Peak memory: the weights in `dtype`, plus 32 MB of mapped file. Raises CheckpointError or ConfigError.
     """
     config = read_target_config(directory)
     with torch.device("meta"):
