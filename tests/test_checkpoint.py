@@ -546,3 +546,9 @@ def test_peak_memory_of_loading(large: Path, saved: Path, dtype: str) -> None:
     figures = f"{dtype}: peak grew by {growth / 1e6:.0f} MB, weights {weights / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB"
     assert weights <= growth <= limit, figures
     print(figures)
+
+
+def test_a_dtype_that_can_not_be_stored(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"torch\.float64; use one of float32, bfloat16, float16"):
+        save_target(random_target(), TargetConfig(TINY), tmp_path / "new", torch.float64)
+    assert not (tmp_path / "new").exists()
