@@ -1,6 +1,6 @@
 """Reproduce the bundled pair: corpus, tokenizer, target, drafter, evaluation, model card.
 
-    python tools/make_pair.py --minutes-target 38 --minutes-drafter 16 --out src/gemma_mtp/bundled
+    python tools/make_pair.py --minutes-target 80 --minutes-drafter 24 --out src/gemma_mtp/bundled
 
 Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and a stage broken
 off goes on from its last weights (with fresh optimiser state). The corpus takes a minute, the target's own text a few.
@@ -117,7 +117,11 @@ def make_drafter(recipe: DrafterRecipe, row_length: int, work: Path, resume: boo
 def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, work: Path, out: Path) -> None:
     """Measure acceptance in the engine, then copy the pair and write its card."""
     pair = load_pair(work / "target", work / "drafter", dtype="float32", device="cpu")
-    acceptance = measure_acceptance(pair, read_prompts(work / "heldout_prompts.jsonl"))
+    prompts = read_prompts(work / "heldout_prompts.jsonl")
+    acceptances = {
+        (temperature, max_tokens): measure_acceptance(pair, prompts, max_tokens=max_tokens, temperature=temperature)
+        for temperature, max_tokens in bundle.CONDITIONS
+    }
     parts = {name: read_json(work / f"{name}.json") for name in ("corpus", "target", "drafter")}
     record = bundle.TrainingRecord(**parts["corpus"], **parts["target"], **parts["drafter"])
     recipes = {"target": asdict(target_recipe), "drafter": asdict(drafter_recipe)}
@@ -125,12 +129,12 @@ def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, wor
         copy_directory(work / part, out / part)
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
         data.write_text((work / name).read_text(encoding="utf-8"), out / name)
-    bundle.write_record(record, acceptance, out)
-    card = bundle.model_card(record, acceptance, read_json(work / "sources.json"), recipes)
+    bundle.write_record(record, acceptances, out)
+    card = bundle.model_card(record, acceptances, read_json(work / "sources.json"), recipes)
     data.write_text(card, out / "MODEL_CARD.md")
-    shares = ", ".join(f"{share:.3f}" for share in acceptance.by_position)
-    print(f"wrote {out}: held-out loss {record.held_out_nats_per_token:.3f} nats a token, mean acceptance length"
-          f" {acceptance.mean_length:.3f}, acceptance by position {shares}")  # fmt: skip
+    lengths = ", ".join(f"{t:g}/{n}: {measured.mean_length:.2f}" for (t, n), measured in acceptances.items())
+    print(f"wrote {out}: held-out loss {record.held_out_nats_per_token:.3f} nats a token, mean acceptance length by"
+          f" temperature/tokens {lengths}")  # fmt: skip
 
 
 def copy_directory(source: Path, destination: Path) -> None:
@@ -144,8 +148,8 @@ def copy_directory(source: Path, destination: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes-target", type=float, default=38, help="wall time of the target's training")
-    parser.add_argument("--minutes-drafter", type=float, default=16, help="wall time of the drafter's training")
+    parser.add_argument("--minutes-target", type=float, default=80, help="wall time of the target's training")
+    parser.add_argument("--minutes-drafter", type=float, default=24, help="wall time of the drafter's training")
     parser.add_argument("--written-batches", type=int, default=9, help="batches of 256 rows that the target writes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, default=Path("build/pair"), help="intermediate files and logs")

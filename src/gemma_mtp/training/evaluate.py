@@ -24,10 +24,14 @@ class AcceptanceReport:
 
 
 def measure_acceptance(
-    pair: Pair, prompts: Sequence[tuple[str, str]], draft_tokens: int = 4, max_tokens: int = 128
+    pair: Pair,
+    prompts: Sequence[tuple[str, str]],
+    draft_tokens: int = 4,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
 ) -> AcceptanceReport:
-    """Complete each (name, text) prompt greedily, past any end of text so that every prompt counts alike."""
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    """Complete each (name, text) prompt, past any end of text so that every prompt counts alike."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     results = {name: pair.generate(text, params, draft_tokens=draft_tokens) for name, text in prompts}
     return report(results, draft_tokens)
 
