@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -306,15 +307,17 @@ def test_text_needs_a_tokenizer(tiny: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_progress_shows_on_a_terminal_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
     def shown(terminal: bool, patience: float) -> str:
         stream = io.StringIO()
         monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
         monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=terminal))
         with progress.progress("loading") as say:
-            if patience == 0:
-                while terminal and "loading" not in stream.getvalue():
-                    pass
-                say("generating")
+            deadline = time.monotonic() + 20
+            while terminal and patience == 0 and "loading" not in stream.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            say("generating")
         return stream.getvalue()
 
     assert "loading" in shown(terminal=True, patience=0)

@@ -6,10 +6,12 @@ import contextlib
 import io
 import os
 from pathlib import Path
-
-os.environ.update(TERMINAL_WIDTH="100", COLUMNS="100", NO_COLOR="1", TERM="dumb")
+from unittest import mock
 
 from gemma_mtp.cli import app, main
+
+#: so that the page does not depend on the terminal
+TERMINAL = {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """# The command line
@@ -28,7 +30,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for command in commands:
         text = io.StringIO()
-        with contextlib.redirect_stdout(text):
+        with mock.patch.dict(os.environ, TERMINAL), contextlib.redirect_stdout(text):
             main([command, "--help"])
         lines = [line.rstrip() for line in text.getvalue().strip().splitlines()]
         parts.append("\n".join([f"## gemma-mtp {command}", "", "```text", *lines, "```", ""]))

@@ -143,8 +143,8 @@ prompts of `heldout_prompts.jsonl`. The mean acceptance
 |---|---|---|---|---|
 {conditions}
 
-Greedy text of so small a model soon repeats itself, and repetition is easy to draft: the first 32 tokens and the sampled
-rows say more about drafting than the greedy row of 128 tokens. That row by file:
+Greedy text of so small a model soon repeats itself, and repetition is easy to draft: the first 32 tokens and the
+sampled rows say more about drafting than the greedy row of 128 tokens. That row by file:
 
 | held-out file | mean acceptance length |
 |---|---|
