@@ -21,6 +21,7 @@ from gemma_mtp.decoding import round as rounds
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verified
 from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.result import GenerationResult, RoundStats
 
 PROMPT = "def add(a, b):\n    return"
 IDS = ["--token-ids", "9 8 7"]
@@ -198,6 +199,19 @@ def test_show_drafts_marks_every_token(tiny: Path, capsys: pytest.CaptureFixture
     assert counts["corrected"] == shown.count("[")
     assert counts["bonus"] == shown.count("{")
     assert counts["corrected"] + counts["bonus"] == content["rounds"]
+
+
+def test_every_token_has_its_kind() -> None:
+    result = GenerationResult([1], 3, "exact")
+    result.rounds = [
+        RoundStats(0, 0, 1),  # prefill
+        RoundStats(3, 3, 4),  # all accepted, and a bonus
+        RoundStats(3, 1, 2),  # the second draft refused
+        RoundStats(0, 0, 1),  # nothing drafted
+        RoundStats(3, 2, 2),  # cut by a stop condition on an accepted draft
+    ]
+    kinds = ["first", *["accepted"] * 3, "bonus", "accepted", "corrected", "corrected", "accepted", "accepted"]
+    assert list(render.token_kinds(result)) == kinds
 
 
 def test_drafts_are_coloured_on_a_terminal(tiny: Path) -> None:

@@ -37,8 +37,9 @@ class OutputBuilder:
 
     def push(self, output: RoundOutput) -> str:
         """Take a round's tokens up to the one that ends the output; returns the text that became certain."""
+        assert len(output.token_ids) <= self.remaining, "the round was asked for fewer drafts than tokens remain"
         text, taken = "", 0
-        for token_id in output.token_ids[: self.remaining]:
+        for token_id in output.token_ids:
             self.result.token_ids.append(token_id)
             taken += 1
             text += self._push_text(token_id)
