@@ -9,6 +9,7 @@ overwrites; no slice taken afterwards includes them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class KVCache:
         self, config: TextConfig, max_length: int, max_rows: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.config = config
+        self.device = torch.device(device)
         self.max_length = max_length
         self.max_rows = max_rows
         self.window = config.sliding_window
@@ -61,6 +63,8 @@ class KVCache:
             self.layers[layer] = LayerRows(
                 torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
             )
+        self.handle: Any = None  # the native operators' views of these buffers, made when first used
+        self.donor_handle: Any = None
         self._masks: dict[tuple[LayerType, int], Tensor] = {}
         self._prefill_masks: dict[tuple[LayerType, int], Tensor] = {}
         self._long: dict[int, tuple[Tensor, Tensor]] = {}
@@ -171,6 +175,7 @@ class CommittedKeyValues:
     """What a drafter attends to: exactly the committed rows of the target's donor layers, in its own layers' order."""
 
     def __init__(self, cache: KVCache, layer_types: tuple[LayerType, ...]) -> None:
+        self.cache = cache
         self.layer_types = layer_types
         self.rows = {kind: cache.committed(kind) for kind in dict.fromkeys(layer_types)}
 

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
+from gemma_mtp.kv_cache import CommittedKeyValues
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears
+from gemma_mtp.model.native import NativeDrafter, NativeTarget
+from gemma_mtp.ops import native
 from gemma_mtp.ops import reference as ops
 from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
 
@@ -55,6 +58,7 @@ class Drafter(nn.Module):
         self.masked_embedding = CentroidHead(config) if config.use_ordered_embeddings else None
         self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size)
         self.packed_head: Tensor | None = None
+        self.native: NativeDrafter | None = None
 
     def forward(
         self, embeds_BTD: Tensor, hidden_BTD: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues
@@ -65,7 +69,11 @@ class Drafter(nn.Module):
         that produced it, or the previous step's projected state. Returns the state for the head [B, T, H] and the
         projected state [B, T, D] for the next step.
         """
-        x = self.pre_projection(torch.cat((embeds_BTD, hidden_BTD), dim=-1))
+        inputs = torch.cat((embeds_BTD, hidden_BTD), dim=-1)
+        if self.native is not None and isinstance(kv, CommittedKeyValues):
+            state, projected = self.native.step(inputs[0, 0].float(), rope, kv)
+            return state[None, None], projected[None, None]
+        x = self.pre_projection(inputs)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope[self.config.text.layer_types[i]], kv)
         x = self.norm(x)
@@ -79,6 +87,9 @@ class Drafter(nn.Module):
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
+        if self.native is not None:
+            logits, ids = self.native.candidates(state_RH[0])
+            return logits[None], None if ids is None else ids[None]
         if self.masked_embedding is None:
             return self.logits(state_RH), None
         return self.masked_embedding.candidates(state_RH, self.head_table)
@@ -88,8 +99,11 @@ class Drafter(nn.Module):
         """The head's rows [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def pack_(self) -> None:
-        """Pack the weights for decoding on this device; the model can not be trained after."""
+    def pack_(self, target: NativeTarget | None = None) -> None:
+        """Make ready to decode on this device, natively beside a target that is; the model can not be trained after."""
+        if target is not None and native.usable(self.embed_tokens.weight):
+            self.native = NativeDrafter(self, target)
+            return
         gathered = self.masked_embedding is not None  # the centroid head gathers rows, so its table stays dense
         if gathered and self.lm_head is not None:
             self.embed_tokens.weight, self.lm_head = self.lm_head.weight, None

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
+from gemma_mtp.kv_cache import KVCache
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, rope_for
+from gemma_mtp.model.native import NativeTarget
+from gemma_mtp.ops import native
 from gemma_mtp.ops import reference as ops
 from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
 
@@ -36,6 +39,7 @@ class Target(nn.Module):
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
         self.packed_head: Tensor | None = None
+        self.native: NativeTarget | None = None
         if P:
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, L * P)
             self.per_layer_model_projection = Linear(D, L * P)
@@ -45,6 +49,11 @@ class Target(nn.Module):
         """Scaled token embeddings, [..., D]. The scale is rounded to the weights' dtype, as Gemma was trained."""
         x = self.embed_tokens(token_ids)
         return x * _rounded(math.sqrt(self.config.hidden_size), x.dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations, rotary tables, keys and values when decoding."""
+        return torch.float32 if self.native is not None else self.embed_tokens.weight.dtype
 
     def per_layer_inputs(self, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor | None:
         """Per-layer embeddings (PLE), [L, B, T, P]: the token's own, mixed with a projection of its embedding."""
@@ -65,6 +74,8 @@ class Target(nn.Module):
         `rope` holds this call's positions. With `last_only` (prefill), only the last row goes through the KV-shared
         layers: they store nothing, so no later row needs the others.
         """
+        if self.native is not None and isinstance(kv, KVCache):
+            return self.native.forward(token_ids_BT, rope, kv, last_only)
         config = self.config
         x = self.embed(token_ids_BT)
         per_layer = self.per_layer_inputs(token_ids_BT, x)
@@ -77,6 +88,8 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits [..., V] of hidden states after the final norm."""
+        if self.native is not None and hidden.dtype == torch.float32:
+            return self.native.logits(hidden)
         if self.packed_head is not None:
             scores = packed_linear(hidden, self.packed_head)
         elif self.lm_head is not None:
@@ -94,7 +107,11 @@ class Target(nn.Module):
         return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
 
     def pack_(self) -> None:
-        """Pack the weights for decoding on this device (see `ops.linear`); the model can not be trained after."""
+        """Make ready to decode on this device: natively on a CPU (`model.native`), else with weights packed for PyTorch
+        (`ops.linear`). The model can not be trained after."""
+        if native.usable(self.embed_tokens.weight):
+            self.native = NativeTarget(self)
+            return
         pack_linears(self)
         if self.lm_head is None and can_pack(self.embed_tokens.weight):
             self.packed_head = pack(self.embed_tokens.weight)

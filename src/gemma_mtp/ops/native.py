@@ -1,0 +1,81 @@
+"""The native CPU operators (`src/native`): the compiled module, and the memory that is handed to it.
+
+The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory. Weights
+stay where they are: nothing is copied but vectors, which become float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.ops.quantise import GROUP, Quantisation, QuantisedMatrix, can_quantise, quantise
+
+#: the module's numbers of the weight types
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+QUANTISED_TYPES: dict[Quantisation, int] = {"int8": 2, "int4": 3}
+
+
+@functools.cache
+def module() -> Any:
+    """The compiled module, or None, with one warning, where it was not built. GEMMA_MTP_NATIVE=0 leaves it out."""
+    if os.environ.get("GEMMA_MTP_NATIVE") == "0":
+        return None
+    try:
+        from gemma_mtp import _native
+    except ImportError as error:
+        warnings.warn(
+            f"gemma-mtp's native operators are not there ({error}); decoding goes on with PyTorch's own, which are"
+            " slower. Install a C++ compiler and reinstall gemma-mtp.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    _native.set_threads(torch.get_num_threads())
+    return _native
+
+
+def set_threads(threads: int) -> None:
+    """How many threads decoding uses, PyTorch's included. The output does not depend on it."""
+    torch.set_num_threads(threads)
+    if module() is not None:
+        module().set_threads(threads)
+
+
+def usable(weight: Tensor) -> bool:
+    """Whether models with such weights run natively."""
+    return weight.device.type == "cpu" and weight.dtype in WEIGHT_TYPES and module() is not None
+
+
+@dataclass
+class Memory:
+    """Tensors whose addresses were handed out."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def matrix(self, tensor: Tensor, kind: Quantisation | None = None) -> Any:
+        """A weight [rows, cols], quantised if its columns allow; experts' [E, rows, cols] lie one below the other."""
+        flat = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
+        if kind is not None and can_quantise(flat):
+            return self.quantised(quantise(flat, kind))
+        self.tensors.append(flat)
+        return module().Weight(WEIGHT_TYPES[flat.dtype], flat.data_ptr(), 0, flat.shape[0], flat.shape[1], 0)
+
+    def quantised(self, matrix: QuantisedMatrix) -> Any:
+        """The same of a quantised matrix."""
+        self.tensors += [matrix.data, matrix.scales]
+        addresses = matrix.data.data_ptr(), matrix.scales.data_ptr()
+        return module().Weight(QUANTISED_TYPES[matrix.kind], *addresses, *matrix.shape, GROUP)
+
+    def vector(self, tensor: Tensor | None) -> int:
+        """Address of a float32 vector; 0 for none."""
+        if tensor is None:
+            return 0
+        self.tensors.append(tensor.detach().float().contiguous())
+        return self.tensors[-1].data_ptr()

@@ -1,0 +1,79 @@
+// The hot operators on one thread's share of the work, chosen at run time for the machine's instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace gemma {
+
+enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+
+// A weight matrix [rows, cols], row by row. Quantised types have a scale for each `group` columns of a row:
+//   I8  int8, value = data * scale
+//   I4  blocks of 64 columns in 32 bytes; byte i holds column i in its low and column i + 32 in its high half, each
+//       stored as value / scale + 8
+struct Weight {
+    Type type = Type::F32;
+    const void* data = nullptr;
+    const float* scales = nullptr;  // [rows, cols / group]
+    size_t rows = 0, cols = 0, group = 0;
+
+    size_t row_bytes() const {
+        switch (type) {
+            case Type::F32: return cols * 4;
+            case Type::BF16: return cols * 2;
+            case Type::I8: return cols;
+            default: return cols / 2;
+        }
+    }
+    bool quantised() const { return type == Type::I8 || type == Type::I4; }
+};
+
+// Rows of activations as int8, quantised by row and group for a quantised weight.
+struct QuantisedRows {
+    std::vector<int8_t> values;   // [M, cols]
+    std::vector<float> scales;    // [M, cols / group]
+    std::vector<int32_t> totals;  // [M, cols / group]: sums of the group's values
+};
+
+// What one query row sees: positions first .. last, and where they lie.
+struct Visible {
+    int64_t first, last;
+};
+
+struct Kernels {
+    const char* name;
+
+    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1. `quantised` is x, prepared by `quantise`, where w is quantised.
+    void (*linear)(const Weight& w, const float* x, size_t ldx, const QuantisedRows* quantised, size_t M, size_t n0,
+                   size_t n1, float* y, size_t ldy);
+    void (*quantise)(const float* x, size_t ldx, size_t M, size_t cols, size_t group, QuantisedRows& out);
+    // out = x / rms(x) * weight; weight may be null; out may be x
+    void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* out);
+    // residual += x / rms(x) * weight
+    void (*add_rms_norm)(float* residual, const float* x, const float* weight, float eps, size_t n);
+    // x[i] = x[i] cos[i] + x[(i + n / 2) % n] sin[i]; the first half of sin is negated
+    void (*rotate)(float* x, const float* cos, const float* sin, size_t n);
+    // out = gelu(gate) * up
+    void (*gated)(const float* gate, const float* up, size_t n, float* out);
+    void (*scale)(float* x, float factor, size_t n);
+    void (*axpy)(float* y, float factor, const float* x, size_t n);
+    // x = tanh(x / cap) * cap
+    void (*softcap)(float* x, float cap, size_t n);
+    // out[i] = table row as floats, times factor
+    void (*gather)(const Weight& table, size_t row, float factor, float* out);
+    // Softmax attention of Q query rows [Q, d] (stride ldq) over keys and values [positions, d] of one head, which begin at
+    // position `origin`; results to out (stride ldo).
+    void (*attend)(const float* q, size_t ldq, size_t Q, const Visible* visible, const float* keys, const float* values,
+                   int64_t origin, size_t d, float* out, size_t ldo);
+    void (*softmax)(float* x, size_t n);
+};
+
+const Kernels& kernels_portable();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace gemma

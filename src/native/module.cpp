@@ -1,0 +1,219 @@
+// Python's view of the native operators. Tensors come as addresses: the caller (ops/native.py) keeps them alive, checks
+// their shapes and hands in contiguous memory only.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "stack.h"
+
+namespace nb = nanobind;
+using namespace gemma;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size_t cols, size_t group) {
+    Weight w;
+    w.type = (Type)type;
+    w.data = at<const void>(data);
+    w.scales = at<const float>(scales);
+    w.rows = rows, w.cols = cols, w.group = group;
+    return w;
+}
+
+// Caches as (keys, values, capacity, origin), rope as (cos, sin) of sliding and full layers.
+struct Caches {
+    std::vector<Cache> caches;
+    Rope rope;
+    void add(uintptr_t keys, uintptr_t values, size_t capacity) {
+        caches.push_back({at<float>(keys), at<float>(values), capacity, 0});
+    }
+    void set_origin(size_t index, int64_t origin) { caches.at(index).origin = origin; }
+    void set_rope(uintptr_t sliding_cos, uintptr_t sliding_sin, uintptr_t full_cos, uintptr_t full_sin) {
+        rope.cos[0] = at<const float>(sliding_cos), rope.sin[0] = at<const float>(sliding_sin);
+        rope.cos[1] = at<const float>(full_cos), rope.sin[1] = at<const float>(full_sin);
+    }
+    Call call(size_t rows, int64_t position, bool drafting) const {
+        Call c;
+        c.rows = rows, c.position = position, c.drafting = drafting;
+        c.caches = caches.data();
+        c.rope = rope;
+        return c;
+    }
+};
+
+const Kernels& named(const std::string& isa) {
+    const Kernels* k = kernels_named(isa.c_str());
+    if (!k) throw std::invalid_argument("this machine has no " + isa);
+    return *k;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    using release = nb::call_guard<nb::gil_scoped_release>;
+
+    m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (const char* name : {"avx512", "avx2", "portable"})
+            if (kernels_named(name)) names.emplace_back(name);
+        return names;
+    });
+    m.def("threads", [] { return Pool::instance().threads(); });
+    m.def("set_threads", [](int n) { Pool::instance().set_threads(n); });
+
+    nb::class_<Weight>(m, "Weight").def(nb::new_(&make_weight));
+
+    nb::class_<MoE>(m, "MoE")
+        .def(nb::init<>())
+        .def_rw("experts", &MoE::experts)
+        .def_rw("top_k", &MoE::top_k)
+        .def_rw("width", &MoE::width)
+        .def_rw("router", &MoE::router)
+        .def_rw("gate_up", &MoE::gate_up)
+        .def_rw("down", &MoE::down)
+        .def("set_vectors", [](MoE& e, uintptr_t router_scale, uintptr_t expert_scale, uintptr_t post_dense,
+                               uintptr_t pre_sparse, uintptr_t post_sparse) {
+            e.router_scale = at<const float>(router_scale), e.expert_scale = at<const float>(expert_scale);
+            e.post_dense = at<const float>(post_dense), e.pre_sparse = at<const float>(pre_sparse);
+            e.post_sparse = at<const float>(post_sparse);
+        });
+
+    nb::class_<Layer>(m, "Layer")
+        .def(nb::init<>())
+        .def_rw("sliding", &Layer::sliding)
+        .def_rw("key_is_value", &Layer::key_is_value)
+        .def_rw("heads", &Layer::heads)
+        .def_rw("kv_heads", &Layer::kv_heads)
+        .def_rw("groups", &Layer::groups)
+        .def_rw("head_dim", &Layer::head_dim)
+        .def_rw("cache", &Layer::cache)
+        .def_rw("scalar", &Layer::scalar)
+        .def_rw("qkv", &Layer::qkv)
+        .def_rw("o", &Layer::o)
+        .def_rw("gate_up", &Layer::gate_up)
+        .def_rw("down", &Layer::down)
+        .def_rw("ple_gate", &Layer::ple_gate)
+        .def_rw("ple_projection", &Layer::ple_projection)
+        .def_rw("moe", &Layer::moe)
+        .def("set_norms", [](Layer& l, uintptr_t q, uintptr_t k, uintptr_t input, uintptr_t post_attention,
+                             uintptr_t pre_feedforward, uintptr_t post_feedforward, uintptr_t ple) {
+            l.q_norm = at<const float>(q), l.k_norm = at<const float>(k), l.input_norm = at<const float>(input);
+            l.post_attention = at<const float>(post_attention), l.pre_feedforward = at<const float>(pre_feedforward);
+            l.post_feedforward = at<const float>(post_feedforward), l.ple_norm = at<const float>(ple);
+        });
+
+    nb::class_<Config>(m, "Config")
+        .def(nb::init<>())
+        .def_rw("hidden", &Config::hidden)
+        .def_rw("vocab", &Config::vocab)
+        .def_rw("window", &Config::window)
+        .def_rw("ple", &Config::ple)
+        .def_rw("eps", &Config::eps)
+        .def_rw("embed_scale", &Config::embed_scale)
+        .def_rw("ple_embed_scale", &Config::ple_embed_scale)
+        .def_rw("softcap", &Config::softcap)
+        .def_rw("first_shared", &Config::first_shared)
+        .def_rw("table", &Config::table)
+        .def_rw("head", &Config::head)
+        .def_rw("ple_table", &Config::ple_table)
+        .def_rw("ple_model_projection", &Config::ple_model_projection)
+        .def("set_norms", [](Config& c, uintptr_t norm, uintptr_t ple) {
+            c.norm = at<const float>(norm), c.ple_model_norm = at<const float>(ple);
+        });
+
+    nb::class_<Caches>(m, "Caches")
+        .def(nb::init<>())
+        .def("add", &Caches::add)
+        .def("set_origin", &Caches::set_origin)
+        .def("set_rope", &Caches::set_rope);
+
+    nb::class_<Stack>(m, "Stack")
+        .def("__init__", [](Stack* s, const Config& config, const std::vector<Layer>& layers) {
+            new (s) Stack();
+            s->config = config;
+            s->layers = layers;
+            s->prepare();
+        })
+        .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, size_t rows, int64_t position, bool last_only,
+                           uintptr_t hidden, uintptr_t choices) {
+            s.forward(at<const int64_t>(tokens), caches.call(rows, position, false), last_only, at<float>(hidden),
+                      at<int64_t>(choices));
+        }, release())
+        .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
+            s.logits(at<const float>(hidden), rows, at<float>(out));
+        }, release())
+        .def("greedy", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t choices) {
+            s.greedy(at<const float>(hidden), rows, at<int64_t>(choices));
+        }, release());
+
+    nb::class_<DraftStack>(m, "DraftStack")
+        .def("__init__", [](DraftStack* d, const Config& config, const std::vector<Layer>& layers, const Weight& pre,
+                            const Weight& post, size_t backbone, const Weight& target_table, float target_scale,
+                            size_t clusters, size_t top_k, const Weight& centroids, uintptr_t ordering) {
+            new (d) DraftStack();
+            d->stack.config = config;
+            d->stack.layers = layers;
+            d->stack.prepare();
+            d->pre_projection = pre, d->post_projection = post, d->backbone = backbone;
+            d->target_table = target_table, d->target_scale = target_scale;
+            d->centroids.clusters = clusters, d->centroids.top_k = top_k, d->centroids.table = centroids;
+            d->centroids.ordering = at<const int64_t>(ordering);
+        })
+        .def("candidates", &DraftStack::candidates)
+        .def("step", [](DraftStack& d, uintptr_t input, const Caches& caches, int64_t position, uintptr_t state,
+                        uintptr_t projected) {
+            d.step(at<const float>(input), caches.call(1, position, true), at<float>(state), at<float>(projected));
+        }, release())
+        .def("score", [](DraftStack& d, uintptr_t state, uintptr_t logits, uintptr_t ids) {
+            d.score(at<const float>(state), at<float>(logits), at<int64_t>(ids));
+        }, release())
+        .def("draft", [](DraftStack& d, int64_t token, uintptr_t hidden, const Caches& caches, int64_t position, size_t count,
+                         uintptr_t tokens) {
+            d.draft(token, at<const float>(hidden), caches.call(1, position, true), count, at<int64_t>(tokens));
+        }, release());
+
+    // single operators, on the calling thread or all of them, for tests and benchmarks
+    m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
+        const Kernels& k = named(isa);
+        Pool::instance().run([&](int thread, int threads, Barrier&) {
+            static thread_local QuantisedRows q;
+            const size_t units = (w.rows + 7) / 8;
+            const size_t begin = std::min(units * thread / threads * 8, w.rows);
+            const size_t end = std::min(units * (thread + 1) / threads * 8, w.rows);
+            if (w.quantised()) k.quantise(at<const float>(x), w.cols, rows, w.cols, w.group, q);
+            k.linear(w, at<const float>(x), w.cols, &q, rows, begin, end, at<float>(y) + begin, w.rows);
+        });
+    }, release());
+    m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {
+        named(isa).rms_norm(at<const float>(x), at<const float>(weight), eps, n, at<float>(out));
+    });
+    m.def("rotate", [](const std::string& isa, uintptr_t x, uintptr_t cos, uintptr_t sin, size_t n) {
+        named(isa).rotate(at<float>(x), at<const float>(cos), at<const float>(sin), n);
+    });
+    m.def("gated", [](const std::string& isa, uintptr_t gate, uintptr_t up, size_t n, uintptr_t out) {
+        named(isa).gated(at<const float>(gate), at<const float>(up), n, at<float>(out));
+    });
+    m.def("softcap", [](const std::string& isa, uintptr_t x, float cap, size_t n) {
+        named(isa).softcap(at<float>(x), cap, n);
+    });
+    m.def("softmax", [](const std::string& isa, uintptr_t x, size_t n) { named(isa).softmax(at<float>(x), n); });
+    m.def("gather", [](const std::string& isa, const Weight& table, size_t row, float factor, uintptr_t out) {
+        named(isa).gather(table, row, factor, at<float>(out));
+    });
+    m.def("attend", [](const std::string& isa, uintptr_t q, size_t queries, const std::vector<int64_t>& first,
+                       const std::vector<int64_t>& last, uintptr_t keys, uintptr_t values, int64_t origin, size_t d,
+                       uintptr_t out) {
+        std::vector<Visible> visible;
+        for (size_t i = 0; i < queries; i++) visible.push_back({first.at(i), last.at(i)});
+        named(isa).attend(at<const float>(q), d, queries, visible.data(), at<const float>(keys), at<const float>(values),
+                          origin, d, at<float>(out), d);
+    });
+}

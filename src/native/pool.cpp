@@ -1,0 +1,114 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace gemma {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// About 50 microseconds: longer than the host takes between two calls of a round, short against a time slice. Who has
+// spun so long in vain sleeps: the machine may have no core for the thread that is waited for.
+constexpr int SPINS = 2000;
+
+template <class T>
+void wait_while(std::atomic<T>& value, T same) {
+    for (int spins = 0; value.load(std::memory_order_acquire) == same;) {
+        if (++spins < SPINS) pause();
+        else value.wait(same, std::memory_order_acquire);
+    }
+}
+
+}  // namespace
+
+void Barrier::wait() {
+    if (threads_ == 1) return;
+    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        generation_.store(generation + 1, std::memory_order_release);
+        generation_.notify_all();
+        return;
+    }
+    wait_while(generation_, generation);
+}
+
+Pool& Pool::instance() {
+    static Pool pool((int)std::max(1u, std::thread::hardware_concurrency()));
+    return pool;
+}
+
+Pool::Pool(int threads) : threads_(threads) {}
+
+Pool::~Pool() { stop(); }
+
+void Pool::set_threads(int threads) {
+    std::lock_guard<std::mutex> lock(one_at_a_time_);
+    stop();
+    threads_ = std::max(1, threads);
+}
+
+void Pool::start() {
+    process_ = getpid();
+    stopping_ = false;
+    barrier_ = new Barrier(threads_);
+    const uint32_t seen = generation_.load();
+    for (int i = 1; i < threads_; i++) workers_.emplace_back([this, i, seen] { loop(i, seen); });
+}
+
+void Pool::stop() {
+    if (!barrier_) return;
+    if (process_ == getpid()) {
+        stopping_ = true;
+        generation_.fetch_add(1, std::memory_order_release);
+        generation_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    } else {
+        for (auto& worker : workers_) worker.detach();  // after a fork only the caller's thread is here
+    }
+    workers_.clear();
+    delete barrier_;
+    barrier_ = nullptr;
+}
+
+void Pool::loop(int thread, uint32_t seen) {
+    for (;;) {
+        wait_while(generation_, seen);
+        seen = generation_.load(std::memory_order_acquire);
+        if (stopping_) return;
+        (*work_)(thread, threads_, *barrier_);
+        if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    }
+}
+
+void Pool::run(const Work& work, bool shared) {
+    if (!shared) {
+        Barrier alone(1);
+        return work(0, 1, alone);
+    }
+    std::lock_guard<std::mutex> lock(one_at_a_time_);
+    if (barrier_ && process_ != getpid()) stop();
+    if (!barrier_) start();
+    if (threads_ > 1) {
+        work_ = &work;
+        running_.store(threads_ - 1, std::memory_order_relaxed);
+        generation_.fetch_add(1, std::memory_order_release);
+        generation_.notify_all();
+    }
+    work(0, threads_, *barrier_);
+    for (int left; threads_ > 1 && (left = running_.load(std::memory_order_acquire)) > 0;) wait_while(running_, left);
+}
+
+}  // namespace gemma

@@ -1,0 +1,192 @@
+// One vector type for each instruction set. Included by kernels.cpp, which is compiled once for each of them.
+//
+// Everything is lane-wise, or reduced by one fixed tree, so that a result depends on the values alone and never on how
+// many rows or columns share a call.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(GEMMA_AVX512) || defined(GEMMA_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+#if defined(GEMMA_AVX512)
+
+constexpr int W = 16;  // lanes
+using V = __m512;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V set1(float x) { return _mm512_set1_ps(x); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline V load(const uint16_t* p) {  // bf16
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+inline V min(V a, V b) { return _mm512_min_ps(a, b); }
+inline V round(V a) { return _mm512_roundscale_ps(a, 0); }
+inline V exponent(V n) {  // 2 ** n of whole numbers
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline __m128 quarter(V v) {  // lanes i, i + 4, i + 8, i + 12 summed: ((i + (i + 8)) + ((i + 4) + (i + 12)))
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+#elif defined(GEMMA_AVX2)
+
+constexpr int W = 8;
+using V = __m256;
+
+inline V zero() { return _mm256_setzero_ps(); }
+inline V set1(float x) { return _mm256_set1_ps(x); }
+inline V load(const float* p) { return _mm256_loadu_ps(p); }
+inline V load(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+inline V max(V a, V b) { return _mm256_max_ps(a, b); }
+inline V min(V a, V b) { return _mm256_min_ps(a, b); }
+inline V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V exponent(V n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline __m128 quarter(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+
+#else  // portable: GCC and Clang vector extensions, which become NEON, SSE or whatever the machine has
+
+constexpr int W = 8;
+typedef float V __attribute__((vector_size(32)));
+typedef int32_t VI __attribute__((vector_size(32)));
+
+inline V zero() { return V{}; }
+inline V set1(float x) { return V{x, x, x, x, x, x, x, x}; }
+inline V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline V load(const uint16_t* p) {
+    VI bits;
+    for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)p[i] << 16);
+    return (V)bits;
+}
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline V add(V a, V b) { return a + b; }
+inline V sub(V a, V b) { return a - b; }
+inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V min(V a, V b) { return a < b ? a : b; }
+inline V round(V a) {
+    for (int i = 0; i < W; i++) a[i] = std::nearbyint(a[i]);
+    return a;
+}
+inline V exponent(V n) {
+    VI bits;
+    for (int i = 0; i < W; i++) bits[i] = ((int32_t)n[i] + 127) << 23;
+    return (V)bits;
+}
+
+#endif
+
+#if defined(GEMMA_AVX512) || defined(GEMMA_AVX2)
+
+inline float sum(V v) {
+    __m128 q = quarter(v);
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+inline void sum4(V a, V b, V c, V d, float* out) {  // four of `sum`, by the same tree
+    __m128 qa = quarter(a), qb = quarter(b), qc = quarter(c), qd = quarter(d);
+    __m128 ab = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
+    __m128 cd = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+
+#else
+
+inline float sum(V v) {
+    float q[4];
+    for (int i = 0; i < 4; i++) q[i] = v[i] + v[i + 4];
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+inline void sum4(V a, V b, V c, V d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+
+#endif
+
+inline float maximum(V v) {
+    float lanes[W];
+    store(lanes, v);
+    float best = lanes[0];
+    for (int i = 1; i < W; i++) best = lanes[i] > best ? lanes[i] : best;
+    return best;
+}
+
+inline V load_part(const float* p, int n, float rest = 0.0f) {
+    float lanes[W];
+    for (int i = 0; i < W; i++) lanes[i] = i < n ? p[i] : rest;
+    return load(lanes);
+}
+inline V load_part(const uint16_t* p, int n) {
+    uint16_t lanes[W] = {};
+    std::memcpy(lanes, p, n * sizeof(uint16_t));
+    return load(lanes);
+}
+inline void store_part(float* p, V v, int n) {
+    float lanes[W];
+    store(lanes, v);
+    std::memcpy(p, lanes, n * sizeof(float));
+}
+
+// e ** x: x = n ln 2 + r, a polynomial of degree 6 for e ** r (Cephes expf); error below 2 ulp. 0 below -87.
+inline V exp(V x) {
+    x = max(x, set1(-87.3f));
+    V n = round(mul(x, set1(1.44269504088896341f)));
+    V r = fma(n, set1(-0.693359375f), x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    V p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, mul(r, r), add(r, set1(1.0f)));
+    return mul(p, exponent(n));
+}
+
+// tanh by exponentials: 1 - 2 / (e ** 2x + 1), within 1e-7 of tanh
+inline V tanh(V x) {
+    x = min(max(x, set1(-10.0f)), set1(10.0f));
+    V e = exp(add(x, x));
+    return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
+
+// gelu_pytorch_tanh
+inline V gelu(V x) {
+    V inner = mul(set1(0.7978845608028654f), fma(mul(set1(0.044715f), mul(x, x)), x, x));
+    return mul(mul(set1(0.5f), x), add(set1(1.0f), tanh(inner)));
+}
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma

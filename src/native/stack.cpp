@@ -1,0 +1,529 @@
+#include "stack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+namespace gemma {
+
+const Kernels* kernels_named(const char* name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!std::strcmp(name, "avx512")) {
+        const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512vnni");
+        return has ? &kernels_avx512() : nullptr;
+    }
+    if (!std::strcmp(name, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2() : nullptr;
+#endif
+    return std::strcmp(name, "portable") ? nullptr : &kernels_portable();
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = []() -> const Kernels& {
+        const char* wanted = std::getenv("GEMMA_MTP_ISA");
+        if (wanted)
+            if (const Kernels* k = kernels_named(wanted)) return *k;
+        for (const char* name : {"avx512", "avx2"})
+            if (const Kernels* k = kernels_named(name)) return *k;
+        return kernels_portable();
+    }();
+    return chosen;
+}
+
+namespace {
+
+struct Part {
+    size_t begin, end;
+};
+
+// A thread's share of `count` in whole units, as even as they allow.
+Part part(size_t count, size_t unit, int thread, int threads) {
+    const size_t units = (count + unit - 1) / unit;
+    const size_t begin = units * thread / threads, end = units * (thread + 1) / threads;
+    return {std::min(begin * unit, count), std::min(end * unit, count)};
+}
+
+constexpr size_t SHARED_BYTES = 1 << 20;  // models below are run faster by one thread than by several that wait
+constexpr size_t UNIT = 8;        // weight rows a thread takes at once
+constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
+constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
+
+template <class T>
+T* grown(std::vector<T>& v, size_t n) {
+    if (v.size() < n) v.resize(n);
+    return v.data();
+}
+
+}  // namespace
+
+// Written by parts, read by all threads after a barrier.
+struct Stack::Shared {
+    std::vector<float> qkv, attended, out, act, ple, ple_gate, expert_act, expert_out, clusters, projected;
+    std::vector<float> best_values;  // [threads, rows]
+    std::vector<int64_t> best_ids;
+    size_t best_rows = 0;
+    int64_t token = 0;
+};
+
+// Every thread holds the same residual stream, so that norms need no barrier.
+struct Stack::Private {
+    std::vector<float> x, n, a, b, c, q, gathered;
+    std::vector<float> weights;
+    std::vector<size_t> chosen;
+    std::vector<Visible> visible;
+    QuantisedRows quantised;
+
+    // Columns p.begin .. p.end of the product; `out` is where the first of them goes.
+    void linear(const Weight& w, const float* in, size_t ldx, size_t rows, Part p, float* out, size_t ldy) {
+        if (p.begin == p.end) return;
+        if (w.quantised()) kernels().quantise(in, ldx, rows, w.cols, w.group, quantised);
+        kernels().linear(w, in, ldx, &quantised, rows, p.begin, p.end, out, ldy);
+    }
+    static Private& here() {
+        static thread_local Private own;
+        return own;
+    }
+};
+
+void Stack::prepare() {
+    for (const Layer& l : layers) {
+        widest_qkv_ = std::max(widest_qkv_, l.qkv.rows);
+        widest_heads_ = std::max(widest_heads_, l.heads * l.head_dim);
+        widest_mlp_ = std::max(widest_mlp_, l.down.cols);
+    }
+    shared_ = std::make_shared<Shared>();
+    size_t bytes = config.head.rows * config.head.row_bytes();
+    for (const Layer& l : layers)
+        for (const Weight* w : {&l.qkv, &l.o, &l.gate_up, &l.down, &l.moe.gate_up, &l.moe.down}) bytes += w->rows * w->row_bytes();
+    large_ = bytes >= SHARED_BYTES;
+}
+
+Stack::Shared& Stack::shared(size_t rows, int threads) {
+    Shared& all = *shared_;
+    grown(all.qkv, rows * widest_qkv_);
+    grown(all.attended, rows * widest_heads_);
+    grown(all.out, rows * config.hidden);
+    grown(all.act, rows * widest_mlp_);
+    grown(all.ple, rows * layers.size() * config.ple);
+    grown(all.ple_gate, rows * config.ple);
+    for (const Layer& l : layers)
+        if (l.moe.experts) {
+            grown(all.expert_act, rows * l.moe.top_k * l.moe.width);
+            grown(all.expert_out, rows * l.moe.top_k * config.hidden);
+        }
+    grown(all.best_values, rows * threads);
+    grown(all.best_ids, rows * threads);
+    all.best_rows = rows;
+    return all;
+}
+
+void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads,
+                  Barrier& barrier) {
+    const Kernels& k = kernels();
+    const size_t D = config.hidden, P = config.ple, L = layers.size();
+    float* x = grown(own.x, rows * D);
+    for (size_t m = 0; m < rows; m++) k.gather(config.table, (size_t)tokens[m], config.embed_scale, x + m * D);
+    if (!P) return;
+    const Part projections = part(L * P, P, thread, threads);
+    own.linear(config.ple_model_projection, x, D, rows, projections, all.ple.data() + projections.begin, L * P);
+    const Part layers_here = part(L, 1, thread, threads);  // the same rows: no barrier in between
+    float* own_row = grown(own.a, P);
+    for (size_t m = 0; m < rows; m++) {
+        float* table_row = grown(own.b, L * P);
+        k.gather(config.ple_table, (size_t)tokens[m], config.ple_embed_scale, table_row);
+        for (size_t l = layers_here.begin; l < layers_here.end; l++) {
+            float* p = all.ple.data() + (m * L + l) * P;
+            k.scale(p, 1.0f / std::sqrt((float)D), P);
+            k.rms_norm(p, config.ple_model_norm, config.eps, P, own_row);
+            k.axpy(own_row, 1.0f, table_row + l * P, P);
+            std::copy(own_row, own_row + P, p);
+            k.scale(p, 0.70710678118654752f, P);
+        }
+    }
+    barrier.wait();
+}
+
+void Stack::attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
+                      int threads) {
+    const size_t d = l.head_dim, per_group = l.heads / l.groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    const Cache& cache = call.caches[l.cache];
+    const Part tasks = part(l.groups * blocks * per_group, 1, thread, threads);
+    for (size_t t = tasks.begin; t < tasks.end;) {
+        const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h0 = t % per_group;
+        const size_t count = std::min(per_group - h0, tasks.end - t);
+        const size_t m0 = block * ROW_BLOCK, m1 = std::min(rows, m0 + ROW_BLOCK), queries = count * (m1 - m0);
+        float* q = grown(own.q, 2 * queries * d);
+        float* out = q + queries * d;
+        own.visible.resize(queries);
+        for (size_t h = 0, i = 0; h < count; h++)
+            for (size_t m = m0; m < m1; m++, i++) {
+                const float* from = all.qkv.data() + m * l.qkv.rows + (group * per_group + h0 + h) * d;
+                std::copy(from, from + d, q + i * d);
+                const int64_t position = call.position + (int64_t)(skip + m), last = position - call.drafting;
+                const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
+                own.visible[i] = {first, last};
+            }
+        kernels().attend(q, d, queries, own.visible.data(), cache.keys + group * cache.capacity * d,
+                         cache.values + group * cache.capacity * d, cache.origin, d, out, d);
+        for (size_t h = 0, i = 0; h < count; h++)
+            for (size_t m = m0; m < m1; m++, i++)
+                std::copy(out + i * d, out + (i + 1) * d,
+                          all.attended.data() + m * l.heads * d + (group * per_group + h0 + h) * d);
+        t += count;
+    }
+}
+
+void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier) {
+    const Kernels& k = kernels();
+    const MoE& moe = l.moe;
+    const size_t D = config.hidden, E = moe.experts, T = moe.top_k, I = moe.width;
+    float* in = grown(own.a, std::max(D, E) * rows);
+    float* scores = grown(own.b, E * rows);
+    for (size_t m = 0; m < rows; m++) {
+        float* r = in + m * D;
+        k.rms_norm(own.x.data() + m * D, moe.router_scale, config.eps, D, r);
+        k.scale(r, 1.0f / std::sqrt((float)D), D);
+    }
+    own.linear(moe.router, in, D, rows, {0, E}, scores, E);
+    float* weights = grown(own.weights, rows * T);
+    size_t* chosen = grown(own.chosen, rows * T);
+    std::vector<size_t> order(E);
+    for (size_t m = 0; m < rows; m++) {
+        float* s = scores + m * E;
+        k.softmax(s, E);
+        std::iota(order.begin(), order.end(), 0);
+        std::partial_sort(order.begin(), order.begin() + T, order.end(),
+                          [&](size_t a, size_t b) { return s[a] > s[b] || (s[a] == s[b] && a < b); });
+        float total = 0;
+        for (size_t j = 0; j < T; j++) total += s[order[j]];
+        for (size_t j = 0; j < T; j++) {
+            chosen[m * T + j] = order[j];
+            weights[m * T + j] = s[order[j]] / total * moe.expert_scale[order[j]];
+        }
+    }
+    for (size_t m = 0; m < rows; m++) k.rms_norm(own.x.data() + m * D, moe.pre_sparse, config.eps, D, in + m * D);
+    const Part wide = part(I, UNIT, thread, threads), narrow = part(D, UNIT, thread, threads);
+    const auto slots_of = [&](size_t expert) {
+        std::vector<size_t> slots;
+        for (size_t i = 0; i < rows * T; i++)
+            if (chosen[i] == expert) slots.push_back(i);
+        return slots;
+    };
+    for (size_t e = 0; e < E; e++) {
+        const auto slots = slots_of(e);
+        if (slots.empty()) continue;
+        float* x = grown(own.gathered, slots.size() * std::max(D, I));
+        for (size_t i = 0; i < slots.size(); i++) std::copy_n(in + slots[i] / T * D, D, x + i * D);
+        const size_t n = wide.end - wide.begin;
+        if (!n) continue;
+        float* gate = grown(own.c, 2 * slots.size() * n);
+        float* up = gate + slots.size() * n;
+        const size_t base = e * 2 * I;
+        own.linear(moe.gate_up, x, D, slots.size(), {base + wide.begin, base + wide.end}, gate, n);
+        own.linear(moe.gate_up, x, D, slots.size(), {base + I + wide.begin, base + I + wide.end},
+                   up, n);
+        for (size_t i = 0; i < slots.size(); i++)
+            k.gated(gate + i * n, up + i * n, n, all.expert_act.data() + slots[i] * I + wide.begin);
+    }
+    barrier.wait();
+    for (size_t e = 0; e < E; e++) {
+        const auto slots = slots_of(e);
+        const size_t n = narrow.end - narrow.begin;
+        if (slots.empty() || !n) continue;
+        float* x = grown(own.gathered, slots.size() * std::max(D, I));
+        float* y = grown(own.c, slots.size() * n);
+        for (size_t i = 0; i < slots.size(); i++) std::copy_n(all.expert_act.data() + slots[i] * I, I, x + i * I);
+        const size_t base = e * D;
+        own.linear(moe.down, x, I, slots.size(), {base + narrow.begin, base + narrow.end}, y, n);
+        for (size_t i = 0; i < slots.size(); i++)
+            std::copy_n(y + i * n, n, all.expert_out.data() + slots[i] * D + narrow.begin);
+    }
+    barrier.wait();
+    // dense and sparse branches, each with its own norm; the sum takes the layer's post-feedforward norm
+    float* dense = grown(own.n, rows * D);
+    float* sparse = grown(own.a, std::max(D, E) * rows);
+    for (size_t m = 0; m < rows; m++) {
+        k.rms_norm(all.out.data() + m * D, moe.post_dense, config.eps, D, dense + m * D);
+        std::fill_n(sparse, D, 0.0f);
+        for (size_t j = 0; j < T; j++)
+            k.axpy(sparse, weights[m * T + j], all.expert_out.data() + (m * T + j) * D, D);
+        k.rms_norm(sparse, moe.post_sparse, config.eps, D, sparse);
+        k.axpy(dense + m * D, 1.0f, sparse, D);
+    }
+}
+
+void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
+                  int threads, Barrier& barrier) {
+    const Kernels& k = kernels();
+    const size_t rows = call.rows - skip, D = config.hidden, d = l.head_dim, heads = l.qkv.rows / d;
+    float *x = own.x.data(), *n = grown(own.n, rows * D);
+    const float eps = config.eps;
+
+    for (size_t m = 0; m < rows; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
+    const Part projections = part(l.qkv.rows, UNIT, thread, threads), outputs = part(D, UNIT, thread, threads);
+    own.linear(l.qkv, n, D, rows, projections, all.qkv.data() + projections.begin, l.qkv.rows);
+    barrier.wait();
+
+    const Part head_tasks = part(rows * heads, 1, thread, threads);
+    for (size_t t = head_tasks.begin; t < head_tasks.end; t++) {
+        const size_t m = t / heads, h = t % heads;
+        const int64_t position = call.position + (int64_t)(skip + m);
+        float* v = all.qkv.data() + t * d;
+        const float* cos = call.rope.cos[l.sliding ? 0 : 1] + (skip + m) * d;
+        const float* sin = call.rope.sin[l.sliding ? 0 : 1] + (skip + m) * d;
+        if (h < l.heads) {
+            k.rms_norm(v, l.q_norm, eps, d, v);
+            k.rotate(v, cos, sin, d);
+            continue;
+        }
+        const Cache& cache = call.caches[l.cache];
+        const size_t g = (h - l.heads) % l.kv_heads, row = g * cache.capacity + (size_t)(position - cache.origin);
+        if (h < l.heads + l.kv_heads) {
+            float* key = cache.keys + row * d;
+            if (l.key_is_value) k.rms_norm(v, nullptr, eps, d, cache.values + row * d);
+            k.rms_norm(v, l.k_norm, eps, d, key);
+            k.rotate(key, cos, sin, d);
+        } else {
+            k.rms_norm(v, nullptr, eps, d, cache.values + row * d);
+        }
+    }
+    barrier.wait();
+    attention(l, call, skip, rows, all, own, thread, threads);
+    barrier.wait();
+    own.linear(l.o, all.attended.data(), l.o.cols, rows, outputs, all.out.data() + outputs.begin, D);
+    barrier.wait();
+
+    for (size_t m = 0; m < rows; m++) {
+        k.add_rms_norm(x + m * D, all.out.data() + m * D, l.post_attention, eps, D);
+        k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
+    }
+    const size_t I = l.down.cols;
+    const Part wide = part(I, UNIT, thread, threads);
+    if (const size_t width = wide.end - wide.begin) {
+        float* gate = grown(own.a, 2 * rows * width);
+        float* up = gate + rows * width;
+        own.linear(l.gate_up, n, D, rows, wide, gate, width);
+        own.linear(l.gate_up, n, D, rows, {I + wide.begin, I + wide.end}, up, width);
+        for (size_t m = 0; m < rows; m++)
+            k.gated(gate + m * width, up + m * width, width, all.act.data() + m * I + wide.begin);
+    }
+    barrier.wait();
+    own.linear(l.down, all.act.data(), I, rows, outputs, all.out.data() + outputs.begin, D);
+    barrier.wait();
+    const float* mlp = all.out.data();
+    if (l.moe.experts) {
+        experts(l, rows, own, all, thread, threads, barrier);
+        mlp = own.n.data();
+    }
+    for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
+
+    if (const size_t P = config.ple) {
+        const Part gates = part(P, UNIT, thread, threads);
+        own.linear(l.ple_gate, x, D, rows, gates, all.ple_gate.data() + gates.begin, P);
+        for (size_t m = 0; m < rows; m++) {
+            const float* ple = all.ple.data() + ((skip + m) * layers.size() + index) * P;
+            float* gate = all.ple_gate.data() + m * P + gates.begin;
+            k.gated(gate, ple + gates.begin, gates.end - gates.begin, gate);
+        }
+        barrier.wait();
+        own.linear(l.ple_projection, all.ple_gate.data(), P, rows, outputs, all.out.data() + outputs.begin, D);
+        barrier.wait();
+        for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, all.out.data() + m * D, l.ple_norm, eps, D);
+    }
+    if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);
+}
+
+void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads) {
+    const Part p = part(config.vocab, UNIT, thread, threads);
+    own.linear(config.head, hidden, config.hidden, rows, p, out + p.begin, ldo);
+    if (config.softcap > 0)
+        for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
+}
+
+// This thread's best token of each row; the lowest id among equals.
+void Stack::best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads) {
+    const Part p = part(config.vocab, UNIT, thread, threads);
+    float* scores = grown(own.b, rows * HEAD_BLOCK);
+    float* values = all.best_values.data() + thread * all.best_rows;
+    int64_t* ids = all.best_ids.data() + thread * all.best_rows;
+    std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
+    std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
+    if (p.begin == p.end) return;
+    if (config.head.quantised())
+        kernels().quantise(hidden, config.hidden, rows, config.hidden, config.head.group, own.quantised);
+    for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
+        const size_t count = std::min(HEAD_BLOCK, p.end - n);
+        kernels().linear(config.head, hidden, config.hidden, &own.quantised, rows, n, n + count, scores, HEAD_BLOCK);
+        for (size_t m = 0; m < rows; m++) {
+            float* s = scores + m * HEAD_BLOCK;
+            if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
+            for (size_t i = 0; i < count; i++)
+                if (s[i] > values[m]) values[m] = s[i], ids[m] = (int64_t)(n + i);
+        }
+    }
+}
+
+int64_t Stack::combined(size_t row, const Shared& all, int threads) const {
+    float value = -std::numeric_limits<float>::infinity();
+    int64_t id = std::numeric_limits<int64_t>::max();
+    for (int t = 0; t < threads; t++) {
+        const size_t i = t * all.best_rows + row;
+        if (all.best_values[i] > value || (all.best_values[i] == value && all.best_ids[i] < id))
+            value = all.best_values[i], id = all.best_ids[i];
+    }
+    return id == std::numeric_limits<int64_t>::max() ? 0 : id;  // all NaN
+}
+
+void Stack::forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden, int64_t* choices) {
+    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+        if (thread == 0) shared(call.rows, threads);
+        barrier.wait();
+        Shared& all = *shared_;
+        Private& own = Private::here();
+        const size_t D = config.hidden;
+        embed(tokens, call.rows, own, all, thread, threads, barrier);
+        size_t skip = 0;
+        for (size_t i = 0; i < layers.size(); i++) {
+            if (last_only && i == config.first_shared && skip == 0) {
+                skip = call.rows - 1;
+                std::copy_n(own.x.data() + skip * D, D, own.x.data());
+            }
+            layer(layers[i], i, call, skip, own, all, thread, threads, barrier);
+        }
+        const size_t rows = last_only ? 1 : call.rows;
+        const float* x = own.x.data() + (call.rows - skip - rows) * D;
+        float* n = grown(own.n, rows * D);
+        for (size_t m = 0; m < rows; m++) kernels().rms_norm(x + m * D, config.norm, config.eps, D, n + m * D);
+        if (thread == 0) std::copy_n(n, rows * D, hidden);
+        if (!choices) return;
+        best(n, rows, own, all, thread, threads);
+        barrier.wait();
+        if (thread == 0)
+            for (size_t m = 0; m < rows; m++) choices[m] = combined(m, all, threads);
+    }, large_);
+}
+
+void Stack::logits(const float* hidden, size_t rows, float* out) {
+    Pool::instance().run([&](int thread, int threads, Barrier&) {
+        head(hidden, rows, out, config.vocab, Private::here(), thread, threads);
+    }, large_);
+}
+
+void Stack::greedy(const float* hidden, size_t rows, int64_t* choices) {
+    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+        if (thread == 0) shared(rows, threads);
+        barrier.wait();
+        best(hidden, rows, Private::here(), *shared_, thread, threads);
+        barrier.wait();
+        if (thread == 0)
+            for (size_t m = 0; m < rows; m++) choices[m] = combined(m, *shared_, threads);
+    }, large_);
+}
+
+// ------------------------------------------------------------------------------------------------------------ drafter
+
+void DraftStack::one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state,
+                          float* projected, int thread, int threads, Barrier& barrier) {
+    const size_t D = stack.config.hidden;
+    const Part inputs = part(D, UNIT, thread, threads), outputs = part(backbone, UNIT, thread, threads);
+    own.linear(pre_projection, input, 2 * backbone, 1, inputs, all.out.data() + inputs.begin, D);
+    barrier.wait();
+    std::copy_n(all.out.data(), D, grown(own.x, D));
+    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, call, 0, own, all, thread, threads, barrier);
+    kernels().rms_norm(own.x.data(), stack.config.norm, stack.config.eps, D, state);
+    own.linear(post_projection, state, D, 1, outputs, projected + outputs.begin, backbone);
+}
+
+size_t DraftStack::candidates() const {
+    return centroids.clusters ? centroids.top_k * (stack.config.vocab / centroids.clusters) : stack.config.vocab;
+}
+
+// Scores of the tokens of the best clusters, the head's rows being stored cluster by cluster. Ends with a barrier.
+void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
+                        int thread, int threads, Barrier& barrier) {
+    const size_t C = centroids.clusters, size = stack.config.vocab / C, D = stack.config.hidden;
+    const Part mine = part(C, UNIT, thread, threads), best = part(centroids.top_k, 1, thread, threads);
+    own.linear(centroids.table, state, D, 1, mine, clusters.data() + mine.begin, C);
+    barrier.wait();
+    size_t* order = grown(own.chosen, C);
+    std::iota(order, order + C, 0);
+    std::partial_sort(order, order + centroids.top_k, order + C, [&](size_t a, size_t b) {
+        return clusters[a] > clusters[b] || (clusters[a] == clusters[b] && a < b);
+    });
+    if (stack.config.head.quantised())
+        kernels().quantise(state, D, 1, D, stack.config.head.group, own.quantised);
+    for (size_t i = best.begin; i < best.end; i++) {
+        const size_t first = order[i] * size;
+        kernels().linear(stack.config.head, state, D, &own.quantised, 1, first, first + size, logits + i * size, size);
+        std::copy_n(centroids.ordering + first, size, ids + i * size);
+        if (stack.config.softcap > 0) kernels().softcap(logits + i * size, stack.config.softcap, size);
+    }
+    barrier.wait();
+}
+
+void DraftStack::step(const float* input, const Call& call, float* state, float* projected) {
+    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+        if (thread == 0) stack.shared(1, threads);
+        barrier.wait();
+        Stack::Private& own = Stack::Private::here();
+        float* in = grown(own.gathered, 2 * backbone + stack.config.hidden);
+        std::copy_n(input, 2 * backbone, in);
+        float* here = in + 2 * backbone;
+        one_step(call, own, *stack.shared_, in, here, projected, thread, threads, barrier);
+        if (thread == 0) std::copy_n(here, stack.config.hidden, state);
+    }, stack.large_);
+}
+
+void DraftStack::score(const float* state, float* logits, int64_t* ids) {
+    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+        Stack::Private& own = Stack::Private::here();
+        if (!centroids.clusters) return stack.head(state, 1, logits, stack.config.vocab, own, thread, threads);
+        if (thread == 0) grown(stack.shared_->clusters, centroids.clusters);
+        barrier.wait();
+        scores(state, logits, ids, own, stack.shared_->clusters, thread, threads, barrier);
+    }, stack.large_);
+}
+
+void DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens) {
+    std::vector<float> logits(centroids.clusters ? candidates() : 0);
+    std::vector<int64_t> ids(logits.size());
+    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+        if (thread == 0) {
+            Stack::Shared& all = stack.shared(1, threads);
+            grown(all.projected, backbone);
+            grown(all.clusters, centroids.clusters);
+        }
+        barrier.wait();
+        Stack::Shared& all = *stack.shared_;
+        Stack::Private& own = Stack::Private::here();
+        float* input = grown(own.gathered, 2 * backbone + stack.config.hidden);
+        float* state = input + 2 * backbone;
+        int64_t last = token;
+        for (size_t i = 0; i < count; i++) {
+            kernels().gather(target_table, (size_t)last, target_scale, input);
+            std::copy_n(i == 0 ? hidden : all.projected.data(), backbone, input + backbone);
+            one_step(call, own, all, input, state, all.projected.data(), thread, threads, barrier);
+            if (centroids.clusters) {
+                scores(state, logits.data(), ids.data(), own, all.clusters, thread, threads, barrier);
+                size_t at = 0;
+                for (size_t j = 1; j < logits.size(); j++)
+                    if (logits[j] > logits[at] || (logits[j] == logits[at] && ids[j] < ids[at])) at = j;
+                last = ids[at];
+                barrier.wait();  // nobody scores the next step while another still compares
+            } else {
+                stack.best(state, 1, own, all, thread, threads);
+                barrier.wait();
+                last = stack.combined(0, all, threads);
+            }
+            if (thread == 0) tokens[i] = last;
+        }
+    }, stack.large_);
+}
+
+}  // namespace gemma

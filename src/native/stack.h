@@ -1,0 +1,136 @@
+// Gemma 4 decoder layers run as one piece of work for all threads (model/layers.py is the reference).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace gemma {
+
+const Kernels& kernels();                       // of this machine, or of the environment's GEMMA_MTP_ISA
+const Kernels* kernels_named(const char* name);  // null where the machine lacks it
+
+struct MoE {
+    size_t experts = 0, top_k = 0, width = 0;
+    Weight router, gate_up, down;  // experts' matrices one below the other
+    const float *router_scale = nullptr, *expert_scale = nullptr;
+    const float *post_dense = nullptr, *pre_sparse = nullptr, *post_sparse = nullptr;
+};
+
+struct Layer {
+    bool sliding = false, key_is_value = false;
+    size_t heads = 0;     // query heads
+    size_t kv_heads = 0;  // key-value heads of its own; 0 where it reads a donor's
+    size_t groups = 0;    // key-value heads of the cache it attends to
+    size_t head_dim = 0;
+    size_t cache = 0;  // which of the call's caches it attends to
+    float scalar = 1.0f;
+    Weight qkv, o, gate_up, down;
+    const float *q_norm = nullptr, *k_norm = nullptr, *input_norm = nullptr, *post_attention = nullptr;
+    const float *pre_feedforward = nullptr, *post_feedforward = nullptr;
+    Weight ple_gate, ple_projection;
+    const float* ple_norm = nullptr;
+    MoE moe;
+};
+
+// Keys and values of one layer, [groups, capacity, d] each; row 0 holds position `origin`.
+struct Cache {
+    float* keys = nullptr;
+    float* values = nullptr;
+    size_t capacity = 0;
+    int64_t origin = 0;
+};
+
+// cos and signed sin [rows, d] of the sliding and of the full layers, at the call's positions
+struct Rope {
+    const float* cos[2] = {};
+    const float* sin[2] = {};
+};
+
+struct Config {
+    size_t hidden = 0, vocab = 0, window = 0, ple = 0;
+    float eps = 1e-6f, embed_scale = 1.0f, ple_embed_scale = 1.0f, softcap = 0.0f;
+    size_t first_shared = 0;  // layers from here on have no keys and values of their own
+    Weight table, head, ple_table, ple_model_projection;
+    const float *norm = nullptr, *ple_model_norm = nullptr;
+};
+
+// A call's rows stand at positions `position`, `position` + 1, ...; a drafter's one row sees committed rows only.
+struct Call {
+    size_t rows = 1;
+    int64_t position = 0;
+    bool drafting = false;
+    const Cache* caches = nullptr;
+    Rope rope;
+};
+
+class Stack {
+   public:
+    Config config;
+    std::vector<Layer> layers;
+
+    void prepare();  // once all layers are there
+
+    // Target: hidden states after the final norm, [rows, hidden], or [1, hidden] with last_only. Where `choices` is given,
+    // the arg max of each of them too.
+    void forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden, int64_t* choices);
+    // Soft-capped logits [rows, vocab].
+    void logits(const float* hidden, size_t rows, float* out);
+    void greedy(const float* hidden, size_t rows, int64_t* choices);
+
+   private:
+    friend class DraftStack;
+    struct Shared;
+    struct Private;
+
+    void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
+    void layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
+               int threads, Barrier& barrier);
+    void attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
+                   int threads);
+    void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
+    void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
+    void best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads);
+    int64_t combined(size_t row, const Shared& all, int threads) const;
+    Shared& shared(size_t rows, int threads);
+
+    std::shared_ptr<Shared> shared_;
+    bool large_ = true;  // large enough for more than one thread
+    size_t widest_qkv_ = 0, widest_heads_ = 0, widest_mlp_ = 0;
+};
+
+struct Centroids {
+    size_t clusters = 0, top_k = 0;
+    Weight table;
+    const int64_t* ordering = nullptr;  // token ids, cluster by cluster
+};
+
+class DraftStack {
+   public:
+    Stack stack;
+    Weight pre_projection, post_projection;
+    Weight target_table;
+    float target_scale = 1.0f;
+    Centroids centroids;
+    size_t backbone = 0;
+
+    // One step: concat(embedding, hidden) [2 * backbone] in, the state for the head and the projected state out.
+    void step(const float* input, const Call& call, float* state, float* projected);
+    // K greedy steps from the last token and the target's hidden state.
+    void draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens);
+    size_t candidates() const;
+    // Logits of the candidates, and their ids where there is a centroid head.
+    void score(const float* state, float* logits, int64_t* ids);
+
+   private:
+    struct Buffers;
+    void one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
+                  int thread, int threads, Barrier& barrier);
+    void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
+                int thread, int threads, Barrier& barrier);
+};
+
+}  // namespace gemma
