@@ -15,9 +15,10 @@ from gemma_mtp.cli import render
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.pair import DEFAULT_DRAFT_TOKENS, Pair, load_pair
+from gemma_mtp.engine.pair import DraftTokens, Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
+from gemma_mtp.ops.native import set_threads
 
 INPUT, MODELS, DRAFTING, SAMPLING, OUTPUT = "Prompt", "Models", "Drafting", "Sampling and stopping", "Output"
 
@@ -33,10 +34,10 @@ class Run:
     pair: Pair
     prompt: str | list[int]
     params: SamplingParams
-    draft_tokens: int
+    draft_tokens: DraftTokens
     verification: Verification
 
-    def once(self, draft_tokens: int | None = None, max_tokens: int | None = None) -> GenerationResult:
+    def once(self, draft_tokens: DraftTokens | None = None, max_tokens: int | None = None) -> GenerationResult:
         params = self.params
         if max_tokens is not None:
             params = SamplingParams(**{**vars(params), "max_tokens": min(max_tokens, params.max_tokens)})
@@ -71,14 +72,23 @@ def generate(
         str,
         _option(
             "--dtype",
-            help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, bfloat16 on a GPU.",
+            help="auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU.",
             panel=MODELS,
         ),
     ] = "auto",
     device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)] = "auto",
+    threads: Annotated[
+        int | None, _option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)
+    ] = None,
     draft_tokens: Annotated[
-        int, _option("--draft-tokens", "-k", help="Drafts a round (K); 0 is plain decoding.", panel=DRAFTING)
-    ] = DEFAULT_DRAFT_TOKENS,
+        str,
+        _option(
+            "--draft-tokens",
+            "-k",
+            help="Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.",
+            panel=DRAFTING,
+        ),
+    ] = "auto",
     verification: Annotated[
         str,
         _option(
@@ -148,11 +158,15 @@ def generate(
     """Complete a prompt. Without --target, with the bundled pair, which completes Python source."""
     if repeats < 1:
         raise SamplingError(f"--repeats is {repeats}, but must be 1 or more.")
+    if threads is not None and threads < 1:
+        raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
     given = _prompt(prompt, file, token_ids, chat)
     if no_drafter and drafter is not None:
         raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
     if compare and (no_drafter or (target is not None and drafter is None)):
         raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
+    if threads is not None:
+        set_threads(threads)
     with progress("loading"):
         pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter)
     defaults = pair.generation
@@ -174,7 +188,7 @@ def generate(
         logprobs=logprobs,
     )
     text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, draft_tokens, verification)  # type: ignore[arg-type]  # checked by the engine
+    run = Run(pair, text, params, _draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -217,6 +231,15 @@ def _read(file: Path) -> str:
         raise PromptError(f"the prompt file {file} can not be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
+
+
+def _draft_tokens(text: str) -> DraftTokens:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise SamplingError(f"--draft-tokens is {text!r}, but must be auto or a whole number, such as 4.") from None
 
 
 def _parse_token_ids(text: str) -> list[int]:

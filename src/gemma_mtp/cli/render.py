@@ -76,9 +76,15 @@ def summary(result: GenerationResult) -> str:
         return f"{line}, no drafts"
     share = result.accepted / result.drafted
     return (
-        f"{line}, {rounds} rounds of {result.draft_tokens} drafts, {share:.0%} accepted,"
+        f"{line}, {rounds} rounds of {_drafts(result)}, {share:.0%} accepted,"
         f" mean acceptance length {result.mean_acceptance_length:.2f}"
     )
+
+
+def _drafts(result: GenerationResult) -> str:
+    if result.draft_tokens == "auto":
+        return f"auto drafts ({result.drafted / len(result.decode_rounds):.1f} on average)"
+    return f"{result.draft_tokens} drafts"
 
 
 def to_json(result: GenerationResult) -> dict[str, Any]:

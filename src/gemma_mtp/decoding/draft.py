@@ -53,6 +53,9 @@ def draft(
     state that produced that token. Each step feeds back its own token and projected state.
     """
     counters_K, stream = noise
+    if params.is_argmax and drafter.native is not None:
+        count = counters_K.shape[0]
+        return Drafts(drafter.native.greedy(int(last_token_11), hidden_11D[0, 0], rope, kv, count), [])
     token, hidden = last_token_11, hidden_11D
     tokens: list[Tensor] = []
     candidates: list[Candidates] = []

@@ -23,7 +23,7 @@ from gemma_mtp.decoding.sampling import (
     top_logprobs,
 )
 from gemma_mtp.decoding.verify import Verification, Verified, verify_block, verify_exact, verify_rejection
-from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
 from gemma_mtp.model.target import Target
@@ -58,8 +58,8 @@ def open_sequence(
     """Allocate the cache and rotary tables for a prompt, its output and one round's drafts."""
     table = target.embed_tokens.weight
     max_length = prompt_length + max_tokens + max_drafts
-    cache = KVCache(target.config, max_length, max_drafts + 1, table.dtype, table.device)
-    rope = rope_for(target.config, torch.arange(max_length, device=table.device), table.dtype)
+    cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device)
+    rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
     return Sequence(params, cache, rope, None)
 
 
@@ -67,6 +67,8 @@ def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: 
     """Run the prompt [P] through the target in chunks and commit the first output token."""
     if sequence.params.uses_history:
         sequence.history = TokenHistory(prompt_ids, target.config.vocab_size, prompt_ids.device)
+    if target.native is not None:
+        chunk_rows = min(chunk_rows, SLACK_ROWS)  # the room that sliding buffers have beside the window
     for chunk in prompt_ids.unsqueeze(0).split(chunk_rows, dim=1):
         hidden_11D = _forward(target, sequence, chunk, last_only=True)
         sequence.cache.commit(chunk.shape[1])
@@ -117,8 +119,11 @@ def _commit(
 ) -> RoundOutput:
     """Choose at every row, count the accepted drafts, and move the sequence on; reads the device once."""
     params, drafted = sequence.params, drafts.tokens_K.shape[0]
-    logits_TV = target.logits(hidden_1TD[0])
-    verified = _verify(logits_TV, sequence, drafts, verification)
+    if params.is_argmax and target.native is not None:
+        verified = verify_exact(target.native.greedy(hidden_1TD[0]), drafts.tokens_K)
+    else:
+        logits_TV = target.logits(hidden_1TD[0])
+        verified = _verify(logits_TV, sequence, drafts, verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
     committed = tokens[: accepted + 1]
     if sequence.history is not None:

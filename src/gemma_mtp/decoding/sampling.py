@@ -118,6 +118,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def is_argmax(self) -> bool:
+        """Whether a token is chosen by its logit alone and nothing else of the logits is wanted."""
+        return self.greedy and not self.uses_history and not self.logit_bias and self.logprobs is None
+
+    @property
     def uses_history(self) -> bool:
         """Whether the choice depends on earlier tokens, so that a `TokenHistory` must be kept."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal
 
 import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, RoundCosts
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
+from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.native import module
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 
 #: prompt rows per target call: enough to use the hardware, few enough to bound activations
 PREFILL_CHUNK_ROWS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_DRAFT_TOKENS = 4
+#: drafts a round: a number, or the policy of `decoding.draft_length`
+DraftTokens = int | Literal["auto"]
 
 
 @dataclass
@@ -39,18 +43,20 @@ class Pair:
     drafter: Drafter | None
     tokenizer: Tokenizer | None
     generation: checkpoint.GenerationDefaults
+    _costs: RoundCosts | None = field(default=None, repr=False)
 
     def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        draft_tokens: DraftTokens = "auto",
         verification: Verification = "exact",
     ) -> GenerationResult:
         """Complete a prompt (text, or token ids) and return tokens, text, and what each round did.
 
-        `draft_tokens` is K, drafts a round; 0 is plain decoding. Raises PromptError, SamplingError, TokenizerError.
+        `draft_tokens` is K, drafts a round; 0 is plain decoding, "auto" what pays most.
+        Raises PromptError, SamplingError, TokenizerError.
         """
         stream = self.stream(prompt, params, draft_tokens=draft_tokens, verification=verification)
         for _ in stream:
@@ -62,7 +68,7 @@ class Pair:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        draft_tokens: DraftTokens = "auto",
         verification: Verification = "exact",
     ) -> TextStream:
         """The same, as an iterator of text pieces, given out as tokens are committed and never half a character.
@@ -73,7 +79,7 @@ class Pair:
         prompt_ids = self.encode(prompt)
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
-        used = draft_tokens if self.drafter is not None else 0
+        used: DraftTokens = draft_tokens if self.drafter is not None else 0
         return TextStream(self, GenerationResult(prompt_ids, used, verification), params, verification)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -89,6 +95,13 @@ class Pair:
             token_ids = list(prompt)
         self._check_prompt(token_ids)
         return token_ids
+
+    def round_costs(self) -> RoundCosts:
+        """Seconds of rounds of every length on this machine; measured at the first call, which takes 0.2 seconds."""
+        if self._costs is None:
+            assert self.drafter is not None
+            self._costs = measure_costs(self.target, self.drafter)
+        return self._costs
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -142,9 +155,11 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
     output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
     device = pair.target.embed_tokens.weight.device
+    policy = DraftLength(pair.round_costs()) if result.draft_tokens == "auto" else None
+    longest = LONGEST if result.draft_tokens == "auto" else result.draft_tokens
     started = time.perf_counter()
     with torch.inference_mode():
-        sequence = open_sequence(pair.target, len(prompt), limit, result.draft_tokens, params)
+        sequence = open_sequence(pair.target, len(prompt), limit, longest, params)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
     text = output.push(first)
     result.prefill_seconds = time.perf_counter() - started
@@ -154,16 +169,23 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         if output.done:
             return
         started = time.perf_counter()
-        drafts = min(result.draft_tokens, output.remaining - 1)
+        drafts = min(longest if policy is None else policy.choose(), output.remaining - 1)
         with torch.inference_mode():
             played = play_round(pair.target, pair.drafter, sequence, drafts, verification)
         text = output.push(played)
-        result.decode_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        result.decode_seconds += seconds
+        if policy is not None:
+            policy.record(played.drafted, played.accepted)
+            policy.costs.note(played.drafted, seconds)
 
 
-def _check_decoding(draft_tokens: int, verification: str) -> None:
-    if not isinstance(draft_tokens, int) or not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
-        raise SamplingError(f"draft_tokens is {draft_tokens!r}, but must be from 0 (plain) to {MAX_DRAFT_TOKENS}.")
+def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
+    whole = isinstance(draft_tokens, int) and 0 <= draft_tokens <= MAX_DRAFT_TOKENS
+    if not whole and draft_tokens != "auto":
+        raise SamplingError(
+            f"draft_tokens is {draft_tokens!r}, but must be auto, or from 0 (plain) to {MAX_DRAFT_TOKENS}."
+        )
     if verification not in VERIFICATIONS:
         raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
 
@@ -183,34 +205,33 @@ def load_pair(
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
-    A target given without a drafter decodes plainly. `dtype` "auto" is float32 on a CPU, where PyTorch's own bfloat16
-    arithmetic makes near-ties common, and bfloat16 on a GPU. `device` "auto" is CUDA where there is one.
-    The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError, PairError.
+    A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
+    weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
+    where there is one. The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError,
+    PairError.
     """
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
         drafter = None
     chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, chosen_device)
     target_config: TargetConfig = checkpoint.read_target_config(target)
     if drafter is not None:
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
         check_pair(target_config, drafter_config)
+    chosen_dtype = _dtype(dtype, chosen_device, target)
+    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device)
+    loaded_target.pack_()
+    loaded_drafter = None
+    if drafter is not None:
+        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)
+        loaded_drafter.pack_(loaded_target.native)
     return Pair(
-        target=_packed(checkpoint.load_target(target, chosen_dtype, chosen_device)),
-        drafter=None if drafter is None else _packed(checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)),
+        target=loaded_target,
+        drafter=loaded_drafter,
         tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
         generation=checkpoint.read_generation_config(target),
     )
-
-
-_Model = TypeVar("_Model", Target, Drafter)
-
-
-def _packed(model: _Model) -> _Model:
-    model.pack_()
-    return model
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -225,11 +246,15 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type != "cpu":
+            return torch.bfloat16
+        # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
+        stored = {header.dtype for header in checkpoint.read_headers(target).values()}
+        return torch.bfloat16 if "F32" not in stored and "BF16" in stored and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

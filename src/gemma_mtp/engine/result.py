@@ -39,7 +39,7 @@ class GenerationResult:
     """
 
     prompt_token_ids: list[int]
-    draft_tokens: int
+    draft_tokens: int | Literal["auto"]
     verification: str
     token_ids: list[int] = field(default_factory=list)
     text: str | None = None
