@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
+from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
 from gemma_mtp.model.target import Target
 from gemma_mtp.training.evaluate import read_prompts
 
@@ -48,7 +48,7 @@ class Side:
         return statistics.median(self.speeds)
 
 
-def ours(pair: Pair, draft_tokens: int, max_tokens: int) -> Side:
+def ours(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     lengths: list[float] = []
 
@@ -149,14 +149,14 @@ def report(sides: Sequence[Side], floor_speed: float, bandwidth: float, args: ar
         for side in sides
     ]
     return {
-        "machine": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "machine": processor(), "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__, "dtype": args.dtype, "prompts": args.prompts, "max_tokens": args.max_tokens,
         "repeats": args.repeats, "read_gigabytes_per_second": bandwidth / 1e9,
         "plain_floor_tokens_per_second": floor_speed, "share_of_floor": plain.speed / floor_speed, "sides": rows,
     }  # fmt: skip
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -187,13 +187,17 @@ def show(content: dict[str, Any]) -> None:
     )
 
 
+def _length(text: str) -> DraftTokens:
+    return "auto" if text == "auto" else int(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = bundled_directory()
     parser.add_argument("--target", type=Path, default=bundled / "target")
     parser.add_argument("--drafter", type=Path, default=bundled / "drafter")
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 3, 4, 6])
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--draft-tokens", type=_length, nargs="+", default=[2, 3, 4, 6, "auto"], help="auto or numbers")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of both sides")
     parser.add_argument("--prompts", type=int, default=4, help="how many of the held-out prompts")
     parser.add_argument("--token-ids", action="store_true", help="random prompts, for a target without tokenizer")
     parser.add_argument("--max-tokens", type=int, default=128)

@@ -1,7 +1,13 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import gemma_mtp
+
+if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators than the installed one (`make sanitize`)
+    gemma_mtp.__path__.insert(0, os.environ["GEMMA_MTP_BUILD"])
 
 
 @pytest.fixture(scope="session")

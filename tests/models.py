@@ -68,6 +68,13 @@ def agreeing_pair(seed: int = 0) -> tuple[Target, Drafter]:
     return target, drafter
 
 
+def packed(target: Target, drafter: Drafter) -> tuple[Target, Drafter]:
+    """The same pair, made ready to decode: natively where the operators are built."""
+    target.pack_()
+    drafter.pack_(target.native)
+    return target, drafter
+
+
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

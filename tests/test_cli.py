@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:
-    content = generate(capsys, PROMPT, "--max-tokens", "24", "--ignore-eos")
+    content = generate(capsys, PROMPT, "--max-tokens", "24", "--ignore-eos", "--draft-tokens", "4")
     assert list(content) == [
         "prompt_token_ids", "token_ids", "text", "finish_reason", "draft_tokens", "verification", "rounds", "drafted",
         "accepted", "accepted_by_position", "mean_acceptance_length", "prefill_seconds", "decode_seconds",
@@ -79,6 +79,10 @@ def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:
 def test_text_is_streamed_and_the_summary_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     text = generate(capsys, PROMPT, "--max-tokens", "16")["text"]
     assert main(["generate", PROMPT, "--max-tokens", "16"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text + "\n"
+    assert re.match(r"\d+ tokens, prefill .* (no drafts|rounds of auto drafts)", err)
+    assert main(["generate", PROMPT, "--max-tokens", "16", "-k", "4"]) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
     assert re.match(r"\d+ tokens, prefill .* \d+ rounds of 4 drafts", err)
@@ -168,7 +172,7 @@ def test_chat_uses_the_template_and_the_checkpoints_defaults(
 
 
 def test_compare(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = generate(capsys, *IDS, *models(tiny), "--compare", "--repeats", "2", "-n", "30")
+    content = generate(capsys, *IDS, *models(tiny), "--compare", "--repeats", "2", "-n", "30", "-k", "4")
     assert content["identical"] is True
     assert content["ratio"] == pytest.approx(content["drafted_tokens_per_second"] / content["plain_tokens_per_second"])
     assert content["plain"]["token_ids"] == content["drafted"]["token_ids"]
@@ -264,10 +268,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
         (["x", "--logit-bias", "five"], "--logit-bias is 'five'"),
         (["x", "--logit-bias", "99999:1"], "logit_bias has token id 99999"),
+        (["x", "--draft-tokens", "many"], "--draft-tokens is 'many'"),
         (["x", "--draft-tokens", "-1"], "draft_tokens is -1"),
         (["x", "--verification", "loose"], "verification is 'loose'"),
         (["x", "--dtype", "int4"], "dtype 'int4' is not known"),
         (["x", "--device", "abacus"], "device 'abacus' is not known"),
+        (["x", "--threads", "0"], "--threads is 0"),
         (["x", "--repeats", "0"], "--repeats is 0"),
         (["x", "--stop", ""], "stop"),
         (["x", "--file", "y"], "the prompt was given twice (PROMPT and --file)"),

@@ -86,7 +86,7 @@ def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids
     oracle, theirs = oracles(family), build_drafter(family, centroids)
     theirs.save_pretrained(tmp_path)
     drafter, target = load_drafter(tmp_path, torch.float32), target_of(checkpoints, family)
-    drafter.pack_()
+    drafter.pack_(target.native)
     sequence = open_sequence(target, PROMPT.shape[1], 2, 8, SamplingParams())
     prefill(target, sequence, PROMPT[0], chunk_rows=512)
     position = PROMPT.shape[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, S, agreeing_pair, play, random_drafter, random_target, slow_decode
+from models import VOCAB, S, agreeing_pair, packed, play, random_drafter, random_target, slow_decode
 
 from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.draft import draft_noise
@@ -18,6 +18,8 @@ PAIRS = {
     "centroids": (random_target(3), random_drafter(seed=4, centroids=True)),
     "agreeing": agreeing_pair(0),
     "agreeing often": agreeing_pair(3),
+    "native": packed(*agreeing_pair(3)),
+    "native, centroids": packed(random_target(3), random_drafter(seed=4, centroids=True)),
 }
 
 
@@ -25,6 +27,7 @@ class AlwaysWrong:
     """A hostile drafter: it knows the target's output and always proposes something else."""
 
     def __init__(self, prompt_length: int, plain: list[int]) -> None:
+        self.native = None
         self.config = SimpleNamespace(text=SimpleNamespace(layer_types=(S,)))
         self.plain, self.length, self.step = plain, prompt_length + 1, 0
         self.prompt_length = prompt_length

@@ -1,0 +1,259 @@
+"""The native operators: against float64, and the same bits for a row whatever shares its call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TINY, play, random_drafter, random_target
+from torch import Tensor
+
+from gemma_mtp.decoding.round import open_sequence
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.pair import bundled_directory, load_pair
+from gemma_mtp.model.layers import slice_rope
+from gemma_mtp.model.target import Target
+from gemma_mtp.ops.native import Memory, module
+from gemma_mtp.ops.quantise import GROUP, QUANTISATIONS, Quantisation, quantise
+
+native: Any = module()
+pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
+ISAS: list[str] = [] if native is None else native.isas()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = native.threads()
+    yield
+    native.set_threads(before)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(isa: str, weight: Any, x_MK: Tensor, columns: int) -> Tensor:
+    x_MK = x_MK.contiguous()
+    out = torch.full((x_MK.shape[0], columns), torch.nan)
+    native.linear(isa, weight, x_MK.data_ptr(), x_MK.shape[0], out.data_ptr())
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (37, 20), (64, 256), (130, 1000)])
+def test_linear(isa: str, dtype: torch.dtype, N: int, K: int) -> None:
+    """No further from float64 than PyTorch in fp32 may be; each row's bits do not depend on how many there are."""
+    w, x = randn(N, K).to(dtype), randn(70, K, seed=1)
+    memory = Memory()
+    weight = memory.matrix(w)
+    whole = linear(isa, weight, x, N)
+    exact = x.double() @ w.double().T
+    torchs = (F.linear(x, w.float()) - exact).abs().max()
+    assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * exact.abs().max())
+    for threads in (1, 2, 3):
+        native.set_threads(threads)
+        for rows in (*range(1, 14), 31, 32):
+            assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
+    for start in (1, 7, 40):  # at any place among the others
+        assert torch.equal(linear(isa, weight, x[start : start + 5], N), whole[start : start + 5])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+@pytest.mark.parametrize(("N", "K"), [(1, 64), (37, 192), (130, 1024)])
+def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
+    """Against float64 with the same quantised weights and activations; each row's bits as above."""
+    matrix, x = quantise(randn(N, K), kind), 3 * randn(40, K, seed=1)
+    x[3] = 0
+    memory = Memory()
+    weight = memory.quantised(matrix)
+    whole = linear(isa, weight, x, N)
+    groups = x.view(40, -1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = (groups / scale.clamp(min=1e-30)).round() * scale
+    exact = rounded.view(40, K).double() @ matrix.dequantise().double().T
+    # a value halfway between two integers may be rounded to either
+    halfway = 1.01 * float(scale.max()) * float(matrix.dequantise().abs().max())
+    assert (whole - exact).abs().max() <= 1e-6 * exact.abs().max() + halfway
+    assert (whole - exact).abs().mean() <= 1e-4 * exact.abs().mean()
+    for threads in (1, 2, 3):
+        native.set_threads(threads)
+        for rows in (*range(1, 10), 31, 32):
+            assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
+
+
+@pytest.mark.parametrize("kind", QUANTISATIONS)
+def test_quantisation_rounds_to_the_nearest(kind: Quantisation) -> None:
+    w = randn(9, 128)
+    w[4, :32] = 0
+    error = (quantise(w, kind).dequantise() - w).abs().view(9, -1, GROUP)
+    largest = w.view(9, -1, GROUP).abs().amax(-1, keepdim=True)
+    assert (error[4, 0] == 0).all()
+    if kind == "int8":
+        assert (error <= 0.501 * largest / 127).all()
+    else:  # clipping the largest must have been worth it
+        plain = (w.view(9, -1, GROUP) / (largest / 7).clamp(min=1e-30)).round() * largest / 7
+        assert (error.square().sum(-1) <= (plain - w.view(9, -1, GROUP)).square().sum(-1) * 1.0001 + 1e-9).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [None, *QUANTISATIONS])
+def test_gather(isa: str, kind: Quantisation | None) -> None:
+    table, memory = randn(5, 128), Memory()
+    weight, exact = (memory.matrix(table, kind)), table if kind is None else quantise(table, kind).dequantise()
+    out = torch.empty(128)
+    native.gather(isa, weight, 3, 2.5, out.data_ptr())
+    assert torch.allclose(out, 2.5 * exact[3], rtol=1e-6)
+
+
+def visible(count: int, last: int, window: int) -> tuple[list[int], list[int]]:
+    ends = [last - i for i in range(count)]
+    return [max(0, end - window + 1) for end in ends], ends
+
+
+def attend(
+    isa: str, q_QD: Tensor, first: list[int], last: list[int], k_SD: Tensor, v_SD: Tensor, origin: int
+) -> Tensor:
+    q_QD, out = q_QD.contiguous(), torch.full_like(q_QD, torch.nan)
+    addresses = k_SD.data_ptr(), v_SD.data_ptr()
+    native.attend(isa, q_QD.data_ptr(), len(q_QD), first, last, *addresses, origin, q_QD.shape[1], out.data_ptr())
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("d", "S", "window"), [(8, 5, 100), (64, 700, 400), (20, 300, 7), (256, 513, 1000)])
+def test_attention(isa: str, d: int, S: int, window: int) -> None:
+    Q = min(S, 40)
+    k, v, q = randn(S, d) * d**-0.25, randn(S, d, seed=1), randn(Q, d, seed=2) * d**-0.25
+    first, last = visible(Q, S - 1, window)
+    whole = attend(isa, q, first, last, k, v, 0)
+    for i in range(Q):
+        rows = slice(first[i], last[i] + 1)
+        exact = torch.softmax(q[i].double() @ k[rows].double().T, -1) @ v[rows].double()
+        assert (whole[i] - exact).abs().max() <= 2e-6 * v.abs().max()
+        alone = attend(isa, q[i : i + 1], [first[i]], [last[i]], k, v, 0)
+        assert torch.equal(alone[0], whole[i])
+    cut = min(first)  # a buffer that begins later, as a sliding layer's does
+    assert torch.equal(attend(isa, q, first, last, k[cut:].clone(), v[cut:].clone(), cut), whole)
+    poisoned_k, poisoned_v = k.clone(), v.clone()
+    if first[0] > 0:
+        poisoned_k[: first[0]], poisoned_v[: first[0]] = torch.nan, torch.nan
+        assert torch.equal(attend(isa, q[:1], first[:1], last[:1], poisoned_k, poisoned_v, 0)[0], whole[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 7, 16, 100, 512])
+def test_element_wise(isa: str, n: int) -> None:
+    x, y = 8 * randn(n), randn(n, seed=1)
+    out = torch.full((n,), torch.nan)
+
+    def close(exact: Tensor, tolerance: float = 1e-6) -> None:
+        assert (out - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
+
+    native.rms_norm(isa, x.data_ptr(), y.data_ptr(), 1e-6, n, out.data_ptr())
+    close(F.rms_norm(x.double(), (n,), y.double(), 1e-6))
+    native.rms_norm(isa, x.data_ptr(), 0, 1e-6, n, out.data_ptr())
+    close(F.rms_norm(x.double(), (n,), None, 1e-6))
+    native.gated(isa, x.data_ptr(), y.data_ptr(), n, out.data_ptr())
+    close(F.gelu(x.double(), approximate="tanh") * y)
+    out = 10 * x
+    native.softcap(isa, out.data_ptr(), 30.0, n)
+    close(30 * torch.tanh(10 * x.double() / 30))
+    out = x.clone()
+    native.softmax(isa, out.data_ptr(), n)
+    close(x.double().softmax(0))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("d", [2, 16, 20, 64])
+def test_rotate(isa: str, d: int) -> None:
+    x, cos, sin = randn(d), randn(d, seed=1), randn(d, seed=2)
+    out = x.clone()
+    native.rotate(isa, out.data_ptr(), cos.data_ptr(), sin.data_ptr(), d)
+    exact = x.double() * cos + x.double().roll(d // 2) * sin
+    assert (out - exact).abs().max() < 1e-6
+
+
+@torch.inference_mode()
+def states(target: Target, tokens: list[int], calls: list[int]) -> Tensor:
+    """Hidden states of all tokens, run through the cache in calls of the given sizes."""
+    sequence = open_sequence(target, len(tokens), 0, 40, SamplingParams())
+    out, start = [], 0
+    for rows in calls:
+        sequence.cache.begin(rows)
+        rope = slice_rope(sequence.rope, start, start + rows)
+        out.append(target(torch.tensor([tokens[start : start + rows]]), rope, sequence.cache))
+        sequence.cache.commit(rows)
+        start += rows
+    assert start == len(tokens)
+    return torch.cat(out, 1)
+
+
+CALLS = [[1] * 150, [5] * 30, [64, 64, 1, 21], [40, 1, 2, 3, 4, 32, 8, 60], [13] * 11 + [7]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rows_bits_do_not_depend_on_its_call(dtype: str) -> None:
+    """Of the bundled target: alone, among 2 to 64 rows, in any chunks, with any number of threads."""
+    target = load_pair(dtype=dtype).target
+    assert target.native is not None
+    tokens = torch.randint(0, 4096, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    native.set_threads(1)
+    alone = states(target, tokens, CALLS[0])
+    for threads in (1, 2, 3):
+        native.set_threads(threads)
+        for calls in CALLS:
+            assert torch.equal(states(target, tokens, calls), alone)
+    close_to = target.forward_sequence(torch.tensor([tokens])).hidden_BTD
+    assert (alone - close_to).abs().max() <= (1e-4 if dtype == "float32" else 0.2) * close_to.abs().max()
+
+
+def test_the_comparison_sees_another_order_of_sums() -> None:
+    """PyTorch's own products of the same weights do depend on the number of rows, and must fail the test above."""
+    from gemma_mtp.checkpoint import load_target
+
+    target = load_target(bundled_directory() / "target", torch.float32)
+    tokens = torch.randint(0, 4096, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = states(target, tokens, CALLS[0])
+    assert not all(torch.equal(states(target, tokens, calls), alone) for calls in CALLS)
+
+
+@pytest.mark.parametrize("centroids", [False, True])
+def test_greedy_drafts_in_one_call_are_the_steps_one_by_one(centroids: bool) -> None:
+    target, drafter = random_target(), random_drafter(centroids=centroids)
+    target.pack_()
+    drafter.pack_(target.native)
+    greedy = play(target, drafter, [5, 6, 7], SamplingParams(max_tokens=40), 6)
+    # top_k 1 is greedy too, but goes through logits and the general choice
+    stepwise = play(target, drafter, [5, 6, 7], SamplingParams(max_tokens=40, temperature=1.0, top_k=1), 6)
+    assert greedy.tokens == stepwise.tokens
+    assert greedy.accepted == stepwise.accepted
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    target = random_target()
+    with torch.no_grad():
+        target.embed_tokens.weight[:] = target.embed_tokens.weight[7]
+    target.pack_()
+    assert target.native is not None
+    assert target.native.greedy(randn(5, TINY.hidden_size)).tolist() == [0] * 5
+
+
+def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gemma_mtp._native", None)
+    monkeypatch.delattr("gemma_mtp._native", raising=False)
+    module.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="native operators are not there") as caught:
+            pair = load_pair()
+        assert len(caught) == 1
+        assert pair.target.native is None
+        assert len(pair.generate("import", SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
+    finally:
+        module.cache_clear()
