@@ -1,5 +1,6 @@
 """Linear operators: GB/s of weights for one row, and the cost of more rows as a ratio to one.
 
+    export OMP_WAIT_POLICY=PASSIVE                      # else PyTorch's idle threads take the cores from ours
     python benchmarks/operators.py                      # 8192 x 2048, every type, beside PyTorch's own
     python benchmarks/operators.py --isa avx2 --rows 1 4 8
 

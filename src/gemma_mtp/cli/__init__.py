@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gemma_mtp import __version__
+from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.errors import GemmaMtpError
