@@ -26,7 +26,7 @@ sanitize: $(VENV)/.dev     ## the native operators' tests under AddressSanitizer
 	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 GEMMA_MTP_BUILD=build/sanitize \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 GEMMA_MTP_BUILD=$(abspath build/sanitize) \
 	  $(BIN)/python -m pytest -q tests/test_native.py
 
 docs: $(VENV)/.core        ## docs/cli.md from the commands' own help

@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +9,13 @@ import pytest
 import gemma_mtp
 
 if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators than the installed one (`make sanitize`)
-    gemma_mtp.__path__.insert(0, os.environ["GEMMA_MTP_BUILD"])
+    (built,) = Path(os.environ["GEMMA_MTP_BUILD"]).glob("_native*.so")
+    spec = importlib.util.spec_from_file_location("gemma_mtp._native", built)
+    assert spec is not None
+    assert spec.loader is not None
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    sys.modules["gemma_mtp._native"] = gemma_mtp._native = native  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,11 @@ def threads() -> Iterator[None]:
     before = native.threads()
     yield
     native.set_threads(before)
+
+
+@pytest.mark.skipif("GEMMA_MTP_BUILD" not in os.environ, reason="the installed build is what is tested")
+def test_the_build_asked_for_is_the_one_tested() -> None:
+    assert Path(native.__file__).parent == Path(os.environ["GEMMA_MTP_BUILD"]).absolute()
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
