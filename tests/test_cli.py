@@ -109,7 +109,7 @@ def test_module_exits_with_2_and_one_sentence() -> None:
 
 
 def test_raw_ids_without_a_tokenizer(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = generate(capsys, *IDS, *models(tiny), "-n", "20")
+    content = generate(capsys, *IDS, *models(tiny), "-n", "20", "-k", "4")
     assert content["prompt_token_ids"] == [9, 8, 7]
     assert content["text"] is None
     assert content["accepted"] > 0
@@ -188,13 +188,13 @@ def test_compare_sees_a_verification_that_accepts_everything(
         return Verified(torch.tensor(drafts_K.shape[0]), torch.cat((drafts_K, chosen_R[-1:])))
 
     monkeypatch.setattr(rounds, "verify_exact", accept_all)
-    assert main(["generate", *IDS, *models(tiny), "--compare", "--repeats", "1", "-n", "30", "-t", "1"]) == 1
+    assert main(["generate", *IDS, *models(tiny), "--compare", "--repeats", "1", "-n", "30", "-t", "1", "-k", "4"]) == 1
     assert "identical output: NO" in capsys.readouterr().out
 
 
 def test_show_drafts_marks_every_token(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = generate(capsys, *IDS, *models(tiny), "-n", "30")
-    assert main(["generate", *IDS, *models(tiny), "-n", "30", "--show-drafts", "-q"]) == 0
+    content = generate(capsys, *IDS, *models(tiny), "-n", "30", "-k", "4")
+    assert main(["generate", *IDS, *models(tiny), "-n", "30", "-k", "4", "--show-drafts", "-q"]) == 0
     shown, legend = capsys.readouterr().out.split("\n\n")
     assert re.sub(r"[\[\]{}]", "", shown).split() == [str(i) for i in content["token_ids"]]
     counts = {name: int(count) for name, count in re.findall(r"^\W*(\w+)\W+(\d+)  ", legend, re.MULTILINE)}
@@ -222,7 +222,7 @@ def test_drafts_are_coloured_on_a_terminal(tiny: Path) -> None:
     pair = load_pair(tiny / "target", tiny / "drafter")
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system="standard")
-    render.print_drafts(console, pair.generate([9, 8, 7], SamplingParams(max_tokens=30)), None)
+    render.print_drafts(console, pair.generate([9, 8, 7], SamplingParams(max_tokens=30), draft_tokens=4), None)
     for code in ("\x1b[32m", "\x1b[1;31m", "\x1b[1;36m"):
         assert code in stream.getvalue()
     assert "[corrected]" not in stream.getvalue()
