@@ -154,10 +154,6 @@ inline V spread(const float* scales) {
     return _mm512_insertf32x8(set1(scales[0]), _mm256_set1_ps(scales[1]), 1);
 }
 template <size_t G>
-inline V accumulate(V acc, const Group& w, const int8_t* x, const float* xs, const int32_t* totals, int offset, V ws) {
-    return fma(mul(partial<G>(w, x, totals, offset), spread<G>(xs)), ws, acc);
-}
-template <size_t G>
 struct Scales {
     V v;
     explicit Scales(const float* s) : v(spread<G>(s)) {}
@@ -165,7 +161,7 @@ struct Scales {
 template <size_t G>
 inline V step(V acc, const Group& w, const int8_t* x, const float* xs, const int32_t* totals, int offset,
               const Scales<G>& ws) {
-    return accumulate<G>(acc, w, x, xs, totals, offset, ws.v);
+    return fma(mul(partial<G>(w, x, totals, offset), spread<G>(xs)), ws.v, acc);
 }
 template <bool I8>
 constexpr int OFFSET = I8 ? 128 : 8;

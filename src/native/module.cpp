@@ -143,9 +143,8 @@ NB_MODULE(_native, m) {
             s->prepare();
         })
         .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, size_t rows, int64_t position, bool last_only,
-                           uintptr_t hidden, uintptr_t choices) {
-            s.forward(at<const int64_t>(tokens), caches.call(rows, position, false), last_only, at<float>(hidden),
-                      at<int64_t>(choices));
+                           uintptr_t hidden) {
+            s.forward(at<const int64_t>(tokens), caches.call(rows, position, false), last_only, at<float>(hidden));
         }, release())
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));

@@ -68,7 +68,6 @@ struct Stack::Shared {
     std::vector<float> best_values;  // [threads, rows]
     std::vector<int64_t> best_ids;
     size_t best_rows = 0;
-    int64_t token = 0;
 };
 
 // Every thread holds the same residual stream, so that norms need no barrier.
@@ -380,7 +379,7 @@ int64_t Stack::combined(size_t row, const Shared& all, int threads) const {
     return id == std::numeric_limits<int64_t>::max() ? 0 : id;  // all NaN
 }
 
-void Stack::forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden, int64_t* choices) {
+void Stack::forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) shared(call.rows, threads);
         barrier.wait();
@@ -401,11 +400,6 @@ void Stack::forward(const int64_t* tokens, const Call& call, bool last_only, flo
         float* n = grown(own.n, rows * D);
         for (size_t m = 0; m < rows; m++) kernels().rms_norm(x + m * D, config.norm, config.eps, D, n + m * D);
         if (thread == 0) std::copy_n(n, rows * D, hidden);
-        if (!choices) return;
-        best(n, rows, own, all, thread, threads);
-        barrier.wait();
-        if (thread == 0)
-            for (size_t m = 0; m < rows; m++) choices[m] = combined(m, all, threads);
     }, large_);
 }
 

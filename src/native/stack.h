@@ -74,9 +74,8 @@ class Stack {
 
     void prepare();  // once all layers are there
 
-    // Target: hidden states after the final norm, [rows, hidden], or [1, hidden] with last_only. Where `choices` is given,
-    // the arg max of each of them too.
-    void forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden, int64_t* choices);
+    // Target: hidden states after the final norm, [rows, hidden], or [1, hidden] with last_only.
+    void forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden);
     // Soft-capped logits [rows, vocab].
     void logits(const float* hidden, size_t rows, float* out);
     void greedy(const float* hidden, size_t rows, int64_t* choices);
@@ -126,7 +125,6 @@ class DraftStack {
     void score(const float* state, float* logits, int64_t* ids);
 
    private:
-    struct Buffers;
     void one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   int thread, int threads, Barrier& barrier);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,

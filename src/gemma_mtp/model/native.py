@@ -58,7 +58,7 @@ class NativeTarget:
         ids = token_ids_1T.contiguous()
         hidden = torch.empty(1, 1 if last_only else rows, self.hidden_size)
         handle = _handle(cache, rope)
-        self._stack.forward(ids.data_ptr(), handle, rows, cache.length, last_only, hidden.data_ptr(), 0)
+        self._stack.forward(ids.data_ptr(), handle, rows, cache.length, last_only, hidden.data_ptr())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
