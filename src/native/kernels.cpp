@@ -10,8 +10,95 @@ namespace gemma {
 namespace GEMMA_ISA {
 
 // ---------------------------------------------------------------------------------------------- linear, floating point
+//
+// Every output element has one accumulator vector, filled in order of k and then summed by one tree, whatever the tile
+// it is computed in. A format says how a step of weights meets a step of activations.
 
-constexpr size_t PREFETCH_BLOCK = 8192, PREFETCH_BYTES = 1024;
+struct Wide {  // fp32 weights, activations as they are
+    using T = float;
+    using X = float;
+    static constexpr size_t STEP = W;
+    static constexpr bool PADDED = false;  // whether activations go on with zeros to a whole step
+
+    template <int MR, int NR>
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+        V wv[NR];
+        for (int n = 0; n < NR; n++) wv[n] = load(w + n * ldw);
+        for (int m = 0; m < MR; m++) {
+            const V xv = load(x + m * ldx);
+            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+        }
+    }
+};
+
+#if defined(GEMMA_BF16)
+
+struct Half {  // bf16 weights and activations, multiplied in pairs and summed in fp32
+    using T = uint16_t;
+    using X = uint16_t;
+    static constexpr size_t STEP = 2 * W;
+    static constexpr bool PADDED = true;
+
+    template <int MR, int NR>
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+        __m512bh wv[NR];
+        for (int n = 0; n < NR; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * ldw);
+        for (int m = 0; m < MR; m++) {
+            const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + m * ldx);
+            for (int n = 0; n < NR; n++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xv, wv[n]);
+        }
+    }
+};
+
+inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
+    out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
+    out.half.assign(M * out.padded, 0);
+    for (size_t m = 0; m < M; m++)
+        for (size_t k = 0; k < cols; k += W) {
+            const __m512 v = k + W <= cols ? load(x + m * ldx + k) : load_part(x + m * ldx + k, (int)(cols - k));
+            _mm256_storeu_si256((__m256i*)(out.half.data() + m * out.padded + k), (__m256i)_mm512_cvtneps_pbh(v));
+        }
+}
+
+#else
+
+struct Half {  // bf16 weights, widened: the even columns of a step and then the odd ones, and activations in that order
+    using T = uint16_t;
+    using X = float;
+    static constexpr size_t STEP = 2 * W;
+    static constexpr bool PADDED = true;
+
+    template <int MR, int NR>
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+        V wv[NR];
+        for (int n = 0; n < NR; n++) wv[n] = even(w + n * ldw);
+        for (int m = 0; m < MR; m++) {
+            const V xv = load(x + m * ldx);
+            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+        }
+        for (int n = 0; n < NR; n++) wv[n] = odd(w + n * ldw);
+        for (int m = 0; m < MR; m++) {
+            const V xv = load(x + m * ldx + W);
+            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+        }
+    }
+};
+
+inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
+    out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
+    out.wide.assign(M * out.padded, 0.0f);
+    for (size_t m = 0; m < M; m++)
+        for (size_t k = 0; k < cols; k += Half::STEP) {
+            const float* from = x + m * ldx + k;
+            float* to = out.wide.data() + m * out.padded + k;
+            const size_t count = std::min(Half::STEP, cols - k);
+            for (size_t i = 0; i < count; i++) to[i % 2 * W + i / 2] = from[i];
+        }
+}
+
+#endif
+
+constexpr size_t LINE = 64, PREFETCH_BLOCK = 8192, PREFETCH_BYTES = 1024;
 
 // y[m, n] = the sum of accumulator [m][n]'s lanes, four at a time
 template <int MR, int NR>
@@ -24,321 +111,334 @@ inline void reduce(const V* acc, float* y, size_t ldy) {
         for (int n = 0; n < NR; n++) y[m * ldy + n] = sums[m * NR + n];
 }
 
-// MR rows by NR weight rows: one accumulator vector each, lanes summed in order of k, then by one tree.
-template <int MR, int NR, class T>
-inline void tile(const T* w, size_t ldw, const float* x, size_t ldx, size_t K, float* y, size_t ldy) {
+// The last columns, fewer than a step, with zeros behind them.
+template <class F, int MR, int NR>
+inline void rest(V* acc, const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t count) {
+    typename F::T wt[NR * F::STEP] = {};
+    typename F::X xt[MR * F::STEP] = {};
+    for (int n = 0; n < NR; n++) std::copy_n(w + n * ldw, count, wt + n * F::STEP);
+    for (int m = 0; m < MR; m++) std::copy_n(x + m * ldx, F::PADDED ? F::STEP : count, xt + m * F::STEP);
+    F::template step<MR, NR>(acc, wt, F::STEP, xt, F::STEP);
+}
+
+// MR rows by NR weight rows.
+template <class F, int MR, int NR>
+inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t K, float* y, size_t ldy) {
+    using T = typename F::T;
     V acc[MR * NR];
     for (V& a : acc) a = zero();
     // Many rows' arithmetic hides few loads: without these the stream of weights stalls. Short rows are fetched a block
     // ahead, long ones a few lines ahead.
     const size_t ahead = NR * ldw * sizeof(T) <= PREFETCH_BLOCK ? NR * ldw : PREFETCH_BYTES / sizeof(T);
     size_t k = 0;
-    for (; k + W <= K; k += W) {
-        V wv[NR];
-        for (int n = 0; n < NR; n++) {
-            wv[n] = load(w + n * ldw + k);
-            if (k * sizeof(T) % 64 == 0) __builtin_prefetch(w + n * ldw + k + ahead, 0, 3);
-        }
-        for (int m = 0; m < MR; m++) {
-            V xv = load(x + m * ldx + k);
-            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
-        }
+    for (; k + F::STEP <= K; k += F::STEP) {
+        if (k * sizeof(T) % LINE == 0)
+            for (int n = 0; n < NR; n++) __builtin_prefetch(w + n * ldw + k + ahead, 0, 3);
+        F::template step<MR, NR>(acc, w + k, ldw, x + k, ldx);
     }
-    if (k < K) {
-        for (int n = 0; n < NR; n++) {
-            V wv = load_part(w + n * ldw + k, (int)(K - k));
-            for (int m = 0; m < MR; m++)
-                acc[m * NR + n] = fma(load_part(x + m * ldx + k, (int)(K - k)), wv, acc[m * NR + n]);
-        }
-    }
+    if (k < K) rest<F, MR, NR>(acc, w + k, ldw, x + k, ldx, K - k);
     reduce<MR, NR>(acc, y, ldy);
 }
 
-#if defined(GEMMA_AVX512)
+// Weight rows to a tile: as many accumulators as registers hold beside the weights.
 constexpr int MAX_ROWS = 6;
+#if defined(GEMMA_AVX512)
 constexpr int columns_for(int rows) { return rows <= 2 ? 8 : 4; }
 #else
-constexpr int MAX_ROWS = 6;
-constexpr int columns_for(int rows) { return rows == 1 ? 8 : rows <= 2 ? 4 : rows == 3 ? 4 : 2; }
+constexpr int columns_for(int rows) { return rows <= 2 ? 4 : rows == 3 ? 3 : 2; }
 #endif
 
-template <int MR, class T>
-void row_tile(const T* w, size_t K, const float* x, size_t ldx, size_t count, float* y, size_t ldy) {
+template <class F, int MR>
+void row_tile(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t count, float* y, size_t ldy) {
     constexpr int NR = columns_for(MR);
     size_t n = 0;
-    for (; n + NR <= count; n += NR) tile<MR, NR>(w + n * K, K, x, ldx, K, y + n, ldy);
-    for (; n < count; n++) tile<MR, 1>(w + n * K, K, x, ldx, K, y + n, ldy);
+    for (; n + NR <= count; n += NR) tile<F, MR, NR>(w + n * K, K, x, ldx, K, y + n, ldy);
+    for (; n < count; n++) tile<F, MR, 1>(w + n * K, K, x, ldx, K, y + n, ldy);
 }
 
-template <class T>
-void rows_by_block(const T* w, size_t K, const float* x, size_t ldx, size_t M, size_t count, float* y, size_t ldy) {
-    size_t tiles = (M + MAX_ROWS - 1) / MAX_ROWS;
-    size_t m = 0;
-    for (size_t t = 0; t < tiles; t++) {
-        size_t rows = M / tiles + (t < M % tiles);
-        const float* xt = x + m * ldx;
-        float* yt = y + m * ldy;
-        switch (rows) {
-            case 1: row_tile<1>(w, K, xt, ldx, count, yt, ldy); break;
-            case 2: row_tile<2>(w, K, xt, ldx, count, yt, ldy); break;
-            case 3: row_tile<3>(w, K, xt, ldx, count, yt, ldy); break;
-            case 4: row_tile<4>(w, K, xt, ldx, count, yt, ldy); break;
-            case 5: row_tile<5>(w, K, xt, ldx, count, yt, ldy); break;
-            default: row_tile<6>(w, K, xt, ldx, count, yt, ldy); break;
-        }
+// Calls f(first row, rows) for as even parts of M rows as tiles of at most `most` rows allow.
+template <class Call>
+inline void each_tile(size_t M, size_t most, Call f) {
+    const size_t tiles = (M + most - 1) / most;
+    for (size_t t = 0, m = 0; t < tiles; t++) {
+        const size_t rows = M / tiles + (t < M % tiles);
+        f(m, rows);
         m += rows;
     }
 }
 
+template <class F>
+void rows_by_block(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t M, size_t count, float* y,
+                   size_t ldy) {
+    each_tile(M, MAX_ROWS, [&](size_t m, size_t rows) {
+        const typename F::X* xt = x + m * ldx;
+        float* yt = y + m * ldy;
+        switch (rows) {
+            case 1: return row_tile<F, 1>(w, K, xt, ldx, count, yt, ldy);
+            case 2: return row_tile<F, 2>(w, K, xt, ldx, count, yt, ldy);
+            case 3: return row_tile<F, 3>(w, K, xt, ldx, count, yt, ldy);
+            case 4: return row_tile<F, 4>(w, K, xt, ldx, count, yt, ldy);
+            case 5: return row_tile<F, 5>(w, K, xt, ldx, count, yt, ldy);
+            default: return row_tile<F, 6>(w, K, xt, ldx, count, yt, ldy);
+        }
+    });
+}
+
 constexpr size_t BLOCK_BYTES = 24 << 10;  // of weights that stay in the first-level cache for all row tiles
-constexpr size_t WIDEN_ROWS = 24;         // from so many rows on, a block of bf16 weights is widened once for all of them
 
 // Weight rows to a block: as many as fit, a multiple of what a tile takes.
 inline size_t block_rows(size_t row_bytes) {
     return std::clamp(BLOCK_BYTES / std::max((size_t)1, row_bytes) / 4 * 4, (size_t)4, (size_t)16);
 }
 
-template <class T>
-void linear_dense(const T* w, size_t K, const float* x, size_t ldx, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
-    if (M <= MAX_ROWS) return rows_by_block(w + n0 * K, K, x, ldx, M, n1 - n0, y, ldy);
-    static thread_local std::vector<float> wide;
-    const bool widen = sizeof(T) == 2 && M >= WIDEN_ROWS;
-    const size_t rows = block_rows(K * (widen ? 4 : sizeof(T)));
-    if (widen) wide.resize(rows * K);
-    for (size_t n = n0; n < n1; n += rows) {
-        const size_t count = std::min(rows, n1 - n);
-        const T* block = w + n * K;
-        if constexpr (sizeof(T) == 2) {
-            if (widen) {
-                size_t i = 0, total = count * K;
-                for (; i + W <= total; i += W) store(wide.data() + i, load(block + i));
-                if (i < total) store_part(wide.data() + i, load_part(block + i, (int)(total - i)), (int)(total - i));
-                rows_by_block(wide.data(), K, x, ldx, M, count, y + (n - n0), ldy);
-                continue;
-            }
-        }
-        rows_by_block(block, K, x, ldx, M, count, y + (n - n0), ldy);
-    }
+template <class F>
+void linear_dense(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t M, size_t n0, size_t n1,
+                  float* y, size_t ldy) {
+    const size_t rows = M <= MAX_ROWS ? n1 - n0 : block_rows(K * sizeof(typename F::T));
+    for (size_t n = n0; n < n1; n += rows)
+        rows_by_block<F>(w + n * K, K, x, ldx, M, std::min(rows, n1 - n), y + (n - n0), ldy);
 }
 
 // ------------------------------------------------------------------------------------------------- linear, quantised
 
-// Integer dot products of one group, as W partial sums that are exact; then float: acc += partial * x scale * w scale.
+// Integer dot products of 64 columns, as W partial sums that are exact; then float: acc += partial * x scale * w scale.
+// int8 has one scale for them; int4 two, of the even and of the odd four-column units (see `Weight`).
 constexpr size_t BLOCK_COLS = 64;
+
+template <bool I8>
+constexpr size_t SCALES = I8 ? 1 : 2;  // of a block
+
+template <class T>
+inline T read(const void* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
 
 #if defined(GEMMA_AVX512)
 
-struct Group {  // 64 columns: one group of 64, or two of 32 in the two halves
+template <bool I8>
+inline V spread(const float* scales) {
+    if constexpr (I8) return set1(scales[0]);
+    return _mm512_castpd_ps(_mm512_set1_pd(read<double>(scales)));
+}
+
+struct Block {
     __m512i v;
 };
-inline Group group_i8(const int8_t* w) {  // as w + 128, unsigned
-    return {_mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80))};
-}
-inline Group group_i4(const uint8_t* w) {
-    __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15);
-    __m256i low = _mm256_and_si256(b, mask), high = _mm256_and_si256(_mm256_srli_epi16(b, 4), mask);
+template <bool I8>
+inline Block block(const uint8_t* w) {
+    if constexpr (I8) return {_mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80))};  // w + 128, unsigned
+    const __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_and_si256(b, mask), high = _mm256_and_si256(_mm256_srli_epi16(b, 4), mask);
     return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
 }
-// sum of (unsigned - offset) * x; lane 0 of each group starts at -offset * the group's total
-template <size_t G>
-inline V partial(const Group& w, const int8_t* x, const int32_t* totals, int offset) {
+// The unsigned weights' offset is taken off by what the lanes begin with: `start` a lane.
+template <bool I8>
+inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
     __m512i start;
-    if constexpr (G == 64) start = _mm512_maskz_set1_epi32(1, -offset * totals[0]);
-    else
-        start = _mm512_mask_set1_epi32(_mm512_maskz_set1_epi32(1, -offset * totals[0]), 1 << 8, -offset * totals[1]);
+    if constexpr (I8) start = _mm512_set1_epi32(starts[0]);
+    else start = _mm512_set1_epi64(read<int64_t>(starts));
     return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, w.v, _mm512_loadu_si512(x)));
 }
-template <size_t G>
-inline V spread(const float* scales) {
-    if constexpr (G == 64) return set1(scales[0]);
-    return _mm512_insertf32x8(set1(scales[0]), _mm256_set1_ps(scales[1]), 1);
-}
-template <size_t G>
-struct Scales {
-    V v;
-    explicit Scales(const float* s) : v(spread<G>(s)) {}
-};
-template <size_t G>
-inline V step(V acc, const Group& w, const int8_t* x, const float* xs, const int32_t* totals, int offset,
-              const Scales<G>& ws) {
-    return fma(mul(partial<G>(w, x, totals, offset), spread<G>(xs)), ws.v, acc);
-}
-template <bool I8>
-constexpr int OFFSET = I8 ? 128 : 8;
 
 #elif defined(GEMMA_AVX2)
 
-struct Group {
-    __m256i low, high;  // 32 columns each
+template <bool I8>
+inline V spread(const float* scales) {
+    if constexpr (I8) return set1(scales[0]);
+    return _mm256_castpd_ps(_mm256_set1_pd(read<double>(scales)));
+}
+
+struct Block {
+    __m256i low, high;
 };
-inline Group group_i8(const int8_t* w) {
-    return {_mm256_loadu_si256((const __m256i*)w), _mm256_loadu_si256((const __m256i*)(w + 32))};
-}
-inline Group group_i4(const uint8_t* w) {
-    __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-    return {_mm256_sub_epi8(_mm256_and_si256(b, mask), eight),
-            _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(b, 4), mask), eight)};
-}
-// |w| times x with w's sign: pairs stay below 2 ** 15 because x and w lie within 127
-inline __m256i dot32(__m256i w, const int8_t* x) {
-    __m256i xv = _mm256_loadu_si256((const __m256i*)x);
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xv, w));
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-template <size_t G>
-struct Scales {
-    float v[2];
-    explicit Scales(const float* s) : v{s[0], G == 32 ? s[1] : 0.0f} {}
-};
-template <size_t G>
-inline V step(V acc, const Group& w, const int8_t* x, const float* xs, const int32_t*, int, const Scales<G>& ws) {
-    __m256i low = dot32(w.low, x), high = dot32(w.high, x + 32);
-    if constexpr (G == 64)
-        return fma(mul(_mm256_cvtepi32_ps(_mm256_add_epi32(low, high)), set1(xs[0])), set1(ws.v[0]), acc);
-    acc = fma(mul(_mm256_cvtepi32_ps(low), set1(xs[0])), set1(ws.v[0]), acc);
-    return fma(mul(_mm256_cvtepi32_ps(high), set1(xs[1])), set1(ws.v[1]), acc);
+template <bool I8>
+inline Block block(const uint8_t* w) {
+    if constexpr (I8) return {_mm256_loadu_si256((const __m256i*)w), _mm256_loadu_si256((const __m256i*)(w + 32))};
+    const __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(b, mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
 }
 template <bool I8>
-constexpr int OFFSET = 0;
+inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
+    const __m256i x0 = _mm256_loadu_si256((const __m256i*)x), x1 = _mm256_loadu_si256((const __m256i*)(x + 32));
+    const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (I8) {  // |w| times x with w's sign: pairs stay below 2 ** 15 because x and w lie within 127
+        const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(x0, w.low));
+        const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(x1, w.high));
+        return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)));
+    }
+    // w + 8 lies within 15: four products stay below 2 ** 15
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, x0), _mm256_maddubs_epi16(w.high, x1));
+    const __m256i start = _mm256_set1_epi64x(read<int64_t>(starts));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(pairs, ones), start));
+}
 
 #else
 
-struct Group {
+template <bool I8>
+inline V spread(const float* scales) {
+    V v;
+    for (int i = 0; i < W; i++) v[i] = scales[i % SCALES<I8>];
+    return v;
+}
+
+struct Block {
     int8_t v[64];
 };
-inline Group group_i8(const int8_t* w) {
-    Group g;
-    std::memcpy(g.v, w, 64);
-    return g;
-}
-inline Group group_i4(const uint8_t* w) {
-    Group g;
-    for (int i = 0; i < 32; i++) g.v[i] = (int8_t)((w[i] & 15) - 8), g.v[i + 32] = (int8_t)((w[i] >> 4) - 8);
-    return g;
-}
-template <size_t G>
-struct Scales {
-    float v[2];
-    explicit Scales(const float* s) : v{s[0], G == 32 ? s[1] : 0.0f} {}
-};
-template <size_t G>
-inline V step(V acc, const Group& w, const int8_t* x, const float* xs, const int32_t*, int, const Scales<G>& ws) {
-    for (size_t g = 0; g < 64 / G; g++) {
-        V part = zero();
-        for (int i = 0; i < W; i++) {
-            int32_t total = 0;
-            for (size_t j = 0; j < G / W; j++) total += (int32_t)w.v[g * G + j * W + i] * x[g * G + j * W + i];
-            part[i] = (float)total;
-        }
-        acc = fma(mul(part, set1(xs[g])), set1(ws.v[g]), acc);
-    }
-    return acc;
+template <bool I8>
+inline Block block(const uint8_t* w) {
+    Block b;
+    if constexpr (I8) std::memcpy(b.v, w, 64);
+    else
+        for (int i = 0; i < 32; i++) b.v[i] = (int8_t)((w[i] & 15) - 8), b.v[i + 32] = (int8_t)((w[i] >> 4) - 8);
+    return b;
 }
 template <bool I8>
-constexpr int OFFSET = 0;
+inline V partial(const Block& w, const int8_t* x, const int32_t*) {
+    V out;
+    for (int i = 0; i < W; i++) {
+        int32_t total = 0;
+        for (int j = 0; j < 4; j++) total += (int32_t)w.v[4 * i + j] * x[4 * i + j] + (int32_t)w.v[4 * i + j + 32] * x[4 * i + j + 32];
+        out[i] = (float)total;
+    }
+    return out;
+}
 
 #endif
 
-template <bool I8, size_t G, int MR, int NR>
-inline void quantised_tile(const Weight& w, size_t n0, const QuantisedRows& x, size_t m0, float* y, size_t ldy) {
-    const size_t K = w.cols, groups = K / G, bytes = w.row_bytes();
+// What a lane begins with so that the weights' offset cancels: the group's sum times the offset over the group's lanes.
+template <bool I8>
+inline int32_t start_of(int32_t total) {
+#if defined(GEMMA_AVX512)
+    return I8 ? -8 * total : -total;  // 128 / 16 lanes, 8 / 8 lanes
+#elif defined(GEMMA_AVX2)
+    return I8 ? 0 : -2 * total;  // 8 / 4 lanes
+#else
+    return 0 * total;
+#endif
+}
+
+template <bool I8, int MR, int NR>
+inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0, float* y, size_t ldy) {
+    constexpr size_t S = SCALES<I8>;
+    const size_t K = w.cols, blocks = K / BLOCK_COLS, bytes = w.row_bytes(), block_bytes = bytes / blocks;
     const uint8_t* data = (const uint8_t*)w.data + n0 * bytes;
-    const float* scales = w.scales + n0 * groups;
+    const float* scales = w.scales + n0 * blocks * S;
+    const int8_t* values = x.values.data() + m0 * K;
+    const float* x_scales = x.scales.data() + m0 * blocks * S;
+    const int32_t* starts = x.starts.data() + m0 * blocks * S;
+    const size_t ahead = NR * bytes <= PREFETCH_BLOCK ? NR * bytes : PREFETCH_BYTES;
     V acc[MR * NR];
     for (V& a : acc) a = zero();
-    for (size_t k = 0; k < K; k += BLOCK_COLS) {
-        const size_t g = k / G;
+    for (size_t b = 0; b < blocks; b++)
         for (int n = 0; n < NR; n++) {
-            const Group wg = I8 ? group_i8((const int8_t*)data + n * bytes + k) : group_i4(data + n * bytes + k / 2);
-            const Scales<G> ws(scales + n * groups + g);
+            const uint8_t* wb = data + n * bytes + b * block_bytes;
+            if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + ahead, 0, 3);
+            const Block wv = block<I8>(wb);
+            const V ws = spread<I8>(scales + (n * blocks + b) * S);
             for (int m = 0; m < MR; m++) {
-                const size_t row = m0 + m;
-                acc[m * NR + n] = step<G>(acc[m * NR + n], wg, x.values.data() + row * K + k, x.scales.data() + row * groups + g,
-                                    x.totals.data() + row * groups + g, OFFSET<I8>, ws);
+                const size_t at = (m * blocks + b) * S;
+                const V part = partial<I8>(wv, values + m * K + b * BLOCK_COLS, starts + at);
+                acc[m * NR + n] = fma(mul(part, spread<I8>(x_scales + at)), ws, acc[m * NR + n]);
             }
         }
-    }
     reduce<MR, NR>(acc, y, ldy);
 }
 
 #if defined(GEMMA_AVX512)
+constexpr int MAX_QUANTISED_ROWS = 6;
 constexpr int quantised_columns(int rows) { return rows <= 1 ? 8 : 4; }
 #else
+constexpr int MAX_QUANTISED_ROWS = 4;
 constexpr int quantised_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
-template <bool I8, size_t G, int MR>
-void quantised_rows(const Weight& w, const QuantisedRows& x, size_t m0, size_t n0, size_t n1, float* y, size_t ldy) {
+template <bool I8, int MR>
+void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t n1, float* y, size_t ldy) {
     constexpr int NR = quantised_columns(MR);
     size_t n = n0;
-    for (; n + NR <= n1; n += NR) quantised_tile<I8, G, MR, NR>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
-    for (; n < n1; n++) quantised_tile<I8, G, MR, 1>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
+    for (; n + NR <= n1; n += NR) quantised_tile<I8, MR, NR>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
+    for (; n < n1; n++) quantised_tile<I8, MR, 1>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
 }
 
-constexpr size_t MAX_QUANTISED_ROWS = 4;
-
-template <bool I8, size_t G>
-void linear_quantised(const Weight& w, const QuantisedRows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
-    size_t tiles = (M + MAX_QUANTISED_ROWS - 1) / MAX_QUANTISED_ROWS;
-    const size_t block = tiles == 1 ? n1 - n0 : block_rows(w.row_bytes());
+template <bool I8>
+void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
+    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : block_rows(w.row_bytes());
     for (size_t n = n0; n < n1; n += block) {
-        size_t end = std::min(n + block, n1), m = 0;
-        for (size_t t = 0; t < tiles; t++) {
-            size_t rows = M / tiles + (t < M % tiles);
+        const size_t end = std::min(n + block, n1);
+        float* out = y + (n - n0);
+        each_tile(M, MAX_QUANTISED_ROWS, [&](size_t m, size_t rows) {
             switch (rows) {
-                case 1: quantised_rows<I8, G, 1>(w, x, m, n, end, y + (n - n0), ldy); break;
-                case 2: quantised_rows<I8, G, 2>(w, x, m, n, end, y + (n - n0), ldy); break;
-                case 3: quantised_rows<I8, G, 3>(w, x, m, n, end, y + (n - n0), ldy); break;
-                default: quantised_rows<I8, G, 4>(w, x, m, n, end, y + (n - n0), ldy); break;
+                case 1: return quantised_rows<I8, 1>(w, x, m, n, end, out, ldy);
+                case 2: return quantised_rows<I8, 2>(w, x, m, n, end, out, ldy);
+                case 3: return quantised_rows<I8, 3>(w, x, m, n, end, out, ldy);
+                case 4: return quantised_rows<I8, 4>(w, x, m, n, end, out, ldy);
+                case 5: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 5 ? 5 : 1>(w, x, m, n, end, out, ldy);
+                default: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 6 ? 6 : 1>(w, x, m, n, end, out, ldy);
             }
-            m += rows;
-        }
+        });
     }
 }
 
-void linear(const Weight& w, const float* x, size_t ldx, const QuantisedRows* q, size_t M, size_t n0, size_t n1, float* y,
-            size_t ldy) {
+void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
     if (n0 >= n1) return;
     switch (w.type) {
-        case Type::F32: return linear_dense((const float*)w.data, w.cols, x, ldx, M, n0, n1, y, ldy);
-        case Type::BF16: return linear_dense((const uint16_t*)w.data, w.cols, x, ldx, M, n0, n1, y, ldy);
-        case Type::I8:
-            return w.group == 64 ? linear_quantised<true, 64>(w, *q, M, n0, n1, y, ldy)
-                                 : linear_quantised<true, 32>(w, *q, M, n0, n1, y, ldy);
-        default:
-            return w.group == 64 ? linear_quantised<false, 64>(w, *q, M, n0, n1, y, ldy)
-                                 : linear_quantised<false, 32>(w, *q, M, n0, n1, y, ldy);
+        case Type::F32: return linear_dense<Wide>((const float*)w.data, w.cols, x.x, x.ldx, M, n0, n1, y, ldy);
+        case Type::BF16:
+#if defined(GEMMA_BF16)
+            return linear_dense<Half>((const uint16_t*)w.data, w.cols, x.half.data(), x.padded, M, n0, n1, y, ldy);
+#else
+            return linear_dense<Half>((const uint16_t*)w.data, w.cols, x.wide.data(), x.padded, M, n0, n1, y, ldy);
+#endif
+        case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy);
+        default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy);
     }
 }
 
-void quantise(const float* x, size_t ldx, size_t M, size_t cols, size_t group, QuantisedRows& out) {
-    const size_t groups = cols / group;
+// Where column k of a block of 64 goes in the order of int4 weights.
+constexpr size_t int4_place(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
+
+template <bool I8>
+void quantise(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
+    constexpr size_t S = SCALES<I8>, GROUP = BLOCK_COLS / S;
+    const size_t groups = cols / GROUP;
     out.values.resize(M * cols);
     out.scales.resize(M * groups);
-    out.totals.resize(M * groups);
+    out.starts.resize(M * groups);
     for (size_t m = 0; m < M; m++)
         for (size_t g = 0; g < groups; g++) {
-            const float* v = x + m * ldx + g * group;
+            const float* v = x + m * ldx + g * GROUP;
             V largest = zero();
-            for (size_t i = 0; i < group; i += W) {
+            for (size_t i = 0; i < GROUP; i += W) {
                 V a = load(v + i);
                 largest = max(largest, max(a, sub(zero(), a)));
             }
             const float top = maximum(largest);
             const float inverse = top > 0 ? 127.0f / top : 0.0f;
-            int8_t* to = out.values.data() + m * cols + g * group;
+            int8_t* to = out.values.data() + m * cols + g / S * BLOCK_COLS;
             int32_t total = 0;
-            for (size_t i = 0; i < group; i += W) {
+            for (size_t i = 0; i < GROUP; i += W) {
                 float lanes[W];
                 store(lanes, round(mul(load(v + i), set1(inverse))));
                 for (int j = 0; j < W; j++) {
-                    to[i + j] = (int8_t)lanes[j];
-                    total += to[i + j];
+                    const size_t k = g % S * GROUP + i + j;
+                    to[I8 ? k : int4_place(k)] = (int8_t)lanes[j];
+                    total += (int8_t)lanes[j];
                 }
             }
             out.scales[m * groups + g] = top / 127.0f;
-            out.totals[m * groups + g] = total;
+            out.starts[m * groups + g] = start_of<I8>(total);
         }
+}
+
+void prepare(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out) {
+    switch (w.type) {
+        case Type::F32: out.x = x, out.ldx = ldx; return;
+        case Type::BF16: return prepare_half(x, ldx, M, w.cols, out);
+        case Type::I8: return quantise<true>(x, ldx, M, w.cols, out);
+        default: return quantise<false>(x, ldx, M, w.cols, out);
+    }
 }
 
 // --------------------------------------------------------------------------------------------- element-wise operators
@@ -428,16 +528,18 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
             put(out + i, mul(w == W ? load(from + i) : load_part(from + i, w), set1(factor)), w);
         });
     } else {
-        const float* scales = table.scales + row * (n / table.group);
         const uint8_t* from = (const uint8_t*)table.data + row * table.row_bytes();
+        const size_t group = table.type == Type::I8 ? 64 : 32;
+        const float* scales = table.scales + row * (n / group);
         for (size_t i = 0; i < n; i++) {
             int value;
-            if (table.type == Type::I8) value = ((const int8_t*)from)[i];
+            if (table.type == Type::I8) value = (int8_t)from[i];
             else {
-                uint8_t byte = from[i / 64 * 32 + i % 32];
-                value = (i % 64 < 32 ? byte & 15 : byte >> 4) - 8;
+                const size_t place = int4_place(i % BLOCK_COLS);
+                const uint8_t byte = from[i / BLOCK_COLS * 32 + place % 32];
+                value = (place < 32 ? byte & 15 : byte >> 4) - 8;
             }
-            out[i] = (float)value * scales[i / table.group] * factor;
+            out[i] = (float)value * scales[i / group] * factor;
         }
     }
 }
@@ -490,7 +592,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
         const size_t count = (size_t)(end - begin);
         const float* k = keys + (size_t)(begin - origin) * d;
         const float* v = values + (size_t)(begin - origin) * d;
-        rows_by_block(k, d, q, ldq, Q, count, scores.data(), CHUNK);
+        rows_by_block<Wide>(k, d, q, ldq, Q, count, scores.data(), CHUNK);
         const float* weights[MAX_QUERIES];
         size_t from[MAX_QUERIES], to[MAX_QUERIES], common_from = 0, common_to = count;
         for (size_t i = 0; i < Q; i++) {
@@ -546,7 +648,7 @@ void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const 
 
 const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
     using namespace GEMMA_ISA;
-    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), linear, quantise, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
+    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
                              softcap, gather, attend, softmax};
     return all;
 }

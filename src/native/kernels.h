@@ -9,15 +9,16 @@ namespace gemma {
 
 enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 
-// A weight matrix [rows, cols], row by row. Quantised types have a scale for each `group` columns of a row:
-//   I8  int8, value = data * scale
-//   I4  blocks of 64 columns in 32 bytes; byte i holds column i in its low and column i + 32 in its high half, each
-//       stored as value / scale + 8
+// A weight matrix [rows, cols], row by row. Quantised types have whole blocks of 64 columns, and float scales in order:
+//   I8  int8, value = data * scale; one scale a block
+//   I4  32 bytes a block, each value stored as value / scale + 8, two a byte. A block is two groups of 32 columns with a
+//       scale each; place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low and place
+//       i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
 struct Weight {
     Type type = Type::F32;
     const void* data = nullptr;
-    const float* scales = nullptr;  // [rows, cols / group]
-    size_t rows = 0, cols = 0, group = 0;
+    const float* scales = nullptr;  // [rows, cols / 64], I4 [rows, cols / 32]
+    size_t rows = 0, cols = 0;
 
     size_t row_bytes() const {
         switch (type) {
@@ -27,14 +28,18 @@ struct Weight {
             default: return cols / 2;
         }
     }
-    bool quantised() const { return type == Type::I8 || type == Type::I4; }
 };
 
-// Rows of activations as int8, quantised by row and group for a quantised weight.
-struct QuantisedRows {
-    std::vector<int8_t> values;   // [M, cols]
-    std::vector<float> scales;    // [M, cols / group]
-    std::vector<int32_t> totals;  // [M, cols / group]: sums of the group's values
+// Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
+struct Rows {
+    const float* x = nullptr;  // F32: as they are
+    size_t ldx = 0;
+    size_t padded = 0;            // BF16: columns with the zeros behind them
+    std::vector<float> wide;      // BF16: the even columns of each 2 W before the odd ones, [M, padded]
+    std::vector<uint16_t> half;   // BF16 where pairs of bf16 are multiplied: rounded, [M, padded]
+    std::vector<int8_t> values;   // I8, I4: quantised by row and group, [M, cols], in the weights' order
+    std::vector<float> scales;    // [M, groups]
+    std::vector<int32_t> starts;  // [M, groups]: where a lane's sum begins, see `start_of`
 };
 
 // What one query row sees: positions first .. last, and where they lie.
@@ -45,10 +50,10 @@ struct Visible {
 struct Kernels {
     const char* name;
 
-    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1. `quantised` is x, prepared by `quantise`, where w is quantised.
-    void (*linear)(const Weight& w, const float* x, size_t ldx, const QuantisedRows* quantised, size_t M, size_t n0,
-                   size_t n1, float* y, size_t ldy);
-    void (*quantise)(const float* x, size_t ldx, size_t M, size_t cols, size_t group, QuantisedRows& out);
+    // x [M, w.cols] made ready for weights of w's type and columns
+    void (*prepare)(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out);
+    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1
+    void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy);
     // out = x / rms(x) * weight; weight may be null; out may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* out);
     // residual += x / rms(x) * weight
@@ -74,6 +79,7 @@ const Kernels& kernels_portable();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
 #endif
 
 }  // namespace gemma

@@ -18,12 +18,12 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size_t cols, size_t group) {
+Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size_t cols) {
     Weight w;
     w.type = (Type)type;
     w.data = at<const void>(data);
     w.scales = at<const float>(scales);
-    w.rows = rows, w.cols = cols, w.group = group;
+    w.rows = rows, w.cols = cols;
     return w;
 }
 
@@ -62,7 +62,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
     m.def("isas", [] {
         std::vector<std::string> names;
-        for (const char* name : {"avx512", "avx2", "portable"})
+        for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
             if (kernels_named(name)) names.emplace_back(name);
         return names;
     });
@@ -183,12 +183,12 @@ NB_MODULE(_native, m) {
     m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
         const Kernels& k = named(isa);
         Pool::instance().run([&](int thread, int threads, Barrier&) {
-            static thread_local QuantisedRows q;
+            static thread_local Rows prepared;
             const size_t units = (w.rows + 7) / 8;
             const size_t begin = std::min(units * thread / threads * 8, w.rows);
             const size_t end = std::min(units * (thread + 1) / threads * 8, w.rows);
-            if (w.quantised()) k.quantise(at<const float>(x), w.cols, rows, w.cols, w.group, q);
-            k.linear(w, at<const float>(x), w.cols, &q, rows, begin, end, at<float>(y) + begin, w.rows);
+            k.prepare(w, at<const float>(x), w.cols, rows, prepared);
+            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows);
         });
     }, release());
     m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {

@@ -26,6 +26,11 @@ inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load(const uint16_t* p) {  // bf16
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+// the even and the odd ones of 2 W
+inline V even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline V odd(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
+}
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -53,6 +58,12 @@ inline V set1(float x) { return _mm256_set1_ps(x); }
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline V load(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline V even(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+}
+inline V odd(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32((int)0xffff0000)));
 }
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -84,6 +95,16 @@ inline V load(const float* p) {
 inline V load(const uint16_t* p) {
     VI bits;
     for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)p[i] << 16);
+    return (V)bits;
+}
+inline V even(const uint16_t* p) {
+    VI bits;
+    for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)p[2 * i] << 16);
+    return (V)bits;
+}
+inline V odd(const uint16_t* p) {
+    VI bits;
+    for (int i = 0; i < W; i++) bits[i] = (int32_t)((uint32_t)p[2 * i + 1] << 16);
     return (V)bits;
 }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }

@@ -12,12 +12,12 @@ namespace gemma {
 const Kernels* kernels_named(const char* name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!std::strcmp(name, "avx512")) {
-        const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                         __builtin_cpu_supports("avx512vnni");
-        return has ? &kernels_avx512() : nullptr;
-    }
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (!std::strcmp(name, "avx512_bf16"))
+        return avx512 && __builtin_cpu_supports("avx512bf16") ? &kernels_avx512_bf16() : nullptr;
+    if (!std::strcmp(name, "avx512")) return avx512 ? &kernels_avx512() : nullptr;
     if (!std::strcmp(name, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2() : nullptr;
 #endif
@@ -29,7 +29,7 @@ const Kernels& kernels() {
         const char* wanted = std::getenv("GEMMA_MTP_ISA");
         if (wanted)
             if (const Kernels* k = kernels_named(wanted)) return *k;
-        for (const char* name : {"avx512", "avx2"})
+        for (const char* name : {"avx512_bf16", "avx512", "avx2"})
             if (const Kernels* k = kernels_named(name)) return *k;
         return kernels_portable();
     }();
@@ -76,13 +76,17 @@ struct Stack::Private {
     std::vector<float> weights;
     std::vector<size_t> chosen;
     std::vector<Visible> visible;
-    QuantisedRows quantised;
+    Rows rows;
 
-    // Columns p.begin .. p.end of the product; `out` is where the first of them goes.
-    void linear(const Weight& w, const float* in, size_t ldx, size_t rows, Part p, float* out, size_t ldy) {
+    void prepare(const Weight& w, const float* in, size_t ldx, size_t count) { kernels().prepare(w, in, ldx, count, rows); }
+    // Columns p.begin .. p.end of the product with the prepared rows; `out` is where the first of them goes.
+    void multiply(const Weight& w, size_t count, Part p, float* out, size_t ldy) {
+        kernels().linear(w, rows, count, p.begin, p.end, out, ldy);
+    }
+    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy) {
         if (p.begin == p.end) return;
-        if (w.quantised()) kernels().quantise(in, ldx, rows, w.cols, w.group, quantised);
-        kernels().linear(w, in, ldx, &quantised, rows, p.begin, p.end, out, ldy);
+        prepare(w, in, ldx, count);
+        multiply(w, count, p, out, ldy);
     }
     static Private& here() {
         static thread_local Private own;
@@ -224,9 +228,9 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
         float* gate = grown(own.c, 2 * slots.size() * n);
         float* up = gate + slots.size() * n;
         const size_t base = e * 2 * I;
-        own.linear(moe.gate_up, x, D, slots.size(), {base + wide.begin, base + wide.end}, gate, n);
-        own.linear(moe.gate_up, x, D, slots.size(), {base + I + wide.begin, base + I + wide.end},
-                   up, n);
+        own.prepare(moe.gate_up, x, D, slots.size());
+        own.multiply(moe.gate_up, slots.size(), {base + wide.begin, base + wide.end}, gate, n);
+        own.multiply(moe.gate_up, slots.size(), {base + I + wide.begin, base + I + wide.end}, up, n);
         for (size_t i = 0; i < slots.size(); i++)
             k.gated(gate + i * n, up + i * n, n, all.expert_act.data() + slots[i] * I + wide.begin);
     }
@@ -307,8 +311,9 @@ void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, P
     if (const size_t width = wide.end - wide.begin) {
         float* gate = grown(own.a, 2 * rows * width);
         float* up = gate + rows * width;
-        own.linear(l.gate_up, n, D, rows, wide, gate, width);
-        own.linear(l.gate_up, n, D, rows, {I + wide.begin, I + wide.end}, up, width);
+        own.prepare(l.gate_up, n, D, rows);
+        own.multiply(l.gate_up, rows, wide, gate, width);
+        own.multiply(l.gate_up, rows, {I + wide.begin, I + wide.end}, up, width);
         for (size_t m = 0; m < rows; m++)
             k.gated(gate + m * width, up + m * width, width, all.act.data() + m * I + wide.begin);
     }
@@ -354,11 +359,10 @@ void Stack::best(const float* hidden, size_t rows, Private& own, Shared& all, in
     std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
     std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
     if (p.begin == p.end) return;
-    if (config.head.quantised())
-        kernels().quantise(hidden, config.hidden, rows, config.hidden, config.head.group, own.quantised);
+    own.prepare(config.head, hidden, config.hidden, rows);
     for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
         const size_t count = std::min(HEAD_BLOCK, p.end - n);
-        kernels().linear(config.head, hidden, config.hidden, &own.quantised, rows, n, n + count, scores, HEAD_BLOCK);
+        own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK);
         for (size_t m = 0; m < rows; m++) {
             float* s = scores + m * HEAD_BLOCK;
             if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
@@ -450,11 +454,10 @@ void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::
     std::partial_sort(order, order + centroids.top_k, order + C, [&](size_t a, size_t b) {
         return clusters[a] > clusters[b] || (clusters[a] == clusters[b] && a < b);
     });
-    if (stack.config.head.quantised())
-        kernels().quantise(state, D, 1, D, stack.config.head.group, own.quantised);
+    own.prepare(stack.config.head, state, D, 1);
     for (size_t i = best.begin; i < best.end; i++) {
         const size_t first = order[i] * size;
-        kernels().linear(stack.config.head, state, D, &own.quantised, 1, first, first + size, logits + i * size, size);
+        own.multiply(stack.config.head, 1, {first, first + size}, logits + i * size, size);
         std::copy_n(centroids.ordering + first, size, ids + i * size);
         if (stack.config.softcap > 0) kernels().softcap(logits + i * size, stack.config.softcap, size);
     }

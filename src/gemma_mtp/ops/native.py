@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.ops.quantise import GROUP, Quantisation, QuantisedMatrix, can_quantise, quantise
+from gemma_mtp.ops.quantise import Quantisation, QuantisedMatrix, can_quantise, quantise
 
 #: the module's numbers of the weight types
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -65,13 +65,13 @@ class Memory:
         if kind is not None and can_quantise(flat):
             return self.quantised(quantise(flat, kind))
         self.tensors.append(flat)
-        return module().Weight(WEIGHT_TYPES[flat.dtype], flat.data_ptr(), 0, flat.shape[0], flat.shape[1], 0)
+        return module().Weight(WEIGHT_TYPES[flat.dtype], flat.data_ptr(), 0, flat.shape[0], flat.shape[1])
 
     def quantised(self, matrix: QuantisedMatrix) -> Any:
         """The same of a quantised matrix."""
         self.tensors += [matrix.data, matrix.scales]
         addresses = matrix.data.data_ptr(), matrix.scales.data_ptr()
-        return module().Weight(QUANTISED_TYPES[matrix.kind], *addresses, *matrix.shape, GROUP)
+        return module().Weight(QUANTISED_TYPES[matrix.kind], *addresses, *matrix.shape)
 
     def vector(self, tensor: Tensor | None) -> int:
         """Address of a float32 vector; 0 for none."""

@@ -1,8 +1,9 @@
 """Group-wise symmetric quantisation of weight matrices, in the layout the native operators read.
 
-Each `GROUP` columns of a row share a float32 scale. int8: value = data * scale, data in -127 .. 127. int4: two values
-a byte, in blocks of 64 columns to 32 bytes; byte i holds column i in its low half and column i + 32 in its high half,
-each as value / scale + 8, in 1 .. 15.
+The columns of a group share a float32 scale. int8: groups of 64, value = data * scale, data in -127 .. 127. int4: groups
+of 32, each value as value / scale + 8, in 1 .. 15, two values a byte, in blocks of two groups to 32 bytes. In a block,
+place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low half and place i + 32 in its high
+half: so one vector register holds both groups in turn, four columns at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor
 
 Quantisation = Literal["int8", "int4"]
 QUANTISATIONS: tuple[Quantisation, ...] = ("int8", "int4")
-#: columns that share a scale, and the columns of a block, of which a matrix must have a whole number
-GROUP, BLOCK = 32, 64
+#: columns that share a scale
+GROUPS: dict[Quantisation, int] = {"int8": 64, "int4": 32}
+#: columns of a block, of which a matrix must have a whole number
+BLOCK = 64
 LARGEST = {"int8": 127, "int4": 7}
 #: scales tried for int4, as shares of the one that keeps the largest value: rounding the rest better may be worth more
 INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -24,7 +27,7 @@ INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
-    """`data` is int8 [N, K] or packed uint8 [N, K / 2]; `scales` float32 [N, K / GROUP]."""
+    """`data` is int8 [N, K] or packed uint8 [N, K / 2]; `scales` float32 [N, K / group]."""
 
     kind: Quantisation
     data: Tensor
@@ -32,7 +35,7 @@ class QuantisedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.data.shape[0], self.scales.shape[1] * GROUP
+        return self.data.shape[0], self.scales.shape[1] * GROUPS[self.kind]
 
     @property
     def nbytes(self) -> int:
@@ -41,8 +44,8 @@ class QuantisedMatrix:
     def dequantise(self) -> Tensor:
         """The values the operators compute with, float32 [N, K]."""
         N, K = self.shape
-        values = self.data if self.kind == "int8" else _unpack(self.data).view(N, K)
-        return (values.view(N, -1, GROUP).float() * self.scales[..., None]).view(N, K)
+        values = self.data if self.kind == "int8" else _unpack(self.data).reshape(N, K)
+        return (values.view(N, -1, GROUPS[self.kind]).float() * self.scales[..., None]).view(N, K)
 
 
 def can_quantise(weight_NK: Tensor) -> bool:
@@ -53,7 +56,7 @@ def can_quantise(weight_NK: Tensor) -> bool:
 def quantise(weight_NK: Tensor, kind: Quantisation) -> QuantisedMatrix:
     """Round to the nearest; int4 takes the scale of `INT4_SHARES` with the least squared error, group by group."""
     N, K = weight_NK.shape
-    groups = weight_NK.detach().float().reshape(N, K // GROUP, GROUP)
+    groups = weight_NK.detach().float().reshape(N, -1, GROUPS[kind])
     largest = groups.abs().amax(-1)
     if kind == "int8":
         scales = largest / LARGEST[kind]
@@ -74,10 +77,13 @@ def _rounded(groups: Tensor, scales: Tensor, kind: Quantisation) -> Tensor:
 
 
 def _pack(values_NK: Tensor) -> Tensor:
-    halves = (values_NK + 8).to(torch.uint8).view(values_NK.shape[0], -1, 2, BLOCK // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(values_NK.shape[0], -1)
+    N = values_NK.shape[0]
+    units = (values_NK + 8).to(torch.uint8).view(N, -1, 2, BLOCK // 8, 4)  # block, group, unit, column
+    halves = units.transpose(2, 3).reshape(N, -1, 2, BLOCK // 2)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(N, -1)
 
 
 def _unpack(data: Tensor) -> Tensor:
     blocks = data.view(data.shape[0], -1, BLOCK // 2)
-    return torch.stack((blocks & 15, blocks >> 4), 2).to(torch.int8) - 8
+    halves = torch.stack((blocks & 15, blocks >> 4), 2).to(torch.int8) - 8
+    return halves.view(*blocks.shape[:2], BLOCK // 8, 2, 4).transpose(2, 3)
