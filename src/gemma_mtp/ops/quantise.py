@@ -1,9 +1,9 @@
 """Group-wise symmetric quantisation of weight matrices, in the layout the native operators read.
 
-The columns of a group share a float32 scale. int8: groups of 64, value = data * scale, data in -127 .. 127. int4: groups
-of 32, each value as value / scale + 8, in 1 .. 15, two values a byte, in blocks of two groups to 32 bytes. In a block,
-place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low half and place i + 32 in its high
-half: so one vector register holds both groups in turn, four columns at a time.
+The columns of a group share a float32 scale. int8: groups of 64, value = data * scale, data in -127 .. 127. int4:
+groups of 32, each value as value / scale + 8, in 1 .. 15, two values a byte, in blocks of two groups to 32 bytes. In a
+block, place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low half and place i + 32 in its
+high half: so one vector register holds both groups in turn, four columns at a time.
 """
 
 from __future__ import annotations
