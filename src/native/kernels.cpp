@@ -14,6 +14,9 @@ namespace GEMMA_ISA {
 // Every output element has one accumulator vector, filled in order of k and then summed by one tree, whatever the tile
 // it is computed in. A format says how a step of weights meets a step of activations.
 
+// accumulators stay in registers only where the loops over them are unrolled
+#define UNROLL _Pragma("GCC unroll 64")
+
 struct Wide {  // fp32 weights, activations as they are
     using T = float;
     using X = float;
@@ -23,10 +26,10 @@ struct Wide {  // fp32 weights, activations as they are
     template <int MR, int NR>
     static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
         V wv[NR];
-        for (int n = 0; n < NR; n++) wv[n] = load(w + n * ldw);
-        for (int m = 0; m < MR; m++) {
+        UNROLL for (int n = 0; n < NR; n++) wv[n] = load(w + n * ldw);
+        UNROLL for (int m = 0; m < MR; m++) {
             const V xv = load(x + m * ldx);
-            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+            UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
     }
 };
@@ -42,20 +45,20 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
     template <int MR, int NR>
     static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
         __m512bh wv[NR];
-        for (int n = 0; n < NR; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * ldw);
-        for (int m = 0; m < MR; m++) {
+        UNROLL for (int n = 0; n < NR; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * ldw);
+        UNROLL for (int m = 0; m < MR; m++) {
             const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + m * ldx);
-            for (int n = 0; n < NR; n++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xv, wv[n]);
+            UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xv, wv[n]);
         }
     }
 };
 
 inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
     out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
-    out.half.assign(M * out.padded, 0);
+    if (out.half.size() < M * out.padded) out.half.resize(M * out.padded);
     for (size_t m = 0; m < M; m++)
-        for (size_t k = 0; k < cols; k += W) {
-            const __m512 v = k + W <= cols ? load(x + m * ldx + k) : load_part(x + m * ldx + k, (int)(cols - k));
+        for (size_t k = 0; k < out.padded; k += W) {
+            const V v = k + W <= cols ? load(x + m * ldx + k) : load_part(x + m * ldx + k, (int)cols - (int)k);
             _mm256_storeu_si256((__m256i*)(out.half.data() + m * out.padded + k), (__m256i)_mm512_cvtneps_pbh(v));
         }
 }
@@ -71,44 +74,64 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     template <int MR, int NR>
     static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
         V wv[NR];
-        for (int n = 0; n < NR; n++) wv[n] = even(w + n * ldw);
-        for (int m = 0; m < MR; m++) {
+        UNROLL for (int n = 0; n < NR; n++) wv[n] = even(w + n * ldw);
+        UNROLL for (int m = 0; m < MR; m++) {
             const V xv = load(x + m * ldx);
-            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+            UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
-        for (int n = 0; n < NR; n++) wv[n] = odd(w + n * ldw);
-        for (int m = 0; m < MR; m++) {
+        UNROLL for (int n = 0; n < NR; n++) wv[n] = odd(w + n * ldw);
+        UNROLL for (int m = 0; m < MR; m++) {
             const V xv = load(x + m * ldx + W);
-            for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
+            UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
     }
 };
 
 inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
     out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
-    out.wide.assign(M * out.padded, 0.0f);
+    if (out.wide.size() < M * out.padded) out.wide.resize(M * out.padded);
     for (size_t m = 0; m < M; m++)
-        for (size_t k = 0; k < cols; k += Half::STEP) {
+        for (size_t k = 0; k < out.padded; k += Half::STEP) {
             const float* from = x + m * ldx + k;
             float* to = out.wide.data() + m * out.padded + k;
             const size_t count = std::min(Half::STEP, cols - k);
-            for (size_t i = 0; i < count; i++) to[i % 2 * W + i / 2] = from[i];
+            for (size_t i = 0; i < Half::STEP; i++) to[i % 2 * W + i / 2] = i < count ? from[i] : 0.0f;
         }
 }
 
 #endif
 
-constexpr size_t LINE = 64, PREFETCH_BLOCK = 8192, PREFETCH_BYTES = 1024;
+constexpr size_t LINE = 64;
+constexpr size_t PREFETCH_BYTES = 8192;  // of weights under way at once
 
-// y[m, n] = the sum of accumulator [m][n]'s lanes, four at a time
+// How far ahead of a tile's weights others are fetched. Short rows lie one behind the other; in long ones each of the
+// tile's rows is a stream of its own.
+inline size_t prefetch_ahead(size_t rows, size_t row_bytes) {
+    return rows * row_bytes <= PREFETCH_BYTES ? PREFETCH_BYTES : PREFETCH_BYTES / rows;
+}
+
+// y[m, n] = the sum of accumulator [m][n]'s lanes
 template <int MR, int NR>
 inline void reduce(const V* acc, float* y, size_t ldy) {
-    constexpr int WHOLE = MR * NR / 4 * 4;
-    float sums[MR * NR];
-    for (int i = 0; i < WHOLE; i += 4) sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
-    for (int i = WHOLE; i < MR * NR; i++) sums[i] = sum(acc[i]);
-    for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NR; n++) y[m * ldy + n] = sums[m * NR + n];
+    constexpr int ALL = MR * NR;
+    if constexpr (NR % 4 == 0) {
+        int i = 0;
+#if defined(GEMMA_AVX512)
+        UNROLL for (; i + 16 <= ALL; i += 16) {
+            float* out[4];
+            UNROLL for (int g = 0; g < 4; g++) out[g] = y + (i + 4 * g) / NR * ldy + (i + 4 * g) % NR;
+            sum16(acc + i, out);
+        }
+#endif
+        UNROLL for (; i < ALL; i += 4)
+            sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], y + i / NR * ldy + i % NR);
+    } else {
+        float sums[ALL];
+        UNROLL for (int i = 0; i < ALL / 4 * 4; i += 4) sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3], sums + i);
+        UNROLL for (int i = ALL / 4 * 4; i < ALL; i++) sums[i] = sum(acc[i]);
+        UNROLL for (int m = 0; m < MR; m++)
+            UNROLL for (int n = 0; n < NR; n++) y[m * ldy + n] = sums[m * NR + n];
+    }
 }
 
 // The last columns, fewer than a step, with zeros behind them.
@@ -116,8 +139,8 @@ template <class F, int MR, int NR>
 inline void rest(V* acc, const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t count) {
     typename F::T wt[NR * F::STEP] = {};
     typename F::X xt[MR * F::STEP] = {};
-    for (int n = 0; n < NR; n++) std::copy_n(w + n * ldw, count, wt + n * F::STEP);
-    for (int m = 0; m < MR; m++) std::copy_n(x + m * ldx, F::PADDED ? F::STEP : count, xt + m * F::STEP);
+    UNROLL for (int n = 0; n < NR; n++) std::copy_n(w + n * ldw, count, wt + n * F::STEP);
+    UNROLL for (int m = 0; m < MR; m++) std::copy_n(x + m * ldx, F::PADDED ? F::STEP : count, xt + m * F::STEP);
     F::template step<MR, NR>(acc, wt, F::STEP, xt, F::STEP);
 }
 
@@ -126,14 +149,14 @@ template <class F, int MR, int NR>
 inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t K, float* y, size_t ldy) {
     using T = typename F::T;
     V acc[MR * NR];
-    for (V& a : acc) a = zero();
+    UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
     // Many rows' arithmetic hides few loads: without these the stream of weights stalls. Short rows are fetched a block
     // ahead, long ones a few lines ahead.
-    const size_t ahead = NR * ldw * sizeof(T) <= PREFETCH_BLOCK ? NR * ldw : PREFETCH_BYTES / sizeof(T);
+    const size_t ahead = prefetch_ahead(NR, ldw * sizeof(T)) / sizeof(T);
     size_t k = 0;
     for (; k + F::STEP <= K; k += F::STEP) {
         if (k * sizeof(T) % LINE == 0)
-            for (int n = 0; n < NR; n++) __builtin_prefetch(w + n * ldw + k + ahead, 0, 3);
+            UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(w + n * ldw + k + ahead, 0, 3);
         F::template step<MR, NR>(acc, w + k, ldw, x + k, ldx);
     }
     if (k < K) rest<F, MR, NR>(acc, w + k, ldw, x + k, ldx, K - k);
@@ -328,16 +351,16 @@ inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0,
     const int8_t* values = x.values.data() + m0 * K;
     const float* x_scales = x.scales.data() + m0 * blocks * S;
     const int32_t* starts = x.starts.data() + m0 * blocks * S;
-    const size_t ahead = NR * bytes <= PREFETCH_BLOCK ? NR * bytes : PREFETCH_BYTES;
+    const size_t ahead = prefetch_ahead(NR, bytes);
     V acc[MR * NR];
-    for (V& a : acc) a = zero();
+    UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
     for (size_t b = 0; b < blocks; b++)
-        for (int n = 0; n < NR; n++) {
+        UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
             if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + ahead, 0, 3);
             const Block wv = block<I8>(wb);
             const V ws = spread<I8>(scales + (n * blocks + b) * S);
-            for (int m = 0; m < MR; m++) {
+            UNROLL for (int m = 0; m < MR; m++) {
                 const size_t at = (m * blocks + b) * S;
                 const V part = partial<I8>(wv, values + m * K + b * BLOCK_COLS, starts + at);
                 acc[m * NR + n] = fma(mul(part, spread<I8>(x_scales + at)), ws, acc[m * NR + n]);

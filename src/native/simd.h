@@ -127,6 +127,27 @@ inline V exponent(V n) {
 
 #endif
 
+#if defined(GEMMA_AVX512)
+
+// `sum` of sixteen vectors, by the same tree; those of the vectors 4 g .. 4 g + 3 go to out[g]
+inline void sum16(const V* v, float* const* out) {
+    V q[4];
+    for (int j = 0; j < 4; j++) {  // the quarters of vectors j, j + 4, j + 8, j + 12, side by side
+        V ab = add(_mm512_shuffle_f32x4(v[j], v[j + 4], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 4], 0xee));
+        V cd = add(_mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0x44), _mm512_shuffle_f32x4(v[j + 8], v[j + 12], 0xee));
+        q[j] = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    }
+    V low = add(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
+    V high = add(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
+    V all = add(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+    _mm_storeu_ps(out[0], _mm512_castps512_ps128(all));
+    _mm_storeu_ps(out[1], _mm512_extractf32x4_ps(all, 1));
+    _mm_storeu_ps(out[2], _mm512_extractf32x4_ps(all, 2));
+    _mm_storeu_ps(out[3], _mm512_extractf32x4_ps(all, 3));
+}
+
+#endif
+
 #if defined(GEMMA_AVX512) || defined(GEMMA_AVX2)
 
 inline float sum(V v) {
