@@ -523,9 +523,17 @@ void softcap(float* x, float cap, size_t n) {
     each(n, [&](size_t i, int w) { put(x + i, mul(tanh(div(take(x + i, w), set1(cap))), set1(cap)), w); });
 }
 
+inline float largest(const float* x, size_t n) {
+    V best = set1(x[0]);
+    size_t i = 0;
+    for (; i + W <= n; i += W) best = max(best, load(x + i));
+    float result = maximum(best);
+    for (; i < n; i++) result = std::max(result, x[i]);
+    return result;
+}
+
 void softmax(float* x, size_t n) {
-    float top = x[0];
-    for (size_t i = 1; i < n; i++) top = std::max(top, x[i]);
+    const float top = largest(x, n);
     V total = zero();
     each(n, [&](size_t i, int w) {
         V e = exp(sub(w == W ? load(x + i) : load_part(x + i, w, -std::numeric_limits<float>::infinity()), set1(top)));
@@ -626,8 +634,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
             common_from = std::max(common_from, from[i]);
             common_to = std::min(common_to, to[i]);
             if (from[i] == to[i]) continue;
-            float best = top[i];
-            for (size_t j = from[i]; j < to[i]; j++) best = std::max(best, s[j]);
+            const float best = std::max(top[i], largest(s + from[i], to[i] - from[i]));
             const float shrink = std::exp(top[i] - best);  // 0 at the first chunk
             V sums = zero();
             each(to[i] - from[i], [&](size_t j, int w) {
