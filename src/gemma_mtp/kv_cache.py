@@ -177,7 +177,10 @@ class CommittedKeyValues:
     def __init__(self, cache: KVCache, layer_types: tuple[LayerType, ...]) -> None:
         self.cache = cache
         self.layer_types = layer_types
-        self.rows = {kind: cache.committed(kind) for kind in dict.fromkeys(layer_types)}
+        self.rows: dict[LayerType, tuple[Tensor, Tensor]] = {}  # read at the first step: the native operators need none
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor | None, v_BTGd: Tensor | None) -> Tensor:
-        return ops.attention(q_BTHd, *self.rows[self.layer_types[layer]], None)
+        kind = self.layer_types[layer]
+        if kind not in self.rows:
+            self.rows[kind] = self.cache.committed(kind)
+        return ops.attention(q_BTHd, *self.rows[kind], None)

@@ -17,21 +17,46 @@ namespace GEMMA_ISA {
 // accumulators stay in registers only where the loops over them are unrolled
 #define UNROLL _Pragma("GCC unroll 64")
 
-struct Wide {  // fp32 weights, activations as they are
+// Calls f(first row, rows) for as even parts of M rows as tiles of at most `most` rows allow.
+template <class Call>
+inline void each_tile(size_t M, size_t most, Call f) {
+    const size_t tiles = (M + most - 1) / most;
+    for (size_t t = 0, m = 0; t < tiles; t++) {
+        const size_t rows = M / tiles + (t < M % tiles);
+        f(m, rows);
+        m += rows;
+    }
+}
+
+// Keeps the compiler from loading a vector anew for each of its uses: loads are what these loops have least to spare of.
+inline V held(V v) {
+#if defined(GEMMA_AVX2)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
+constexpr size_t padded_to(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+struct Wide {  // fp32 weights and activations
     using T = float;
     using X = float;
     static constexpr size_t STEP = W;
-    static constexpr bool PADDED = false;  // whether activations go on with zeros to a whole step
 
     template <int MR, int NR>
-    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x) {
         V wv[NR];
         UNROLL for (int n = 0; n < NR; n++) wv[n] = load(w + n * ldw);
         UNROLL for (int m = 0; m < MR; m++) {
-            const V xv = load(x + m * ldx);
+            const V xv = held(load(x + m * STEP));
             UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
     }
+    static inline void convert(const float* x, size_t count, X* out) {
+        for (size_t i = 0; i < STEP; i++) out[i] = i < count ? x[i] : 0.0f;
+    }
+    static std::vector<X>& place(Rows& rows) { return rows.wide; }
+    static const std::vector<X>& place(const Rows& rows) { return rows.wide; }
 };
 
 #if defined(GEMMA_BF16)
@@ -40,28 +65,24 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
     using T = uint16_t;
     using X = uint16_t;
     static constexpr size_t STEP = 2 * W;
-    static constexpr bool PADDED = true;
 
     template <int MR, int NR>
-    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x) {
         __m512bh wv[NR];
         UNROLL for (int n = 0; n < NR; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * ldw);
         UNROLL for (int m = 0; m < MR; m++) {
-            const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + m * ldx);
+            const __m512bh xv = (__m512bh)_mm512_loadu_si512(x + m * STEP);
             UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = _mm512_dpbf16_ps(acc[m * NR + n], xv, wv[n]);
         }
     }
+    static inline void convert(const float* x, size_t count, X* out) {
+        const V low = count >= W ? load(x) : load_part(x, (int)count);
+        const V high = count >= STEP ? load(x + W) : count > W ? load_part(x + W, (int)(count - W)) : zero();
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    static std::vector<X>& place(Rows& rows) { return rows.half; }
+    static const std::vector<X>& place(const Rows& rows) { return rows.half; }
 };
-
-inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
-    out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
-    if (out.half.size() < M * out.padded) out.half.resize(M * out.padded);
-    for (size_t m = 0; m < M; m++)
-        for (size_t k = 0; k < out.padded; k += W) {
-            const V v = k + W <= cols ? load(x + m * ldx + k) : load_part(x + m * ldx + k, (int)cols - (int)k);
-            _mm256_storeu_si256((__m256i*)(out.half.data() + m * out.padded + k), (__m256i)_mm512_cvtneps_pbh(v));
-        }
-}
 
 #else
 
@@ -69,46 +90,31 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     using T = uint16_t;
     using X = float;
     static constexpr size_t STEP = 2 * W;
-    static constexpr bool PADDED = true;
 
     template <int MR, int NR>
-    static inline void step(V* acc, const T* w, size_t ldw, const X* x, size_t ldx) {
+    static inline void step(V* acc, const T* w, size_t ldw, const X* x) {
         V wv[NR];
         UNROLL for (int n = 0; n < NR; n++) wv[n] = even(w + n * ldw);
         UNROLL for (int m = 0; m < MR; m++) {
-            const V xv = load(x + m * ldx);
+            const V xv = held(load(x + m * STEP));
             UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
         UNROLL for (int n = 0; n < NR; n++) wv[n] = odd(w + n * ldw);
         UNROLL for (int m = 0; m < MR; m++) {
-            const V xv = load(x + m * ldx + W);
+            const V xv = held(load(x + m * STEP + W));
             UNROLL for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(xv, wv[n], acc[m * NR + n]);
         }
     }
+    static inline void convert(const float* x, size_t count, X* out) {
+        for (size_t i = 0; i < STEP; i++) out[i % 2 * W + i / 2] = i < count ? x[i] : 0.0f;
+    }
+    static std::vector<X>& place(Rows& rows) { return rows.wide; }
+    static const std::vector<X>& place(const Rows& rows) { return rows.wide; }
 };
-
-inline void prepare_half(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
-    out.padded = (cols + Half::STEP - 1) / Half::STEP * Half::STEP;
-    if (out.wide.size() < M * out.padded) out.wide.resize(M * out.padded);
-    for (size_t m = 0; m < M; m++)
-        for (size_t k = 0; k < out.padded; k += Half::STEP) {
-            const float* from = x + m * ldx + k;
-            float* to = out.wide.data() + m * out.padded + k;
-            const size_t count = std::min(Half::STEP, cols - k);
-            for (size_t i = 0; i < Half::STEP; i++) to[i % 2 * W + i / 2] = i < count ? from[i] : 0.0f;
-        }
-}
 
 #endif
 
 constexpr size_t LINE = 64;
-constexpr size_t PREFETCH_BYTES = 8192;  // of weights under way at once
-
-// How far ahead of a tile's weights others are fetched. Short rows lie one behind the other; in long ones each of the
-// tile's rows is a stream of its own.
-inline size_t prefetch_ahead(size_t rows, size_t row_bytes) {
-    return rows * row_bytes <= PREFETCH_BYTES ? PREFETCH_BYTES : PREFETCH_BYTES / rows;
-}
 
 // y[m, n] = the sum of accumulator [m][n]'s lanes
 template <int MR, int NR>
@@ -134,33 +140,36 @@ inline void reduce(const V* acc, float* y, size_t ldy) {
     }
 }
 
-// The last columns, fewer than a step, with zeros behind them.
-template <class F, int MR, int NR>
-inline void rest(V* acc, const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t count) {
-    typename F::T wt[NR * F::STEP] = {};
-    typename F::X xt[MR * F::STEP] = {};
-    UNROLL for (int n = 0; n < NR; n++) std::copy_n(w + n * ldw, count, wt + n * F::STEP);
-    UNROLL for (int m = 0; m < MR; m++) std::copy_n(x + m * ldx, F::PADDED ? F::STEP : count, xt + m * F::STEP);
-    F::template step<MR, NR>(acc, wt, F::STEP, xt, F::STEP);
-}
+// What a tile does with its sums: a long row is gone through in parts, and the accumulators wait in memory in between.
+struct Pass {
+    bool first, last;
+};
 
-// MR rows by NR weight rows.
+// MR rows, in turn in every step of x, by NR weight rows of K columns. `next` are weights to fetch meanwhile, of as many
+// rows and columns.
 template <class F, int MR, int NR>
-inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t ldx, size_t K, float* y, size_t ldy) {
+inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t K, const typename F::T* next,
+                 const Pass& pass, float* waiting, float* y, size_t ldy) {
     using T = typename F::T;
     V acc[MR * NR];
-    UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
-    // Many rows' arithmetic hides few loads: without these the stream of weights stalls. Short rows are fetched a block
-    // ahead, long ones a few lines ahead.
-    const size_t ahead = prefetch_ahead(NR, ldw * sizeof(T)) / sizeof(T);
-    size_t k = 0;
-    for (; k + F::STEP <= K; k += F::STEP) {
-        if (k * sizeof(T) % LINE == 0)
-            UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(w + n * ldw + k + ahead, 0, 3);
-        F::template step<MR, NR>(acc, w + k, ldw, x + k, ldx);
+    if (pass.first) {
+        UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
+    } else {
+        UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = load(waiting + i * W);
     }
-    if (k < K) rest<F, MR, NR>(acc, w + k, ldw, x + k, ldx, K - k);
-    reduce<MR, NR>(acc, y, ldy);
+    size_t k = 0;
+    for (; k + F::STEP <= K; k += F::STEP, x += MR * F::STEP) {
+        if (next && k * sizeof(T) % LINE == 0)
+            UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(next + n * ldw + k, 0, 3);
+        F::template step<MR, NR>(acc, w + k, ldw, x);
+    }
+    if (k < K) {  // fewer columns than a step: with zeros behind them
+        T rest[NR * F::STEP] = {};
+        for (int n = 0; n < NR; n++) std::copy_n(w + n * ldw + k, K - k, rest + n * F::STEP);
+        F::template step<MR, NR>(acc, rest, F::STEP, x);
+    }
+    if (pass.last) return reduce<MR, NR>(acc, y, ldy);
+    UNROLL for (int i = 0; i < MR * NR; i++) store(waiting + i * W, acc[i]);
 }
 
 // Weight rows to a tile: as many accumulators as registers hold beside the weights.
@@ -168,58 +177,75 @@ constexpr int MAX_ROWS = 6;
 #if defined(GEMMA_AVX512)
 constexpr int columns_for(int rows) { return rows <= 2 ? 8 : 4; }
 #else
-constexpr int columns_for(int rows) { return rows <= 2 ? 4 : rows == 3 ? 3 : 2; }
+constexpr int columns_for(int) { return 2; }
 #endif
 
-template <class F, int MR>
-void row_tile(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t count, float* y, size_t ldy) {
-    constexpr int NR = columns_for(MR);
-    size_t n = 0;
-    for (; n + NR <= count; n += NR) tile<F, MR, NR>(w + n * K, K, x, ldx, K, y + n, ldy);
-    for (; n < count; n++) tile<F, MR, 1>(w + n * K, K, x, ldx, K, y + n, ldy);
-}
-
-// Calls f(first row, rows) for as even parts of M rows as tiles of at most `most` rows allow.
-template <class Call>
-inline void each_tile(size_t M, size_t most, Call f) {
-    const size_t tiles = (M + most - 1) / most;
-    for (size_t t = 0, m = 0; t < tiles; t++) {
-        const size_t rows = M / tiles + (t < M % tiles);
-        f(m, rows);
-        m += rows;
-    }
-}
-
+// Rows as `tile` reads them: tile by tile, step by step, a step of each of the tile's rows in turn; zeros fill the last.
 template <class F>
-void rows_by_block(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t M, size_t count, float* y,
-                   size_t ldy) {
-    each_tile(M, MAX_ROWS, [&](size_t m, size_t rows) {
-        const typename F::X* xt = x + m * ldx;
-        float* yt = y + m * ldy;
-        switch (rows) {
-            case 1: return row_tile<F, 1>(w, K, xt, ldx, count, yt, ldy);
-            case 2: return row_tile<F, 2>(w, K, xt, ldx, count, yt, ldy);
-            case 3: return row_tile<F, 3>(w, K, xt, ldx, count, yt, ldy);
-            case 4: return row_tile<F, 4>(w, K, xt, ldx, count, yt, ldy);
-            case 5: return row_tile<F, 5>(w, K, xt, ldx, count, yt, ldy);
-            default: return row_tile<F, 6>(w, K, xt, ldx, count, yt, ldy);
-        }
+void prepare_dense(const float* x, size_t ldx, size_t M, size_t K, Rows& out) {
+    const size_t padded = padded_to(K, F::STEP);
+    auto& place = F::place(out);
+    if (place.size() < M * padded) place.resize(M * padded);
+    each_tile(M, MAX_ROWS, [&](size_t m0, size_t rows) {
+        auto* to = place.data() + m0 * padded;
+        for (size_t k = 0; k < K; k += F::STEP)
+            for (size_t m = m0; m < m0 + rows; m++, to += F::STEP) F::convert(x + m * ldx + k, std::min(F::STEP, K - k), to);
     });
 }
 
-constexpr size_t BLOCK_BYTES = 24 << 10;  // of weights that stay in the first-level cache for all row tiles
+constexpr size_t FETCH_BYTES = 8 << 10;   // of weights that are on their way while others are multiplied
+constexpr size_t ROWS_BYTES = 24 << 10;   // of activations that stay in the first-level cache beside them
+constexpr size_t PART_COLUMNS = 512;      // of a row that is gone through in parts
+constexpr size_t BLOCK_ROWS = 16;         // weight rows that all tiles of rows go through before the next ones
 
-// Weight rows to a block: as many as fit, a multiple of what a tile takes.
-inline size_t block_rows(size_t row_bytes) {
-    return std::clamp(BLOCK_BYTES / std::max((size_t)1, row_bytes) / 4 * 4, (size_t)4, (size_t)16);
+// `count` weight rows from `w` on, columns k .. k + K of them, times MR rows.
+template <class F, int MR>
+void row_tile(const typename F::T* w, size_t ldw, size_t K, const typename F::X* x, size_t count, size_t ahead,
+              const Pass& pass, float* waiting, float* y, size_t ldy) {
+    constexpr int NR = columns_for(MR);
+    size_t n = 0;
+    for (; n + NR <= count; n += NR)
+        tile<F, MR, NR>(w + n * ldw, ldw, x, K, ahead ? w + n * ldw + ahead : nullptr, pass, waiting + n * MR * W, y + n, ldy);
+    for (; n < count; n++) tile<F, MR, 1>(w + n * ldw, ldw, x, K, nullptr, pass, waiting + n * MR * W, y + n, ldy);
+}
+
+template <class F, class... Rest>
+inline void row_tile_of(size_t rows, Rest... rest) {
+    switch (rows) {
+        case 1: return row_tile<F, 1>(rest...);
+        case 2: return row_tile<F, 2>(rest...);
+        case 3: return row_tile<F, 3>(rest...);
+        case 4: return row_tile<F, 4>(rest...);
+        case 5: return row_tile<F, 5>(rest...);
+        default: return row_tile<F, 6>(rest...);
+    }
+}
+
+// y[m, n] = x[m] . w[n] of `count` rows of w, x prepared.
+template <class F>
+void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy) {
+    static thread_local std::vector<float> waiting;
+    using T = typename F::T;
+    const size_t padded = padded_to(K, F::STEP);
+    const bool parts = std::min(M, BLOCK_ROWS) * padded * sizeof(typename F::X) > ROWS_BYTES && K > PART_COLUMNS;
+    const size_t part = parts ? PART_COLUMNS : K, block = parts || M > MAX_ROWS ? BLOCK_ROWS : count;
+    if (parts && waiting.size() < block * M * W) waiting.resize(block * M * W);
+    // rows are fetched so far ahead that FETCH_BYTES are on their way; where parts are gone through, the next part
+    const size_t ahead = part == K ? FETCH_BYTES / sizeof(T) : FETCH_BYTES / (PART_COLUMNS * sizeof(T)) * K;
+    for (size_t n = 0; n < count; n += block)
+        for (size_t k = 0; k < K; k += part) {
+            const Pass pass{k == 0, k + part >= K};
+            each_tile(M, MAX_ROWS, [&](size_t m, size_t rows) {
+                row_tile_of<F>(rows, w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows,
+                               std::min(block, count - n), m == 0 ? ahead : 0, pass, waiting.data() + m * block * W,
+                               y + m * ldy + n, ldy);
+            });
+        }
 }
 
 template <class F>
-void linear_dense(const typename F::T* w, size_t K, const typename F::X* x, size_t ldx, size_t M, size_t n0, size_t n1,
-                  float* y, size_t ldy) {
-    const size_t rows = M <= MAX_ROWS ? n1 - n0 : block_rows(K * sizeof(typename F::T));
-    for (size_t n = n0; n < n1; n += rows)
-        rows_by_block<F>(w + n * K, K, x, ldx, M, std::min(rows, n1 - n), y + (n - n0), ldy);
+void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
+    multiply<F>((const typename F::T*)w.data + n0 * w.cols, w.cols, F::place(x).data(), M, n1 - n0, y, ldy);
 }
 
 // ------------------------------------------------------------------------------------------------- linear, quantised
@@ -351,19 +377,18 @@ inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0,
     const int8_t* values = x.values.data() + m0 * K;
     const float* x_scales = x.scales.data() + m0 * blocks * S;
     const int32_t* starts = x.starts.data() + m0 * blocks * S;
-    const size_t ahead = prefetch_ahead(NR, bytes);
+    const size_t ahead = FETCH_BYTES;
     V acc[MR * NR];
     UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
-    for (size_t b = 0; b < blocks; b++)
+    for (size_t b = 0; b < blocks; b++, values += MR * BLOCK_COLS, x_scales += MR * S, starts += MR * S)
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
             if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + ahead, 0, 3);
             const Block wv = block<I8>(wb);
             const V ws = spread<I8>(scales + (n * blocks + b) * S);
             UNROLL for (int m = 0; m < MR; m++) {
-                const size_t at = (m * blocks + b) * S;
-                const V part = partial<I8>(wv, values + m * K + b * BLOCK_COLS, starts + at);
-                acc[m * NR + n] = fma(mul(part, spread<I8>(x_scales + at)), ws, acc[m * NR + n]);
+                const V part = partial<I8>(wv, values + m * BLOCK_COLS, starts + m * S);
+                acc[m * NR + n] = fma(mul(part, spread<I8>(x_scales + m * S)), ws, acc[m * NR + n]);
             }
         }
     reduce<MR, NR>(acc, y, ldy);
@@ -387,7 +412,7 @@ void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t
 
 template <bool I8>
 void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
-    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : block_rows(w.row_bytes());
+    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : BLOCK_ROWS;
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
@@ -407,13 +432,8 @@ void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_
 void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
     if (n0 >= n1) return;
     switch (w.type) {
-        case Type::F32: return linear_dense<Wide>((const float*)w.data, w.cols, x.x, x.ldx, M, n0, n1, y, ldy);
-        case Type::BF16:
-#if defined(GEMMA_BF16)
-            return linear_dense<Half>((const uint16_t*)w.data, w.cols, x.half.data(), x.padded, M, n0, n1, y, ldy);
-#else
-            return linear_dense<Half>((const uint16_t*)w.data, w.cols, x.wide.data(), x.padded, M, n0, n1, y, ldy);
-#endif
+        case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy);
+        case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy);
         case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy);
         default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy);
     }
@@ -422,43 +442,51 @@ void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, floa
 // Where column k of a block of 64 goes in the order of int4 weights.
 constexpr size_t int4_place(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
 
+// One group of 32 or 64 columns of a row, into its places in the block.
+template <bool I8>
+inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale, int32_t& start) {
+    constexpr size_t GROUP = BLOCK_COLS / SCALES<I8>;
+    V largest = zero();
+    for (size_t i = 0; i < GROUP; i += W) {
+        const V a = load(v + i);
+        largest = max(largest, max(a, sub(zero(), a)));
+    }
+    const float top = maximum(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
+    int32_t total = 0;
+    for (size_t i = 0; i < GROUP; i += W) {
+        float lanes[W];
+        store(lanes, round(mul(load(v + i), set1(inverse))));
+        for (int j = 0; j < W; j++) {
+            const size_t k = g * GROUP + i + j;
+            block[I8 ? k : int4_place(k)] = (int8_t)lanes[j];
+            total += (int8_t)lanes[j];
+        }
+    }
+    scale = top / 127.0f;
+    start = start_of<I8>(total);
+}
+
+// Tile by tile, block by block, a block of each of the tile's rows in turn.
 template <bool I8>
 void quantise(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
-    constexpr size_t S = SCALES<I8>, GROUP = BLOCK_COLS / S;
-    const size_t groups = cols / GROUP;
-    out.values.resize(M * cols);
-    out.scales.resize(M * groups);
-    out.starts.resize(M * groups);
-    for (size_t m = 0; m < M; m++)
-        for (size_t g = 0; g < groups; g++) {
-            const float* v = x + m * ldx + g * GROUP;
-            V largest = zero();
-            for (size_t i = 0; i < GROUP; i += W) {
-                V a = load(v + i);
-                largest = max(largest, max(a, sub(zero(), a)));
-            }
-            const float top = maximum(largest);
-            const float inverse = top > 0 ? 127.0f / top : 0.0f;
-            int8_t* to = out.values.data() + m * cols + g / S * BLOCK_COLS;
-            int32_t total = 0;
-            for (size_t i = 0; i < GROUP; i += W) {
-                float lanes[W];
-                store(lanes, round(mul(load(v + i), set1(inverse))));
-                for (int j = 0; j < W; j++) {
-                    const size_t k = g % S * GROUP + i + j;
-                    to[I8 ? k : int4_place(k)] = (int8_t)lanes[j];
-                    total += (int8_t)lanes[j];
-                }
-            }
-            out.scales[m * groups + g] = top / 127.0f;
-            out.starts[m * groups + g] = start_of<I8>(total);
-        }
+    constexpr size_t S = SCALES<I8>;
+    const size_t blocks = cols / BLOCK_COLS;
+    if (out.values.size() < M * cols) out.values.resize(M * cols);
+    if (out.scales.size() < M * blocks * S) out.scales.resize(M * blocks * S), out.starts.resize(M * blocks * S);
+    each_tile(M, MAX_QUANTISED_ROWS, [&](size_t m0, size_t rows) {
+        size_t at = m0 * blocks;
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t m = m0; m < m0 + rows; m++, at++)
+                for (size_t g = 0; g < S; g++)
+                    quantise_group<I8>(x + m * ldx + b * BLOCK_COLS + g * (BLOCK_COLS / S), g, out.values.data() + at * BLOCK_COLS,
+                                       out.scales[at * S + g], out.starts[at * S + g]);
+    });
 }
 
 void prepare(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out) {
     switch (w.type) {
-        case Type::F32: out.x = x, out.ldx = ldx; return;
-        case Type::BF16: return prepare_half(x, ldx, M, w.cols, out);
+        case Type::F32: return prepare_dense<Wide>(x, ldx, M, w.cols, out);
+        case Type::BF16: return prepare_dense<Half>(x, ldx, M, w.cols, out);
         case Type::I8: return quantise<true>(x, ldx, M, w.cols, out);
         default: return quantise<false>(x, ldx, M, w.cols, out);
     }
@@ -606,7 +634,9 @@ inline void weigh_any(size_t Q, const float* const* weights, const float* values
 void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, const float* keys, const float* values,
                  int64_t origin, size_t d, float* out, size_t ldo) {
     static thread_local std::vector<float> scores;
+    static thread_local Rows queries;
     scores.resize(MAX_QUERIES * CHUNK);
+    prepare_dense<Wide>(q, ldq, Q, d, queries);
     float top[MAX_QUERIES], total[MAX_QUERIES];
     float* acc[MAX_QUERIES];
     int64_t first = visible[0].first, last = visible[0].last;
@@ -623,7 +653,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
         const size_t count = (size_t)(end - begin);
         const float* k = keys + (size_t)(begin - origin) * d;
         const float* v = values + (size_t)(begin - origin) * d;
-        rows_by_block<Wide>(k, d, q, ldq, Q, count, scores.data(), CHUNK);
+        multiply<Wide>(k, d, queries.wide.data(), Q, count, scores.data(), CHUNK);
         const float* weights[MAX_QUERIES];
         size_t from[MAX_QUERIES], to[MAX_QUERIES], common_from = 0, common_to = count;
         for (size_t i = 0; i < Q; i++) {

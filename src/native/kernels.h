@@ -32,14 +32,11 @@ struct Weight {
 
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
-    const float* x = nullptr;  // F32: as they are
-    size_t ldx = 0;
-    size_t padded = 0;            // BF16: columns with the zeros behind them
-    std::vector<float> wide;      // BF16: the even columns of each 2 W before the odd ones, [M, padded]
-    std::vector<uint16_t> half;   // BF16 where pairs of bf16 are multiplied: rounded, [M, padded]
-    std::vector<int8_t> values;   // I8, I4: quantised by row and group, [M, cols], in the weights' order
-    std::vector<float> scales;    // [M, groups]
-    std::vector<int32_t> starts;  // [M, groups]: where a lane's sum begins, see `start_of`
+    std::vector<float> wide;
+    std::vector<uint16_t> half;   // bf16, where the machine multiplies it
+    std::vector<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
+    std::vector<float> scales;    // a group's
+    std::vector<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
 };
 
 // What one query row sees: positions first .. last, and where they lie.
