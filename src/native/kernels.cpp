@@ -377,20 +377,25 @@ inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0,
     const int8_t* values = x.values.data() + m0 * K;
     const float* x_scales = x.scales.data() + m0 * blocks * S;
     const int32_t* starts = x.starts.data() + m0 * blocks * S;
-    const size_t ahead = FETCH_BYTES;
     V acc[MR * NR];
     UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = zero();
-    for (size_t b = 0; b < blocks; b++, values += MR * BLOCK_COLS, x_scales += MR * S, starts += MR * S)
+    for (size_t b = 0; b < blocks; b++, values += MR * BLOCK_COLS, x_scales += MR * S, starts += MR * S) {
+        Block wv[NR];
+        V ws[NR];
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
-            if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + ahead, 0, 3);
-            const Block wv = block<I8>(wb);
-            const V ws = spread<I8>(scales + (n * blocks + b) * S);
-            UNROLL for (int m = 0; m < MR; m++) {
-                const V part = partial<I8>(wv, values + m * BLOCK_COLS, starts + m * S);
-                acc[m * NR + n] = fma(mul(part, spread<I8>(x_scales + m * S)), ws, acc[m * NR + n]);
+            if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + FETCH_BYTES, 0, 3);
+            wv[n] = block<I8>(wb);
+            ws[n] = spread<I8>(scales + (n * blocks + b) * S);
+        }
+        UNROLL for (int m = 0; m < MR; m++) {
+            const V xs = held(spread<I8>(x_scales + m * S));
+            UNROLL for (int n = 0; n < NR; n++) {
+                const V part = partial<I8>(wv[n], values + m * BLOCK_COLS, starts + m * S);
+                acc[m * NR + n] = fma(mul(part, xs), ws[n], acc[m * NR + n]);
             }
         }
+    }
     reduce<MR, NR>(acc, y, ldy);
 }
 
