@@ -86,7 +86,8 @@ def test_slices_hold_exactly_the_visible_rows(calls: list[tuple[int, float]]) ->
 def test_drafter_sees_the_committed_rows_of_its_donors() -> None:
     target = random_target()
     sequence = play(target, random_drafter(), PROMPT, SamplingParams(max_tokens=40), 4).sequence
-    seen = CommittedKeyValues(sequence.cache, (S, S, S, F)).rows
+    committed = CommittedKeyValues(sequence.cache, (S, S, S, F))
+    seen = {kind: committed.rows(kind) for kind in (S, F)}
     assert seen[F][0].shape[2] == sequence.cache.length
     assert seen[S][0].shape[2] == TINY.sliding_window - 1
     assert seen[F][0].data_ptr() == sequence.cache.layers[TINY.donor_layers[F]].keys.data_ptr()

@@ -177,10 +177,14 @@ class CommittedKeyValues:
     def __init__(self, cache: KVCache, layer_types: tuple[LayerType, ...]) -> None:
         self.cache = cache
         self.layer_types = layer_types
-        self.rows: dict[LayerType, tuple[Tensor, Tensor]] = {}  # read at the first step: the native operators need none
+        self._rows: dict[LayerType, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, kind: LayerType) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer type, each [1, G, S, d]; read when first asked for, as the native operators need
+        none."""
+        if kind not in self._rows:
+            self._rows[kind] = self.cache.committed(kind)
+        return self._rows[kind]
 
     def attend(self, layer: int, q_BTHd: Tensor, k_BTGd: Tensor | None, v_BTGd: Tensor | None) -> Tensor:
-        kind = self.layer_types[layer]
-        if kind not in self.rows:
-            self.rows[kind] = self.cache.committed(kind)
-        return ops.attention(q_BTHd, *self.rows[kind], None)
+        return ops.attention(q_BTHd, *self.rows(self.layer_types[layer]), None)
