@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
 from gemma_mtp.model.target import Target
-from gemma_mtp.training.evaluate import read_prompts
 
 BANDWIDTH_BYTES = 512 << 20
 
@@ -216,8 +217,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         high = pair.target.config.vocab_size
         prompts = torch.randint(3, high, (args.prompts, 64), generator=generator).tolist()
     else:
-        texts = read_prompts(bundled_directory() / "heldout_prompts.jsonl")[: args.prompts]
-        prompts = [pair.encode(text) for _, text in texts]
+        examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
+        prompts = [example.token_ids(pair.tokenizer) for example in examples]
     sides = [ours(pair, k, args.max_tokens) for k in (0, *args.draft_tokens)]
     if not args.no_transformers:
         sides += transformers_sides(args.target, args.drafter, DTYPES[args.dtype], 4, args.max_tokens)
