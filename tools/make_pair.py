@@ -3,7 +3,7 @@
     python tools/make_pair.py --minutes-target 80 --minutes-drafter 24 --out src/gemma_mtp/bundled
 
 Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and a stage broken
-off goes on from its last weights (with fresh optimiser state). The corpus takes a minute, the target's own text a few.
+off goes on from its last checkpoint. The corpus takes a minute, the text that the target writes itself a few.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,14 +20,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from gemma_mtp.checkpoint import load_target, read_json, write_json
+from gemma_mtp.checkpoint import read_json, write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
 from gemma_mtp.training import bpe, bundle, data
-from gemma_mtp.training.drafter_trainer import DrafterRecipe, train_drafter
-from gemma_mtp.training.rollout import written_by_target
-from gemma_mtp.training.shapes import BUNDLED_TARGET, drafter_for
+from gemma_mtp.training.drafter_trainer import DrafterRecipe
+from gemma_mtp.training.export import CARD
+from gemma_mtp.training.parallel import World
+from gemma_mtp.training.run import STATE, DataSettings, RunSettings, run_training
+from gemma_mtp.training.shapes import BUNDLED_TARGET
 from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 
 #: blocks are kept between steps instead of being returned to the system and faulted in again, and idle threads sleep;
@@ -37,8 +40,10 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-DRAFTER = drafter_for(BUNDLED_TARGET.text)
-WRITTEN_BATCH_ROWS = 256
+#: what the drafter is to be good at: greedy, and drawn at these temperatures
+TEMPERATURES = (0.0, 0.7, 1.0)
+#: text of the corpus that the drafter sees as it stands, and that the target goes on from
+DRAFTER_CORPUS_BYTES = 8 << 20
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -47,15 +52,13 @@ def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     work.mkdir(parents=True, exist_ok=True)
     target_recipe = TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads)
-    drafter_recipe = DrafterRecipe(minutes=arguments.minutes_drafter, threads=arguments.threads)
+    drafter_recipe = DrafterRecipe(minutes=arguments.minutes_drafter, lr=3e-3, matrix_lr=6e-3, compile=True)
     if not (resume and (work / "corpus.json").exists()):
         prepare_corpus(work)
     if not (resume and (work / "target.json").exists()):
         make_target(target_recipe, work, resume)
-    if not (resume and (work / "written.npy").exists()):
-        write_text(target_recipe.row_length, arguments.written_batches, work)
     if not (resume and (work / "drafter.json").exists()):
-        make_drafter(drafter_recipe, target_recipe.row_length, work, resume)
+        make_drafter(drafter_recipe, target_recipe.row_length, arguments.written_tokens, work, resume)
     write_bundle(target_recipe, drafter_recipe, work, arguments.out)
 
 
@@ -71,6 +74,8 @@ def prepare_corpus(work: Path) -> None:
     data.save_json(corpus.record, work / "sources.json")
     data.save_json([document.name for document in corpus.held_out], work / "heldout.json")
     data.save_json_lines(data.held_out_prompts(corpus.held_out, tokenizer), work / "heldout_prompts.jsonl")
+    sample = data.sample(corpus.training, DRAFTER_CORPUS_BYTES)
+    data.save_json_lines(({"text": d.text, "source": d.name} for d in sample), work / "drafter_corpus.jsonl")
     write_json(work / "corpus.json", {
         "corpus_tokens": int(training.size), "held_out_tokens": int(held_out.size),
         "held_out_bytes": sum(len(document.text.encode()) for document in corpus.held_out),
@@ -93,25 +98,24 @@ def make_target(recipe: TargetRecipe, work: Path, resume: bool) -> None:
     })  # fmt: skip
 
 
-def write_text(row_length: int, batches: int, work: Path) -> None:
-    """Text the target writes itself."""
-    target = load_target(work / "target", torch.bfloat16)
-    corpus = data.rows(np.load(work / "training.npy"), row_length)
-    np.save(work / "written.npy", written_by_target(target, corpus, batches, WRITTEN_BATCH_ROWS))
-
-
-def make_drafter(recipe: DrafterRecipe, row_length: int, work: Path, resume: bool) -> None:
-    target = load_target(work / "target", torch.bfloat16)
-    corpus, written = data.rows(np.load(work / "training.npy"), row_length), np.load(work / "written.npy")
-    trained = train_drafter(
-        target, DRAFTER, corpus, written, recipe, work,
-        on_checkpoint=lambda model: bundle.export_drafter(model, DRAFTER, work / "drafter"),
-        resume=resume,
+def make_drafter(recipe: DrafterRecipe, row_length: int, written_tokens: int, work: Path, resume: bool) -> None:
+    """What `gemma-mtp train --new` does, on corpus text as it stands and gone on from by the target."""
+    out = work / "drafter"
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    settings = RunSettings(
+        target=work / "target", out=out, recipe=recipe, temperatures=TEMPERATURES, resume=resume, force=True,
+        data=DataSettings(
+            (work / "drafter_corpus.jsonl",), held_out=work / "heldout_prompts.jsonl", length=row_length,
+            regenerate=True, as_is=True, written_tokens=written_tokens, cache=work / "cache",
+        ),
     )  # fmt: skip
+    outcome = run_training(settings, World(), print)
+    assert outcome is not None
     write_json(work / "drafter.json", {
-        "drafter_parameters": sum(parameter.numel() for parameter in trained.drafter.parameters()),
-        "drafter_steps": trained.steps, "drafter_tokens": trained.tokens, "drafter_seconds": trained.seconds,
-        "written_tokens": int(written.size),
+        "drafter_parameters": outcome.facts.parameters, "drafter_steps": outcome.result.steps,
+        "drafter_tokens": outcome.result.tokens, "drafter_seconds": outcome.result.seconds,
+        "written_tokens": outcome.facts.data["written_tokens"],
     })  # fmt: skip
 
 
@@ -129,7 +133,7 @@ def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, wor
     record = bundle.TrainingRecord(**parts["corpus"], **parts["target"], **parts["drafter"])
     recipes = {"target": asdict(target_recipe), "drafter": asdict(drafter_recipe)}
     for part in ("target", "drafter"):
-        copy_directory(work / part, out / part)
+        copy_directory(work / part, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
         data.write_text((work / name).read_text(encoding="utf-8"), out / name)
     bundle.write_record(record, acceptances, out)
@@ -140,10 +144,10 @@ def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, wor
           f" temperature/tokens {lengths}")  # fmt: skip
 
 
-def copy_directory(source: Path, destination: Path) -> None:
+def copy_directory(source: Path, destination: Path, leave_out: Sequence[str]) -> None:
     """Copy a checkpoint's files, each renamed into place."""
     destination.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
+    for path in (path for path in source.iterdir() if path.name not in leave_out):
         partial = destination / f".{path.name}.partial"
         shutil.copyfile(path, partial)
         partial.replace(destination / path.name)
@@ -153,7 +157,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes-target", type=float, default=80, help="wall time of the target's training")
     parser.add_argument("--minutes-drafter", type=float, default=24, help="wall time of the drafter's training")
-    parser.add_argument("--written-batches", type=int, default=9, help="batches of 256 rows that the target writes")
+    parser.add_argument("--written-tokens", type=int, default=800_000, help="tokens that the target writes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, default=Path("build/pair"), help="intermediate files and logs")
     parser.add_argument("--out", type=Path, default=Path("src/gemma_mtp/bundled"))

@@ -183,10 +183,10 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, then rename it into place. Raises CheckpointError."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`; nothing is left where either fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -328,7 +328,7 @@ def _save(named: Mapping[str, Tensor], config: dict[str, Any], directory: str | 
         for name, tensor in named.items()
     }
     path = Path(directory)
-    _replace(path / SINGLE_FILE, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+    replace_file(path / SINGLE_FILE, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
     write_json(path / "config.json", {**config, "dtype": names[dtype]})
 
 

@@ -1,8 +1,9 @@
-"""Training of the bundled pair: corpus, tokenizer, target, drafter and the files they become.
+"""Training: drafters for any target (`gemma-mtp train`), and the bundled pair.
 
-data, bpe                      text to token arrays
-shapes, attention, optim       configurations and initial weights, attention over whole rows, optimiser and schedule
-target_trainer                 the target, from scratch
-rollout, losses, drafter_trainer   text the target writes, the unrolled loss, the drafter
-bundle                         the bundle's files and model card
+run                                 a whole run: data, training, the gate, export
+material, written, examples         texts and held-out prompts, text the target writes, sequences and batches
+unroll, attention, losses, step     drafts from every row, the losses, one step's gradient block by block
+memory, optim, state, log, parallel what fits, optimisers, checkpoints, what is shown, several processes
+drafter_trainer, gate, export       the loop, the measurement that decides, the files of a drafter
+data, bpe, shapes, target_trainer, bundle   the bundled pair's corpus, tokenizer, configurations, target and card
 """

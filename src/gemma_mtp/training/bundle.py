@@ -9,10 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gemma_mtp.checkpoint import save_drafter, save_target, write_json
-from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.checkpoint import save_target, write_json
+from gemma_mtp.config import TargetConfig
 from gemma_mtp.measure.acceptance import AcceptanceReport
-from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe
 
@@ -28,13 +27,6 @@ def export_target(target: Target, config: TargetConfig, tokenizer: Tokenizer, di
     save_target(target, config, directory)
     write_json(directory / "generation_config.json", {**GENERATION, "do_sample": False})
     bpe.save_tokenizer(tokenizer, directory, config.text.max_position_embeddings)
-
-
-def export_drafter(drafter: Drafter, config: DrafterConfig, directory: Path, draft_tokens: int = 4) -> None:
-    """Weights in bf16, config and generation config, as transformers reads them."""
-    save_drafter(drafter, config, directory)
-    drafting = {"num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
-    write_json(directory / "generation_config.json", {**GENERATION, **drafting})
 
 
 @dataclass(frozen=True)
@@ -120,11 +112,11 @@ and exact duplicates left out. A file is held out by a hash of its name (1%); `h
 Target: next-token cross-entropy on packed documents, Muon for the layers' matrices and AdamW for the rest, bf16
 arithmetic with fp32 master weights, learning rate up, flat, then linearly to zero at the end of the wall-time budget.
 
-Drafter: the target is frozen. Row t pairs the target's hidden state after token t with the embedding of token t + 1,
-sees the target's keys and values up to row t only (within the sliding window counted from position t + 1), and is
-unrolled five steps at that one position, fed its own projected state. Half of each batch is corpus, half is text the
-target continued itself ({record.written_tokens:,} tokens, two thirds greedy, the rest at temperature 0.7). The loss is
-the cross-entropy to the target's distribution mixed equally with its argmax, where the earlier drafts were right.
+Drafter: by `gemma-mtp train --new`. The target is frozen. Row t pairs the target's hidden state after token t with the
+embedding of token t + 1, sees the target's keys and values up to row t only (within the sliding window counted from
+position t + 1), and is unrolled five steps at that one position, fed its own projected state. It saw corpus text as it
+stands and text that the target wrote itself ({record.written_tokens:,} tokens, greedy and at temperatures 0.7 and 1.0),
+each at the temperature it is to be drafted at, and later drafts counted as often as decoding would reach them.
 
 {settings}
 

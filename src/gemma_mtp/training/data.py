@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
+from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.errors import TrainingError
 
 TokenArray = npt.NDArray[np.uint16]
@@ -172,6 +173,17 @@ def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]
     return training, held_out
 
 
+def sample(documents: Sequence[Document], size: int) -> list[Document]:
+    """Documents in the order of a hash of their names, up to `size` bytes of text."""
+    chosen, left = [], size
+    for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
+        left -= len(document.text.encode())
+        if left < 0:
+            break
+        chosen.append(document)
+    return chosen
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents of both splits and the record of where they came from."""
@@ -270,7 +282,4 @@ def save_json_lines(values: Iterable[Any], path: Path) -> None:
 
 def write_text(text: str, path: Path) -> None:
     """Write a file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

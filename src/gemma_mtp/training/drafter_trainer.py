@@ -1,158 +1,231 @@
-"""Trains a drafter for a frozen target, within a budget of wall time."""
+"""Trains a drafter for a frozen target: batches, schedule, checkpoints, and when to stop."""
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_mtp.config import DrafterConfig
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
-from gemma_mtp.training import data
-from gemma_mtp.training.losses import DraftLoss, draft_loss, query_rope, target_rows
-from gemma_mtp.training.optim import Masters, Optimiser, save_masters, traceable, trapezoid
-from gemma_mtp.training.shapes import initialise
+from gemma_mtp.training.examples import BatchOrder, ExampleSet, padded_length
+from gemma_mtp.training.log import RunLog
+from gemma_mtp.training.memory import MEGABYTE, BlockPlan, plan_blocks
+from gemma_mtp.training.optim import Masters, Optimiser, cosine
+from gemma_mtp.training.parallel import World
+from gemma_mtp.training.state import load_state, save_state
+from gemma_mtp.training.step import DraftStep, Objective, StepStats, StoredRows
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
 class DrafterRecipe:
-    """Half of each batch is corpus, half the target's own text. `steps` drafts are unrolled from every row."""
+    """How a drafter is trained. One of `steps`, `epochs` and `minutes` (wall time of the steps) says how long; only the
+    first two give the same weights again. Learning rates are peaks; with `matrix_lr` the layers' matrices take Muon.
+    `batch_size` counts sequences; they are worked through in blocks that hold `memory_mb` of activations at most."""
 
-    minutes: float
+    objective: Objective = field(default_factory=Objective)
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
     batch_size: int = 8
-    steps: int = 5
-    matrix_lr: float = 6e-3
-    embedding_lr: float = 3e-3
-    checkpoint_minutes: float = 2.0
+    lr: float = 1e-3
+    matrix_lr: float | None = None
+    warmup: float = 0.03
+    clip: float = 1.0
+    memory_mb: int = 2048
+    checkpoint_steps: int = 100
+    gate_steps: int | None = None
+    patience: int | None = None
     seed: int = 1
-    threads: int = 2
-    compile: bool = True
+    compile: bool = False
 
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Shares measured on given text, not decoded: `by_position[i]` is draft i's, given the drafts before it."""
-
-    by_position: list[float]
-    mean_length: float
-
-    @staticmethod
-    def of(hits: Tensor, reached: Tensor) -> Acceptance:
-        """From counts per step; the text itself plays the target's choices."""
-        shares = (hits / reached.clamp(min=1)).tolist()
-        return Acceptance(shares, 1.0 + float(hits.sum() / reached[0].clamp(min=1)))
+    def total_steps(self, examples: int) -> int | None:
+        """Optimiser steps of the run, or None where wall time decides."""
+        if self.steps is not None or self.epochs is None:
+            return self.steps
+        return max(1, round(self.epochs * examples / self.batch_size))
 
 
 @dataclass(frozen=True)
 class DrafterResult:
-    drafter: Drafter
+    """`best_step` is the step whose weights the drafter has: the last, unless the gate preferred an earlier one."""
+
     steps: int
+    best_step: int
     tokens: int
     seconds: float
+    predicted_length: float
 
 
-class DraftStep:
-    """Tokens to loss: the frozen target's pass, then the drafter's unrolled steps."""
-
-    def __init__(self, target: Target, drafter: Drafter, length: int, steps: int, compile: bool) -> None:
-        dtype = target.norm.weight.dtype
-        self.target, self.drafter, self.steps = target, drafter, steps
-        self.target_rope = rope_for(target.config, torch.arange(length), dtype)
-        self.query_rope = query_rope(drafter, length, dtype)
-        if compile:
-            traceable()
-        self.rows: Callable[..., Any] = torch.compile(target_rows, dynamic=False) if compile else target_rows
-        self.loss: Callable[..., DraftLoss] = torch.compile(draft_loss, dynamic=False) if compile else draft_loss
-
-    def __call__(self, tokens_BT: Tensor) -> DraftLoss:
-        rows = self.rows(self.target, tokens_BT, self.target_rope)
-        return self.loss(self.drafter, rows, self.query_rope, self.steps)
+#: measures the drafter's mean acceptance length in the engine
+Gate = Callable[[int], float]
 
 
-def train_drafter(
-    target: Target,
-    config: DrafterConfig,
-    corpus: data.TokenArray,
-    written: data.TokenArray,
-    recipe: DrafterRecipe,
-    directory: Path,
-    on_checkpoint: Callable[[Drafter], None] = lambda drafter: None,
-    resume: bool = False,
-) -> DrafterResult:
-    """Train for `recipe.minutes` on rows of corpus [N, T] and of target-written text [M, T]; logs to drafter.csv.
+class DrafterTrainer:
+    """State of one run: weights, optimiser, and how far it is."""
 
-    `target` is only read, in the dtype it comes in. Raises TrainingError where the loss stops being a number.
-    """
-    torch.set_num_threads(recipe.threads)
-    drafter = Drafter(config)
-    initialise(drafter, recipe.seed)
-    masters = Masters(drafter)
-    drafter.to(target.norm.weight.dtype)
-    masters.working = dict(drafter.named_parameters())
-    checkpoint = directory / "drafter-masters.safetensors"
-    if resume and checkpoint.exists():
-        masters.load(load_file(checkpoint))
-    optimiser = Optimiser(drafter, masters, recipe.matrix_lr, recipe.embedding_lr)
-    length, half = corpus.shape[1], recipe.batch_size // 2
-    step_of = DraftStep(target.requires_grad_(False), drafter, length, recipe.steps, recipe.compile)
-    sources = ((corpus, recipe.batch_size - half), (written, half))
-    orders = [data.BatchOrder(rows_NT, count, recipe.seed) for rows_NT, count in sources]
-    budget, start = recipe.minutes * 60, time.monotonic()
-    step, last_checkpoint = 0, start
-    counts = torch.zeros(2, recipe.steps)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "drafter.csv").open("w", newline="") as file:
-        log = csv.writer(file)
-        log.writerow(["step", "tokens", "loss", "grad_norm", "lr_share", "seconds", "mean_acceptance_length"])
-        while (elapsed := time.monotonic() - start) < budget:
-            share = trapezoid(elapsed / budget)
-            result = step_of(torch.cat([order.batch(step) for order in orders]))
-            result.loss.backward()
-            norm = masters.gather_gradients()
-            value = result.loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(f"the drafter's loss became {value} at step {step}; lower the learning rates.")
-            optimiser.step(share)
-            masters.publish()
-            step += 1
-            fresh = torch.stack((result.hits, result.reached)).float()
-            counts = fresh if step == 1 else 0.95 * counts + 0.05 * fresh
-            seen, tokens, seconds = Acceptance.of(*counts), step * recipe.batch_size * length, time.monotonic() - start
-            log.writerow([step, tokens, f"{value:.4f}", f"{norm:.3f}", f"{share:.3f}", f"{seconds:.1f}",
-                          f"{seen.mean_length:.3f}"])  # fmt: skip
-            if step % 20 == 0:
-                file.flush()
-                shares = " ".join(f"{a:.2f}" for a in seen.by_position)
-                left = max(0.0, budget - seconds) / 60
-                print(f"drafter step {step} loss {value:.3f} norm {norm:.2f} lr {share:.2f} accepts {shares}"
-                      f" {tokens / seconds:.0f} tok/s, {left:.1f} min left", flush=True)  # fmt: skip
-            if time.monotonic() - last_checkpoint > recipe.checkpoint_minutes * 60:
-                last_checkpoint = time.monotonic()
-                save_masters(masters, checkpoint)
-                on_checkpoint(drafter)
-    save_masters(masters, checkpoint)
-    on_checkpoint(drafter)
-    return DrafterResult(drafter, step, step * recipe.batch_size * length, time.monotonic() - start)
+    def __init__(self, target: Target, drafter: Drafter, examples: ExampleSet, recipe: DrafterRecipe, directory: Path,
+                 world: World = World(), stored_rows: StoredRows | None = None) -> None:  # fmt: skip
+        self.drafter, self.recipe, self.world = drafter.requires_grad_(True), recipe, world
+        self.checkpoint = directory / CHECKPOINT
+        self.masters = Masters(drafter)
+        self.optimiser = Optimiser(drafter, self.masters, recipe.lr, recipe.matrix_lr)
+        self.batches = BatchOrder(examples, recipe.batch_size, recipe.seed)
+        self.length = padded_length(int(examples.lengths.max()))
+        self.draft_step = DraftStep(target.requires_grad_(False), drafter, recipe.objective, self.length,
+                                    recipe.compile, stored_rows)  # fmt: skip
+        self.total = recipe.total_steps(len(examples))
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.best_length, self.best_step, self.gates_without_gain = -math.inf, 0, 0
+        self.best: dict[str, Tensor] = {}
+        self.smooth: list[list[float]] = []
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
+        if not self.checkpoint.exists():
+            return
+        facts, self.best = load_state(self.checkpoint, self.masters, self.optimiser)
+        if facts.pop("recipe") != self._identity():
+            raise TrainingError(
+                f"{self.checkpoint} was made with other settings or data; give the same ones, or remove it."
+            )
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def save(self) -> None:
+        """Write the checkpoint (rank 0)."""
+        if self.world.leads:
+            names = ("step", "tokens", "seconds", "best_length", "best_step", "gates_without_gain", "smooth")
+            facts = {"recipe": self._identity(), **{name: getattr(self, name) for name in names}}
+            save_state(self.checkpoint, self.masters, self.optimiser, facts, self.best)
+
+    def train(self, log: RunLog, gate: Gate | None = None) -> DrafterResult:
+        """Run to the end, or until the gate has seen no gain `patience` times.
+
+        Raises TrainingError where the loss stops being a number, memory does not suffice or a file can not be written.
+        """
+        recipe = self.recipe
+        limit = recipe.memory_mb * MEGABYTE
+        plan = plan_blocks(self.draft_step, self.length, recipe.batch_size, limit)
+        log.say(plan.describe(self.length, limit))
+        clock = time.monotonic() - self.seconds
+        while (progress := self._progress(clock)) < 1 and not self._stopped_early():
+            try:
+                values = self._one_step(plan, progress)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                raise _out_of_memory(error, plan, recipe) from None
+            self.seconds = time.monotonic() - clock
+            values["tokens_per_second"] = self.tokens / self.seconds
+            log.row(self.step, self._progress(clock), values, self._shown(values))
+            gate_due = recipe.gate_steps is not None and self.step % recipe.gate_steps == 0
+            if gate is not None and gate_due:
+                self._pass_gate(gate)
+            if gate_due or self.step % recipe.checkpoint_steps == 0:
+                log.flush()
+                self.save()
+        if gate is not None and recipe.gate_steps is not None:
+            self._finish_with_best(gate)
+        log.flush()
+        self.save()
+        return DrafterResult(self.step, self.best_step or self.step, self.tokens, self.seconds, self._length_seen())
+
+    def _one_step(self, plan: BlockPlan, progress: float) -> dict[str, float]:
+        recipe = self.recipe
+        batch = self.batches.batch(self.step)
+        counts = batch.reached(recipe.objective.steps)
+        start, stop = self.world.part(recipe.batch_size)
+        stats = StepStats.zeros(recipe.objective.steps, self.draft_step.device)
+        self.masters.clear()
+        for first in range(start, stop, plan.sequences):
+            self.draft_step.block(batch.rows(first, min(first + plan.sequences, stop)), counts, stats)
+            self.masters.accumulate()
+        self._sum_over_processes(stats)
+        norm, loss = self.masters.clip(recipe.clip), stats.loss.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(f"the loss became {loss} at step {self.step}; lower --lr, or use --dtype float32.")
+        share = cosine(progress, recipe.warmup)
+        self.optimiser.step(share)
+        self.masters.publish()
+        self.step += 1
+        self.tokens += sum(batch.lengths)
+        seen = [stats.reached_K.tolist(), stats.accepted_K.tolist()]
+        weight = 0.05 if self.smooth else 1.0
+        old = self.smooth or seen
+        self.smooth = [
+            [a + weight * (b - a) for a, b in zip(x, y, strict=True)] for x, y in zip(old, seen, strict=True)
+        ]
+        return {"loss": loss, "gradient_norm": norm, "lr_share": share, "tokens": float(self.tokens),
+                "predicted_length": self._length_seen()}  # fmt: skip
+
+    def _sum_over_processes(self, stats: StepStats) -> None:
+        masters = self.masters.fp32.values()
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self.world.sum_([*(m.grad for m in masters if m.grad is not None), stats.loss, stats.reached_K,
+                         stats.accepted_K])  # fmt: skip
+
+    def _progress(self, clock: float) -> float:
+        if self.total is not None:
+            return self.step / self.total
+        assert self.recipe.minutes is not None
+        share: float = self.world.from_leader((time.monotonic() - clock) / (60 * self.recipe.minutes))
+        return share
+
+    def _pass_gate(self, gate: Gate) -> None:
+        length = self.world.from_leader(gate(self.step) if self.world.leads else None)
+        if length > self.best_length:
+            self.best_length, self.best_step, self.gates_without_gain = length, self.step, 0
+            self.best = {name: p.detach().clone() for name, p in self.masters.fp32.items()}
+        else:
+            self.gates_without_gain += 1
+
+    def _finish_with_best(self, gate: Gate) -> None:
+        """Measure the last weights too, and take the best of all that were measured."""
+        if self.step != self.best_step:
+            self._pass_gate(gate)
+        self.masters.load(self.best)
+
+    def _stopped_early(self) -> bool:
+        return self.recipe.patience is not None and self.gates_without_gain >= self.recipe.patience
+
+    def _length_seen(self) -> float:
+        """Mean acceptance length that decoding would have on what was trained on lately."""
+        return 1 + sum(self.smooth[1]) / max(1e-9, self.smooth[0][0]) if self.smooth else 1.0
+
+    def _shown(self, values: dict[str, float]) -> str:
+        shares = [a / r if r else 0.0 for r, a in zip(*self.smooth, strict=True)]
+        accepted = " ".join(f"{share:.2f}" for share in shares)
+        return (
+            f"step {self.step} loss {values['loss']:.3f} accepts {accepted} length {values['predicted_length']:.2f}"
+            f" {values['tokens_per_second']:.0f} tokens/s"
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on as it would have."""
+        examples = self.batches.examples
+        settings = asdict(self.recipe)
+        for name in ("memory_mb", "checkpoint_steps"):
+            settings.pop(name)
+        return {**settings, "sequences": len(examples), "data_tokens": len(examples.tokens),
+                "data_sum": int(examples.tokens.astype("int64").sum())}  # fmt: skip
 
 
-@torch.no_grad()
-def acceptance_on_rows(target: Target, drafter: Drafter, rows_NT: data.TokenArray, steps: int) -> Acceptance:
-    """Acceptance if the rows' own tokens were the target's choices: true of text the target wrote greedily."""
-    step_of = DraftStep(target, drafter, rows_NT.shape[1], steps, compile=False)
-    totals = torch.zeros(2, steps)
-    for start in range(0, len(rows_NT), 8):
-        result = step_of(torch.from_numpy(rows_NT[start : start + 8].astype(np.int64)))
-        totals += torch.stack((result.hits, result.reached))
-    return Acceptance.of(*totals)
+def _out_of_memory(error: BaseException, plan: BlockPlan, recipe: DrafterRecipe) -> BaseException:
+    """The error to raise: a sentence where memory ran out, else the error itself."""
+    ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    if not ran_out:
+        return error
+    return TrainingError(
+        f"memory ran out in a block of {plan.sequences} sequences; lower --memory (now {recipe.memory_mb} MB), --length"
+        " or --draft-steps."
+    )

@@ -1,112 +1,132 @@
-"""What a drafter is trained on: unrolled steps over whole rows, and the loss on the steps that decoding would reach.
+"""Losses between the drafter's distribution q and the target's p, with their gradients written out.
 
-Row t holds the target's hidden state after token t. Its drafts start from token t + 1, at query position t + 1 in every
-step, and step i (from 0) predicts token t + 2 + i. Step i > 0 is fed token t + 1 + i of the row and the drafter's own
-projected state of step i - 1. Decoding reaches step i only where the earlier drafts were accepted, that is where they
-equal the row's tokens, so feeding the row's tokens is feeding the drafter's own.
+A vocabulary's worth of logits is by far the largest thing in training, so the losses work on slabs of N rows that fit
+into a cache, and return the gradient at the logits at once instead of leaving N x V intermediates for autograd.
+
+    kl      KL(p || q)
+    ce      cross-entropy to the sequence's own token
+    tv      total variation, 1 - alpha, with alpha = sum min(p, q): the chance that rejection sampling accepts
+    lk-log  -log(alpha)
+    lk      lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha): KL while p and q are far apart, then TV
+
+Both `lk` are from "LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding" (arXiv:2602.23881), with
+its eta = 3; alpha in lambda is not differentiated. Gradients at the logits z, with m = 1 where q < p, else 0:
+
+    d KL / dz = q - p        d CE / dz = q - onehot        d TV / dz = q (sum(q m) - m)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_mtp.config import LayerType
-from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import Rope, rope_for
-from gemma_mtp.model.target import Target
-from gemma_mtp.training.attention import TrainingDonorKeyValues, TrainingKeyValues
+from gemma_mtp.decoding.sampling import SamplingParams, probabilities, process
+
+LossKind = Literal["kl", "ce", "tv", "lk", "lk-log"]
+LOSSES: tuple[LossKind, ...] = get_args(LossKind)
+LK_ETA = 3.0
 
 
 @dataclass(frozen=True)
-class TargetRows:
-    """What a frozen target says about rows of tokens. Logits are soft-capped."""
+class SlabLoss:
+    """Of N rows: the loss [N], its gradient at the drafter's logits [N, V], and the chance [N] that `exact`
+    verification accepts the draft where the target chooses the sequence's token."""
 
-    tokens_BT: Tensor
-    embeds_BTD: Tensor
-    hidden_BTD: Tensor
-    logits_BTV: Tensor
-    donor_kv: dict[LayerType, tuple[Tensor, Tensor]]
-
-
-@torch.no_grad()
-def target_rows(target: Target, tokens_BT: Tensor, rope: Mapping[LayerType, Rope]) -> TargetRows:
-    """One pass of the target over whole rows; `rope` holds positions 0 to T - 1."""
-    kv = TrainingKeyValues(target.config, tokens_BT.shape[1])
-    hidden = target(tokens_BT, rope, kv)
-    return TargetRows(tokens_BT, target.embed(tokens_BT), hidden, target.logits(hidden), kv.donor_kv())
-
-
-def query_rope(drafter: Drafter, length: int, dtype: torch.dtype) -> dict[LayerType, Rope]:
-    """Rotary tables of the query positions of rows 0 to length - 1: one after each row."""
-    return rope_for(drafter.config.text, torch.arange(1, length + 1), dtype)
-
-
-def unroll(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType, Rope], steps: int) -> Iterator[Tensor]:
-    """The drafter's head states of each step, [B, T, H]. Row t of step i means something for t < T - 1 - i."""
-    kv = TrainingDonorKeyValues(drafter.config.text, rows.donor_kv)
-    hidden = rows.hidden_BTD
-    for i in range(steps):
-        state, hidden = drafter(shifted(rows.embeds_BTD, 1 + i), hidden, rope, kv)
-        yield state
-
-
-def shifted(x_BTX: Tensor, by: int) -> Tensor:
-    """Row t takes row t + `by`; zeros at the end."""
-    return F.pad(x_BTX[:, by:], (0, 0, 0, by))
+    loss_N: Tensor
+    grad_NV: Tensor
+    chance_N: Tensor
 
 
 @dataclass(frozen=True)
-class DraftLoss:
-    """The loss to differentiate, and per step how often a draft equalled the row's next token given the ones before."""
+class Wanted:
+    """The distribution that the drafter is to have in N rows [N, V], and its entropy [N] in nats."""
 
-    loss: Tensor
-    hits: Tensor
-    reached: Tensor
+    probs_NV: Tensor
+    entropy_N: Tensor
+
+    def rows(self, start: int, stop: int) -> Wanted:
+        return Wanted(self.probs_NV[start:stop], self.entropy_N[start:stop])
 
 
-def draft_loss(
-    drafter: Drafter,
-    rows: TargetRows,
-    rope: Mapping[LayerType, Rope],
-    steps: int,
-    hard_share: float = 0.5,
-    step_decay: float = 0.9,
-    unreached_weight: float = 0.05,
-) -> DraftLoss:
-    """Cross-entropy to a mix of the target's distribution and its argmax, over the rows and steps decoding reaches.
+def wanted(logits_NV: Tensor, choice: SamplingParams, hard_share: float) -> Wanted:
+    """What decoding with `choice` draws the target's tokens from, given the target's logits.
 
-    `unreached_weight` keeps a little of the rows whose earlier drafts missed: early in training they are nearly all.
+    Greedy decoding draws from a single point, of which little is learned: only `hard_share` of the mass is moved there,
+    the rest stays as the target spreads it.
     """
-    T = rows.tokens_BT.shape[1]
-    wanted = soft_and_hard(rows.logits_BTV, hard_share)
-    reached = torch.ones(rows.tokens_BT.shape, dtype=torch.bool, device=rows.tokens_BT.device)
-    loss = rows.hidden_BTD.new_zeros((), dtype=torch.float32)
-    hits, counts = [], []
-    for i, state in enumerate(unroll(drafter, rows, rope, steps)):
-        valid = T - 2 - i
-        logits = drafter.logits(state[:, :valid])
-        cost = soft_cross_entropy(logits, wanted[:, 1 + i : 1 + i + valid])
-        reached = reached[:, :valid]
-        weight = torch.where(reached, 1.0, unreached_weight)
-        loss = loss + step_decay**i * (cost * weight).sum() / weight.sum()
-        hit = logits.detach().argmax(-1) == rows.tokens_BT[:, 2 + i :]
-        counts.append(reached.sum())
-        reached = reached & hit
-        hits.append(reached.sum())
-    return DraftLoss(loss / steps, torch.stack(hits), torch.stack(counts))
+    probs = _wanted_probs(logits_NV, choice, hard_share)
+    return Wanted(probs, torch.special.entr(probs).sum(-1))
 
 
-def soft_and_hard(logits_BTV: Tensor, hard_share: float) -> Tensor:
-    """The target's distribution, `hard_share` of its mass moved onto its argmax."""
-    wanted = logits_BTV.softmax(-1) * (1 - hard_share)
-    return wanted.scatter_add(-1, logits_BTV.argmax(-1, keepdim=True), torch.full_like(wanted[..., :1], hard_share))
+def _wanted_probs(logits_NV: Tensor, choice: SamplingParams, hard_share: float) -> Tensor:
+    if not choice.greedy or hard_share == 1:
+        return probabilities(process(logits_NV, choice), choice, logits_NV.shape[-1])
+    spread = _wide(logits_NV).softmax(-1).mul_(1 - hard_share)
+    top = logits_NV.argmax(-1, keepdim=True)
+    return spread.scatter_add_(-1, top, torch.full_like(top, 1, dtype=spread.dtype).mul_(hard_share))
 
 
-def soft_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-sum(wanted * log softmax(logits)) over the last dimension, in fp32."""
-    return logits.float().logsumexp(-1) - (wanted * logits).sum(-1, dtype=torch.float32)
+def choice_at(temperature: float, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
+    """How tokens are chosen at a temperature."""
+    return replace(SamplingParams(), temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def slab_loss(kind: LossKind, logits_NV: Tensor, aim: Wanted, tokens_N: Tensor, choice: SamplingParams) -> SlabLoss:
+    """Loss of N rows of drafter logits. `aim` is the target's distribution for the same slots, `tokens_N` what stands
+    there in the sequence. At a temperature, q is the drafter's distribution at it too."""
+    scale = 1.0 if choice.greedy else 1.0 / choice.temperature
+    log_q = _wide(logits_NV) if scale == 1.0 else _wide(logits_NV) * scale
+    log_q = log_q.log_softmax(-1)
+    q = log_q.exp()
+    p, columns = aim.probs_NV.to(q.dtype), tokens_N.unsqueeze(-1)
+    same = logits_NV.argmax(-1) == tokens_N
+    chance = same.to(q.dtype) if choice.greedy else coupled_chance(p, q, columns)
+    loss, grad = _loss_and_gradient(kind, log_q, q, p, aim.entropy_N, columns)
+    return SlabLoss(loss, grad if scale == 1.0 else grad.mul_(scale), chance)
+
+
+def coupled_chance(p_NV: Tensor, q_NV: Tensor, columns_N1: Tensor) -> Tensor:
+    """The chance [N] that a draft drawn from q with the target's own Gumbel noise is the token x, given that the target
+    draws x from p: 1 / sum_y max(p_y, q_y p_x / q_x) (Daliri, Musco and Suresh 2024, section 3)."""
+    p, q = p_NV.gather(-1, columns_N1), q_NV.gather(-1, columns_N1)
+    ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
+    chance = torch.maximum(p_NV, q_NV * ratio).sum(-1).reciprocal()
+    return torch.where(p.squeeze(-1) > 0, chance, 0.0)
+
+
+def _loss_and_gradient(
+    kind: LossKind, log_q: Tensor, q: Tensor, p: Tensor, entropy_N: Tensor, columns_N1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`q` is used up."""
+    if kind == "ce":
+        loss = -log_q.gather(-1, columns_N1).squeeze(-1)
+        return loss, q.scatter_add_(-1, columns_N1, torch.full_like(columns_N1, -1, dtype=q.dtype))
+    if kind == "kl":
+        return _crossed(p, log_q) - entropy_N, q.sub_(p)
+    alpha = torch.minimum(p, q).sum(-1)
+    total_variation = _total_variation_gradient(p, q)
+    if kind == "tv":
+        return 1 - alpha, total_variation
+    if kind == "lk-log":
+        alpha = alpha.clamp(min=torch.finfo(alpha.dtype).tiny)
+        return -alpha.log(), total_variation / alpha.unsqueeze(-1)
+    share = (-LK_ETA * alpha).exp()
+    loss = share * (_crossed(p, log_q) - entropy_N) + (1 - share) * (1 - alpha)
+    return loss, torch.lerp(total_variation, q.sub_(p), share.unsqueeze(-1))
+
+
+def _crossed(p: Tensor, log_q: Tensor) -> Tensor:
+    """-sum(p log q) of each row, the products not stored."""
+    return -torch.bmm(p.unsqueeze(1), log_q.unsqueeze(2)).view(-1)
+
+
+def _total_variation_gradient(p: Tensor, q: Tensor) -> Tensor:
+    below = torch.where(q < p, q, 0.0)
+    return (q * below.sum(-1, keepdim=True)).sub_(below)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,14 +1,15 @@
-"""Optimiser and schedule: Muon for the layers' matrices, AdamW for the rest, learning rate by share of wall time.
+"""Optimisers and schedules over fp32 masters of a model's weights.
 
-Weights are trained in bf16, which a CPU with the instructions multiplies several times faster, against fp32 masters.
+Weights may be trained in bf16, which a CPU with the instructions multiplies several times faster: gradients go to the
+masters, steps are taken there, results are rounded back.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gemma_mtp.model import target as target_module
@@ -16,18 +17,28 @@ from gemma_mtp.ops.linear import Linear
 
 
 class Masters:
-    """fp32 copies of a model's parameters: gradients go in, steps are taken there, results are rounded back."""
+    """fp32 copies of a model's parameters (fp64 of fp64 ones)."""
 
     def __init__(self, model: nn.Module) -> None:
         self.working = dict(model.named_parameters())
-        self.fp32 = {name: nn.Parameter(p.detach().float().clone()) for name, p in self.working.items()}
+        self.fp32 = {name: nn.Parameter(_master(p.detach())) for name, p in self.working.items()}
 
-    def gather_gradients(self) -> float:
-        """Move the working gradients to the masters, clipped to norm 1. Returns the norm before clipping."""
+    def accumulate(self) -> None:
+        """Add the working gradients to the masters', and clear them."""
         for name, parameter in self.working.items():
-            self.fp32[name].grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        return float(nn.utils.clip_grad_norm_(self.fp32.values(), 1.0))
+            if parameter.grad is not None:
+                master = self.fp32[name]
+                new = parameter.grad.to(master.dtype)
+                master.grad = new if master.grad is None else master.grad.add_(new)
+                parameter.grad = None
+
+    def clip(self, norm: float = 1.0) -> float:
+        """Scale the masters' gradients down to `norm` where it is more. Returns what it was."""
+        return float(nn.utils.clip_grad_norm_(self.fp32.values(), norm))
+
+    def clear(self) -> None:
+        for master in self.fp32.values():
+            master.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -42,29 +53,54 @@ class Masters:
         self.publish()
 
 
-class Optimiser:
-    """Muon on matrices inside the layers and projections; AdamW on embeddings and norm weights."""
+def _master(p: Tensor) -> Tensor:
+    return p.clone() if p.dtype == torch.float64 else p.float().clone()
 
-    def __init__(self, model: nn.Module, masters: Masters, matrix_lr: float, embedding_lr: float) -> None:
+
+class Optimiser:
+    """AdamW. With a `matrix_lr`, Muon on matrices inside the layers and projections, and AdamW on the rest."""
+
+    def __init__(self, model: nn.Module, masters: Masters, lr: float, matrix_lr: float | None = None) -> None:
         in_layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
         matrices = [p for name, p in masters.fp32.items() if name in in_layers]
         tables = [p for name, p in masters.fp32.items() if name not in in_layers and p.ndim == 2]
         vectors = [p for p in masters.fp32.values() if p.ndim == 1]
-        self.muon = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.1, momentum=0.95, ns_steps=5,
-                                     adjust_lr_fn="match_rms_adamw")  # fmt: skip
-        groups = [
-            {"params": tables, "lr": embedding_lr, "weight_decay": 0.0},
-            {"params": vectors, "lr": embedding_lr, "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, fused=True)
-        self.peaks = [(group, group["lr"]) for o in (self.muon, self.adam) for group in o.param_groups]
+        # embeddings and norms are not pulled towards zero: rare tokens would fade
+        groups: list[dict[str, Any]] = [{"params": tables + vectors, "weight_decay": 0.0}]
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        if matrix_lr is None:
+            groups.append({"params": matrices, "weight_decay": 0.1})
+        else:
+            self.optimisers["muon"] = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.1, momentum=0.95,
+                                                       ns_steps=5, adjust_lr_fn="match_rms_adamw")  # fmt: skip
+        self.optimisers["adamw"] = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
+        self.peaks = [(group, group["lr"]) for o in self.optimisers.values() for group in o.param_groups]
 
     def step(self, lr_share: float) -> None:
         """One step at `lr_share` of the peak learning rates."""
         for group, peak in self.peaks:
             group["lr"] = peak * lr_share
-        self.muon.step()
-        self.adam.step()
+        for optimiser in self.optimisers.values():
+            optimiser.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is carried from step to step, named optimiser.parameter.quantity."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, optimiser in self.optimisers.items()
+            for index, state in optimiser.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up `tensors` of an earlier run."""
+        for name, optimiser in self.optimisers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                owner, index, quantity = key.split(".", 2)
+                if owner == name:
+                    state.setdefault(int(index), {})[quantity] = value
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def trapezoid(progress: float, warmup: float = 0.02, decay: float = 0.45) -> float:
@@ -74,11 +110,11 @@ def trapezoid(progress: float, warmup: float = 0.02, decay: float = 0.45) -> flo
     return max(0.0, min(1.0, (1.0 - progress) / decay))
 
 
-def save_masters(masters: Masters, path: Path) -> None:
-    """Write the fp32 weights under a temporary name, then rename."""
-    temporary = path.with_suffix(".tmp")
-    save_file({name: p.detach() for name, p in masters.fp32.items()}, temporary)
-    temporary.replace(path)
+def cosine(progress: float, warmup: float = 0.03) -> float:
+    """Share of the peak learning rate at `progress` (0 to 1) of the run: up, then down half a cosine to zero."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
 def traceable() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from gemma_mtp.ops.linear import Linear
 from gemma_mtp.training import bpe
 
 _TARGET_LAYERS: tuple[LayerType, ...] = ((SLIDING,) * 4 + (FULL,)) * 3
-_DRAFTER_LAYERS: tuple[LayerType, ...] = (SLIDING,) * 3 + (FULL,)
 
 #: E2B's shape at one hundredth of its size: KV sharing, double-wide MLP, per-layer embeddings, softcap.
 BUNDLED_TARGET = TargetConfig(
@@ -29,19 +29,56 @@ BUNDLED_TARGET = TargetConfig(
 )  # fmt: skip
 
 
-def drafter_for(target: TextConfig, hidden: int = 128, intermediate: int = 512, heads: int = 4) -> DrafterConfig:
-    """The official drafter's shape, [S, S, S, F] without KV of its own, for this target."""
-    text = TextConfig(
-        vocab_size=target.vocab_size, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=len(_DRAFTER_LAYERS), num_attention_heads=heads,
-        num_key_value_heads=target.num_key_value_heads,
-        num_global_key_value_heads=target.num_global_key_value_heads, head_dim=target.head_dim,
-        global_head_dim=target.global_head_dim, layer_types=_DRAFTER_LAYERS, sliding_window=target.sliding_window,
-        num_kv_shared_layers=len(_DRAFTER_LAYERS), attention_k_eq_v=target.attention_k_eq_v,
-        max_position_embeddings=target.max_position_embeddings, sliding_rope=target.sliding_rope,
-        full_rope=target.full_rope, eos_token_ids=target.eos_token_ids,
+@dataclass(frozen=True)
+class DrafterShape:
+    """Sizes of a new drafter; None: as the official drafters of targets of that size have them. `centroids` clusters
+    make a centroid head, of which the best `centroid_top_k` are scored."""
+
+    hidden: int | None = None
+    intermediate: int | None = None
+    heads: int | None = None
+    layers: int = 4
+    centroids: int | None = None
+    centroid_top_k: int = 32
+
+
+def new_drafter_config(target: TargetConfig, shape: DrafterShape = DrafterShape()) -> DrafterConfig:
+    """A drafter of the official shape, sliding layers and a full one last without KV of their own, for this target.
+
+    Raises ConfigError where the sizes do not work.
+    """
+    text = target.text
+    hidden = shape.hidden or _official_hidden(text.hidden_size)
+    types: tuple[LayerType, ...] = (SLIDING,) * (shape.layers - 1) + (FULL,)
+    unified = "unified" in target.model_type
+    stack = TextConfig(
+        vocab_size=text.vocab_size, hidden_size=hidden, intermediate_size=shape.intermediate or _wide(hidden),
+        num_hidden_layers=len(types), num_attention_heads=shape.heads or _official_heads(text),
+        num_key_value_heads=text.num_key_value_heads, num_global_key_value_heads=text.num_global_key_value_heads,
+        head_dim=text.head_dim, global_head_dim=text.global_head_dim, layer_types=types,
+        sliding_window=text.sliding_window, num_kv_shared_layers=len(types), attention_k_eq_v=text.attention_k_eq_v,
+        max_position_embeddings=text.max_position_embeddings, sliding_rope=text.sliding_rope, full_rope=text.full_rope,
+        eos_token_ids=text.eos_token_ids, model_type="gemma4_unified_text" if unified else "gemma4_text",
     )  # fmt: skip
-    return DrafterConfig(text, target.hidden_size)
+    return DrafterConfig(
+        stack, text.hidden_size, use_ordered_embeddings=shape.centroids is not None,
+        num_centroids=shape.centroids or 2048, centroid_intermediate_top_k=shape.centroid_top_k,
+        model_type="gemma4_unified_assistant" if unified else "gemma4_assistant",
+    )  # fmt: skip
+
+
+def _official_hidden(backbone: int) -> int:
+    """256 beside 1536 and 2560, 1024 beside more; smaller targets than any official one get half of their own size."""
+    return min(256, backbone // 2) if backbone <= 2560 else 1024
+
+
+def _wide(hidden: int) -> int:
+    return (8 if hidden >= 256 else 4) * hidden
+
+
+def _official_heads(target: TextConfig) -> int:
+    """Half of the target's 8 heads beside the small targets, as many as the target has beside the others."""
+    return target.num_attention_heads // 2 if target.num_attention_heads == 8 else target.num_attention_heads
 
 
 def initialise(model: Target | Drafter, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_mtp.config import TargetConfig
@@ -20,8 +18,10 @@ from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import data
 from gemma_mtp.training.attention import TrainingKeyValues
-from gemma_mtp.training.optim import Masters, Optimiser, save_masters, traceable, trapezoid
+from gemma_mtp.training.log import RunLog
+from gemma_mtp.training.optim import Masters, Optimiser, traceable, trapezoid
 from gemma_mtp.training.shapes import initialise
+from gemma_mtp.training.state import load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -91,47 +91,41 @@ def train_target(
     masters = Masters(target)
     target.bfloat16()
     masters.working = dict(target.named_parameters())
-    optimiser = Optimiser(target, masters, recipe.matrix_lr, recipe.embedding_lr)
-    checkpoint = directory / "target-masters.safetensors"
-    resumed = resume and checkpoint.exists()
-    if resumed:
-        masters.load(load_file(checkpoint))
+    optimiser = Optimiser(target, masters, recipe.embedding_lr, recipe.matrix_lr)
+    checkpoint = directory / "target-state.safetensors"
+    step, before = 0, 0.0
+    if resume and checkpoint.exists():
+        facts, _ = load_state(checkpoint, masters, optimiser)
+        step, before = facts["step"], facts["seconds"]
     loss_of = RowLoss(target, recipe.row_length)
     training_loss = compiled(loss_of) if recipe.compile else loss_of
-    # what is resumed has seen the beginning of its order: it goes on in another one
-    batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed + resumed)
-    budget, start = recipe.minutes * 60, time.monotonic()
-    step, last_checkpoint, smooth = 0, start, 0.0
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "target.csv").open("w", newline="") as file:
-        log = csv.writer(file)
-        log.writerow(["step", "tokens", "loss", "grad_norm", "lr_share", "seconds", "tokens_per_second"])
+    batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed)
+    budget, start = recipe.minutes * 60, time.monotonic() - before
+    last_checkpoint, smooth = time.monotonic(), None
+    with RunLog(directory, "target", step) as log:
         while (elapsed := time.monotonic() - start) < budget:
             share = trapezoid(elapsed / budget)
             loss = training_loss(batches.batch(step))
             loss.backward()
-            norm = masters.gather_gradients()
-            value = loss.item()
+            masters.clear()
+            masters.accumulate()
+            norm, value = masters.clip(), loss.item()
             if not math.isfinite(value):
                 raise TrainingError(f"the target's loss became {value} at step {step}; lower the learning rates.")
             optimiser.step(share)
             masters.publish()
             step += 1
-            smooth = value if step == 1 else 0.95 * smooth + 0.05 * value
-            tokens = step * recipe.batch_size * recipe.row_length
-            seconds = time.monotonic() - start
-            log.writerow([step, tokens, f"{value:.4f}", f"{norm:.3f}", f"{share:.3f}", f"{seconds:.1f}",
-                          f"{tokens / seconds:.0f}"])  # fmt: skip
-            if step % 20 == 0:
-                file.flush()
-                left = max(0.0, budget - seconds) / 60
-                print(f"target step {step} loss {smooth:.3f} norm {norm:.2f} lr {share:.2f} {tokens / 1e6:.2f}M tokens"
-                      f" {tokens / seconds:.0f} tok/s, {left:.1f} min left", flush=True)  # fmt: skip
+            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+            tokens, seconds = step * recipe.batch_size * recipe.row_length, time.monotonic() - start
+            values = {"tokens": float(tokens), "loss": value, "gradient_norm": norm, "lr_share": share,
+                      "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
+            log.row(step, seconds / budget, values, f"step {step} loss {smooth:.3f} {tokens / seconds:.0f} tokens/s")
             if time.monotonic() - last_checkpoint > recipe.checkpoint_minutes * 60:
                 last_checkpoint = time.monotonic()
-                save_masters(masters, checkpoint)
+                log.flush()
+                save_state(checkpoint, masters, optimiser, {"step": step, "seconds": seconds}, {})
                 on_checkpoint(target)
-    save_masters(masters, checkpoint)
+    save_state(checkpoint, masters, optimiser, {"step": step, "seconds": time.monotonic() - start}, {})
     on_checkpoint(target)
     nats = held_out_loss(loss_of, held_out)
     tokens_per_byte = held_out.size / held_out_bytes

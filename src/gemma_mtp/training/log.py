@@ -1,0 +1,115 @@
+"""What a trainer shows and keeps: a progress bar on a terminal, else a line now and then; a CSV; TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gemma_mtp.checkpoint import replace_file
+from gemma_mtp.errors import TrainingError
+
+LINE_SECONDS = 10.0
+
+
+class RunLog:
+    """Rows of one trainer, by step. Rows after `resumed_step` of an earlier run's CSV are dropped.
+
+    Raises TrainingError where the CSV can not be written, or TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, directory: Path, name: str, resumed_step: int = 0, tensorboard: bool = False,
+                 quiet: bool = False, console_only: bool = False) -> None:  # fmt: skip
+        self.path, self.name = directory / f"{name}.csv", name
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._writer = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard else None
+        self._kept = [] if console_only else _rows_until(self.path, resumed_step)
+        self._file: TextIO | None = None
+        self._columns: list[str] = []
+        self._last_line = time.monotonic()
+        self._progress = Progress(
+            TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"), console=self._console, disable=not self._console.is_terminal or quiet,
+        )  # fmt: skip
+        self._task = self._progress.add_task(name, total=1.0, text="")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def row(self, step: int, share_done: float, values: Mapping[str, float], text: str) -> None:
+        """One step's figures, and what to show of them."""
+        with self._reported():
+            self._write({"step": step, **values})
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{self.name}/{name}", value, step)
+        self.show(share_done, text)
+
+    def show(self, share_done: float, text: str) -> None:
+        """What is on the screen: the bar, or a line where the last is long ago."""
+        self._progress.update(self._task, completed=share_done, text=text)
+        if self._progress.disable and time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self.name} {share_done:.0%} {text}", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(text, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Make sure that what was logged is in the file."""
+        if self._file is not None:
+            with self._reported():
+                self._file.flush()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            self._columns = list(values)
+            lines = [",".join(self._columns) + "\n", *self._kept]
+            replace_file(self.path, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+            self._file = self.path.open("a", newline="", encoding="utf-8")
+        csv.writer(self._file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values.values()])
+
+    @contextlib.contextmanager
+    def _reported(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} can not be written: {error}; make room, then go on with --resume."
+            ) from None
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+    """The lines of an earlier CSV up to a step; a line that was cut off is none."""
+    if step == 0 or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    return [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+
+
+def _summary_writer(directory: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError(
+            "--tensorboard needs the tensorboard package; install gemma-mtp with its `train` extra, or leave it out."
+        ) from None
+    return SummaryWriter(str(directory), purge_step=resumed_step or None)

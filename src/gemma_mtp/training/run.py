@@ -1,0 +1,309 @@
+"""A whole run of `gemma-mtp train`: data, the target's own text, training, the gate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_mtp import checkpoint
+from gemma_mtp.checkpoint import replace_file, write_json
+from gemma_mtp.datasets import read_examples
+from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.measure.acceptance import Prompt, prompts_of
+from gemma_mtp.measure.speedup import MeasuredSpeedup
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.ops import native
+from gemma_mtp.pairing import check_pair
+from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe, DrafterResult, DrafterTrainer
+from gemma_mtp.training.examples import ExampleSet
+from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
+from gemma_mtp.training.gate import EngineGate, Reports, Verdict, judge, mean_length, setting
+from gemma_mtp.training.log import RunLog
+from gemma_mtp.training.material import HELD_OUT_PROMPTS, Material, gather, hold_out
+from gemma_mtp.training.parallel import World
+from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
+from gemma_mtp.training.target_store import TargetStore
+from gemma_mtp.training.written import Writing, fingerprint, write_texts
+
+#: where a run keeps its state inside the output directory
+STATE = "training"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on: `paths` (files and directories), `regenerate` and `as_is` of it, in rows of `length`."""
+
+    paths: tuple[Path, ...]
+    pattern: str = "*"
+    held_out: Path | None = None
+    held_out_prompts: int = HELD_OUT_PROMPTS
+    length: int = 512
+    regenerate: bool = True
+    as_is: bool = False
+    max_new_tokens: int = 256
+    written_tokens: int = 400_000
+    cache: Path | None = None
+    store_target: bool = False
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made."""
+
+    target: Path
+    out: Path
+    data: DataSettings
+    drafter: Path | None = None
+    new: DrafterShape = field(default_factory=DrafterShape)
+    recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    draft_tokens: int = 4
+    gate_tokens: int = 128
+    dtype: str = "auto"
+    device: str = "auto"
+    force: bool = False
+    resume: bool = False
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: whether the drafter was exported, and why."""
+
+    exported: bool
+    verdict: Verdict
+    start: Reports
+    now: Reports
+    result: DrafterResult
+    facts: CardFacts
+    predicted_speedup: float
+    measured_speedup: MeasuredSpeedup
+
+
+class Run:
+    """One run under way: the loaded models and where its files lie."""
+
+    def __init__(self, settings: RunSettings, world: World, say: Callable[[str], None]) -> None:
+        self.settings, self.world, self.say = settings, world, say
+        self.state = settings.out / STATE
+        _check_settings(settings)
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
+        target_config = checkpoint.read_target_config(settings.target)
+        if settings.drafter is not None:
+            self.config = checkpoint.read_drafter_config(settings.drafter)
+        else:
+            self.config = new_drafter_config(target_config, settings.new)
+        check_pair(target_config, self.config)
+        self.tokenizer = Tokenizer.from_dir(settings.target)
+        _check_output(settings, self.state)
+        self.target = checkpoint.load_target(settings.target, self.dtype, self.device)
+        self.pair = self._engine_pair()
+
+    def _engine_pair(self) -> Pair:
+        """The target again, as the engine runs it, sharing the weights where the engine leaves them as they are."""
+        settings = self.settings
+        if not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu":
+            return load_pair(settings.target, device=self.device)
+        with torch.device("meta"):
+            target = Target(self.target.config)
+        target.load_state_dict(self.target.state_dict(), assign=True)
+        target.eval().requires_grad_(False).pack_()
+        return Pair(target, None, self.tokenizer, checkpoint.read_generation_config(settings.target))
+
+    def material(self) -> Material:
+        """The data, tokenised, with prompts held out of it or read from elsewhere."""
+        data, vocab_size = self.settings.data, self.target.config.vocab_size
+        found = gather(read_examples(data.paths, data.pattern), self.tokenizer, vocab_size, data.length)
+        if data.held_out is None:
+            return hold_out(found, data.held_out_prompts)
+        held_out = prompts_of(self.pair, islice(read_examples(data.held_out, data.pattern), data.held_out_prompts))
+        return Material(found, held_out)
+
+    def examples(self, material: Material, starting: Path) -> ExampleSet:
+        """What is trained on: the texts as they stand, those that the target writes, or both."""
+        settings, data = self.settings, self.settings.data
+        parts = []
+        if data.as_is:
+            parts.append(material.as_is(settings.temperatures))
+        if data.regenerate or any(unit.open for unit in material.units):
+            units = material.units if data.regenerate else [unit for unit in material.units if unit.open]
+            parts.append(self._written(replace(material, units=units), starting))
+        examples = parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        if not len(examples):
+            raise TrainingError("no text of the data is long enough to draft in: at least 3 tokens; add longer text.")
+        return examples
+
+    def _written(self, material: Material, starting: Path) -> ExampleSet:
+        settings, data = self.settings, self.settings.data
+        objective = settings.recipe.objective
+        writing = Writing(settings.temperatures, objective.top_k, objective.top_p, data.written_tokens,
+                          settings.recipe.seed)  # fmt: skip
+        pair = self.pair
+        if settings.drafter is not None:
+            pair = self.gate([]).with_drafter(starting)
+        beginnings = material.beginnings(data.length, data.max_new_tokens)
+        cache, name = data.cache or self.state / "cache", fingerprint(settings.target)
+        with RunLog(self.state, "writing", console_only=True) as log:
+
+            def show(tokens: int) -> None:
+                log.show(min(1.0, tokens / data.written_tokens), f"{tokens} tokens")
+
+            return write_texts(pair, beginnings, writing, cache, name, show)
+
+    def gate(self, prompts: list[Prompt]) -> EngineGate:
+        objective, settings = self.settings.recipe.objective, self.settings
+        return EngineGate(self.pair, prompts, settings.temperatures, settings.draft_tokens, settings.gate_tokens,
+                          objective.top_k, objective.top_p)  # fmt: skip
+
+    def start(self) -> tuple[Drafter, Path]:
+        """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
+        if self.settings.drafter is not None:
+            drafter = checkpoint.load_drafter(self.settings.drafter, self.dtype, self.device)
+            return drafter, self.settings.drafter
+        drafter = Drafter(self.config)
+        initialise(drafter, self.settings.recipe.seed)
+        directory = self.state / "start"
+        if self.world.leads:
+            self.export(drafter, directory)
+        return drafter.to(self.device, self.dtype), directory
+
+    def facts(self, drafter: Drafter, result: DrafterResult, examples: ExampleSet) -> CardFacts:
+        """What the card says of this run."""
+        settings = self.settings
+        data = {"texts": len(examples), "tokens": len(examples.tokens), "written_tokens": examples.written_tokens}
+        recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype}
+        return CardFacts(
+            settings.target.resolve().name,
+            "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
+            sum(p.numel() for p in drafter.parameters()), result.best_step, result.tokens, result.seconds,
+            {**_shown(asdict(settings.data)), **data}, _shown(recipe),
+        )  # fmt: skip
+
+    def export(self, drafter: Drafter, directory: Path) -> None:
+        export_drafter(drafter, self.config, directory, self.settings.target, self.settings.draft_tokens)
+
+
+def run_training(settings: RunSettings, world: World, say: Callable[[str], None]) -> Outcome | None:
+    """Run `settings`; the outcome in rank 0, None in the others. `say` is called with lines for the user.
+
+    Raises DataError, TrainingError, CheckpointError, ConfigError, PairError, TokenizerError.
+    """
+    run = Run(settings, world, say if world.leads else lambda text: None)
+    drafter, starting = run.start()
+    material = run.material()
+    prepared = run.state / "examples.safetensors"
+    if world.leads:
+        run.examples(material, starting).save(prepared)
+    world.from_leader(None)
+    examples = ExampleSet.load(prepared)
+    run.say(
+        f"training on {len(examples)} texts, {len(examples.tokens)} tokens; {len(material.held_out)} held-out prompts"
+    )
+    gate = run.gate(material.held_out)
+    start = gate.measure(starting) if world.leads else ()
+    if start:
+        run.say(f"start: mean acceptance length {_lengths(start)}")
+    candidate = run.state / "candidate"
+
+    def measured(step: int) -> float:
+        run.export(drafter, candidate)
+        reports = gate.measure(candidate)
+        run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
+        return mean_length(reports)
+
+    stored = TargetStore(run.state / "target-rows") if settings.data.store_target else None
+    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored)
+    trainer.resume()
+    with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
+        result = trainer.train(log, measured)
+    return _conclude(run, gate, drafter, start, result, examples) if world.leads else None
+
+
+def _conclude(
+    run: Run, gate: EngineGate, drafter: Drafter, start: Reports, result: DrafterResult, examples: ExampleSet
+) -> Outcome:
+    """Measure what was trained, and export it where it is not worse than the start."""
+    settings, candidate = run.settings, run.state / "candidate"
+    run.export(drafter, candidate)
+    now = gate.measure(candidate)
+    verdict = judge(start, now)
+    predicted, measured = gate.speed(candidate, now)
+    exported = verdict.not_worse or settings.force
+    facts = run.facts(drafter, result, examples)
+    outcome = Outcome(exported, verdict, start, now, result, facts, predicted, measured)
+    write_json(run.state / "gate.json", to_json(outcome))
+    if exported:
+        write_card(settings.out / CARD, facts, start, now, verdict)
+        run.export(drafter, settings.out)
+    return outcome
+
+
+def to_json(outcome: Outcome) -> dict[str, Any]:
+    """The gate's figures for programs to read."""
+    return {
+        "exported": outcome.exported,
+        "not_worse": outcome.verdict.not_worse,
+        "overall": asdict(outcome.verdict.overall),
+        "at_temperature": [{"temperature": t, **asdict(c)} for t, c in outcome.verdict.at_temperature],
+        "start": [report.to_dict() for report in outcome.start],
+        "now": [report.to_dict() for report in outcome.now],
+        "predicted_speedup": outcome.predicted_speedup,
+        "measured_speedup": {**asdict(outcome.measured_speedup), "ratio": outcome.measured_speedup.ratio},
+        "training": asdict(outcome.result),
+    }
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32."""
+    if dtype == "auto":
+        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _check_settings(settings: RunSettings) -> None:
+    context = checkpoint.read_target_config(settings.target).text.max_position_embeddings
+    length = settings.data.length
+    if not 16 <= length <= context:
+        raise TrainingError(f"--length is {length}, but must be from 16 to the target's context, {context}.")
+
+
+def _check_output(settings: RunSettings, state: Path) -> None:
+    """Raise TrainingError where the output can not be written, or another run's state lies there."""
+    if (state / CHECKPOINT).exists() and not settings.resume:
+        raise TrainingError(
+            f"{state} holds an unfinished or finished run; go on with it by --resume, or give another --out."
+        )
+    probe = state / "writable"
+    try:
+        replace_file(probe, lambda partial: partial.write_text("yes", encoding="utf-8"))
+        probe.unlink()
+    except (CheckpointError, OSError) as error:
+        raise TrainingError(f"the output directory {settings.out} can not be written: {error}") from None
+
+
+def _lengths(reports: Reports) -> str:
+    return ", ".join(f"{report.pooled.mean_length:.3f} ({setting(report)})" for report in reports)
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for the card: without what was left out, and files by their names."""
+    kept = {name: value for name, value in settings.items() if value is not None}
+    if "paths" in kept:
+        kept["paths"] = ", ".join(path.name for path in kept["paths"])
+    return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}

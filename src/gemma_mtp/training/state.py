@@ -1,0 +1,44 @@
+"""Checkpoints of a training run: one safetensors file, replaced whole, so that a kill at any moment leaves the last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemma_mtp.checkpoint import replace_file
+from gemma_mtp.errors import TrainingError
+from gemma_mtp.training.optim import Masters, Optimiser
+
+
+def save_state(
+    path: Path, masters: Masters, optimiser: Optimiser, facts: Mapping[str, Any], more: Mapping[str, Tensor]
+) -> None:
+    """Write weights, optimiser state, `facts` (JSON values) and `more` tensors."""
+    tensors = {f"masters.{name}": p.detach() for name, p in masters.fp32.items()}
+    tensors |= {f"optimiser.{name}": tensor for name, tensor in optimiser.tensors().items()}
+    tensors |= {f"more.{name}": tensor for name, tensor in more.items()}
+    replace_file(path, lambda partial: save_file(tensors, partial, metadata={"facts": json.dumps(facts)}))
+
+
+def load_state(path: Path, masters: Masters, optimiser: Optimiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take up what `save_state` wrote. Returns its `facts` and `more`. Raises TrainingError where it does not fit."""
+    parts: dict[str, dict[str, Tensor]] = {"masters": {}, "optimiser": {}, "more": {}}
+    try:
+        with safe_open(path, "pt") as stored:
+            facts = json.loads(stored.metadata()["facts"])
+            for key in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part, name = key.split(".", 1)
+                parts[part][name] = stored.get_tensor(key)
+        masters.load(parts["masters"])
+        optimiser.load(parts["optimiser"])
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise TrainingError(
+            f"{path} can not be resumed ({error}); it belongs to another run: remove it to start anew."
+        ) from None
+    return facts, parts["more"]

@@ -1,0 +1,117 @@
+"""Text written by the target itself, in the engine: what a drafter meets when it decodes. Kept on disk and taken up
+again: a text depends on the target, its beginning, its settings and its seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gemma_mtp.checkpoint import read_headers
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.errors import TrainingError
+from gemma_mtp.training.examples import ExampleSet, TokenExample
+from gemma_mtp.training.material import Beginning
+
+#: samples of a weight file that its fingerprint is made of, and their bytes
+SAMPLES, SAMPLE_BYTES = 64, 65536
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the target writes. Text is written until there are `max_tokens` new ones or every beginning was gone on from
+    at every temperature."""
+
+    temperatures: tuple[float, ...]
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 400_000
+    seed: int = 0
+
+
+def write_texts(
+    pair: Pair, beginnings: Sequence[Beginning], writing: Writing, cache: Path, fingerprint: str,
+    on_text: Callable[[int], object] = lambda tokens: None,
+) -> ExampleSet:  # fmt: skip
+    """Let the target go on from `beginnings`. Texts that lie in `cache` already are taken from there; `on_text` is told
+    the new tokens so far. Raises TrainingError where the cache can not be written."""
+    store = WrittenStore(cache / f"written-{fingerprint}.jsonl")
+    examples: list[TokenExample] = []
+    tokens = 0
+    for beginning, params in _plan(beginnings, writing):
+        if tokens >= writing.max_tokens:
+            break
+        key = _key(beginning, params)
+        ids = store.get(key)
+        if ids is None:
+            result = pair.generate(beginning.ids, params, draft_tokens=0 if pair.drafter is None else "auto")
+            ids = result.token_ids
+            store.put(key, ids)
+        tokens += len(ids)
+        sequence = np.array([*beginning.ids, *ids], np.int32)
+        examples.append(TokenExample(sequence, len(beginning.ids) - 1, params.temperature))
+        on_text(tokens)
+    return ExampleSet.of(examples)
+
+
+def _plan(beginnings: Sequence[Beginning], writing: Writing) -> Iterator[tuple[Beginning, SamplingParams]]:
+    """Every beginning once, at the temperatures in turn, in a seeded order; then all again, each at its next one."""
+    order = np.random.default_rng(writing.seed).permutation(len(beginnings)).tolist()
+    for shift in range(len(writing.temperatures)):
+        for place, index in enumerate(order):
+            beginning = beginnings[index]
+            yield beginning, SamplingParams(
+                temperature=writing.temperatures[(place + shift) % len(writing.temperatures)],
+                top_k=writing.top_k, top_p=writing.top_p, seed=writing.seed + index,
+                max_tokens=beginning.limit - len(beginning.ids), ignore_eos=beginning.past_end,
+            )  # fmt: skip
+
+
+def _key(beginning: Beginning, params: SamplingParams) -> str:
+    settings = [params.temperature, params.top_k, params.top_p, params.seed, params.max_tokens, params.ignore_eos]
+    return hashlib.sha256(json.dumps([beginning.ids, settings]).encode()).hexdigest()[:32]
+
+
+class WrittenStore:
+    """A file of lines {"key", "ids"}, appended to as texts are written. A line cut off by a kill is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._texts: dict[str, list[int]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line.startswith('{"key"') and line.endswith("]}"):
+                    entry = json.loads(line)
+                    self._texts[entry["key"]] = entry["ids"]
+
+    def get(self, key: str) -> list[int] | None:
+        return self._texts.get(key)
+
+    def put(self, key: str, ids: list[int]) -> None:
+        line = json.dumps({"key": key, "ids": ids})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}" if file.tell() else line)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} can not be written: {error}; make room, then go on with the same command."
+            ) from None
+
+
+def fingerprint(target: Path) -> str:
+    """A short name of a checkpoint's weights, from samples of its files: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted({header.file for header in read_headers(target).values()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""What only the bundled pair's training has: its corpus and split, tokenizer, and the target's trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY
+
+from gemma_mtp.config import TargetConfig
+from gemma_mtp.errors import TrainingError
+from gemma_mtp.model.target import Target
+from gemma_mtp.training import bpe, data
+from gemma_mtp.training.optim import Masters, Optimiser, trapezoid
+from gemma_mtp.training.shapes import initialise
+from gemma_mtp.training.target_trainer import RowLoss, TargetRecipe, train_target
+
+LENGTH = 32
+
+
+def _toy_corpus(rows: int = 64) -> data.TokenArray:
+    """Rows that count upwards from a random start, which a tiny model learns at once."""
+    starts = np.random.default_rng(0).integers(0, TINY.vocab_size, rows)
+    return ((starts[:, None] + np.arange(LENGTH)) % TINY.vocab_size).astype(np.uint16)
+
+
+def test_some_steps_of_the_target_reduce_its_loss() -> None:
+    model = Target(TINY)
+    initialise(model, 0)
+    masters = Masters(model)
+    optimiser = Optimiser(model, masters, 1e-2, 1e-2)
+    loss_of, batches = RowLoss(model, LENGTH), data.BatchOrder(_toy_corpus(), 8)
+    losses = []
+    for step in range(30):
+        loss = loss_of(batches.batch(step))
+        loss.backward()
+        masters.clear()
+        masters.accumulate()
+        masters.clip()
+        optimiser.step(1.0)
+        masters.publish()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_target_trains_within_its_budget_and_resumes(tmp_path: Path) -> None:
+    corpus = _toy_corpus().reshape(-1)
+    recipe = TargetRecipe(minutes=0.02, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
+    first = train_target(TargetConfig(TINY), corpus, corpus, corpus.size, recipe, tmp_path)
+    assert first.tokens == first.steps * 8 * LENGTH and first.held_out_nats_per_token > 0
+    longer = TargetRecipe(minutes=0.04, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
+    again = train_target(TargetConfig(TINY), corpus, corpus, corpus.size, longer, tmp_path, resume=True)
+    assert again.steps > first.steps and again.held_out_nats_per_token < first.held_out_nats_per_token
+    lines = (tmp_path / "target.csv").read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, again.steps + 1))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_learning_rate_rises_holds_and_ends_at_zero() -> None:
+    shares = [trapezoid(p / 1000) for p in range(1001)]
+    assert shares[0] < 0.1 and max(shares) == 1.0 and shares[-1] == 0.0
+    assert all(0.0 <= share <= 1.0 for share in shares)
+
+
+def test_the_split_is_by_file_disjoint_and_fixed() -> None:
+    documents = [data.Document(f"source/{i}.py", f"x = {i}\n") for i in range(5000)]
+    training, held_out = data.split(documents)
+    assert not {d.name for d in training} & {d.name for d in held_out}
+    assert 25 <= len(held_out) <= 85  # one per cent of 5000, within five standard deviations
+    assert data.split(reversed(documents))[1] == held_out[::-1]
+    assert all(data.is_held_out(document.name) for document in held_out)
+
+
+def test_duplicates_data_and_vendored_files_are_left_out() -> None:
+    kept = list(data.deduplicate([data.Document("a/x.py", "same"), data.Document("b/y.py", "same")]))
+    assert [document.name for document in kept] == ["a/x.py"]
+    code = b"def f(x):\n    return x\n" * 10
+    assert data.usable_text(code) is not None
+    assert data.usable_text(b"x = '" + b"a" * 1000 + b"'\n") is None
+    assert data.usable_text(b"\xff\xfe" * 100) is None
+    assert data.usable_text(code * 1000) is None
+    assert data._excluded(("pip", "_vendor", "rich", "x.py")) and data._excluded(("a", "tests", "x.py"))
+    assert not data._excluded(("numpy", "linalg", "x.py"))
+
+
+def test_batches_cover_each_epoch_once_and_depend_on_the_seed_alone() -> None:
+    rows_NT = np.arange(40, dtype=np.uint16).reshape(20, 2)
+    order = data.BatchOrder(rows_NT, 4, seed=3)
+    epoch = torch.cat([order.batch(step) for step in range(5)])
+    assert sorted(epoch[:, 0].tolist()) == rows_NT[:, 0].tolist()
+    assert torch.equal(data.BatchOrder(rows_NT, 4, seed=3).batch(7), order.batch(7))
+    with pytest.raises(TrainingError, match="fewer than one batch"):
+        data.BatchOrder(rows_NT, 21)
+    with pytest.raises(TrainingError, match="fewer than one row"):
+        data.rows(np.zeros(3, np.uint16), 4)
+
+
+def test_the_tokenizer_keeps_every_byte_and_gemmas_ids() -> None:
+    code = "class A:\n    def f(self, x):\n\treturn x  # é 汉字 🙂 12345\n\n\n        y = 'a  b'\r\n"
+    tokenizer = bpe.train_tokenizer([code * 3], vocab_size=400)
+    ids = tokenizer.encode(code).ids
+    assert ids[0] == bpe.BOS and tokenizer.decode(ids) == code
+    for token_id, name in bpe.NAMED.items():
+        assert tokenizer.token_to_id(name) == token_id
+    turn = tokenizer.encode("<|turn>user\nhi<turn|>\n").ids
+    assert turn[1] == bpe.TURN_OPEN and bpe.TURN_CLOSE in turn
+    prefix = tokenizer.encode("class A:\n").ids
+    assert ids[: len(prefix)] == prefix, "a prompt that ends in a newline must tokenise as it would inside a file"
+
+
+def test_held_out_prompts_are_whole_lines_of_distinct_files() -> None:
+    text = "\n".join(f"value_{i} = function({i}, 'argument')" for i in range(200)) + "\n"
+    tokenizer = bpe.train_tokenizer([text], vocab_size=400)
+    documents = [data.Document(f"{source}/{i}.py", text) for source in ("a", "b") for i in range(3)]
+    prompts = data.held_out_prompts(documents, tokenizer, count=4)
+    assert len({prompt["source"] for prompt in prompts}) == 4
+    for prompt in prompts:
+        assert text.startswith(prompt["text"] + "\n") and 100 <= len(tokenizer.encode(prompt["text"]).ids) <= 200
+
+
+def test_packing_begins_and_ends_every_document() -> None:
+    documents = [data.Document(f"a/{i}.py", f"x = {i}\n") for i in range(5)]
+    tokenizer = bpe.train_tokenizer([d.text for d in documents], vocab_size=400)
+    packed = data.pack(documents, tokenizer, bpe.EOS)
+    assert (packed == bpe.BOS).sum() == (packed == bpe.EOS).sum() == 5
+    assert packed[0] == bpe.BOS and packed[-1] == bpe.EOS
+    assert np.array_equal(packed, data.pack(documents, tokenizer, bpe.EOS))

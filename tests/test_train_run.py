@@ -1,0 +1,264 @@
+"""`gemma-mtp train` from end to end on a tiny pair: what it writes, refuses, resumes and says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY, agreeing_pair, letters, random_drafter, save_pair
+from safetensors.torch import load_file
+
+from gemma_mtp import load_pair
+from gemma_mtp.cli import main
+
+Train = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with target, drafter and data: 30 documents of letters."""
+    root = tmp_path_factory.mktemp("tiny")
+    target, drafter = agreeing_pair()
+    save_pair(root, target, drafter)
+    letters(root / "target")
+    random.seed(0)
+    texts = ["".join(chr(ord("A") + random.randrange(58)) for _ in range(60)) for _ in range(30)]
+    (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return root
+
+
+def arguments(tiny: Path, out: Path, *more: object) -> list[str]:
+    fixed = ["train", "--target", tiny / "target", "--data", tiny / "data.jsonl", "--out", out, "--length", 48,
+             "--written-tokens", 600, "--gate-tokens", 24, "--dtype", "float32", "--draft-steps", 3, "--batch", 4,
+             "--cache", tiny / "cache"]  # fmt: skip
+    return [str(argument) for argument in (*fixed, *more)]
+
+
+def train(tiny: Path, out: Path, *more: object) -> int:
+    return main(arguments(tiny, out, *more))
+
+
+def test_a_new_drafter_is_trained_measured_and_exported(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    code = train(tiny, tmp_path, "--new", "--hidden", 16, "--heads", 4, "--steps", 60, "--lr", 0.02, "--gate-steps", 30)
+    shown = capfd.readouterr()
+    assert code == 0, shown.err
+    gate = json.loads((tmp_path / "training" / "gate.json").read_text())
+    assert gate["exported"] and gate["overall"]["difference"] > 0.1
+    pair = load_pair(tiny / "target", tmp_path)
+    result = pair.generate(list(range(3, 12)), draft_tokens=4)
+    assert result.token_ids == pair.generate(list(range(3, 12)), draft_tokens=0).token_ids and result.accepted > 0
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert f"{gate['now'][0]['mean_acceptance_length']:.3f}" in card and "from scratch" in card
+    rows = list(csv.DictReader((tmp_path / "training" / "drafter.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 61))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert "blocks of up to 4 x 64 tokens: target" in shown.err and "start: mean acceptance length" in shown.err
+    assert "speed-up over plain decoding" in shown.out and f"wrote {tmp_path}" in " ".join(shown.out.split())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_nothing_worse_is_exported(tiny: Path, tmp_path: Path, force: bool, capfd) -> None:  # type: ignore[no-untyped-def]
+    """Gate 4: steps that ruin the drafter are refused with exit code 3, unless forced. The run above is the control:
+    what is better is exported."""
+    ruin = ["--drafter", tiny / "drafter", "--steps", 3, "--lr", 3.0, "--warmup", 0.0]
+    code = train(tiny, tmp_path, *ruin, *(["--force"] if force else []))
+    shown = capfd.readouterr()
+    assert code == (0 if force else 3), shown.err
+    gate = json.loads((tmp_path / "training" / "gate.json").read_text())
+    assert not gate["not_worse"] and gate["exported"] == force
+    assert (tmp_path / "model.safetensors").exists() == (tmp_path / "config.json").exists() == force
+    assert ("not exported" in shown.out) == (not force)
+
+
+def test_written_text_is_kept_and_taken_up_again(tiny: Path, tmp_path: Path) -> None:
+    options = ["--drafter", tiny / "drafter", "--steps", 1, "--lr", 1e-5, "--force", "--cache", tmp_path / "cache"]
+    train(tiny, tmp_path / "a", *options)
+    (store,) = (tmp_path / "cache").iterdir()
+    first = store.read_text()
+    with store.open("a") as file:
+        file.write('\n{"key": "cut off by a ki')
+    train(tiny, tmp_path / "b", *options)
+    assert store.read_text().startswith(first)
+    assert len(store.read_text().splitlines()) == len(first.splitlines()) + 1  # nothing was written anew
+    one, other = (load_file(tmp_path / name / "training" / "examples.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    command = [*(launcher or [sys.executable, "-m"]), "gemma_mtp", *arguments(tiny, out, *more)]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, at any stage, until a run gets through; the weights are those of an unbroken run."""
+    options = ["--drafter", tiny / "drafter", "--steps", 40, "--lr", 3e-3, "--checkpoint-steps", 6, "--gate-steps", 15,
+               "--force", "--resume", "--threads", 1]  # fmt: skip
+    assert train(tiny, tmp_path / "whole", *options) == 0
+    broken, kills, chooser = tmp_path / "broken", 0, random.Random(1)
+    log = broken / "training" / "drafter.csv"
+    while True:
+        process = run_process(tiny, broken, *options)
+        if kills < 3:
+            seen = log.stat().st_size if log.exists() else 0
+            while process.poll() is None and not (log.exists() and log.stat().st_size > seen):
+                time.sleep(0.005)
+            time.sleep(chooser.uniform(0.0, 0.4))
+            process.kill()
+            kills += process.wait() == -9
+        elif process.wait() == 0:
+            break
+        assert process.returncode in (0, -9), process.stdout.read() if process.stdout else ""
+    for name in ("model.safetensors", "training/drafter.csv"):
+        assert _without_speed(tmp_path / "whole" / name) == _without_speed(broken / name)
+
+
+def _without_speed(path: Path) -> object:
+    if path.suffix != ".csv":
+        return path.read_bytes()
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(path.open())]
+
+
+def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
+    options = ["--drafter", tiny / "drafter", "--steps", 12, "--lr", 3e-3, "--force", "--batch", 6, "--threads", 1]
+    assert train(tiny, tmp_path / "one", *options) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    process = run_process(tiny, tmp_path / "two", *options, launcher=launcher)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    one, two = (load_file(tmp_path / n / "training" / "checkpoint.safetensors") for n in ("one", "two"))
+    start = load_file(tiny / "drafter" / "model.safetensors")
+    moved = (one["masters.pre_projection.weight"] - start["pre_projection.weight"]).abs().max()
+    assert moved > 1e-3
+    for name in (n for n in one if n.startswith("masters.")):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    options = ["--drafter", tiny / "drafter", "--steps", 2, "--lr", 1e-5, "--force"]
+    assert train(tiny, tmp_path, *options) == 0
+    assert train(tiny, tmp_path, *options) == 2
+    assert "go on with it by --resume" in capfd.readouterr().err
+    assert train(tiny, tmp_path, *options, "--loss", "kl", "--resume") == 2
+    assert "other settings or data" in capfd.readouterr().err
+
+
+def test_early_stop_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
+    """A run that gets worse stops after two measurements without gain, and what is exported is what was best."""
+    options = ["--drafter", tiny / "drafter", "--steps", 40, "--lr", 1.0, "--gate-steps", 2, "--patience", 2, "--force",
+               "--warmup", 1.0]  # fmt: skip
+    assert train(tiny, tmp_path, *options) == 0
+    training = json.loads((tmp_path / "training" / "gate.json").read_text())["training"]
+    assert training["steps"] == training["best_step"] + 4 < 40
+    rows = list(csv.DictReader((tmp_path / "training" / "drafter.csv").open()))
+    assert int(rows[-1]["step"]) == training["steps"]
+
+
+def test_tensorboard_has_the_csvs_figures(tiny: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(tiny, tmp_path, "--drafter", tiny / "drafter", "--steps", 3, "--tensorboard", "--force") == 0
+    events = EventAccumulator(str(tmp_path / "training" / "tensorboard"))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / "training" / "drafter.csv").open()))
+    shown = [event.value for event in events.Scalars("drafter/loss")]
+    assert shown == pytest.approx([float(row["loss"]) for row in rows], rel=1e-4)
+
+
+# --- what can not work says so in a sentence, and leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "bad.jsonl is empty"),
+        ('{"text": "ABC"}\n{"text": \n', "bad.jsonl:2 is not valid JSON"),
+        ('{"text": "ABC"}\n{"prompt": "' + "A" * 60 + '"}\n', "bad.jsonl:2 has 60 tokens before the model's turn"),
+        ('{"words": "ABC"}\n', "bad.jsonl:1 must have exactly one of"),
+        ('{"text": "ABCDEF"}\n', "give at least 10"),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(tiny: Path, tmp_path: Path, content: str, says: str, capfd) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    command = arguments(tiny, tmp_path / "out", "--drafter", tiny / "drafter", "--steps", 1)
+    command[command.index("--data") + 1] = str(file)
+    code, shown = main(command), capfd.readouterr().err
+    assert code == 2 and says in shown
+    assert not (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.rglob("*.partial"))
+
+
+def test_tokens_outside_the_vocabulary_are_named(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    shutil.copytree(tiny / "target", tmp_path / "target")
+    tokenizer = json.loads((tmp_path / "target" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["A"] = 99
+    (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = arguments(tiny, tmp_path / "out", "--drafter", tiny / "drafter", "--steps", 1)
+    command[command.index("--target") + 1] = str(tmp_path / "target")
+    assert main(command) == 2
+    shown = capfd.readouterr().err
+    assert "data.jsonl:" in shown and "token id 99" in shown and "60" in shown
+
+
+def test_a_drafter_that_does_not_fit_is_refused_before_anything_is_written(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    import dataclasses
+
+    from gemma_mtp.checkpoint import save_drafter
+
+    other = random_drafter(dataclasses.replace(TINY, hidden_size=24))
+    save_drafter(other, other.config, tmp_path / "other")
+    assert train(tiny, tmp_path / "out", "--drafter", tmp_path / "other", "--steps", 1) == 2
+    assert "does not fit the target: backbone_hidden_size" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_can_not_be_written_is_named(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").write_text("in the way")
+    assert train(tiny, tmp_path / "file" / "out", "--drafter", tiny / "drafter", "--steps", 1) == 2
+    shown = capfd.readouterr().err
+    assert "can not be written" in shown and "file" in shown
+
+
+def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the checkpoint does not fit."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); " \
+              "from gemma_mtp.cli import main; sys.exit(main(sys.argv[1:]))"  # fmt: skip
+    more = ["--drafter", tiny / "drafter", "--steps", 3, "--checkpoint-steps", 1]
+    ran = subprocess.run(
+        [sys.executable, "-c", limited, *arguments(tiny, tmp_path, *more)], capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 2, ran.stderr
+    assert "checkpoint.safetensors can not be written" in ran.stderr
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("checkpoint.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", 1], "either --drafter"),
+        (["--new", "--loss", "l2"], "--loss is 'l2'"),
+        (["--new", "--steps", 1, "--epochs", 1], "exclude each other"),
+        (["--new", "--patience", 1], "--gate-steps"),
+        (["--new", "--steps", 1, "--memory", 16], "more than --memory 16 allows"),
+        (["--new", "--steps", 1, "--length", 8], "--length is 8"),
+        (["--new", "--steps", 1, "--dtype", "int8"], "--dtype is 'int8'"),
+    ],
+)
+def test_options_that_can_not_work_are_refused(
+    tiny: Path, tmp_path: Path, options: list[object], says: str, capfd
+) -> None:  # type: ignore[no-untyped-def]
+    assert train(tiny, tmp_path / "out", *options) == 2
+    assert says in " ".join(capfd.readouterr().err.split())
