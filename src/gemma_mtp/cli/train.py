@@ -11,6 +11,7 @@ from rich.console import Console
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.ops.native import set_threads
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
+from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.gate import setting
 from gemma_mtp.training.losses import LOSSES
 from gemma_mtp.training.parallel import joined_world
@@ -57,6 +58,13 @@ def train(
     layers: Annotated[
         int, _option("--layers", help="With --new: layers, the last of them full, the others sliding.", panel=MODELS)
     ] = 4,
+    centroids: Annotated[
+        int | None,
+        _option("--centroids", help="With --new: a centroid head of so many clusters of tokens.", panel=MODELS),
+    ] = None,
+    centroid_top_k: Annotated[
+        int, _option("--centroid-top-k", help="With --centroids: clusters whose tokens are scored.", panel=MODELS)
+    ] = 32,
     pattern: Annotated[
         str, _option("--pattern", help='Files of directories to take, such as "*.py".', panel=DATA)
     ] = "*",
@@ -196,12 +204,13 @@ def train(
         target=target, out=out, drafter=drafter,
         data=DataSettings(tuple(data), pattern, held_out, held_out_prompts, length, regenerate or not as_is, as_is,
                           max_new_tokens, written_tokens, cache, store_target),
-        new=DrafterShape(hidden, intermediate, heads, layers),
+        new=DrafterShape(hidden, intermediate, heads, layers, centroids, centroid_top_k),
         recipe=DrafterRecipe(objective, steps, epochs, minutes, batch, lr, matrix_lr, warmup, clip, memory,
                              checkpoint_steps, gate_steps, patience, seed, compile),
         temperatures=tuple(temperature or (0.0, 1.0)), draft_tokens=draft_tokens, gate_tokens=gate_tokens,
         dtype=dtype, device=device, force=force, resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
+    keep_freed_memory()
     console = Console(stderr=True, highlight=False)
     with joined_world(choose_device(device)) as world:
         outcome = run_training(settings, world, lambda text: console.print(text, soft_wrap=True))

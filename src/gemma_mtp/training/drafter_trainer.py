@@ -15,7 +15,7 @@ from torch import Tensor
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.training.examples import BatchOrder, ExampleSet, padded_length
+from gemma_mtp.training.examples import PAD_MULTIPLE, BatchOrder, ExampleSet, padded_length
 from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.memory import MEGABYTE, BlockPlan, plan_blocks
 from gemma_mtp.training.optim import Masters, Optimiser, cosine
@@ -79,8 +79,10 @@ class DrafterTrainer:
         self.checkpoint = directory / CHECKPOINT
         self.masters = Masters(drafter)
         self.optimiser = Optimiser(drafter, self.masters, recipe.lr, recipe.matrix_lr)
-        self.batches = BatchOrder(examples, recipe.batch_size, recipe.seed)
         self.length = padded_length(int(examples.lengths.max()))
+        # what is compiled is compiled for one shape
+        multiple = self.length if recipe.compile else PAD_MULTIPLE
+        self.batches = BatchOrder(examples, recipe.batch_size, recipe.seed, multiple)
         self.draft_step = DraftStep(target.requires_grad_(False), drafter, recipe.objective, self.length,
                                     recipe.compile, stored_rows)  # fmt: skip
         self.total = recipe.total_steps(len(examples))
@@ -100,6 +102,18 @@ class DrafterTrainer:
             )
         for name, value in facts.items():
             setattr(self, name, value)
+
+    @torch.no_grad()
+    def head_states(self, count: int) -> Tensor:
+        """About `count` of the drafter's head states [N, H], from all steps of rows of the data."""
+        found: list[Tensor] = []
+        for step in range(self.batches.per_epoch):
+            batch = self.batches.batch(step).rows(0, 1)
+            states = self.draft_step.unroll(self.draft_step.compute_rows(batch.tokens_BT), batch.tokens_BT.shape[1])
+            found += [state[0, batch.firsts[0] : batch.lengths[0] - 2 - i] for i, state in enumerate(states)]
+            if sum(map(len, found)) >= count:
+                break
+        return torch.cat(found)
 
     def save(self) -> None:
         """Write the checkpoint (rank 0)."""
@@ -145,8 +159,8 @@ class DrafterTrainer:
         start, stop = self.world.part(recipe.batch_size)
         stats = StepStats.zeros(recipe.objective.steps, self.draft_step.device)
         self.masters.clear()
-        for first in range(start, stop, plan.sequences):
-            self.draft_step.block(batch.rows(first, min(first + plan.sequences, stop)), counts, stats)
+        for first, last in plan.blocks(start, stop):
+            self.draft_step.block(batch.rows(first, last), counts, stats)
             self.masters.accumulate()
         self._sum_over_processes(stats)
         norm, loss = self.masters.clip(recipe.clip), stats.loss.item()

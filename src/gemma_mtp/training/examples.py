@@ -107,10 +107,10 @@ class Batch:
 class BatchOrder:
     """Endless batches: a fresh seeded order each epoch; the n-th batch depends on the seed alone."""
 
-    def __init__(self, examples: ExampleSet, batch_size: int, seed: int) -> None:
+    def __init__(self, examples: ExampleSet, batch_size: int, seed: int, pad_multiple: int = PAD_MULTIPLE) -> None:
         if not len(examples):
             raise TrainingError("there is nothing to train on: no sequence has three tokens or more; add text.")
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.examples, self.batch_size, self.seed, self.pad_multiple = examples, batch_size, seed, pad_multiple
         self.per_epoch = -(-len(examples) // batch_size)
         self._epoch, self._batches = -1, np.zeros((0, batch_size), np.int64)
 
@@ -134,12 +134,12 @@ class BatchOrder:
     def _collate(self, indices: Sequence[int]) -> Batch:
         chosen = [self.examples[i] for i in indices]
         lengths = tuple(len(example.tokens) for example in chosen)
-        tokens = np.zeros((len(chosen), padded_length(max(lengths))), np.int64)
+        tokens = np.zeros((len(chosen), padded_length(max(lengths), self.pad_multiple)), np.int64)
         for row, example in zip(tokens, chosen, strict=True):
             row[: len(example.tokens)] = example.tokens
         return Batch(torch.from_numpy(tokens), lengths, tuple(example.first for example in chosen),
                      tuple(example.temperature for example in chosen), tuple(indices))  # fmt: skip
 
 
-def padded_length(length: int) -> int:
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+def padded_length(length: int, multiple: int = PAD_MULTIPLE) -> int:
+    return -(-length // multiple) * multiple

@@ -10,6 +10,7 @@ from typing import Any
 from gemma_mtp.checkpoint import read_generation_config, read_json, replace_file, save_drafter, write_json
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting
 
 GENERATION_CONFIG, CARD = "generation_config.json", "MODEL_CARD.md"
@@ -45,13 +46,17 @@ class CardFacts:
     recipe: Mapping[str, Any]
 
 
-def write_card(path: Path, facts: CardFacts, start: Reports, now: Reports, verdict: Verdict) -> None:
+def write_card(
+    path: Path, facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recall: Recall | None
+) -> None:
     """MODEL_CARD.md: what the drafter is for, what it was trained on, how, and the acceptance measured."""
-    replace_file(path, lambda partial: partial.write_text(card(facts, start, now, verdict), encoding="utf-8"))
+    text = card(facts, start, now, verdict, recall)
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict) -> str:
+def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recall: Recall | None) -> str:
     """The card's text."""
+    head = "" if recall is None else f"\nCentroid head: {recall}.\n"
     K = now[0].draft_tokens
     rows = "\n".join(
         f"| {setting(b)} | {a.pooled.mean_length:.3f} | {b.pooled.mean_length:.3f} |"
@@ -83,7 +88,7 @@ prompt. The mean acceptance length counts the target's own token; acceptance at 
 {rows}
 
 {verdict.lines()[0]}.
-"""
+{head}"""
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

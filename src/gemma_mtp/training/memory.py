@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +26,12 @@ class BlockPlan:
     target_bytes: int
     drafter_bytes: int
     slab_bytes: int
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Sequences start to stop - 1 in as few blocks as fit, of sizes that differ by one at most."""
+        count = -(-(stop - start) // self.sequences)
+        bounds = [start + i * (stop - start) // max(1, count) for i in range(count + 1)]
+        yield from pairwise(bounds)
 
     def describe(self, length: int, limit: int) -> str:
         parts = f"target {self._megabytes(self.target_bytes)}, drafter {self._megabytes(self.drafter_bytes)}"

@@ -17,11 +17,12 @@ from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError, TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.measure.speedup import MeasuredSpeedup
-from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import native
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe, DrafterResult, DrafterTrainer
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
@@ -86,6 +87,7 @@ class Outcome:
     facts: CardFacts
     predicted_speedup: float
     measured_speedup: MeasuredSpeedup
+    recall: Recall | None
 
 
 class Run:
@@ -103,6 +105,9 @@ class Run:
         else:
             self.config = new_drafter_config(target_config, settings.new)
         check_pair(target_config, self.config)
+        # training scores the whole vocabulary; a centroid head is made when it is done
+        self.plain_config = replace(self.config, use_ordered_embeddings=False)
+        self.known_head: CentroidHead | None = None
         self.tokenizer = Tokenizer.from_dir(settings.target)
         _check_output(settings, self.state)
         self.target = checkpoint.load_target(settings.target, self.dtype, self.device)
@@ -168,8 +173,11 @@ class Run:
         """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
         if self.settings.drafter is not None:
             drafter = checkpoint.load_drafter(self.settings.drafter, self.dtype, self.device)
+            self.known_head, drafter.masked_embedding, drafter.config = (
+                drafter.masked_embedding, None, self.plain_config,
+            )  # fmt: skip
             return drafter, self.settings.drafter
-        drafter = Drafter(self.config)
+        drafter = Drafter(self.plain_config)
         initialise(drafter, self.settings.recipe.seed)
         directory = self.state / "start"
         if self.world.leads:
@@ -189,7 +197,16 @@ class Run:
         )  # fmt: skip
 
     def export(self, drafter: Drafter, directory: Path) -> None:
-        export_drafter(drafter, self.config, directory, self.settings.target, self.settings.draft_tokens)
+        export_drafter(drafter, drafter.config, directory, self.settings.target, self.settings.draft_tokens)
+
+    def finish(self, trainer: DrafterTrainer) -> Recall | None:
+        """Give the trained drafter its centroid head, if it is to have one."""
+        if not self.config.use_ordered_embeddings:
+            return None
+        recall = fit_head(trainer.drafter, self.config, trainer.head_states(FIT_STATES), self.known_head,
+                          self.settings.recipe.seed)  # fmt: skip
+        self.say(str(recall))
+        return recall
 
 
 def run_training(settings: RunSettings, world: World, say: Callable[[str], None]) -> Outcome | None:
@@ -225,12 +242,16 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
     trainer.resume()
     with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
         result = trainer.train(log, measured)
-    return _conclude(run, gate, drafter, start, result, examples) if world.leads else None
+    if not world.leads:
+        return None
+    recall = run.finish(trainer)
+    return _conclude(run, gate, drafter, start, result, run.facts(drafter, result, examples), recall)
 
 
 def _conclude(
-    run: Run, gate: EngineGate, drafter: Drafter, start: Reports, result: DrafterResult, examples: ExampleSet
-) -> Outcome:
+    run: Run, gate: EngineGate, drafter: Drafter, start: Reports, result: DrafterResult, facts: CardFacts,
+    recall: Recall | None,
+) -> Outcome:  # fmt: skip
     """Measure what was trained, and export it where it is not worse than the start."""
     settings, candidate = run.settings, run.state / "candidate"
     run.export(drafter, candidate)
@@ -238,11 +259,10 @@ def _conclude(
     verdict = judge(start, now)
     predicted, measured = gate.speed(candidate, now)
     exported = verdict.not_worse or settings.force
-    facts = run.facts(drafter, result, examples)
-    outcome = Outcome(exported, verdict, start, now, result, facts, predicted, measured)
+    outcome = Outcome(exported, verdict, start, now, result, facts, predicted, measured, recall)
     write_json(run.state / "gate.json", to_json(outcome))
     if exported:
-        write_card(settings.out / CARD, facts, start, now, verdict)
+        write_card(settings.out / CARD, facts, start, now, verdict, recall)
         run.export(drafter, settings.out)
     return outcome
 
@@ -259,6 +279,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "predicted_speedup": outcome.predicted_speedup,
         "measured_speedup": {**asdict(outcome.measured_speedup), "ratio": outcome.measured_speedup.ratio},
         "training": asdict(outcome.result),
+        "centroid_recall": None if outcome.recall is None else asdict(outcome.recall),
     }
 
 

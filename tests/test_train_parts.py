@@ -1,0 +1,275 @@
+"""What training is put together from: texts, batches, held-out prompts, blocks within memory, clusters, stored rows."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import TINY, random_drafter, random_target
+
+from gemma_mtp.config import TargetConfig
+from gemma_mtp.datasets import read_examples
+from gemma_mtp.engine.pair import bundled_directory
+from gemma_mtp.errors import DataError, TrainingError
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training import memory
+from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, fit_head
+from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
+from gemma_mtp.training.gate import judge
+from gemma_mtp.training.material import gather, hold_out
+from gemma_mtp.training.memory import MEGABYTE, plan_blocks
+from gemma_mtp.training.optim import cosine
+from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
+from gemma_mtp.training.step import DraftStep, Objective, StepStats
+from gemma_mtp.training.target_store import TargetStore
+from gemma_mtp.training.unroll import TargetRows
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_dir(bundled_directory() / "target")
+
+
+def examples_of(lengths: list[int], first: int = 0) -> ExampleSet:
+    return ExampleSet.of(TokenExample(np.arange(n, dtype=np.int32), first, 0.5) for n in lengths)
+
+
+# --- batches
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(3, 200), min_size=1, max_size=40), batch=st.integers(1, 9), seed=st.integers(0, 99))
+def test_an_epoch_has_every_text_and_a_batch_depends_on_its_number_alone(
+    lengths: list[int], batch: int, seed: int
+) -> None:
+    order = BatchOrder(examples_of(lengths), batch, seed)
+    epoch = [order.batch(step) for step in range(order.per_epoch)]
+    seen = Counter(index for b in epoch for index in b.indices)
+    assert set(seen) == set(range(len(lengths))) and sum(seen.values()) == order.per_epoch * batch
+    step = order.per_epoch // 2
+    again = BatchOrder(examples_of(lengths), batch, seed).batch(step)
+    assert again.indices == epoch[step].indices and torch.equal(again.tokens_BT, epoch[step].tokens_BT)
+    for b in epoch:
+        for row, length in zip(b.tokens_BT, b.lengths, strict=True):
+            assert row[:length].tolist() == list(range(length)) and not row[length:].any()
+
+
+def test_sets_of_examples_join_save_and_load(tmp_path: Path) -> None:
+    both = examples_of([5, 9]).joined(examples_of([20, 4, 7], first=2))
+    both.save(tmp_path / "set.safetensors")
+    loaded = ExampleSet.load(tmp_path / "set.safetensors")
+    # a text with no row to draft from is left out: 4 tokens of which drafts count from row 2
+    assert loaded.lengths.tolist() == [5, 9, 20, 7] and loaded.written_tokens == 20 - 3 + 7 - 3
+    assert loaded[2].first == 2 and loaded[3].tokens.tolist() == list(range(7))
+
+
+def test_nothing_to_train_on_is_said() -> None:
+    with pytest.raises(TrainingError, match="nothing to train on"):
+        BatchOrder(examples_of([]), 4, 0)
+
+
+# --- material
+
+
+def write(path: Path, *entries: object) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+def test_documents_are_cut_into_rows_that_begin_as_texts_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "".join(f"value_{i} = {i}\n" for i in range(300))
+    units = gather(read_examples(write(tmp_path / "a.jsonl", {"text": text})), tokenizer, 4096, 64)
+    start = tokenizer.encode("")
+    assert len(units) > 10 and all(unit.ids[: len(start)] == start and len(unit.ids) <= 64 for unit in units)
+    assert "".join(tokenizer.decode(unit.ids) for unit in units) == text
+
+
+def test_conversations_count_from_the_models_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "return x + 1"}]
+    (answered,) = gather(read_examples(write(tmp_path / "a.jsonl", {"messages": talk})), tokenizer, 4096, 64)
+    (asked,) = gather(read_examples(write(tmp_path / "b.jsonl", {"messages": talk[:1]})), tokenizer, 4096, 64)
+    assert not answered.open and asked.open and answered.prompt_length == asked.prompt_length == len(asked.ids)
+    assert answered.ids[: len(asked.ids)] == asked.ids
+    assert "return x + 1" in tokenizer.decode(answered.ids[len(asked.ids) :])
+
+
+def test_an_answer_longer_than_a_row_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "x " * 200}]
+    file = write(tmp_path / "a.jsonl", {"text": "fine"}, {"messages": talk})
+    with pytest.raises(DataError, match=r"a.jsonl:2 has \d+ tokens, but at most 64"):
+        gather(read_examples(file), tokenizer, 4096, 64)
+
+
+@pytest.mark.parametrize("documents", [10, 40])
+def test_held_out_text_is_not_trained_on(tokenizer: Tokenizer, tmp_path: Path, documents: int) -> None:
+    entries = [{"text": f"def f_{i}(x):\n    return x + {i}\n" * 12} for i in range(documents)]
+    units = gather(read_examples(write(tmp_path / "a.jsonl", *entries, entries[0])), tokenizer, 4096, 64)
+    material = hold_out(units)
+    held = {prompt.name.split()[0] for prompt in material.held_out}
+    assert 2 <= len(material.held_out) <= 24 and len(material.units) + len(material.held_out) <= len(units)
+    assert not set(map(tuple, (p.content for p in material.held_out))) & {tuple(u.ids) for u in material.units}
+    if documents >= 20:
+        assert not held & {unit.origin for unit in material.units}
+    assert len({tuple(unit.ids) for unit in units}) == len(units), "repeats are dropped"
+
+
+# --- blocks
+
+
+def step_of(length: int = 64) -> tuple[DraftStep, Drafter]:
+    drafter = random_drafter().requires_grad_(True)
+    return DraftStep(random_target(), drafter, Objective(steps=3), length), drafter
+
+
+def test_blocks_fit_the_memory_that_is_given() -> None:
+    step, _ = step_of()
+    generous = plan_blocks(step, 64, 8, 1 << 30)
+    each = generous.target_bytes + generous.drafter_bytes
+    assert generous.sequences == 8 and generous.target_bytes > 0 < generous.drafter_bytes
+    for count in (1, 3, 8):
+        assert plan_blocks(step, 64, 8, generous.slab_bytes + count * each).sequences == count
+    with pytest.raises(TrainingError, match="more than --memory"):
+        plan_blocks(step, 64, 8, generous.slab_bytes + each - 1)
+    assert "target" in generous.describe(64, 99 * MEGABYTE) and "limit 99 MB" in generous.describe(64, 99 * MEGABYTE)
+
+
+def test_what_the_plan_counts_is_what_a_block_holds() -> None:
+    """The target's rows to the byte; the drafter's part against what autograd keeps for a block of five."""
+    step, _ = step_of()
+    plan = plan_blocks(step, 64, 8, 1 << 30)
+    rows = step.compute_rows(torch.zeros(5, 64, dtype=torch.int64))
+    assert 5 * (plan.target_bytes - memory._passing_bytes(step, 64)) == rows.nbytes
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) or x, lambda x: x
+    ):
+        step.unroll(rows, 64)
+    assert sum(kept.values()) < 5 * plan.drafter_bytes * 1.1
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_the_targets_states_live_no_longer_than_their_block(leaky: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a step that keeps what it computed is noticed."""
+    step, _ = step_of()
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, hoard = 0, []
+    compute = step.compute_rows
+
+    def watched(tokens: torch.Tensor) -> TargetRows:
+        nonlocal most
+        rows = compute(tokens)
+        alive.append(weakref.ref(rows.hidden_BTD))
+        if leaky:
+            hoard.append(rows)
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return rows
+
+    monkeypatch.setattr(step, "compute_rows", watched)
+    batch = BatchOrder(examples_of([50] * 8), 8, 0).batch(0)
+    stats = StepStats.zeros(3, torch.device("cpu"))
+    for first in range(0, 8, 2):
+        step.block(batch.rows(first, first + 2), batch.reached(3), stats)
+    assert len(alive) == 4 and (most == 1) == (not leaky)
+
+
+def test_stored_rows_are_the_computed_ones(tmp_path: Path) -> None:
+    step, _ = step_of()
+    store, batch = TargetStore(tmp_path), BatchOrder(examples_of([50, 20, 33]), 3, 0).batch(0)
+    computed = step.compute_rows(batch.tokens_BT)
+    first = store(batch, step.compute_rows)
+    assert first.hidden_BTD.equal(computed.hidden_BTD) and len(list(tmp_path.iterdir())) == 3
+    turned = Batch(batch.tokens_BT.flip(0), batch.lengths[::-1], batch.firsts, batch.temperatures, batch.indices[::-1])
+
+    def never(tokens: torch.Tensor) -> TargetRows:
+        raise AssertionError("computed what is stored")
+
+    stored = store(turned, never)
+    for b, length in enumerate(turned.lengths):
+        torch.testing.assert_close(stored.hidden_BTD[b, :length], computed.hidden_BTD[2 - b, :length])
+        for kind, (keys, values) in computed.donor_kv.items():
+            torch.testing.assert_close(stored.donor_kv[kind][0][b, :length], keys[2 - b, :length])
+            torch.testing.assert_close(stored.donor_kv[kind][1][b, :length], values[2 - b, :length])
+
+
+# --- the centroid head
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), clusters=st.sampled_from([1, 2, 8, 16]))
+def test_clusters_are_of_equal_size_and_hold_every_token_once(seed: int, clusters: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    members, means = balanced_clusters(torch.randn(64, 6, generator=generator), clusters, generator)
+    assert members.shape == (clusters, 64 // clusters) and means.shape == (clusters, 6)
+    assert sorted(members.flatten().tolist()) == list(range(64))
+
+
+def test_tokens_go_to_their_own_cluster_where_there_is_room() -> None:
+    centroids = torch.eye(4)
+    rows = centroids.repeat_interleave(5, 0)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    owner = balanced_assignment(rows, centroids, 5)
+    assert torch.equal(owner, rows.argmax(-1))
+
+
+def test_a_fitted_head_finds_the_likeliest_token_more_often_than_chance() -> None:
+    shape = DrafterShape(hidden=16, heads=4, centroids=61)
+    config = new_drafter_config(TargetConfig(TINY), DrafterShape(**{**vars(shape), "centroid_top_k": 9}))
+    plain = new_drafter_config(TargetConfig(TINY), DrafterShape(hidden=16, heads=4))
+    drafter = Drafter(plain)
+    initialise(drafter, 0)
+    states = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
+    found = fit_head(drafter, config, states, None, seed=0)
+    assert drafter.masked_embedding is not None and found.of == 61 and found.clusters == 9
+    assert found.top_token > 0.9 and found.mass > 9 / 61
+    logits, ids = drafter.candidates(states[:1])
+    assert ids is not None and torch.allclose(logits, drafter.logits(states[:1]).gather(-1, ids), atol=1e-5)
+
+
+# --- shapes and schedules
+
+
+def test_new_drafters_have_the_official_shapes() -> None:
+    from gemma_mtp.config import PRESETS, DrafterConfig
+
+    for name, preset in PRESETS.items():
+        if isinstance(preset, TargetConfig):
+            official = PRESETS[f"{name}-assistant"]
+            assert isinstance(official, DrafterConfig)
+            head = DrafterShape(centroids=2048) if official.use_ordered_embeddings else DrafterShape()
+            assert new_drafter_config(preset, head) == official, name
+
+
+def test_the_cosine_rises_then_falls_to_zero() -> None:
+    shares = [cosine(p / 1000) for p in range(1001)]
+    assert shares[0] < 0.1 and max(shares) == pytest.approx(1.0, abs=1e-3) and shares[-1] == pytest.approx(0.0)
+    top = shares.index(max(shares))
+    assert shares[top:] == sorted(shares[top:], reverse=True)
+
+
+# --- the verdict
+
+
+def test_a_verdict_needs_no_loss_anywhere() -> None:
+    """Better on average but clearly worse at one temperature is refused."""
+    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.measure.acceptance import Acceptance, AcceptanceReport, PromptAcceptance
+
+    def report(temperature: float, accepted: int) -> AcceptanceReport:
+        histogram = (10 - accepted, accepted)
+        prompts = tuple(PromptAcceptance(str(i), "", 4, 20, Acceptance(histogram)) for i in range(6))
+        return AcceptanceReport(1, SamplingParams(temperature=temperature), "exact", prompts)
+
+    start = report(0.0, 5), report(1.0, 5)
+    assert judge(start, (report(0.0, 6), report(1.0, 5))).not_worse
+    assert judge(start, start).not_worse
+    assert not judge(start, (report(0.0, 4), report(1.0, 5))).not_worse
+    assert not judge(start, (report(0.0, 9), report(1.0, 3))).not_worse
