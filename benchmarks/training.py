@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, bundled_directory

@@ -11,35 +11,28 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
+from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
 from gemma_mtp.checkpoint import read_json, write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
+from gemma_mtp.ops.native import set_threads
 from gemma_mtp.training import bpe, bundle, data
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
+from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.export import CARD
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.run import STATE, DataSettings, RunSettings, run_training
 from gemma_mtp.training.shapes import BUNDLED_TARGET
 from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 
-#: blocks are kept between steps instead of being returned to the system and faulted in again, and idle threads sleep;
-#: the C library and OpenMP read these when the process starts
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 #: what the drafter is to be good at: greedy, and drawn at these temperatures
 TEMPERATURES = (0.0, 0.7, 1.0)
 #: text of the corpus that the drafter sees as it stands, and that the target goes on from
@@ -49,7 +42,8 @@ DRAFTER_CORPUS_BYTES = 8 << 20
 def main(arguments: argparse.Namespace) -> None:
     """Run the stages whose results `work` lacks, then evaluate and write the bundle."""
     work, resume = arguments.work, arguments.resume
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
+    keep_freed_memory()
     work.mkdir(parents=True, exist_ok=True)
     target_recipe = TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads)
     drafter_recipe = DrafterRecipe(minutes=arguments.minutes_drafter, lr=3e-3, matrix_lr=6e-3, compile=True)
@@ -166,7 +160,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = parse()
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
-    main(options)
+    main(parse())

@@ -51,7 +51,8 @@ def common(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 130 (interrupted)."""
+    """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 3 (what was trained is
+    worse), 130 (interrupted)."""
     try:
         app(list(sys.argv[1:] if argv is None else argv), prog_name="gemma-mtp")
     except SystemExit as stop:
