@@ -82,8 +82,7 @@ def slab_loss(kind: LossKind, logits_NV: Tensor, aim: Wanted, tokens_N: Tensor, 
     log_q = log_q.log_softmax(-1)
     q = log_q.exp()
     p, columns = aim.probs_NV.to(q.dtype), tokens_N.unsqueeze(-1)
-    same = logits_NV.argmax(-1) == tokens_N
-    chance = same.to(q.dtype) if choice.greedy else coupled_chance(p, q, columns)
+    chance = (logits_NV.argmax(-1) == tokens_N).to(q.dtype) if choice.greedy else coupled_chance(p, q, columns)
     loss, grad = _loss_and_gradient(kind, log_q, q, p, aim.entropy_N, columns)
     return SlabLoss(loss, grad if scale == 1.0 else grad.mul_(scale), chance)
 

@@ -23,7 +23,7 @@ from gemma_mtp.training.optim import traceable
 from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, unroll
 
 #: logits of a slab: on a CPU a few buffers of so many numbers stay in the cache; a GPU wants larger kernels
-SLAB_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 25}
+SLAB_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 #: gives a block's rows from where they were kept, or lets the function given compute them
 StoredRows = Callable[[Batch, Callable[[Tensor], TargetRows]], TargetRows]
