@@ -74,13 +74,13 @@ class Optimiser:
             self.optimisers["muon"] = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.1, momentum=0.95,
                                                        ns_steps=5, adjust_lr_fn="match_rms_adamw")  # fmt: skip
         self.optimisers["adamw"] = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
-        self.peaks = [(group, group["lr"]) for o in self.optimisers.values() for group in o.param_groups]
+        self.peaks = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimisers.items()}
 
     def step(self, lr_share: float) -> None:
         """One step at `lr_share` of the peak learning rates."""
-        for group, peak in self.peaks:
-            group["lr"] = peak * lr_share
-        for optimiser in self.optimisers.values():
+        for name, optimiser in self.optimisers.items():
+            for group, peak in zip(optimiser.param_groups, self.peaks[name], strict=True):
+                group["lr"] = peak * lr_share
             optimiser.step()
 
     def tensors(self) -> dict[str, Tensor]:
