@@ -23,8 +23,10 @@ from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training import memory
 from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, fit_head
+from gemma_mtp.training.drafter_trainer import DrafterRecipe, DrafterTrainer
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
 from gemma_mtp.training.gate import judge
+from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import gather, hold_out
 from gemma_mtp.training.memory import MEGABYTE, plan_blocks
 from gemma_mtp.training.optim import cosine
@@ -199,6 +201,22 @@ def test_stored_rows_are_the_computed_ones(tmp_path: Path) -> None:
         for kind, (keys, values) in computed.donor_kv.items():
             torch.testing.assert_close(stored.donor_kv[kind][0][b, :length], keys[2 - b, :length])
             torch.testing.assert_close(stored.donor_kv[kind][1][b, :length], values[2 - b, :length])
+
+
+@pytest.mark.parametrize("ran_out", [True, False])
+def test_memory_that_runs_out_is_a_sentence(ran_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch raises on a CPU where memory runs out, and an error that has nothing to do with it."""
+    message = "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes." if ran_out else "shapes differ"
+
+    def failing(self: DraftStep, *args: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(DraftStep, "block", failing)
+    recipe = DrafterRecipe(Objective(steps=3), steps=1, memory_mb=64)
+    trainer = DrafterTrainer(random_target(), random_drafter(), examples_of([50] * 8), recipe, tmp_path)
+    expected = (TrainingError, "lower --memory .now 64 MB., --length") if ran_out else (RuntimeError, "shapes differ")
+    with RunLog(tmp_path, "drafter", quiet=True) as log, pytest.raises(expected[0], match=expected[1]):
+        trainer.train(log)
 
 
 # --- the centroid head

@@ -153,6 +153,47 @@ def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capf
     assert "other settings or data" in capfd.readouterr().err
 
 
+def test_a_centroid_head_is_made_and_kept_when_adapting(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    options = [
+        "--new",
+        "--hidden",
+        16,
+        "--heads",
+        4,
+        "--centroids",
+        61,
+        "--centroid-top-k",
+        20,
+        "--steps",
+        30,
+        "--lr",
+        0.02,
+    ]
+    assert train(tiny, tmp_path / "new", *options) == 0, capfd.readouterr().err
+    assert "the best 20 of 61 clusters hold the drafter's likeliest token in" in capfd.readouterr().err
+    stored = load_file(tmp_path / "new" / "model.safetensors")
+    ordering = stored["masked_embedding.token_ordering"]
+    assert ordering.dtype == torch.int64 and sorted(ordering.tolist()) == list(range(61))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["use_ordered_embeddings"]
+    adapt = ["--drafter", tmp_path / "new", "--steps", 5, "--lr", 1e-4, "--force"]
+    assert train(tiny, tmp_path / "adapted", *adapt) == 0
+    again = load_file(tmp_path / "adapted" / "model.safetensors")
+    assert torch.equal(again["masked_embedding.token_ordering"], ordering)
+    gate = json.loads((tmp_path / "adapted" / "training" / "gate.json").read_text())
+    assert gate["centroid_recall"]["top_token"] > 20 / 61
+    pair = load_pair(tiny / "target", tmp_path / "adapted")
+    assert pair.generate(list(range(3, 12)), draft_tokens=4).drafted > 0
+
+
+def test_stored_rows_of_the_target_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    options = ["--drafter", tiny / "drafter", "--epochs", 3, "--lr", 3e-3, "--force", "--threads", 1]
+    assert train(tiny, tmp_path / "a", *options) == train(tiny, tmp_path / "b", *options, "--store-target") == 0
+    assert list((tmp_path / "b" / "training" / "target-rows").glob("*.safetensors"))
+    one, other = (load_file(tmp_path / name / "training" / "checkpoint.safetensors") for name in "ab")
+    for name in (n for n in one if n.startswith("masters.")):
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
 def test_early_stop_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
     """A run that gets worse stops after two measurements without gain, and what is exported is what was best."""
     options = ["--drafter", tiny / "drafter", "--steps", 40, "--lr", 1.0, "--gate-steps", 2, "--patience", 2, "--force",

@@ -240,13 +240,13 @@ def _report(outcome: Outcome, out: Path) -> None:
     console = Console(highlight=False)
     for line in outcome.verdict.lines():
         console.print(line, soft_wrap=True)
-    for report in outcome.now:
-        shares = ", ".join(f"{share:.3f}" for share in report.pooled.by_position)
-        console.print(f"  {setting(report)}: acceptance by position {shares}", soft_wrap=True)
-    measured = outcome.measured_speedup
-    console.print(f"speed-up over plain decoding: predicted {outcome.predicted_speedup:.2f}x, measured"
-                  f" {measured.ratio:.2f}x ({measured.drafted_tokens_per_second:.0f} against"
-                  f" {measured.plain_tokens_per_second:.0f} tokens/s)", soft_wrap=True)  # fmt: skip
+    for before, after in zip(outcome.start, outcome.now, strict=True):
+        shares = [", ".join(f"{share:.3f}" for share in r.pooled.by_position) for r in (before, after)]
+        console.print(
+            f"  {setting(after)}: acceptance by position {shares[0]} before, {shares[1]} after", soft_wrap=True
+        )
+    for when, speed in zip(("before", "after"), outcome.speeds, strict=True):
+        console.print(f"speed-up over plain decoding {when}: {speed}", soft_wrap=True)
     if not outcome.exported:
         console.print("not exported: the drafter is worse than the one it started from; --force exports it anyway.")
     else:

@@ -21,6 +21,21 @@ Reports = tuple[AcceptanceReport, ...]
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Speed-up over plain decoding: predicted for the best draft length, measured at the gate's."""
+
+    predicted: float
+    measured: MeasuredSpeedup
+
+    def __str__(self) -> str:
+        m = self.measured
+        return (
+            f"predicted {self.predicted:.2f}x, measured {m.ratio:.2f}x ({m.drafted_tokens_per_second:.0f} against"
+            f" {m.plain_tokens_per_second:.0f} tokens/s)"
+        )
+
+
+@dataclass(frozen=True)
 class EngineGate:
     """What is measured: `prompts` gone on from for `max_tokens` tokens, at each of `temperatures`."""
 
@@ -47,12 +62,13 @@ class EngineGate:
             for t in self.temperatures
         )
 
-    def speed(self, directory: Path, reports: Reports) -> tuple[float, MeasuredSpeedup]:
-        """Predicted speed-up of the best draft length, and the measured one at `draft_tokens`; greedy."""
+    def speed(self, directory: Path, reports: Reports) -> Speed:
+        """What the drafter in `directory`, with these reports, gains; greedy."""
         pair = self.with_drafter(directory)
         predicted = best(predict(reports[0].pooled, pair.round_costs())).speedup
         params = replace(self._params(0.0), max_tokens=self.max_tokens)
-        return predicted, measure_speedup(pair, self.prompts[:TIMED_PROMPTS], self.draft_tokens, params, repeats=1)
+        measured = measure_speedup(pair, self.prompts[:TIMED_PROMPTS], self.draft_tokens, params, repeats=1)
+        return Speed(predicted, measured)
 
     def _params(self, temperature: float) -> SamplingParams:
         return SamplingParams(temperature=temperature, top_k=self.top_k, top_p=self.top_p, max_tokens=self.max_tokens,

@@ -16,7 +16,6 @@ from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError, TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
-from gemma_mtp.measure.speedup import MeasuredSpeedup
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import native
@@ -26,7 +25,7 @@ from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe, DrafterResult, DrafterTrainer
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
-from gemma_mtp.training.gate import EngineGate, Reports, Verdict, judge, mean_length, setting
+from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
 from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import HELD_OUT_PROMPTS, Material, gather, hold_out
 from gemma_mtp.training.parallel import World
@@ -77,16 +76,15 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: whether the drafter was exported, and why."""
+    """What came of a run: whether the drafter was exported, and why. `speeds` are the start's and the drafter's."""
 
     exported: bool
     verdict: Verdict
     start: Reports
     now: Reports
+    speeds: tuple[Speed, Speed]
     result: DrafterResult
     facts: CardFacts
-    predicted_speedup: float
-    measured_speedup: MeasuredSpeedup
     recall: Recall | None
 
 
@@ -245,21 +243,21 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
     if not world.leads:
         return None
     recall = run.finish(trainer)
-    return _conclude(run, gate, drafter, start, result, run.facts(drafter, result, examples), recall)
+    return _conclude(run, gate, drafter, starting, start, result, run.facts(drafter, result, examples), recall)
 
 
 def _conclude(
-    run: Run, gate: EngineGate, drafter: Drafter, start: Reports, result: DrafterResult, facts: CardFacts,
-    recall: Recall | None,
+    run: Run, gate: EngineGate, drafter: Drafter, starting: Path, start: Reports, result: DrafterResult,
+    facts: CardFacts, recall: Recall | None,
 ) -> Outcome:  # fmt: skip
     """Measure what was trained, and export it where it is not worse than the start."""
     settings, candidate = run.settings, run.state / "candidate"
     run.export(drafter, candidate)
     now = gate.measure(candidate)
     verdict = judge(start, now)
-    predicted, measured = gate.speed(candidate, now)
+    speeds = gate.speed(starting, start), gate.speed(candidate, now)
     exported = verdict.not_worse or settings.force
-    outcome = Outcome(exported, verdict, start, now, result, facts, predicted, measured, recall)
+    outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
     if exported:
         write_card(settings.out / CARD, facts, start, now, verdict, recall)
@@ -276,8 +274,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "at_temperature": [{"temperature": t, **asdict(c)} for t, c in outcome.verdict.at_temperature],
         "start": [report.to_dict() for report in outcome.start],
         "now": [report.to_dict() for report in outcome.now],
-        "predicted_speedup": outcome.predicted_speedup,
-        "measured_speedup": {**asdict(outcome.measured_speedup), "ratio": outcome.measured_speedup.ratio},
+        "speed_up": [{**asdict(s), "measured_ratio": s.measured.ratio} for s in outcome.speeds],
         "training": asdict(outcome.result),
         "centroid_recall": None if outcome.recall is None else asdict(outcome.recall),
     }
