@@ -71,6 +71,7 @@ def test_sets_of_examples_join_save_and_load(tmp_path: Path) -> None:
     loaded = ExampleSet.load(tmp_path / "set.safetensors")
     # a text with no row to draft from is left out: 4 tokens of which drafts count from row 2
     assert loaded.lengths.tolist() == [5, 9, 20, 7] and loaded.written_tokens == 20 - 3 + 7 - 3
+    assert loaded.digest() == both.digest() != examples_of([5, 9]).digest()
     assert loaded[2].first == 2 and loaded[3].tokens.tolist() == list(range(7))
 
 

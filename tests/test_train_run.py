@@ -188,7 +188,7 @@ def test_a_centroid_head_is_made_and_kept_when_adapting(tiny: Path, tmp_path: Pa
 def test_stored_rows_of_the_target_change_nothing(tiny: Path, tmp_path: Path) -> None:
     options = ["--drafter", tiny / "drafter", "--epochs", 3, "--lr", 3e-3, "--force", "--threads", 1]
     assert train(tiny, tmp_path / "a", *options) == train(tiny, tmp_path / "b", *options, "--store-target") == 0
-    assert list((tmp_path / "b" / "training" / "target-rows").glob("*.safetensors"))
+    assert list((tmp_path / "b" / "training" / "target-rows").rglob("*.safetensors"))
     one, other = (load_file(tmp_path / name / "training" / "checkpoint.safetensors") for name in "ab")
     for name in (n for n in one if n.startswith("masters.")):
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)

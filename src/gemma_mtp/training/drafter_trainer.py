@@ -71,10 +71,13 @@ Gate = Callable[[int], float]
 
 
 class DrafterTrainer:
-    """State of one run: weights, optimiser, and how far it is."""
+    """State of one run: weights, optimiser, and how far it is. `target_name` tells targets apart when resuming."""
 
-    def __init__(self, target: Target, drafter: Drafter, examples: ExampleSet, recipe: DrafterRecipe, directory: Path,
-                 world: World = World(), stored_rows: StoredRows | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, target: Target, drafter: Drafter, examples: ExampleSet, recipe: DrafterRecipe, directory: Path,
+        world: World = World(), stored_rows: StoredRows | None = None, target_name: str = "",
+    ) -> None:  # fmt: skip
+        self.target_name = target_name
         self.drafter, self.recipe, self.world = drafter.requires_grad_(True), recipe, world
         self.checkpoint = directory / CHECKPOINT
         self.masters = Masters(drafter)
@@ -226,12 +229,10 @@ class DrafterTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it would have."""
-        examples = self.batches.examples
         settings = asdict(self.recipe)
         for name in ("memory_mb", "checkpoint_steps"):
             settings.pop(name)
-        return {**settings, "sequences": len(examples), "data_tokens": len(examples.tokens),
-                "data_sum": int(examples.tokens.astype("int64").sum())}  # fmt: skip
+        return {**settings, "target": self.target_name, "data": self.batches.examples.digest()}
 
 
 def _out_of_memory(error: BaseException, plan: BlockPlan, recipe: DrafterRecipe) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,13 @@ class ExampleSet:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.bounds)
+
+    def digest(self) -> str:
+        """A short name of the content: 16 hexadecimal digits."""
+        content = hashlib.sha256()
+        for array in (self.tokens, self.bounds, self.firsts, self.temperatures):
+            content.update(np.ascontiguousarray(array).tobytes())
+        return content.hexdigest()[:16]
 
     @property
     def written_tokens(self) -> int:

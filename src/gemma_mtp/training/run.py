@@ -235,8 +235,10 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
         run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
         return mean_length(reports)
 
-    stored = TargetStore(run.state / "target-rows") if settings.data.store_target else None
-    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored)
+    name = fingerprint(settings.target)
+    rows = run.state / "target-rows" / f"{name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
+    stored = TargetStore(rows) if settings.data.store_target else None
+    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored, name)
     trainer.resume()
     with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
         result = trainer.train(log, measured)
