@@ -188,7 +188,7 @@ NB_MODULE(_native, m) {
             const size_t begin = std::min(units * thread / threads * 8, w.rows);
             const size_t end = std::min(units * (thread + 1) / threads * 8, w.rows);
             k.prepare(w, at<const float>(x), w.cols, rows, prepared);
-            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows);
+            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows, nullptr);
         });
     }, release());
     m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {

@@ -36,6 +36,11 @@ struct Layer {
     MoE moe;
 };
 
+// A thread's share of a count.
+struct Part {
+    size_t begin, end;
+};
+
 // Keys and values of one layer, [groups, capacity, d] each; row 0 holds position `origin`.
 struct Cache {
     float* keys = nullptr;
@@ -88,8 +93,16 @@ class Stack {
     void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
                int threads, Barrier& barrier);
+    void project(const Layer& l, const Call& call, size_t skip, const float* in, Private& own, Shared& all, int thread,
+                 int threads, Barrier& barrier);
+    void finish_head(const Layer& l, const Call& call, size_t skip, size_t m, size_t h, Shared& all);
     void attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
                    int threads);
+    void attend(const Layer& l, const Call& call, size_t skip, size_t head, size_t count, Part r, Shared& all, Private& own);
+    void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads);
+    void add_ple(const Layer& l, size_t index, size_t skip, size_t rows, const void* then, Private& own, Shared& all,
+                 int thread, int threads, Barrier& barrier);
+    const void* after(size_t index, int thread, int threads) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
     void best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads);
