@@ -22,7 +22,7 @@ from gemma_mtp.decoding.sampling import (
     process,
     top_logprobs,
 )
-from gemma_mtp.decoding.verify import Verification, Verified, verify_block, verify_exact, verify_rejection
+from gemma_mtp.decoding.verify import Verification, Verified, agreeing, verify_block, verify_exact, verify_rejection
 from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
@@ -120,19 +120,22 @@ def _commit(
     """Choose at every row, count the accepted drafts, and move the sequence on; reads the device once."""
     params, drafted = sequence.params, drafts.tokens_K.shape[0]
     if params.is_argmax and target.native is not None:
-        verified = verify_exact(target.native.greedy(hidden_1TD[0]), drafts.tokens_K)
+        tokens_T = target.native.greedy(hidden_1TD[0])
+        tokens = tokens_T.tolist()
+        accepted = agreeing(tokens, drafts.tokens_K.tolist())
     else:
         logits_TV = target.logits(hidden_1TD[0])
         verified = _verify(logits_TV, sequence, drafts, verification)
-    accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
+        tokens_T = verified.tokens
+        accepted, *tokens = torch.cat((verified.n_accepted.view(1), tokens_T)).tolist()
     committed = tokens[: accepted + 1]
     if sequence.history is not None:
-        sequence.history.commit(verified.tokens[: accepted + 1])
+        sequence.history.commit(tokens_T[: accepted + 1])
     logprobs = None
     if params.logprobs is not None:
-        logprobs = top_logprobs(logits_TV[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+        logprobs = top_logprobs(logits_TV[: accepted + 1], tokens_T[: accepted + 1], params.logprobs)
     sequence.length += len(committed)
-    sequence.last_token_11 = verified.tokens[accepted : accepted + 1].unsqueeze(0)
+    sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
     sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
     return RoundOutput(committed, drafted, accepted, logprobs)
 
