@@ -184,7 +184,7 @@ constexpr int MAX_ROWS = 6;
 #if defined(GEMMA_AVX512)
 constexpr int columns_for(int rows) { return rows <= 2 ? 8 : 4; }
 #else
-constexpr int columns_for(int) { return 2; }
+constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
 // Rows as `tile` reads them: tile by tile, step by step, a step of each of the tile's rows in turn; zeros fill the last.
