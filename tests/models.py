@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint import save_drafter, save_target
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
+from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
@@ -113,12 +114,14 @@ class Played:
     accepted: list[int]
     drafted: list[int]
     sequence: Sequence
+    confidences: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 @torch.inference_mode()
 def play(
     target: Target, drafter: Drafter | None, prompt: list[int], params: SamplingParams, draft_tokens: int,
     verification: Verification = "exact", chunk_rows: int = 512, after_round=lambda sequence: None,
+    stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
     sequence = open_sequence(target, len(prompt), params.max_tokens, draft_tokens, params)
@@ -126,10 +129,11 @@ def play(
     played = Played(list(tokens), [], [], sequence)
     while len(played.tokens) < params.max_tokens:
         drafts = min(draft_tokens, params.max_tokens - len(played.tokens) - 1)
-        output = play_round(target, drafter, sequence, drafts, verification)
+        output = play_round(target, drafter, sequence, drafts, verification, stop)
         played.tokens += output.token_ids
         played.accepted.append(output.accepted)
         played.drafted.append(output.drafted)
+        played.confidences.append(output.confidences)
         after_round(sequence)
     return played
 

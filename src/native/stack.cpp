@@ -73,6 +73,7 @@ struct Stack::Shared {
     std::vector<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
     std::vector<float> best_values;  // [threads, rows]
     std::vector<int64_t> best_ids;
+    std::vector<float> best_totals;  // [threads]: of exp(score - best value), of a drafter's one row
     size_t best_rows = 0;
 };
 
@@ -131,6 +132,7 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
         }
     grown(all.best_values, rows * threads);
     grown(all.best_ids, rows * threads);
+    grown(all.best_totals, threads);
     all.best_rows = rows;
     return all;
 }
@@ -411,14 +413,16 @@ void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Priva
         for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
 }
 
-// This thread's best token of each row; the lowest id among equals.
-void Stack::best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads) {
+// This thread's best token of each row; the lowest id among equals. With `totals`, of one row only, also what its softmax
+// is divided by.
+void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads) {
     const Part p = part(config.vocab, UNIT, thread, threads);
     float* scores = grown(own.b, rows * HEAD_BLOCK);
     float* values = all.best_values.data() + thread * all.best_rows;
     int64_t* ids = all.best_ids.data() + thread * all.best_rows;
     std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
     std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
+    float& total = all.best_totals[thread] = 0;
     if (p.begin == p.end) return;
     own.prepare(config.head, hidden, config.hidden, rows);
     for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
@@ -427,8 +431,15 @@ void Stack::best(const float* hidden, size_t rows, Private& own, Shared& all, in
         for (size_t m = 0; m < rows; m++) {
             float* s = scores + m * HEAD_BLOCK;
             if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
+            size_t top = 0;
+            float here = -std::numeric_limits<float>::infinity();
             for (size_t i = 0; i < count; i++)
-                if (s[i] > values[m]) values[m] = s[i], ids[m] = (int64_t)(n + i);
+                if (s[i] > here) here = s[i], top = i;
+            const float before = values[m];
+            if (here > before) values[m] = here, ids[m] = (int64_t)(n + top);
+            if (!totals) continue;
+            kernels().softmax(s, count);  // 1 / s[top] is now the block's own total
+            total = total * std::exp(before - values[m]) + std::exp(here - values[m]) / s[top];
         }
     }
 }
@@ -478,7 +489,7 @@ void Stack::greedy(const float* hidden, size_t rows, int64_t* choices) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) shared(rows, threads);
         barrier.wait();
-        best(hidden, rows, Private::here(), *shared_, thread, threads);
+        best(hidden, rows, false, Private::here(), *shared_, thread, threads);
         barrier.wait();
         if (thread == 0)
             for (size_t m = 0; m < rows; m++) choices[m] = combined(m, *shared_, threads);
@@ -548,9 +559,30 @@ void DraftStack::score(const float* state, float* logits, int64_t* ids) {
     }, stack.large_);
 }
 
-void DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens) {
+float DraftStack::confidence(const Stack::Shared& all, int threads) {
+    float best = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int t = 0; t < threads; t++) best = std::max(best, all.best_values[t * all.best_rows]);
+    for (int t = 0; t < threads; t++)
+        if (all.best_totals[t] > 0) total += all.best_totals[t] * std::exp(all.best_values[t * all.best_rows] - best);
+    return 1 / total;
+}
+
+// decoding/early_stop.py is the reference
+bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
+    constexpr double extreme = 6;
+    double odds = -extreme;
+    if (confidence >= 1) odds = extreme;
+    else if (confidence > 0) odds = std::clamp(std::log(confidence / (1.0 - confidence)), -extreme, extreme);
+    reach /= 1 + std::exp(-(bias + slope * odds));
+    return made < least.size() && reach >= least[made];
+}
+
+size_t DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop,
+                         int64_t* tokens, float* confidences) {
+    const bool stops = !stop.least.empty();
     std::vector<float> logits(centroids.clusters ? candidates() : 0);
     std::vector<int64_t> ids(logits.size());
+    size_t made = 0;
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) {
             Stack::Shared& all = stack.shared(1, threads);
@@ -563,7 +595,9 @@ void DraftStack::draft(int64_t token, const float* hidden, const Call& call, siz
         float* input = grown(own.gathered, 2 * backbone + stack.config.hidden);
         float* state = input + 2 * backbone;
         int64_t last = token;
+        double reach = 1;
         for (size_t i = 0; i < count; i++) {
+            float confidence = 0;
             kernels().gather(target_table, (size_t)last, target_scale, input);
             std::copy_n(i == 0 ? hidden : all.projected.data(), backbone, input + backbone);
             one_step(call, own, all, input, state, all.projected.data(), thread, threads, barrier);
@@ -573,15 +607,28 @@ void DraftStack::draft(int64_t token, const float* hidden, const Call& call, siz
                 for (size_t j = 1; j < logits.size(); j++)
                     if (logits[j] > logits[at] || (logits[j] == logits[at] && ids[j] < ids[at])) at = j;
                 last = ids[at];
+                if (stops) {
+                    float* probabilities = grown(own.b, logits.size());
+                    std::copy(logits.begin(), logits.end(), probabilities);
+                    kernels().softmax(probabilities, logits.size());
+                    confidence = probabilities[at];
+                }
                 barrier.wait();  // nobody scores the next step while another still compares
             } else {
-                stack.best(state, 1, own, all, thread, threads);
+                stack.best(state, 1, stops, own, all, thread, threads);
                 barrier.wait();
                 last = stack.combined(0, all, threads);
+                if (stops) confidence = DraftStack::confidence(all, threads);
             }
-            if (thread == 0) tokens[i] = last;
+            if (thread == 0) {
+                tokens[i] = last;
+                confidences[i] = confidence;
+                made = i + 1;
+            }
+            if (stops && !stop.goes_on(i + 1, reach, confidence)) break;  // the same in every thread
         }
     }, stack.large_);
+    return made;
 }
 
 }  // namespace gemma

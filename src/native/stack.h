@@ -105,7 +105,7 @@ class Stack {
     const void* after(size_t index, int thread, int threads) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
-    void best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads);
+    void best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads);
     int64_t combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
@@ -120,6 +120,15 @@ struct Centroids {
     const int64_t* ordering = nullptr;  // token ids, cluster by cluster
 };
 
+// When greedy drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
+struct StopRule {
+    std::vector<double> least;  // the chance that all drafts so far are accepted which one more needs, by their number
+    double bias = 0, slope = 1;  // log-odds of a draft's acceptance from those of its confidence
+
+    // After `made` drafts, the last with this confidence; `reach` becomes the chance that all of them are accepted.
+    bool goes_on(size_t made, double& reach, float confidence) const;
+};
+
 class DraftStack {
    public:
     Stack stack;
@@ -131,13 +140,16 @@ class DraftStack {
 
     // One step: concat(embedding, hidden) [2 * backbone] in, the state for the head and the projected state out.
     void step(const float* input, const Call& call, float* state, float* projected);
-    // K greedy steps from the last token and the target's hidden state.
-    void draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens);
+    // At most `count` greedy steps from the last token and the target's hidden state; returns how many. With a stop rule,
+    // `confidences` are the drafts' probabilities among the drafter's candidates.
+    size_t draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop, int64_t* tokens,
+                 float* confidences);
     size_t candidates() const;
     // Logits of the candidates, and their ids where there is a centroid head.
     void score(const float* state, float* logits, int64_t* ids);
 
    private:
+    static float confidence(const Stack::Shared& all, int threads);
     void one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   int thread, int threads, Barrier& barrier);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,

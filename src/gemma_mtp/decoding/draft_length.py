@@ -1,7 +1,8 @@
 """How many tokens to draft: what commits most tokens a second, by measured costs and the sequence's record.
 
 With a_i the chance that draft i is accepted given those before it, a round of K drafts commits
-1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens; what it costs is measured, round by round.
+1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens; what it costs is measured, round by round. Within a round, `early_stop`
+ends the drafting where this very draft is less sure than the record.
 """
 
 from __future__ import annotations
@@ -10,32 +11,66 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gemma_mtp.decoding.early_stop import Calibration, StopRule
+
 #: most drafts of a round that the policy considers
-LONGEST = 8
+LONGEST = 16
 #: what is believed of the first position before anything was seen, and the rounds that this belief counts for
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.7, 2.0
 #: a later position is believed to be as good as the one before it; the rounds that this counts for
 NEIGHBOUR_ROUNDS = 6.0
 #: weight of a round against the next one's: text changes, and what was accepted long ago says little
 DECAY = 0.98
-#: share of the time that may go into drafting where it does not pay, to notice when that changes
-PROBE_SHARE = 0.02
-NOTE_WEIGHT = 0.1
+#: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
+LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.015
+#: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
+PLAN_ROUNDS = 8
+#: plain rounds in a row, at most, before drafting is looked at again
+LONGEST_PAUSE = 500
+#: how much a played round changes what all lengths are believed to cost, and what its own is
+PACE_WEIGHT, NOTE_WEIGHT = 0.07, 0.03
 
 
 class RoundCosts:
-    """Seconds of a round with 0, 1, ... drafts on this machine, kept up to date while rounds are played."""
+    """What a round with 0, 1, ... drafts costs on this machine, kept up to date while rounds are played.
 
-    def __init__(self, measured: Mapping[int, float], longest: int = LONGEST) -> None:
+    `relative[k]` times `pace` is in seconds. A machine that gets slower, or a longer context, changes mostly the pace,
+    so that lengths which are not being played stay comparable with those that are.
+    """
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
         """From some lengths' seconds; others follow on straight lines between them, the last line going on."""
         known = sorted(measured)
         assert known and known[0] == 0
-        self.seconds = [_interpolated(known, measured, k) for k in range(longest + 1)]
+        self.relative = [_interpolated(known, measured, k) for k in range(LONGEST + 1)]
+        self.pace = 1.0
+
+    @property
+    def seconds(self) -> list[float]:
+        return [cost * self.pace for cost in self.relative]
 
     def note(self, drafts: int, seconds: float) -> None:
         """Take a played round into account; a single slow one (the machine was busy) counts for little."""
-        old = self.seconds[drafts]
-        self.seconds[drafts] = old + NOTE_WEIGHT * (min(seconds, 2 * old) - old)
+        change = min(seconds / (self.relative[drafts] * self.pace), 2.0) - 1
+        self.pace *= 1 + PACE_WEIGHT * change
+        self.relative[drafts] *= 1 + NOTE_WEIGHT * change
+
+    def loss(self, drafts: int) -> float:
+        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
+        return self.relative[drafts] / self.relative[0] - 1
+
+    def next_draft(self) -> list[float]:
+        """What draft i + 1 adds to the relative cost, smoothed to never fall: the slopes of the lower convex hull.
+
+        A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
+        makes possible, and noise in the measurements evens out.
+        """
+        slopes: list[float] = []
+        while (here := len(slopes)) < LONGEST:
+            rates = [(self.relative[k] - self.relative[here]) / (k - here) for k in range(here + 1, LONGEST + 1)]
+            slope = min(rates)
+            slopes += [max(slope, 0.0)] * (rates.index(slope) + 1)
+        return slopes
 
 
 def _interpolated(known: Sequence[int], seconds: Mapping[int, float], k: int) -> float:
@@ -43,7 +78,8 @@ def _interpolated(known: Sequence[int], seconds: Mapping[int, float], k: int) ->
         return seconds[k if k in seconds else known[0]]
     right = next((i for i, length in enumerate(known) if length > k), len(known) - 1)
     low, high = known[right - 1], known[right]
-    return seconds[low] + (seconds[high] - seconds[low]) * (k - low) / (high - low)
+    rise = seconds[high] - seconds[low]
+    return seconds[low] + (rise if k < high else max(rise, 0.0)) * (k - low) / (high - low)
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -55,45 +91,105 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
     return total
 
 
-def best_length(acceptance: Sequence[float], costs: RoundCosts) -> int:
-    """The number of drafts, 0 to len(acceptance), that commits most tokens a second; the smaller one at a tie."""
-    rates = [expected_tokens(acceptance[:k]) / costs.seconds[k] for k in range(len(acceptance) + 1)]
-    return max(range(len(rates)), key=lambda k: (rates[k], -k))
+def best_length(acceptance: Sequence[float], costs: Sequence[float]) -> tuple[int, float]:
+    """The number of drafts, 0 to len(acceptance), that commits most tokens for its cost; the smaller one at a tie.
+
+    `costs[k]` is a round's with k drafts. Also that number's expected tokens for a unit of cost.
+    """
+    best, best_rate = 0, 1 / costs[0]
+    total, chance = 1.0, 1.0
+    for k, a in enumerate(acceptance, start=1):
+        chance *= a
+        total += chance
+        if (rate := total / costs[k]) > best_rate:
+            best, best_rate = k, rate
+    return best, best_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Drafts of a round: at most `longest`, and fewer where `stop` says so."""
+
+    longest: int
+    stop: StopRule | None = None
+
+
+PLAIN = Plan(0)
 
 
 @dataclass
 class DraftLength:
-    """One sequence's policy: its running record of acceptance by position, and what follows from it."""
+    """One sequence's policy: its running record of acceptance by position, and what follows from it.
+
+    With `early_stop`, rounds are planned long and cut short by the drafter's confidence; without, their length is fixed
+    before they begin.
+    """
 
     costs: RoundCosts
+    early_stop: bool = True
     reached: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     accepted: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
-    idle: int = 0  # rounds since the last with drafts
-
-    @property
-    def longest(self) -> int:
-        return len(self.costs.seconds) - 1
+    calibration: Calibration = field(default_factory=Calibration)
+    allowance: float = LOSS_ROUNDS  # what drafting may still lose, in plain rounds
+    plan: Plan = PLAIN
+    rounds: int = 0  # rounds with drafts
+    planned: int = -1  # how many of them there were when the plan was made
+    pause: int = 0  # plain rounds to play before the next look
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
         chances: list[float] = []
-        for i in range(self.longest):
-            prior, weight = (chances[-1], NEIGHBOUR_ROUNDS) if chances else (PRIOR_ACCEPTANCE, PRIOR_ROUNDS)
-            chances.append((self.accepted[i] + weight * prior) / (self.reached[i] + weight))
+        prior, weight = PRIOR_ACCEPTANCE, PRIOR_ROUNDS
+        for reached, accepted in zip(self.reached, self.accepted, strict=True):
+            prior = (accepted + weight * prior) / (reached + weight)
+            chances.append(prior)
+            weight = NEIGHBOUR_ROUNDS
         return chances
 
-    def choose(self) -> int:
-        """Drafts of the next round."""
-        best = best_length(self.acceptance(), self.costs)
-        return 1 if best == 0 and self._may_probe() else best
+    def choose(self) -> Plan:
+        """What the next round may draft."""
+        if self.pause:
+            self.pause -= 1
+            return PLAIN
+        if self.planned < 0 or self.rounds - self.planned >= min(PLAN_ROUNDS, max(1, self.rounds // 4)):
+            self.plan, self.planned = self._new_plan(), self.rounds
+            if not self.plan.longest:
+                return self._rest(self.costs.loss(1))
+        elif not self.plan.longest:
+            self.planned = -1  # the look, whose outcome makes a new plan
+        return self._affordable(self.plan if self.plan.longest else Plan(1))
 
-    def _may_probe(self) -> bool:
-        plain, one = self.costs.seconds[:2] if self.longest else (1.0, math.inf)
-        return self.idle * PROBE_SHARE * plain >= max(one - plain, PROBE_SHARE * plain)
+    def _new_plan(self) -> Plan:
+        chances = self.acceptance()
+        best, rate = best_length(chances, self.costs.relative)
+        if best == 0 or not self.early_stop:
+            return Plan(best)
+        costs = self.costs.next_draft()
+        least = tuple(rate * cost / max(a, 1e-9) for cost, a in zip(costs, chances, strict=True))
+        return Plan(LONGEST, StopRule(least, self.calibration.bias, self.calibration.slope))
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Note a round."""
-        self.idle = 0 if drafted else self.idle + 1
-        for i in range(min(drafted, accepted + 1, self.longest)):
+    def _affordable(self, plan: Plan) -> Plan:
+        """The plan, or the part of it that may be lost."""
+        longest = plan.longest
+        while longest and self.costs.loss(longest) > self.allowance:
+            longest -= 1
+        if plan.longest and not longest:
+            return self._rest(self.costs.loss(1) - self.allowance)
+        return plan if longest == plan.longest else Plan(longest, plan.stop)
+
+    def _rest(self, loss: float) -> Plan:
+        """Play plain rounds, this one included, until a loss has become affordable."""
+        self.pause = max(0, min(math.ceil(loss / LOSS_SHARE), LONGEST_PAUSE) - 1)
+        return PLAIN
+
+    def record(self, drafted: int, accepted: int, confidences: Sequence[float] = ()) -> None:
+        """Note a round, and how sure the drafter was of each draft if that is known."""
+        self.allowance += LOSS_SHARE
+        if not drafted:
+            return
+        self.rounds += 1
+        self.allowance += (1 + LOSS_SHARE) * accepted - self.costs.loss(drafted)
+        for i in range(min(drafted, accepted + 1, LONGEST)):
             self.reached[i] = DECAY * self.reached[i] + 1
             self.accepted[i] = DECAY * self.accepted[i] + (accepted > i)
+        self.calibration.learn(confidences, accepted)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.draft import Drafts, draft, draft_noise
+from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -50,6 +51,7 @@ class RoundOutput:
     drafted: int
     accepted: int
     logprobs: TopLogprobs | None
+    confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
 
 
 def open_sequence(
@@ -73,17 +75,22 @@ def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: 
         hidden_11D = _forward(target, sequence, chunk, last_only=True)
         sequence.cache.commit(chunk.shape[1])
     sequence.length = prompt_ids.shape[0]
-    drafts = Drafts(prompt_ids.new_zeros(0), [])
+    drafts = Drafts(prompt_ids.new_zeros(0))
     return _commit(target, sequence, drafts, hidden_11D, "exact")
 
 
 def play_round(
-    target: Target, drafter: Drafter | None, sequence: Sequence, draft_tokens: int, verification: Verification
+    target: Target,
+    drafter: Drafter | None,
+    sequence: Sequence,
+    draft_tokens: int,
+    verification: Verification,
+    stop: StopRule | None = None,
 ) -> RoundOutput:
-    """Draft, verify, commit. `draft_tokens` may be 0, and must be where there is no drafter."""
-    drafts = Drafts(sequence.last_token_11.new_zeros(0), [])
+    """Draft, verify, commit. `draft_tokens` may be 0, and must be without a drafter; `stop` may make it fewer."""
+    drafts = Drafts(sequence.last_token_11.new_zeros(0))
     if drafter is not None and draft_tokens > 0:
-        drafts = _draft(target, drafter, sequence, draft_tokens, coupled=verification == "exact")
+        drafts = _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
     rows = torch.cat((sequence.last_token_11, drafts.tokens_K.unsqueeze(0)), dim=1)
     hidden_1TD = _forward(target, sequence, rows, last_only=False)
     output = _commit(target, sequence, drafts, hidden_1TD, verification)
@@ -99,7 +106,9 @@ def _forward(target: Target, sequence: Sequence, token_ids_1T: Tensor, last_only
     return hidden
 
 
-def _draft(target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool) -> Drafts:
+def _draft(
+    target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool, stop: StopRule | None
+) -> Drafts:
     position = sequence.length - 1
     return draft(
         drafter,
@@ -111,6 +120,7 @@ def _draft(target: Target, drafter: Drafter, sequence: Sequence, count: int, cou
         sequence.params,
         sequence.history,
         draft_noise(coupled, sequence.length, count, sequence.last_token_11.device),
+        stop,
     )
 
 
@@ -137,7 +147,7 @@ def _commit(
     sequence.length += len(committed)
     sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
     sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
-    return RoundOutput(committed, drafted, accepted, logprobs)
+    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:

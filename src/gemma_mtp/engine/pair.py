@@ -13,12 +13,12 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, RoundCosts
+from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, Plan, RoundCosts
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
-from gemma_mtp.engine.costs import measure_costs
+from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
@@ -97,10 +97,10 @@ class Pair:
         return token_ids
 
     def round_costs(self) -> RoundCosts:
-        """Seconds of rounds of every length on this machine; measured at the first call, which takes 0.2 seconds."""
+        """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds."""
         if self._costs is None:
             assert self.drafter is not None
-            self._costs = measure_costs(self.target, self.drafter)
+            self._costs = round_costs(self.target, self.drafter)
         return self._costs
 
     @property
@@ -155,11 +155,14 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
     output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
     device = pair.target.embed_tokens.weight.device
-    policy = DraftLength(pair.round_costs()) if result.draft_tokens == "auto" else None
-    longest = LONGEST if result.draft_tokens == "auto" else result.draft_tokens
+    policy, fixed = None, Plan(LONGEST)
+    if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
+        policy = DraftLength(pair.round_costs(), early_stop=device.type == "cpu")
+    else:
+        fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
     with torch.inference_mode():
-        sequence = open_sequence(pair.target, len(prompt), limit, longest, params)
+        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
     text = output.push(first)
     result.prefill_seconds = time.perf_counter() - started
@@ -169,14 +172,15 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         if output.done:
             return
         started = time.perf_counter()
-        drafts = min(longest if policy is None else policy.choose(), output.remaining - 1)
+        plan = fixed if policy is None else policy.choose()
+        drafts = min(plan.longest, output.remaining - 1)
         with torch.inference_mode():
-            played = play_round(pair.target, pair.drafter, sequence, drafts, verification)
+            played = play_round(pair.target, pair.drafter, sequence, drafts, verification, plan.stop)
         text = output.push(played)
         seconds = time.perf_counter() - started
         result.decode_seconds += seconds
         if policy is not None:
-            policy.record(played.drafted, played.accepted)
+            policy.record(played.drafted, played.accepted, played.confidences)
             policy.costs.note(played.drafted, seconds)
 
 

@@ -118,13 +118,22 @@ class NativeDrafter:
         self._stack.score(state_H.contiguous().data_ptr(), logits.data_ptr(), ids.data_ptr())
         return logits, ids if self._ordering.numel() else None
 
-    def greedy(self, token: int, hidden_D: Tensor, rope: Rope, kv: CommittedKeyValues, count: int) -> Tensor:
-        """`count` greedy drafts in one call, int64 [count]."""
-        out = torch.empty(count, dtype=torch.int64)
+    def greedy(
+        self, token: int, hidden_D: Tensor, rope: Rope, kv: CommittedKeyValues, count: int,
+        least: Sequence[float] = (), bias: float = 0.0, slope: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Greedy drafts in one call, int64 [made], and how sure the drafter was of each, float32 [made].
+
+        `count` of them, or fewer where `least` has numbers (`decoding/early_stop.py`); without, confidences are 0.
+        """
+        out, confidences = torch.empty(count, dtype=torch.int64), torch.empty(count)
         hidden = hidden_D.contiguous()
         handle = _drafter_handle(kv, rope)
-        self._stack.draft(token, hidden.data_ptr(), handle, kv.cache.length, count, out.data_ptr())
-        return out
+        made = self._stack.draft(
+            token, hidden.data_ptr(), handle, kv.cache.length, count, least, bias, slope,
+            out.data_ptr(), confidences.data_ptr(),
+        )  # fmt: skip
+        return out[:made], confidences[:made]
 
 
 def _stack_config(text: TextConfig) -> Any:
