@@ -14,6 +14,7 @@ from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
+from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.errors import GemmaMtpError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ def run() -> None:
 
 app.command()(generate)
 app.command()(inspect)
+app.command()(quantize)
 
 
 def _version(wanted: bool) -> None:

@@ -27,6 +27,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 #: prompt rows per target call: enough to use the hardware, few enough to bound activations
 PREFILL_CHUNK_ROWS = 512
@@ -206,14 +207,17 @@ def load_pair(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     use_drafter: bool = True,
+    quantize: str | WeightTypes | None = None,
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
     A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
     weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
-    where there is one. The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError,
-    PairError.
+    where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
+    (`weight_types.parse_weight_types`). The pair's fit is checked before any weight is read. Raises CheckpointError,
+    ConfigError, PairError, QuantisationError.
     """
+    types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
@@ -224,11 +228,11 @@ def load_pair(
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
         check_pair(target_config, drafter_config)
     chosen_dtype = _dtype(dtype, chosen_device, target)
-    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device)
+    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types)
     loaded_target.pack_()
     loaded_drafter = None
     if drafter is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)
+        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types)
         loaded_drafter.pack_(loaded_target.native)
     return Pair(
         target=loaded_target,
@@ -257,7 +261,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -
         if device.type != "cpu":
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
-        stored = {header.dtype for header in checkpoint.read_headers(target).values()}
+        stored = checkpoint.stored_dtypes(target)
         return torch.bfloat16 if "F32" not in stored and "BF16" in stored and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
