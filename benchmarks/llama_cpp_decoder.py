@@ -28,7 +28,7 @@ GGML_LOG_ERROR = 4
 
 @llama.llama_log_callback
 def _log(level: int, text: bytes, _: Any) -> None:
-    if level >= GGML_LOG_ERROR:
+    if level == GGML_LOG_ERROR:
         sys.stderr.write(text.decode(errors="replace"))
 
 
