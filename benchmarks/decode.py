@@ -25,6 +25,7 @@ import torch
 from machine import read_bandwidth
 from ours import our_side, unreliable
 from pairs import GEOMETRIES, cache_directory, written_pair
+from peers import Peer, llama_cpp_peer, transformers_peer
 from report import report, show
 from sides import Side, measure
 
@@ -34,7 +35,6 @@ from gemma_mtp.ops.native import set_threads
 from gemma_mtp.ops.quantise import QUANTISATIONS
 from gemma_mtp.training.evaluate import read_prompts
 
-PEERS = ("transformers", "llama.cpp")
 #: the GGUF type that holds the same weights
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
@@ -69,24 +69,18 @@ def our_sides(pair: Pair, args: argparse.Namespace) -> list[Side]:
     return sides
 
 
-def peer_sides(target: Path, drafter: Path, prompt: list[int], args: argparse.Namespace) -> tuple[list[Side], Any]:
-    """The other programs, each plain and drafted, and what to report of llama.cpp's process."""
-    sides: list[Side] = []
-    about = None
+def start_peers(target: Path, drafter: Path, prompts: list[list[int]], args: argparse.Namespace) -> list[Peer]:
+    """The other programs asked for, on the same weights."""
+    started = []
     if "transformers" in args.peers:
-        from transformers_peer import transformers_sides
-
-        sides += transformers_sides(target, drafter, DTYPES[args.dtype], args.peer_draft_tokens, args.max_tokens)
+        started.append(transformers_peer(target, drafter, args.dtype, args.threads, prompts[0]))
     if "llama.cpp" in args.peers:
         from gguf_pair import gguf_pair
-        from llama_cpp_peer import llama_cpp_sides
 
         kind = GGUF_TYPES[args.quantize or args.dtype]
         files = gguf_pair(target, drafter, kind, args.cache)
-        lengths = [0, args.peer_draft_tokens]
-        more, about = llama_cpp_sides(*files, kind, lengths, args.max_tokens, args.threads, prompt)
-        sides += more
-    return sides, about
+        started.append(llama_cpp_peer(files, kind, args.threads, prompts, args.max_tokens))
+    return started
 
 
 def _length(text: str) -> DraftTokens:
@@ -105,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--acceptance", type=float, nargs="+", help="simulated, for a random pair; 1: its own")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of every side")
     parser.add_argument("--quantize", choices=QUANTISATIONS, help="ours, beside the like of it in llama.cpp")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["transformers"])
+    parser.add_argument("--peers", nargs="*", choices=("transformers", "llama.cpp"), default=["transformers"])
     parser.add_argument("--peer-draft-tokens", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=16, help="length of random prompts")
@@ -128,14 +122,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     quantised = {} if args.quantize is None else {"quantize": args.quantize}
     pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
     prompts = prompts_for(pair, args)
-    peers, about = peer_sides(target, drafter, prompts[0], args)
-    sides = [*our_sides(pair, args), *peers]
+    peers = start_peers(target, drafter, prompts, args)
+    sides = our_sides(pair, args)
+    sides += [peer.side(length, args.max_tokens) for peer in peers for length in (0, args.peer_draft_tokens)]
     before = read_bandwidth()
     measure(sides, prompts, args.repeats)
     run = {
         "pair": str(args.target or args.pair), "weights": args.quantize or args.dtype, "prompts": args.prompts,
-        "max_tokens": args.max_tokens, "repeats": args.repeats, "llama_cpp": about,
+        "max_tokens": args.max_tokens, "repeats": args.repeats,
+        "peers": {peer.name: peer.about for peer in peers},
     }  # fmt: skip
+    for peer in peers:
+        peer.close()
     content = report(sides, max(before, read_bandwidth()), run)
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

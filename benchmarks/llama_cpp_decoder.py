@@ -1,27 +1,23 @@
-"""llama.cpp decoding greedily by its C API, plain or with a drafter: requests on standard input, one a line.
+"""llama.cpp decoding greedily by its C API, plain or drafted, as a process that answers requests (requests_loop.py).
 
-    python benchmarks/llama_cpp_decoder.py --model T.gguf [--drafter D.gguf --draft-tokens 3] --threads 2
+    python benchmarks/llama_cpp_decoder.py --model T.gguf --drafter D.gguf --threads 2
 
-A request is {"prompt": [ids], "max_tokens": n}; the answer {"tokens": [ids], "rounds": [[drafted, committed], ...]}.
-A process of its own, so that its OpenMP waits as it likes best and no other side's threads are in the way. The round is
-that of llama.cpp's own `draft-mtp` (common/speculative.cpp): one constant position, the target's keys and values.
+The round is that of llama.cpp's own `draft-mtp` (common/speculative.cpp): one constant position, the target's keys and
+values. LLAMA_CPP_LIB_PATH names another build of the library than the installed one.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
+import functools
 import sys
 from typing import Any
 
 import llama_cpp as llama
 import numpy as np
-
-try:
-    from llama_cpp import llama_cpp_ext as extension
-except ImportError:  # only drafting needs it
-    extension = None
+from llama_cpp import llama_cpp_ext as extension
+from requests_loop import answer_requests
 
 GGML_LOG_ERROR = 4
 
@@ -83,7 +79,6 @@ class Target(Context):
 class Drafter(Context):
     def __init__(self, path: str, threads: int, length: int, target: Target) -> None:
         super().__init__(path, threads, length, target)
-        extension.llama_set_embeddings_nextn(target.context, True, False)
         extension.llama_set_embeddings_nextn(self.context, True, True)
         self.batch = llama.llama_batch_ext_init(self.context)
 
@@ -104,23 +99,20 @@ class Drafter(Context):
         return drafts
 
 
-def generate(
-    target: Target, drafter: Drafter | None, prompt: list[int], max_tokens: int, draft_tokens: int
-) -> dict[str, Any]:
+def generate(target: Target, drafter: Drafter, prompt: list[int], max_tokens: int, draft_tokens: int) -> dict[str, Any]:
+    # plain decoding does not pay for the states that drafting needs
+    extension.llama_set_embeddings_nextn(target.context, draft_tokens > 0, False)
     target.keep(0)
     target.decode(prompt, 0, all_rows=False)
-    last, length = len(prompt) - 1, len(prompt)
-    tokens, rounds = [target.best(last)], []
+    row, length = len(prompt) - 1, len(prompt)
+    tokens, rounds = [target.best(row)], []
     while len(tokens) < max_tokens:
-        count = min(draft_tokens, max_tokens - len(tokens) - 1)
-        drafts = [] if drafter is None else drafter.draft(tokens[-1], target.hidden(last), length, count)
+        drafts: list[int] = []
+        if count := min(draft_tokens, max_tokens - len(tokens) - 1):
+            drafts = drafter.draft(tokens[-1], target.hidden(row), length, count)
         target.decode([tokens[-1], *drafts], length)
-        committed: list[int] = []
-        for row in range(len(drafts) + 1):
-            committed.append(target.best(row))
-            if row == len(drafts) or committed[-1] != drafts[row]:
-                break
-        last = len(committed) - 1
+        committed = verified(target, drafts)
+        row = len(committed) - 1
         length += len(committed)
         if drafts:
             target.keep(length)
@@ -129,24 +121,29 @@ def generate(
     return {"tokens": tokens, "rounds": rounds}
 
 
+def verified(target: Target, drafts: list[int]) -> list[int]:
+    """The target's own tokens, up to the first that is not the draft."""
+    committed: list[int] = []
+    for row in range(len(drafts) + 1):
+        committed.append(target.best(row))
+        if row == len(drafts) or committed[-1] != drafts[row]:
+            break
+    return committed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--drafter")
-    parser.add_argument("--draft-tokens", type=int, default=3)
+    parser.add_argument("--drafter", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
     llama.llama_log_set(_log, None)
     llama.llama_backend_init()
     target = Target(args.model, args.threads, args.context)
-    drafter = None if args.drafter is None else Drafter(args.drafter, args.threads, args.context, target)
-    system = llama.llama_print_system_info().decode()
-    print(json.dumps({"version": llama.__version__, "system": system}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = generate(target, drafter, request["prompt"], request["max_tokens"], args.draft_tokens)
-        print(json.dumps(answer), flush=True)
+    drafter = Drafter(args.drafter, args.threads, args.context, target)
+    about = {"version": llama.__version__, "system": llama.llama_print_system_info().decode()}
+    answer_requests(about, functools.partial(generate, target, drafter))
 
 
 if __name__ == "__main__":

@@ -69,13 +69,11 @@ def _footer(content: dict[str, Any]) -> str:
         f"pair {content['pair']}, weights {content['weights']}, {content['prompts']} prompts of"
         f" {content['max_tokens']} new tokens, median of {content['repeats']}",
         f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights once allows"
-        f" {first['floor_tokens_per_second']:.0f} tokens/s plain",
+        f" {first['floor_tokens_per_second']:.1f} tokens/s plain",
     ]
-    if peer := content.get("llama_cpp"):
-        lines.append(
-            f"llama-cpp-python {peer['version']}, OMP_WAIT_POLICY {peer['omp_wait_policy']} (the faster of unset and"
-            f" PASSIVE); {peer['system']}"
-        )
+    for name, about in content["peers"].items():
+        settings = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines.append(f"{name}: {settings}")
     return "\n".join(lines)
 
 
