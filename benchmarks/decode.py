@@ -3,8 +3,8 @@
     python benchmarks/decode.py                             # the bundled pair, held-out Python, greedy
     python benchmarks/decode.py --pair small                # 112 M random parameters, a drafter that always agrees
     python benchmarks/decode.py --pair small --quantize int8
-    python benchmarks/decode.py --pair small --acceptance 1 0.8 0.5 0
-    python benchmarks/decode.py --pair e2b --acceptance 1 0.8    # E2B's geometry: 10 GB of disk and of memory
+    python benchmarks/decode.py --pair small --acceptance 0.9 0.7 0.5 0 --draft-tokens auto --peers
+    python benchmarks/decode.py --pair e2b                  # E2B's geometry: 10 GB of disk and of memory
     python benchmarks/decode.py --target T --drafter D --token-ids
 
 Every repetition runs every side over the same prompts, in rotated order; a side's figure is the median over the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from machine import read_bandwidth
 from ours import our_side, unreliable
-from pairs import GEOMETRIES, cache_directory, written_pair
+from pairs import cache_directory, written_pair
 from peers import Peer, llama_cpp_peer, transformers_peer
 from report import report, show
 from sides import Side, measure
@@ -35,6 +36,28 @@ from gemma_mtp.ops.native import set_threads
 from gemma_mtp.ops.quantise import QUANTISATIONS
 from gemma_mtp.training.evaluate import read_prompts
 
+#: the other programs, by the package that brings them
+PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
+INSTALLED = [name for name, package in PEERS.items() if importlib.util.find_spec(package)]
+#: what is measured of each pair where the command line does not say, in about a minute
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bundled": {
+        "draft_tokens": [2, 3, 4, 6, "auto"], "acceptance": [], "peers": INSTALLED, "prompts": 4, "max_tokens": 128,
+        "repeats": 5,
+    },
+    "small": {
+        "draft_tokens": [3, 4, "auto"], "acceptance": [1.0, 0.8], "peers": INSTALLED, "prompts": 1, "max_tokens": 96,
+        "repeats": 5,
+    },
+    "mid": {
+        "draft_tokens": [3, 4, "auto"], "acceptance": [1.0, 0.8], "peers": [], "prompts": 1, "max_tokens": 64,
+        "repeats": 3,
+    },
+    "e2b": {
+        "draft_tokens": [2, 4, 6, "auto"], "acceptance": [1.0, 0.8], "peers": [], "prompts": 1, "max_tokens": 32,
+        "repeats": 3,
+    },
+}  # fmt: skip
 #: the GGUF type that holds the same weights
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
@@ -89,26 +112,27 @@ def _length(text: str) -> DraftTokens:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", choices=("bundled", *GEOMETRIES), default="bundled", help="random ones are made once")
+    parser.add_argument("--pair", choices=DEFAULTS, default="bundled", help="random ones are made once")
     parser.add_argument("--target", type=Path, help="a checkpoint instead, with --drafter")
     parser.add_argument("--drafter", type=Path)
-    parser.add_argument(
-        "--cache", type=Path, default=cache_directory(), help="where random pairs and GGUF files are kept"
-    )
-    parser.add_argument("--draft-tokens", type=_length, nargs="+", default=[2, 3, 4, 6, "auto"], help="auto or numbers")
-    parser.add_argument("--acceptance", type=float, nargs="+", help="simulated, for a random pair; 1: its own")
+    parser.add_argument("--cache", type=Path, default=cache_directory(), help="for random pairs and GGUF files")
+    parser.add_argument("--draft-tokens", type=_length, nargs="+", help="auto or numbers")
+    parser.add_argument("--acceptance", type=float, nargs="*", help="simulated, for a random pair; 1: its own")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of every side")
     parser.add_argument("--quantize", choices=QUANTISATIONS, help="ours, beside the like of it in llama.cpp")
-    parser.add_argument("--peers", nargs="*", choices=("transformers", "llama.cpp"), default=["transformers"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--peer-draft-tokens", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int)
     parser.add_argument("--prompt-tokens", type=int, default=16, help="length of random prompts")
     parser.add_argument("--token-ids", action="store_true", help="random prompts, for a target without tokenizer")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args()
+    for name, value in DEFAULTS[args.pair].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if (args.target is None) != (args.drafter is None):
         parser.error("--target and --drafter go together")
     if args.acceptance and (args.pair == "bundled" or args.target):
