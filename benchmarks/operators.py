@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from decode import processor, read_bandwidth
+from machine import processor, read_bandwidth
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

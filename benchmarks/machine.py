@@ -1,0 +1,48 @@
+"""What the figures were measured on: the processor, what is installed, and how fast memory can be read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_mtp.ops.native import module
+
+BANDWIDTH_BYTES = 512 << 20
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} cores)" if names else platform.processor()
+
+
+def instruction_set() -> str:
+    """The native operators' own, chosen by the machine or GEMMA_MTP_ISA."""
+    return "none (PyTorch's operators)" if module() is None else module().isa()
+
+
+def describe() -> dict[str, Any]:
+    """Everything about this process and machine that a figure depends on."""
+    return {
+        "machine": processor(), "threads": torch.get_num_threads(), "isa": instruction_set(),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "load_average": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def read_bandwidth(repeats: int = 7) -> float:
+    """Bytes a second at which this process reads memory: the best of several sums over half a gigabyte."""
+    buffer = torch.ones(BANDWIDTH_BYTES // 4)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - started)
+    return BANDWIDTH_BYTES / min(seconds)

@@ -1,0 +1,85 @@
+"""A run's figures as plain values, and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from machine import describe
+from rich.console import Console
+from rich.table import Table
+from sides import Side
+
+
+def report(sides: Sequence[Side], bandwidth: float, run: dict[str, Any]) -> dict[str, Any]:
+    """Machine, versions, settings of the run, and each side's speed, ratios, share of its floor."""
+    plain = sides[0]
+    peers = {name: _first(sides, name) for name in ("transformers", "llama.cpp")}
+    rows = []
+    for side in sides:
+        floor = side.floor(bandwidth)
+        rows.append(
+            {
+                "side": side.name,
+                "tokens_per_second": side.speed,
+                "spread": [min(side.speeds), max(side.speeds)],
+                "ratio_to_plain": side.speed / plain.speed,
+                **{f"ratio_to_{name}_plain": side.speed / peer.speed if peer else None for name, peer in peers.items()},
+                "mean_acceptance_length": side.acceptance_length,
+                "mean_drafts": side.drafts,
+                "floor_tokens_per_second": floor,
+                "share_of_floor": side.speed / floor if floor else None,
+                "identical_to_plain": side.outputs == plain.outputs,
+            }
+        )
+    return {**describe(), **run, "read_gigabytes_per_second": bandwidth / 1e9, "sides": rows}
+
+
+def _first(sides: Sequence[Side], name: str) -> Side | None:
+    return next((side for side in sides if side.name.startswith(name) and side.name.endswith("plain")), None)
+
+
+def show(content: dict[str, Any]) -> None:
+    columns = {
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+        "to plain": lambda row: _ratio(row["ratio_to_plain"]),
+        "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
+        "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
+        "drafts": lambda row: _number(row["mean_drafts"]),
+        "tokens a round": lambda row: _number(row["mean_acceptance_length"]),
+        "of floor": lambda row: "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
+        "same tokens": lambda row: "yes" if row["identical_to_plain"] else "NO",
+    }
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in content["sides"]:
+        table.add_row(row["side"], *(text(row) for text in columns.values()))
+    console = Console(width=150)
+    console.print(table, highlight=False)
+    console.print(_footer(content), highlight=False, soft_wrap=True)
+
+
+def _footer(content: dict[str, Any]) -> str:
+    first = content["sides"][0]
+    lines = [
+        f"{content['machine']}, {content['threads']} threads, {content['isa']}, torch {content['torch']},"
+        f" OMP_WAIT_POLICY {content['omp_wait_policy']}",
+        f"pair {content['pair']}, weights {content['weights']}, {content['prompts']} prompts of"
+        f" {content['max_tokens']} new tokens, median of {content['repeats']}",
+        f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights once allows"
+        f" {first['floor_tokens_per_second']:.1f} tokens/s plain",
+    ]
+    for name, about in content["peers"].items():
+        settings = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines.append(f"{name}: {settings}")
+    return "\n".join(lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
