@@ -62,10 +62,10 @@ class UnreliableNative:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
-    def greedy(self, *arguments: Any) -> Tensor:
-        tokens = self._native.greedy(*arguments)
+    def greedy(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, confidences = self._native.greedy(*arguments)
         wrong = torch.rand(tokens.shape, generator=self._generator) >= self._acceptance
-        return torch.where(wrong, (tokens + 1) % self._vocab, tokens)
+        return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences
 
 
 def target_bytes(target: Target, quantisation: Quantisation | None) -> int:
