@@ -9,7 +9,7 @@
 
 Every repetition runs every side over the same prompts, in rotated order; a side's figure is the median over the
 repetitions of tokens per second of wall time, prefill included. A side's floor is the speed at which its rounds would
-take as long as reading once, at the bandwidth measured in the same process, the weights their steps need.
+take as long as reading once, at the bandwidth measured between the repetitions, the weights their steps need.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
 import argparse
 import importlib.util
 import json
+import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import read_bandwidth
+from machine import CpuClock, read_bandwidth
 from ours import our_side, unreliable
 from pairs import cache_directory, written_pair
 from peers import Peer, llama_cpp_peer, transformers_peer
@@ -33,7 +35,6 @@ from sides import Side, measure
 from gemma_mtp import load_pair
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
 from gemma_mtp.ops.native import set_threads
-from gemma_mtp.ops.quantise import QUANTISATIONS
 from gemma_mtp.training.evaluate import read_prompts
 
 #: the other programs, by the package that brings them
@@ -82,11 +83,11 @@ def prompts_for(pair: Pair, args: argparse.Namespace) -> list[list[int]]:
 
 def our_sides(pair: Pair, args: argparse.Namespace) -> list[Side]:
     """Plain, and every draft length at every acceptance asked for (none: the drafter's own)."""
-    sides = [our_side(pair, 0, args.max_tokens, args.quantize)]
+    sides = [our_side(pair, 0, args.max_tokens)]
     for acceptance in args.acceptance or [None]:
         drafting = pair if acceptance in (None, 1.0) else unreliable(pair, acceptance)
         for length in args.draft_tokens:
-            side = our_side(drafting, length, args.max_tokens, args.quantize)
+            side = our_side(drafting, length, args.max_tokens)
             side.name += "" if acceptance is None else f", acceptance {acceptance:g}"
             sides.append(side)
     return sides
@@ -119,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draft-tokens", type=_length, nargs="+", help="auto or numbers")
     parser.add_argument("--acceptance", type=float, nargs="*", help="simulated, for a random pair; 1: its own")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of every side")
-    parser.add_argument("--quantize", choices=QUANTISATIONS, help="ours, beside the like of it in llama.cpp")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours, beside the like of it in llama.cpp")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
     parser.add_argument("--peer-draft-tokens", type=int, default=3)
     parser.add_argument("--prompts", type=int)
@@ -140,29 +141,37 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    set_threads(args.threads)
-    target, drafter = directories(args)
-    quantised = {} if args.quantize is None else {"quantize": args.quantize}
-    pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
+def measured(pair: Pair, target: Path, drafter: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure our sides and the peers' in one run, and report it."""
     prompts = prompts_for(pair, args)
     peers = start_peers(target, drafter, prompts, args)
     sides = our_sides(pair, args)
     sides += [peer.side(length, args.max_tokens) for peer in peers for length in (0, args.peer_draft_tokens)]
-    before = read_bandwidth()
-    measure(sides, prompts, args.repeats)
+    bandwidths: list[float] = []
+    clock = CpuClock([os.getpid(), *(peer.popen.pid for peer in peers)])
+    try:
+        measure(sides, prompts, args.repeats, lambda: bandwidths.append(read_bandwidth(3)))
+        elsewhere = clock.share_elsewhere()
+    finally:
+        for peer in peers:
+            peer.close()
     run = {
         "pair": str(args.target or args.pair), "weights": args.quantize or args.dtype, "prompts": args.prompts,
-        "max_tokens": args.max_tokens, "repeats": args.repeats,
+        "max_tokens": args.max_tokens, "repeats": args.repeats, "cpu_share_elsewhere": elsewhere,
         "peers": {peer.name: peer.about for peer in peers},
     }  # fmt: skip
-    for peer in peers:
-        peer.close()
-    content = report(sides, max(before, read_bandwidth()), run)
+    return report(sides, statistics.median(bandwidths), run)
+
+
+def main(args: argparse.Namespace) -> None:
+    set_threads(args.threads)
+    target, drafter = directories(args)
+    quantised = {} if args.quantize is None else {"quantize": args.quantize}
+    pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
+    content = measured(pair, target, drafter, args)
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     show(content)
-    return content
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ from gemma_mtp.engine.pair import DraftTokens, Pair
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.native import NativeDrafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import BLOCK, GROUPS, Quantisation
-
-SCALE_BYTES = 4
 
 
-def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int, quantisation: Quantisation | None) -> Side:
+def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
     def run(prompt: list[int]) -> list[int]:
@@ -29,7 +26,7 @@ def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int, quantisatio
 
     side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)
     assert pair.drafter is not None
-    side.step_bytes = target_bytes(pair.target, quantisation), drafter_bytes(pair.drafter, quantisation)
+    side.step_bytes = target_bytes(pair.target), drafter_bytes(pair.drafter)
     return side
 
 
@@ -68,16 +65,13 @@ class UnreliableNative:
         return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences
 
 
-def target_bytes(target: Target, quantisation: Quantisation | None) -> int:
+def target_bytes(target: Target) -> int:
     """Weight bytes one decode step reads: all matrices, the tied table once as the head; one row of the others."""
     config = target.config
-    with torch.device("meta"):
-        tensors = Target(config).checkpoint_tensors()
     gathered = {"model.embed_tokens_per_layer.weight"}
     if not config.tie_word_embeddings:
         gathered.add("model.embed_tokens.weight")
-    dtype = target.embed_tokens.weight.dtype
-    read = {name: stored_bytes(t, dtype, quantisation) for name, t in tensors.items() if name not in gathered}
+    read = {name: size for name, size in _stored_bytes(target).items() if name not in gathered}
     total = sum(read.values())
     if config.enable_moe_block:
         experts = sum(size for name, size in read.items() if ".experts." in name)
@@ -85,24 +79,19 @@ def target_bytes(target: Target, quantisation: Quantisation | None) -> int:
     return total
 
 
-def drafter_bytes(drafter: Drafter, quantisation: Quantisation | None) -> int:
+def drafter_bytes(drafter: Drafter) -> int:
     """Weight bytes a draft step reads; of a centroid head's table, the rows of the chosen clusters."""
     config = drafter.config
-    with torch.device("meta"):
-        tensors = Drafter(config).checkpoint_tensors()
-    dtype = drafter.pre_projection.weight.dtype
-    read = {
-        name: stored_bytes(t, dtype, quantisation) for name, t in tensors.items() if not name.endswith("token_ordering")
-    }
+    read = {name: size for name, size in _stored_bytes(drafter).items() if not name.endswith("token_ordering")}
     if config.use_ordered_embeddings:
         table = "model.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
         read[table] = read[table] * config.centroid_intermediate_top_k // config.num_centroids
     return sum(read.values())
 
 
-def stored_bytes(tensor: Tensor, dtype: torch.dtype, quantisation: Quantisation | None) -> int:
-    """Bytes of a weight as it is kept for decoding: in `dtype`, or quantised with its groups' scales."""
-    if quantisation is None or tensor.ndim < 2 or tensor.shape[-1] % BLOCK:
-        return tensor.numel() * dtype.itemsize
-    bits = 8 if quantisation == "int8" else 4
-    return tensor.numel() * bits // 8 + tensor.numel() // GROUPS[quantisation] * SCALE_BYTES
+def _stored_bytes(model: Target | Drafter) -> dict[str, int]:
+    """Of every weight as it is kept for decoding, by its official name."""
+    if model.native is None:  # PyTorch's operators have packed them: as many values
+        with torch.device("meta"):
+            model = type(model)(model.config).to(model.embed_tokens.weight.dtype)
+    return {name: weight.nbytes for name, weight in model.checkpoint_tensors().items()}

@@ -16,9 +16,9 @@ from typing import Any
 from sides import Side
 
 HERE = Path(__file__).parent
-#: how OpenMP's idle threads wait (OMP_WAIT_POLICY); unset, they spin for a while first. Each program gets its fastest.
-WAITS = ("unset", "ACTIVE", "PASSIVE")
-TRIAL_TOKENS, TRIALS = 16, 3
+#: how OpenMP's idle threads wait (OMP_WAIT_POLICY): spinning, or asleep. Each program gets the faster one.
+WAITS = ("ACTIVE", "PASSIVE")
+TRIAL_TOKENS, TRIALS = 24, 3
 
 
 @dataclass
@@ -72,20 +72,21 @@ def start(name: str, decoder: str, options: Mapping[str, object], prompt: list[i
     """
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, str(HERE / decoder), *words]
-    peers = []
-    for wait in WAITS:
-        environment = {**os.environ, "OMP_WAIT_POLICY": wait}
-        if wait == "unset":
-            del environment["OMP_WAIT_POLICY"]
-        popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        peers.append(Peer(name, wait, popen))
-        peers[-1].about = {**peers[-1].read(), "omp_wait_policy": wait}
-        peers[-1].pause()
+    peers = [_launched(name, wait, command) for wait in WAITS]
+    for peer in peers:
+        peer.about = {**peer.read(), "omp_wait_policy": peer.wait}
+        peer.pause()
     best = min(peers, key=lambda peer: _trial_seconds(peer, prompt))
     for peer in peers:
         if peer is not best:
             peer.close()
     return best
+
+
+def _launched(name: str, wait: str, command: list[str]) -> Peer:
+    environment = {**os.environ, "OMP_WAIT_POLICY": wait}
+    popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return Peer(name, wait, popen)
 
 
 def _trial_seconds(peer: Peer, prompt: list[int]) -> float:

@@ -42,6 +42,7 @@ def _first(sides: Sequence[Side], name: str) -> Side | None:
 def show(content: dict[str, Any]) -> None:
     columns = {
         "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+        "spread": lambda row: f"{row['spread'][0]:.0f}-{row['spread'][1]:.0f}",
         "to plain": lambda row: _ratio(row["ratio_to_plain"]),
         "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
         "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
@@ -71,6 +72,8 @@ def _footer(content: dict[str, Any]) -> str:
         f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights once allows"
         f" {first['floor_tokens_per_second']:.1f} tokens/s plain",
     ]
+    if content["cpu_share_elsewhere"] is not None:
+        lines.append(f"other processes took {content['cpu_share_elsewhere']:.0%} of the cores' time meanwhile")
     for name, about in content["peers"].items():
         settings = ", ".join(f"{key} {value}" for key, value in about.items())
         lines.append(f"{name}: {settings}")

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+#: least length of a side's turn: on a machine that others use, shorter ones differ more
+TURN_SECONDS = 0.5
+
 
 @dataclass
 class Side:
@@ -44,15 +47,28 @@ class Side:
         return bandwidth * self.acceptance_length / (target + self.drafts * draft)
 
 
-def measure(sides: Sequence[Side], prompts: Sequence[list[int]], repeats: int) -> None:
-    """A warm-up of each side, then `repeats` rounds over all sides, beginning with another one each time."""
+def measure(
+    sides: Sequence[Side], prompts: Sequence[list[int]], repeats: int, each_time: Callable[[], object] = lambda: None
+) -> None:
+    """A warm-up of each side, then `repeats` rounds over all sides, beginning with another one each time.
+
+    `each_time` is called once before every round.
+    """
     for side in sides:
         side.run(prompts[0])
         side.rounds.clear()
     for repeat in range(repeats):
+        each_time()
         for side in [*sides[repeat % len(sides) :], *sides[: repeat % len(sides)]]:
-            started = time.perf_counter()
-            outputs = [side.run(prompt) for prompt in prompts]
-            seconds = time.perf_counter() - started
-            side.speeds.append(sum(map(len, outputs)) / seconds)
-            side.outputs = outputs
+            side.speeds.append(_speed(side, prompts))
+
+
+def _speed(side: Side, prompts: Sequence[list[int]]) -> float:
+    """Tokens a second over all prompts, which are decoded again until `TURN_SECONDS` are over."""
+    tokens, started = 0, time.perf_counter()
+    while True:
+        side.outputs = [side.run(prompt) for prompt in prompts]
+        tokens += sum(map(len, side.outputs))
+        seconds = time.perf_counter() - started
+        if seconds >= TURN_SECONDS:
+            return tokens / seconds

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pairs
 import pytest
+import sides
 import torch
 from models import TINY
 from ours import drafter_bytes, target_bytes, unreliable
@@ -62,10 +63,9 @@ def test_counted_bytes_are_those_the_native_operators_hold(agreeing: Pair) -> No
     matrices = sum(t.nbytes for t in {t.data_ptr(): t for t in target.native._memory.tensors}.values() if t.ndim == 2)
     matrices -= target.embed_tokens_per_layer.weight.nbytes
     vectors = sum(t.numel() for t in target.checkpoint_tensors().values() if t.ndim == 1)
-    assert target_bytes(target, None) == matrices + 2 * vectors
-    assert target_bytes(target, "int8") < target_bytes(target, None)
+    assert target_bytes(target) == matrices + 2 * vectors
     assert agreeing.drafter is not None
-    assert 0 < drafter_bytes(agreeing.drafter, None) < target_bytes(target, None)
+    assert 0 < drafter_bytes(agreeing.drafter) < target_bytes(target)
 
 
 def test_a_floor_is_the_weights_of_a_round_over_bandwidth() -> None:
@@ -73,12 +73,13 @@ def test_a_floor_is_the_weights_of_a_round_over_bandwidth() -> None:
     assert side.floor(2400.0) == pytest.approx(2400 / 1200 * 4)
 
 
-def test_sides_are_measured_in_turn_beginning_with_another_each_time() -> None:
+def test_sides_are_measured_in_turn_beginning_with_another_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "TURN_SECONDS", 0.0)
     order: list[str] = []
-    sides = [Side(name, lambda prompt, name=name: order.append(name) or prompt) for name in "ab"]
-    measure(sides, [[1, 2]], repeats=2)
+    both = [Side(name, lambda prompt, name=name: order.append(name) or prompt) for name in "ab"]
+    measure(both, [[1, 2]], repeats=2)
     assert "".join(order) == "ab" + "ab" + "ba"
-    assert all(len(side.speeds) == 2 and side.outputs == [[1, 2]] for side in sides)
+    assert all(len(side.speeds) == 2 and side.outputs == [[1, 2]] for side in both)
 
 
 def test_another_seed_spoils_other_drafts(agreeing: Pair) -> None:
