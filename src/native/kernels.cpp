@@ -479,7 +479,7 @@ void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, floa
 // Where column k of a block of 64 goes in the order of int4 weights.
 constexpr size_t int4_place(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
 
-// One group of 32 or 64 columns of a row, into its places in the block.
+// One group of 32 or 64 columns of a row, into its places in the block: int8 in order, int4 in units of four columns.
 template <bool I8>
 inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale, int32_t& start) {
     constexpr size_t GROUP = BLOCK_COLS / SCALES<I8>;
@@ -488,19 +488,20 @@ inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale
         const V a = load(v + i);
         largest = max(largest, max(a, sub(zero(), a)));
     }
-    const float top = maximum(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
-    int32_t total = 0;
+    const float top = maximum(largest);
+    const V inverse = set1(top > 0 ? 127.0f / top : 0.0f);
+    int8_t values[GROUP];
+    V total = zero();  // exact: a sum of at most 64 integers within 127
     for (size_t i = 0; i < GROUP; i += W) {
-        float lanes[W];
-        store(lanes, round(mul(load(v + i), set1(inverse))));
-        for (int j = 0; j < W; j++) {
-            const size_t k = g * GROUP + i + j;
-            block[I8 ? k : int4_place(k)] = (int8_t)lanes[j];
-            total += (int8_t)lanes[j];
-        }
+        const V whole = round(mul(load(v + i), inverse));
+        total = add(total, whole);
+        narrow(whole, values + i);
     }
+    if constexpr (I8) std::memcpy(block, values, GROUP);
+    else
+        for (size_t u = 0; u < GROUP / 4; u++) std::memcpy(block + int4_place(g * GROUP + 4 * u), values + 4 * u, 4);
     scale = top / 127.0f;
-    start = start_of<I8>(total);
+    start = start_of<I8>((int32_t)sum(total));
 }
 
 // Tile by tile, block by block, a block of each of the tile's rows in turn.
