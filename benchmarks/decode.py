@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                   # the bundled pair, held-out Python, greedy
     python benchmarks/decode.py --target T --drafter D --token-ids
+    python benchmarks/decode.py --useless-drafter --draft-tokens auto --no-transformers --max-tokens 100
 
 Every repetition runs every side over the same prompts, in rotated order; a side's figure is the median over the
 repetitions of tokens per second of wall time, prefill included. Beside it: the floor, which is the time to read once,
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
+from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.training.evaluate import read_prompts
 
@@ -60,6 +62,17 @@ def ours(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
 
     side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)
     return side
+
+
+def useless_drafter(pair: Pair) -> Drafter:
+    """One of the same shape with random weights: what `auto` may lose with a drafter that is not worth its time."""
+    assert pair.drafter is not None
+    drafter = Drafter(pair.drafter.config).to(pair.drafter.embed_tokens.weight.dtype).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in drafter.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    drafter.pack_(pair.target.native)
+    return drafter
 
 
 def transformers_sides(
@@ -200,6 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of both sides")
     parser.add_argument("--prompts", type=int, default=4, help="how many of the held-out prompts")
     parser.add_argument("--token-ids", action="store_true", help="random prompts, for a target without tokenizer")
+    parser.add_argument("--useless-drafter", action="store_true", help="random weights in place of the drafter's")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -211,6 +225,8 @@ def parse() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     pair = load_pair(args.target, args.drafter, dtype=args.dtype, device="cpu")
+    if args.useless_drafter:
+        pair.drafter = useless_drafter(pair)
     if args.token_ids:
         generator = torch.Generator().manual_seed(0)
         high = pair.target.config.vocab_size
