@@ -6,6 +6,7 @@
     python benchmarks/decode.py --pair small --acceptance 0.9 0.7 0.5 0 --draft-tokens auto --peers
     python benchmarks/decode.py --pair e2b                  # E2B's geometry: 10 GB of disk and of memory
     python benchmarks/decode.py --target T --drafter D --token-ids
+    python benchmarks/decode.py --useless-drafter --draft-tokens auto --peers --max-tokens 100
 
 Every repetition runs every side over the same prompts, in rotated order; a side's figure is the median over the
 repetitions of tokens per second of wall time, prefill included. A side's floor is the speed at which its rounds would
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from machine import CpuClock, read_bandwidth
-from ours import our_side, unreliable
+from ours import our_side, unreliable, useless_drafter
 from pairs import cache_directory, written_pair
 from peers import Peer, llama_cpp_peer, transformers_peer
 from report import report, show
@@ -119,6 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=cache_directory(), help="for random pairs and GGUF files")
     parser.add_argument("--draft-tokens", type=_length, nargs="+", help="auto or numbers")
     parser.add_argument("--acceptance", type=float, nargs="*", help="simulated, for a random pair; 1: its own")
+    parser.add_argument("--useless-drafter", action="store_true", help="random weights in place of the drafter's")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of every side")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="ours, beside the like of it in llama.cpp")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
@@ -168,6 +170,8 @@ def main(args: argparse.Namespace) -> None:
     target, drafter = directories(args)
     quantised = {} if args.quantize is None else {"quantize": args.quantize}
     pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
+    if args.useless_drafter:
+        pair.drafter = useless_drafter(pair)
     content = measured(pair, target, drafter, args)
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

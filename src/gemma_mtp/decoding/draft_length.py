@@ -7,6 +7,8 @@ ends the drafting where this very draft is less sure than the record.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,59 +29,67 @@ LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.015
 PLAN_ROUNDS = 8
 #: plain rounds in a row, at most, before drafting is looked at again
 LONGEST_PAUSE = 500
-#: how much a played round changes what all lengths are believed to cost, and what its own is
-PACE_WEIGHT, NOTE_WEIGHT = 0.07, 0.03
+#: how much of the difference between two played rounds goes into their costs; a log-ratio beyond the limit says no more
+NOTE_WEIGHT, NOTE_LIMIT = 0.05, 0.5
 
 
 class RoundCosts:
-    """What a round with 0, 1, ... drafts costs on this machine, kept up to date while rounds are played.
+    """What a round with 0, 1, ... drafts costs on this machine: `seconds`, whose ratios are kept up to date.
 
-    `relative[k]` times `pace` is in seconds. A machine that gets slower, or a longer context, changes mostly the pace,
-    so that lengths which are not being played stay comparable with those that are.
+    Nothing depends on more than their ratios.
     """
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        """From some lengths' seconds; others follow on straight lines between them, the last line going on."""
+    def __init__(self, measured: Mapping[int, float], draft_step: float = 0.0) -> None:
+        """From some lengths' seconds and a draft step's; others follow on straight lines, the last one going on.
+
+        Verifying more rows never costs less: where it was measured to, the fewer rows were disturbed.
+        """
         known = sorted(measured)
         assert known and known[0] == 0
-        self.relative = [_interpolated(known, measured, k) for k in range(LONGEST + 1)]
-        self.pace = 1.0
-
-    @property
-    def seconds(self) -> list[float]:
-        return [cost * self.pace for cost in self.relative]
+        step = min([draft_step, *(0.9 * measured[k] / k for k in known[1:])])  # whatever the clock said
+        verify = [measured[k] - k * step for k in known]
+        verify = list(itertools.accumulate(reversed(verify), min))[::-1]
+        self.seconds = [_interpolated(known, verify, k) + k * step for k in range(LONGEST + 1)]
+        self._last: tuple[int, float] | None = None
 
     def note(self, drafts: int, seconds: float) -> None:
-        """Take a played round into account; a single slow one (the machine was busy) counts for little."""
-        change = min(seconds / (self.relative[drafts] * self.pace), 2.0) - 1
-        self.pace *= 1 + PACE_WEIGHT * change
-        self.relative[drafts] *= 1 + NOTE_WEIGHT * change
+        """Take a played round into account, by its ratio to the one before it.
+
+        A busy machine or a longer context makes both slower, and says nothing about lengths that are not being played.
+        """
+        last, self._last = self._last, (drafts, seconds)
+        if last is None or last[0] == drafts:
+            return
+        change = math.log(seconds * self.seconds[last[0]] / (last[1] * self.seconds[drafts]))
+        factor = math.exp(NOTE_WEIGHT / 2 * max(-NOTE_LIMIT, min(NOTE_LIMIT, change)))
+        self.seconds[drafts] *= factor
+        self.seconds[last[0]] /= factor
 
     def loss(self, drafts: int) -> float:
         """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
-        return self.relative[drafts] / self.relative[0] - 1
+        return self.seconds[drafts] / self.seconds[0] - 1
 
     def next_draft(self) -> list[float]:
-        """What draft i + 1 adds to the relative cost, smoothed to never fall: the slopes of the lower convex hull.
+        """Seconds that draft i + 1 adds, smoothed to never fall: the slopes of the lower convex hull.
 
         A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
         makes possible, and noise in the measurements evens out.
         """
         slopes: list[float] = []
         while (here := len(slopes)) < LONGEST:
-            rates = [(self.relative[k] - self.relative[here]) / (k - here) for k in range(here + 1, LONGEST + 1)]
+            rates = [(self.seconds[k] - self.seconds[here]) / (k - here) for k in range(here + 1, LONGEST + 1)]
             slope = min(rates)
             slopes += [max(slope, 0.0)] * (rates.index(slope) + 1)
         return slopes
 
 
-def _interpolated(known: Sequence[int], seconds: Mapping[int, float], k: int) -> float:
-    if k in seconds or len(known) == 1:
-        return seconds[k if k in seconds else known[0]]
-    right = next((i for i, length in enumerate(known) if length > k), len(known) - 1)
+def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:
+    """The value at k of the line through the two known points beside it, or through the last two."""
+    if len(known) == 1:
+        return values[0]
+    right = min(max(1, bisect.bisect_left(known, k)), len(known) - 1)
     low, high = known[right - 1], known[right]
-    rise = seconds[high] - seconds[low]
-    return seconds[low] + (rise if k < high else max(rise, 0.0)) * (k - low) / (high - low)
+    return values[right - 1] + (values[right] - values[right - 1]) * (k - low) / (high - low)
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -161,7 +171,7 @@ class DraftLength:
 
     def _new_plan(self) -> Plan:
         chances = self.acceptance()
-        best, rate = best_length(chances, self.costs.relative)
+        best, rate = best_length(chances, self.costs.seconds)
         if best == 0 or not self.early_stop:
             return Plan(best)
         costs = self.costs.next_draft()

@@ -88,9 +88,26 @@ def play_round(
     stop: StopRule | None = None,
 ) -> RoundOutput:
     """Draft, verify, commit. `draft_tokens` may be 0, and must be without a drafter; `stop` may make it fewer."""
-    drafts = Drafts(sequence.last_token_11.new_zeros(0))
-    if drafter is not None and draft_tokens > 0:
-        drafts = _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
+    drafts = propose(target, drafter, sequence, draft_tokens, verification, stop)
+    return verify_round(target, sequence, drafts, verification)
+
+
+def propose(
+    target: Target,
+    drafter: Drafter | None,
+    sequence: Sequence,
+    draft_tokens: int,
+    verification: Verification,
+    stop: StopRule | None = None,
+) -> Drafts:
+    """The first half of a round: its drafts. The sequence is left as it is."""
+    if drafter is None or draft_tokens == 0:
+        return Drafts(sequence.last_token_11.new_zeros(0))
+    return _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
+
+
+def verify_round(target: Target, sequence: Sequence, drafts: Drafts, verification: Verification) -> RoundOutput:
+    """The second half: the target's call over the last token and the drafts, and what follows from it."""
     rows = torch.cat((sequence.last_token_11, drafts.tokens_K.unsqueeze(0)), dim=1)
     hidden_1TD = _forward(target, sequence, rows, last_only=False)
     output = _commit(target, sequence, drafts, hidden_1TD, verification)
