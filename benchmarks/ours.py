@@ -42,7 +42,7 @@ def unreliable(pair: Pair, acceptance: float, seed: int = 0) -> Pair:
 def useless_drafter(pair: Pair) -> Drafter:
     """One of the same shape with random weights: what `auto` may lose with a drafter that is not worth its time."""
     assert pair.drafter is not None
-    drafter = Drafter(pair.drafter.config).to(pair.target.compute_dtype).eval().requires_grad_(False)
+    drafter = Drafter(pair.drafter.config).to(pair.drafter.norm.weight.dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in drafter.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
