@@ -39,7 +39,9 @@ SHARD_BYTES = 512 << 20
 #: random values that large matrices repeat; no multiple of any row's length, so that rows differ
 BLOCK_VALUES = 4_000_037
 #: part of a pair's directory name: another recipe writes other weights
-RECIPE = 1
+RECIPE = 2
+#: scale of the drafter's head against the target's: so its logits leave no doubt, and `auto` none about the drafts
+SURENESS = 5
 #: norms after the residual branches; without these branches a model repeats its last token
 BRANCH_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm")
 
@@ -124,7 +126,7 @@ def _tables(geometry: Geometry) -> dict[str, dict[str, Tensor]]:
         drafter["masked_embedding.centroids.weight"] = (centroids * 0.02).bfloat16()
         drafter["masked_embedding.token_ordering"] = ordering
     table = (table * 0.02).bfloat16()
-    drafter["model.embed_tokens.weight"] = table[:, :H].contiguous()
+    drafter["model.embed_tokens.weight"] = table[:, :H] * SURENESS
     drafter["pre_projection.weight"] = torch.eye(H, 2 * D).bfloat16()
     return {"target": {"model.embed_tokens.weight": table}, "drafter": drafter}
 
