@@ -22,6 +22,8 @@ def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
     def run(prompt: list[int]) -> list[int]:
         result = pair.generate(prompt, params, draft_tokens=draft_tokens)
         side.rounds += [(played.drafted, played.committed) for played in result.decode_rounds]
+        tokens, seconds = side.decoded
+        side.decoded = tokens + len(result.token_ids) - 1, seconds + result.decode_seconds
         return result.token_ids
 
     side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)

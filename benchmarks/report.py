@@ -23,8 +23,9 @@ def report(sides: Sequence[Side], bandwidth: float, run: dict[str, Any]) -> dict
                 "side": side.name,
                 "tokens_per_second": side.speed,
                 "spread": [min(side.speeds), max(side.speeds)],
-                "ratio_to_plain": side.speed / plain.speed,
-                **{f"ratio_to_{name}_plain": side.speed / peer.speed if peer else None for name, peer in peers.items()},
+                "ratio_to_plain": side.ratio_to(plain),
+                "decode_ratio_to_plain": side.decode_ratio_to(plain),
+                **{f"ratio_to_{name}_plain": side.ratio_to(peer) if peer else None for name, peer in peers.items()},
                 "mean_acceptance_length": side.acceptance_length,
                 "mean_drafts": side.drafts,
                 "floor_tokens_per_second": floor,
@@ -44,6 +45,7 @@ def show(content: dict[str, Any]) -> None:
         "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
         "spread": lambda row: f"{row['spread'][0]:.0f}-{row['spread'][1]:.0f}",
         "to plain": lambda row: _ratio(row["ratio_to_plain"]),
+        "decode": lambda row: _ratio(row["decode_ratio_to_plain"]),
         "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
         "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
         "drafts": lambda row: _number(row["mean_drafts"]),
@@ -68,7 +70,7 @@ def _footer(content: dict[str, Any]) -> str:
         f"{content['machine']}, {content['threads']} threads, {content['isa']}, torch {content['torch']},"
         f" OMP_WAIT_POLICY {content['omp_wait_policy']}",
         f"pair {content['pair']}, weights {content['weights']}, {content['prompts']} prompts of"
-        f" {content['max_tokens']} new tokens, median of {content['repeats']}",
+        f" {content['max_tokens']} new tokens, median of {content['repeats']}; speeds with prefill, decode without",
         f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights once allows"
         f" {first['floor_tokens_per_second']:.1f} tokens/s plain",
     ]

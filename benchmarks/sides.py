@@ -19,6 +19,10 @@ class Side:
     run: Callable[[list[int]], list[int]]
     speeds: list[float] = field(default_factory=list)
     outputs: list[list[int]] = field(default_factory=list)
+    #: the same without prefill, where the side tells its decode seconds
+    decode_speeds: list[float] = field(default_factory=list)
+    #: decode rounds' tokens and seconds, added up by `run` within one turn
+    decoded: tuple[int, float] = (0, 0.0)
     #: of every round played: drafts proposed, tokens committed
     rounds: list[tuple[int, int]] = field(default_factory=list)
     #: the weight bytes of a target's step and of a draft step; None where they are not ours to count
@@ -38,6 +42,17 @@ class Side:
     def drafts(self) -> float | None:
         """Drafts a round."""
         return statistics.fmean(drafted for drafted, _ in self.rounds) if self.rounds else None
+
+    def ratio_to(self, other: Side) -> float:
+        """Of the speeds: the median of the repetitions' ratios, whose two sides were measured within seconds."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.speeds, other.speeds, strict=True))
+
+    def decode_ratio_to(self, other: Side) -> float | None:
+        """The same of the decode speeds."""
+        if not self.decode_speeds or not other.decode_speeds:
+            return None
+        pairs = zip(self.decode_speeds, other.decode_speeds, strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
 
     def floor(self, bandwidth: float) -> float | None:
         """Tokens a second if rounds took as long as reading their weights once does, at that many bytes a second."""
@@ -60,7 +75,11 @@ def measure(
     for repeat in range(repeats):
         each_time()
         for side in [*sides[repeat % len(sides) :], *sides[: repeat % len(sides)]]:
+            side.decoded = 0, 0.0
             side.speeds.append(_speed(side, prompts))
+            tokens, seconds = side.decoded
+            if seconds:
+                side.decode_speeds.append(tokens / seconds)
 
 
 def _speed(side: Side, prompts: Sequence[list[int]]) -> float:
