@@ -28,7 +28,7 @@ LARGEST = {"int8": 127, "int4": 7}
 #: scales tried for int4, as shares of the one that keeps the largest value: rounding the rest better may be worth more
 INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 #: elements of a matrix that are quantised, or made float32 again, at once: bounds what that takes beside the matrix
-PIECE_ELEMENTS = 1 << 20
+PIECE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
