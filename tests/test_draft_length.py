@@ -123,8 +123,8 @@ def play(
 def test_a_useless_drafter_costs_less_than_three_percent(costs: RoundCosts, tokens: int) -> None:
     seconds, lengths = play(costs, [0.0] * LONGEST, tokens)
     assert seconds <= (1 + LOSS_SHARE + LOSS_ROUNDS / tokens) * tokens * costs.seconds[0] + 1e-9
-    assert LOSS_SHARE + LOSS_ROUNDS / 100 < 0.03 and LOSS_SHARE + LOSS_ROUNDS / 50 <= 0.03
-    assert any(lengths[100:]) or tokens <= 100, "it looks again now and then"
+    assert LOSS_SHARE + LOSS_ROUNDS / 50 < 0.03
+    assert any(lengths[200:]) or tokens <= 300, "it looks again now and then"
 
 
 @given(st.lists(st.integers(0, LONGEST), min_size=1, max_size=300), st.floats(0.01, 2.0))
@@ -140,6 +140,20 @@ def test_no_drafter_however_hostile_costs_more(accepts: list[int], step: float) 
         seconds += costs.seconds[drafted]
         committed += accepted + 1
         assert seconds <= committed * (1 + LOSS_SHARE) + LOSS_ROUNDS + 1e-9
+
+
+def test_the_bound_is_kept_in_measured_time() -> None:
+    """Drafts that take four times what was measured: the first rounds are overspent, what is seen at looks is not."""
+    costs = RoundCosts({0: 1.0, LONGEST: 1.0 + 0.2 * LONGEST})
+    policy, seconds = DraftLength(costs), 0.0
+    for tokens in range(1, 1001):
+        drafted = policy.choose().longest
+        took = 1.0 + 0.8 * drafted
+        policy.record(drafted, 0, seconds=took)
+        costs.note(drafted, took)
+        seconds += took
+        assert seconds <= tokens * (1 + LOSS_SHARE) + LOSS_ROUNDS + 4.0
+    assert seconds <= 1.02 * 1000
 
 
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])

@@ -24,7 +24,8 @@ NEIGHBOUR_ROUNDS = 6.0
 #: weight of a round against the next one's: text changes, and what was accepted long ago says little
 DECAY = 0.98
 #: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
-LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.015
+LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.01
+PLAIN_WEIGHT = 0.1
 #: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
 PLAN_ROUNDS = 8
 #: plain rounds in a row, at most, before drafting is looked at again
@@ -141,6 +142,7 @@ class DraftLength:
     accepted: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     calibration: Calibration = field(default_factory=Calibration)
     allowance: float = LOSS_ROUNDS  # what drafting may still lose, in plain rounds
+    plain_seconds: float = 0.0  # of this sequence's plain rounds, recent ones most; 0 before the first
     plan: Plan = PLAIN
     rounds: int = 0  # rounds with drafts
     planned: int = -1  # how many of them there were when the plan was made
@@ -192,14 +194,26 @@ class DraftLength:
         self.pause = max(0, min(math.ceil(loss / LOSS_SHARE), LONGEST_PAUSE) - 1)
         return PLAIN
 
-    def record(self, drafted: int, accepted: int, confidences: Sequence[float] = ()) -> None:
-        """Note a round, and how sure the drafter was of each draft if that is known."""
+    def record(self, drafted: int, accepted: int, confidences: Sequence[float] = (), seconds: float = 0.0) -> None:
+        """Note a round, how sure the drafter was of each draft if that is known, and what it took if that is."""
         self.allowance += LOSS_SHARE
         if not drafted:
+            old = self.plain_seconds or seconds
+            self.plain_seconds = old + PLAIN_WEIGHT * (min(seconds, 2 * old) - old)
             return
         self.rounds += 1
-        self.allowance += (1 + LOSS_SHARE) * accepted - self.costs.loss(drafted)
+        self.allowance += (1 + LOSS_SHARE) * accepted - self._loss(drafted, seconds)
         for i in range(min(drafted, accepted + 1, LONGEST)):
             self.reached[i] = DECAY * self.reached[i] + 1
             self.accepted[i] = DECAY * self.accepted[i] + (accepted > i)
         self.calibration.learn(confidences, accepted)
+
+    def _loss(self, drafted: int, seconds: float) -> float:
+        """What a round took longer than a plain one, in plain rounds: what its length costs, or at a look what it did.
+
+        A drafter that is seldom asked finds the processor's caches full of other things. A hiccup counts for one round.
+        """
+        expected = self.costs.loss(drafted)
+        if self.plan.longest or not seconds or not self.plain_seconds:
+            return expected
+        return max(expected, min(seconds / self.plain_seconds - 1, expected + 1))

@@ -28,8 +28,8 @@ from gemma_mtp.ops.native import module
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
 VERSION = 1
-#: costs older than this are measured anew: the machine may have been busy then
-MAX_AGE_SECONDS = 7 * 24 * 3600.0
+#: costs older than a day are measured anew: the machine may have been busy then
+MAX_AGE_SECONDS = 24 * 3600.0
 
 log = logging.getLogger(__name__)
 Key = dict[str, str | int]

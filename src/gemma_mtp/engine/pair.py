@@ -181,7 +181,7 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         seconds = time.perf_counter() - started
         result.decode_seconds += seconds
         if policy is not None:
-            policy.record(played.drafted, played.accepted, played.confidences)
+            policy.record(played.drafted, played.accepted, played.confidences, seconds)
             policy.costs.note(played.drafted, seconds)
 
 
