@@ -14,7 +14,8 @@ from sides import Side
 def report(sides: Sequence[Side], bandwidth: float, run: dict[str, Any]) -> dict[str, Any]:
     """Machine, versions, settings of the run, and each side's speed, ratios, share of its floor."""
     plain = sides[0]
-    peers = {name: _first(sides, name) for name in ("transformers", "llama.cpp")}
+    ways = [(name, way) for name in ("transformers", "llama.cpp") for way in ("plain", "drafted")]
+    peers = {f"{name}_{way}": _first(sides, name, way) for name, way in ways}
     rows = []
     for side in sides:
         floor = side.floor(bandwidth)
@@ -25,7 +26,7 @@ def report(sides: Sequence[Side], bandwidth: float, run: dict[str, Any]) -> dict
                 "spread": [min(side.speeds), max(side.speeds)],
                 "ratio_to_plain": side.ratio_to(plain),
                 "decode_ratio_to_plain": side.decode_ratio_to(plain),
-                **{f"ratio_to_{name}_plain": side.ratio_to(peer) if peer else None for name, peer in peers.items()},
+                **{f"ratio_to_{name}": side.ratio_to(peer) if peer else None for name, peer in peers.items()},
                 "mean_acceptance_length": side.acceptance_length,
                 "mean_drafts": side.drafts,
                 "floor_tokens_per_second": floor,
@@ -36,8 +37,8 @@ def report(sides: Sequence[Side], bandwidth: float, run: dict[str, Any]) -> dict
     return {**describe(), **run, "read_gigabytes_per_second": bandwidth / 1e9, "sides": rows}
 
 
-def _first(sides: Sequence[Side], name: str) -> Side | None:
-    return next((side for side in sides if side.name.startswith(name) and side.name.endswith("plain")), None)
+def _first(sides: Sequence[Side], name: str, way: str) -> Side | None:
+    return next((side for side in sides if side.name.startswith(name) and f", {way}" in side.name), None)
 
 
 def show(content: dict[str, Any]) -> None:
@@ -48,6 +49,7 @@ def show(content: dict[str, Any]) -> None:
         "decode": lambda row: _ratio(row["decode_ratio_to_plain"]),
         "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
         "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
+        "to its drafting": lambda row: _ratio(row["ratio_to_llama.cpp_drafted"]),
         "drafts": lambda row: _number(row["mean_drafts"]),
         "tokens a round": lambda row: _number(row["mean_acceptance_length"]),
         "of floor": lambda row: "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
@@ -59,7 +61,7 @@ def show(content: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for row in content["sides"]:
         table.add_row(row["side"], *(text(row) for text in columns.values()))
-    console = Console(width=150)
+    console = Console(width=180)
     console.print(table, highlight=False)
     console.print(_footer(content), highlight=False, soft_wrap=True)
 
