@@ -38,9 +38,9 @@ from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training import data
 
 TYPES = (
-    "float32", "bfloat16", "int8", "int4", "target=int4", "embeddings=int8", "embeddings=int4",
-    "target=int4,embeddings=int4", "drafter=int4", "drafter-head=int4",
-    "int4,drafter=int4,drafter-head=int4", "int4,embeddings=int4,drafter=int4,drafter-head=int4",
+    "float32", "bfloat16", "int8", "int4", "int4,embeddings=int4",
+    "embeddings=int8", "embeddings=int4", "target=int4",
+    "drafter=int8,drafter-head=int8", "drafter=int4", "drafter-head=int4",
 )  # fmt: skip
 DRAFT_TOKENS = 4
 TEMPERATURES = (0.0, 1.0)

@@ -19,7 +19,7 @@ PROMPTS = [text for _, text in read_prompts(bundled_directory() / "heldout_promp
 
 
 #: dtypes, and what is quantised of bfloat16 weights; the last mixes dense and quantised matrices in both models
-WEIGHTS = {"float32": None, "bfloat16": None, "int8": "int8", "int4": "int4,drafter=int4,drafter-head=int4",
+WEIGHTS = {"float32": None, "bfloat16": None, "int8": "int8", "int4": "int4",
            "mixed": "target=int8,embeddings=int4,drafter-head=int8"}  # fmt: skip
 
 

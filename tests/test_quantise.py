@@ -44,7 +44,7 @@ from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
-KINDS = ["int8", "int4", "int4,embeddings=int4,drafter=int4,drafter-head=int4", "embeddings=int8,drafter=int4"]
+KINDS = ["int8", "int4", "int4,embeddings=int4", "embeddings=int8,drafter=int4,drafter-head=int8"]
 
 
 def quantised_target(config: TextConfig, kinds: str, seed: int = 0) -> Target:

@@ -40,8 +40,9 @@ FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
 INTEGER_DTYPES = {"I64": 8, "I32": 4}
 #: safetensors' names of what quantised matrices are stored as
 QUANTISED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
-#: a quantised matrix is stored under the official name, and its scales under the same with this at its end
-SCALES = "_scale"
+#: a quantised matrix is stored under the official name, and its scales under the same with this at its end, which no
+#: official name has (a router's per_expert_scale comes near)
+SCALES = "_scales"
 
 _Model = TypeVar("_Model", Target, Drafter)
 
