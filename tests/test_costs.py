@@ -16,6 +16,7 @@ from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.costs import measure_costs, round_costs
+from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.ops.native import module, set_threads
 
 KEY: Key = {"processor": "one", "threads": 2}
@@ -140,6 +141,17 @@ def test_the_key_tells_pairs_and_ways_to_run_them_apart(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "__version__", "0.0")
     others.append(cost_key(*agreeing_pair()))
     assert len({json.dumps(each, sort_keys=True) for each in [key, *others]}) == len(others) + 1
+
+
+@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+def test_the_key_tells_weight_types_apart() -> None:
+    keys = []
+    for quantize in (None, "int8", "int4"):
+        pair = load_pair(quantize=quantize)  # type: ignore[arg-type]
+        assert pair.drafter is not None
+        keys.append(cost_key(pair.target, pair.drafter))
+    assert len({key["target"] for key in keys}) == 3
+    assert len({key["drafter"] for key in keys}) >= 2, "int4 leaves the drafter as int8 does"
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
