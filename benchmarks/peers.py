@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -86,6 +87,7 @@ def start(name: str, decoder: str, options: Mapping[str, object], prompt: list[i
 def _launched(name: str, wait: str, command: list[str]) -> Peer:
     environment = {**os.environ, "OMP_WAIT_POLICY": wait}
     popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    atexit.register(popen.kill)  # a stopped process would stay
     return Peer(name, wait, popen)
 
 

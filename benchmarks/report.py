@@ -1,8 +1,14 @@
-"""A run's figures as plain values, and as a table."""
+"""A run's figures as plain values, and as a table.
+
+python benchmarks/report.py RUN.json ...        # what `decode.py --json` wrote, as Markdown
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from machine import describe
@@ -41,29 +47,48 @@ def _first(sides: Sequence[Side], name: str, way: str) -> Side | None:
     return next((side for side in sides if side.name.startswith(name) and f", {way}" in side.name), None)
 
 
+#: of a row of a report
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+    "spread": lambda row: f"{row['spread'][0]:.0f}-{row['spread'][1]:.0f}",
+    "to plain": lambda row: _ratio(row["ratio_to_plain"]),
+    "decode": lambda row: _ratio(row["decode_ratio_to_plain"]),
+    "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
+    "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
+    "to its drafting": lambda row: _ratio(row["ratio_to_llama.cpp_drafted"]),
+    "drafts": lambda row: _number(row["mean_drafts"]),
+    "tokens a round": lambda row: _number(row["mean_acceptance_length"]),
+    "of floor": lambda row: "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
+    "same tokens": lambda row: "yes" if row["identical_to_plain"] else "NO",
+}
+
+
 def show(content: dict[str, Any]) -> None:
-    columns = {
-        "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
-        "spread": lambda row: f"{row['spread'][0]:.0f}-{row['spread'][1]:.0f}",
-        "to plain": lambda row: _ratio(row["ratio_to_plain"]),
-        "decode": lambda row: _ratio(row["decode_ratio_to_plain"]),
-        "to transformers": lambda row: _ratio(row["ratio_to_transformers_plain"]),
-        "to llama.cpp": lambda row: _ratio(row["ratio_to_llama.cpp_plain"]),
-        "to its drafting": lambda row: _ratio(row["ratio_to_llama.cpp_drafted"]),
-        "drafts": lambda row: _number(row["mean_drafts"]),
-        "tokens a round": lambda row: _number(row["mean_acceptance_length"]),
-        "of floor": lambda row: "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
-        "same tokens": lambda row: "yes" if row["identical_to_plain"] else "NO",
-    }
+    heads, rows = cells(content)
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in content["sides"]:
-        table.add_row(row["side"], *(text(row) for text in columns.values()))
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for row in rows:
+        table.add_row(*row)
     console = Console(width=180)
     console.print(table, highlight=False)
     console.print(_footer(content), highlight=False, soft_wrap=True)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table as it stands in the docs."""
+    heads, rows = cells(content)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + _footer(content)
+
+
+def cells(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a report's table, without columns in which nothing stands."""
+    sides = content["sides"]
+    columns = {"": [side["side"] for side in sides]}
+    columns |= {head: [text(side) for side in sides] for head, text in COLUMNS.items()}
+    kept = {head: column for head, column in columns.items() if any(column)}
+    return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
 
 
 def _footer(content: dict[str, Any]) -> str:
@@ -90,3 +115,8 @@ def _ratio(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        print(markdown(json.loads(Path(file).read_text(encoding="utf-8"))), end="\n\n")
