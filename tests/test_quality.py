@@ -56,9 +56,8 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         quality.set_threads(threads)
     full, quantised = json.loads(out.read_text())
     assert (full["types"], quantised["types"]) == ("float32", "int4")
-    assert (
-        full["target_bytes"] > 6 * quantised["target_bytes"] and full["drafter_bytes"] > 3 * quantised["drafter_bytes"]
-    )
+    assert full["target_bytes"] > 4 * quantised["target_bytes"]
+    assert full["drafter_bytes"] > 3 * quantised["drafter_bytes"]
     assert 0 < abs(full["nats_per_token"] - quantised["nats_per_token"]) < 0.5
     assert set(full["acceptance_length"]) == {"0.0", "1.0"}
     assert "int4" in capsys.readouterr().out

@@ -114,10 +114,8 @@ def test_the_files_of_a_copy(saved: Path, copied: Path) -> None:
     assert after == before
     tensors = load_file(copied / "target" / SINGLE)
     assert (tensors[Q_PROJ].dtype, tensors[Q_PROJ].shape) == (torch.uint8, (64, 32))
-    assert (tensors[Q_PROJ + checkpoint.SCALES].dtype, tensors[Q_PROJ + checkpoint.SCALES].shape) == (
-        torch.float32,
-        (64, 2),
-    )
+    scales = tensors[Q_PROJ + checkpoint.SCALES]
+    assert (scales.dtype, scales.shape) == (torch.float32, (64, 2))
 
 
 def test_inspect_counts_weights_and_bytes(saved: Path, copied: Path) -> None:
