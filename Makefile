@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: demo test slow check sanitize docs format pair bench clean
+.PHONY: demo test slow check sanitize docs format pair bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
@@ -42,6 +42,13 @@ pair: $(VENV)/.core        ## train the bundled pair from scratch (about two hou
 bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
 	$(BIN)/python benchmarks/decode.py
 
+peers: $(VENV)/.bench ## the same beside llama.cpp too, and a pair of 112 M parameters in three weight types
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py --pair small
+	$(BIN)/python benchmarks/decode.py --pair small --quantize int8 --peers llama.cpp
+	$(BIN)/python benchmarks/decode.py --pair small --quantize int4 --peers llama.cpp
+	$(BIN)/python benchmarks/decode.py --pair small --acceptance 0 --draft-tokens auto --peers
+
 clean:
 	rm -rf $(VENV) build dist
 
@@ -55,3 +62,8 @@ $(VENV)/.core: $(SET_UP) | $(VENV)/bin/python
 $(VENV)/.dev: $(SET_UP) | $(VENV)/bin/python
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.core $@
+
+# builds llama.cpp for this machine's processor, which takes many minutes
+$(VENV)/.bench: $(VENV)/.dev
+	$(INSTALL) -e '.[bench]'
+	@touch $@

@@ -1,191 +1,112 @@
-"""Decode speed at batch 1: ours plain and drafted, beside transformers plain and assisted, on one checkpoint.
+"""Decode speed at batch 1: ours plain and drafted, beside transformers and llama.cpp, on the same weights.
 
-    python benchmarks/decode.py                                   # the bundled pair, held-out Python, greedy
+    python benchmarks/decode.py                             # the bundled pair, held-out Python, greedy
+    python benchmarks/decode.py --pair small                # 112 M random parameters, a drafter that always agrees
+    python benchmarks/decode.py --pair small --quantize int8
+    python benchmarks/decode.py --pair small --acceptance 0.9 0.7 0.5 0 --draft-tokens auto --peers
+    python benchmarks/decode.py --pair e2b                  # E2B's geometry: 10 GB of disk and of memory
     python benchmarks/decode.py --target T --drafter D --token-ids
+    python benchmarks/decode.py --useless-drafter --draft-tokens auto --peers --max-tokens 100
 
 Every repetition runs every side over the same prompts, in rotated order; a side's figure is the median over the
-repetitions of tokens per second of wall time, prefill included. Beside it: the floor, which is the time to read once,
-at the bandwidth measured in the same process, the weights a decode step needs.
+repetitions of tokens per second of wall time, prefill included. A side's floor is the speed at which its rounds would
+take as long as reading once, at the bandwidth measured between the repetitions, the weights their steps need.
 """
 
 from __future__ import annotations
 
+import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
+
 import argparse
+import importlib.util
 import json
-import platform
+import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from machine import CpuClock, read_bandwidth
+from ours import our_side, unreliable, useless_drafter
+from pairs import cache_directory, written_pair
+from peers import Peer, llama_cpp_peer, transformers_peer
+from report import report, show
+from sides import Side, measure
 
-from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp import load_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
-from gemma_mtp.model.target import Target
+from gemma_mtp.ops.native import set_threads
 
-BANDWIDTH_BYTES = 512 << 20
-
-
-@dataclass
-class Side:
-    """One way to decode: prompt token ids in, output token ids out."""
-
-    name: str
-    run: Callable[[list[int]], list[int]]
-    speeds: list[float] = field(default_factory=list)
-    outputs: list[list[int]] = field(default_factory=list)
-    acceptance_length: float | None = None
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second, median over the repetitions."""
-        return statistics.median(self.speeds)
-
-
-def ours(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    lengths: list[float] = []
-
-    def run(prompt: list[int]) -> list[int]:
-        result = pair.generate(prompt, params, draft_tokens=draft_tokens)
-        lengths.append(result.mean_acceptance_length)
-        side.acceptance_length = statistics.mean(lengths)
-        return result.token_ids
-
-    side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)
-    return side
+#: the other programs, by the package that brings them
+PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
+INSTALLED = [name for name, package in PEERS.items() if importlib.util.find_spec(package)]
+#: what is measured of each pair where the command line does not say, in about a minute
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bundled": {
+        "draft_tokens": [2, 3, 4, 6, "auto"], "acceptance": [], "peers": INSTALLED, "prompts": 4, "max_tokens": 128,
+        "repeats": 5,
+    },
+    "small": {
+        "draft_tokens": [3, 4, "auto"], "acceptance": [1.0, 0.8], "peers": INSTALLED, "prompts": 1, "max_tokens": 96,
+        "repeats": 5,
+    },
+    "mid": {
+        "draft_tokens": [3, 4, "auto"], "acceptance": [1.0, 0.8], "peers": [], "prompts": 1, "max_tokens": 64,
+        "repeats": 3,
+    },
+    "e2b": {
+        "draft_tokens": [2, 4, 6, "auto"], "acceptance": [1.0, 0.8], "peers": [], "prompts": 1, "max_tokens": 32,
+        "repeats": 3,
+    },
+}  # fmt: skip
+#: the GGUF type that holds the same weights
+GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-def transformers_sides(
-    target: Path, drafter: Path, dtype: torch.dtype, draft_tokens: int, max_tokens: int
-) -> list[Side]:
-    """Hugging Face's own generate, without end-of-sequence so that all sides write as many tokens."""
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    transformers.logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-    assistant = AutoModelForCausalLM.from_pretrained(drafter, dtype=dtype).eval()
-    for each in (model, assistant):
-        each.generation_config.eos_token_id = None
-    assistant.generation_config.num_assistant_tokens = draft_tokens
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-
-    def side(name: str, **options: Any) -> Side:
-        def run(prompt: list[int]) -> list[int]:
-            ids = torch.tensor([prompt])
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, **options
-            )
-            return out[0, len(prompt) :].tolist()
-
-        return Side(name, run)
-
-    return [
-        side("transformers plain"),
-        side(f"transformers assisted, K = {draft_tokens}", assistant_model=assistant),
-    ]
+def directories(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Of the target and the drafter that are measured."""
+    if args.target is not None:
+        return args.target, args.drafter
+    if args.pair == "bundled":
+        return bundled_directory() / "target", bundled_directory() / "drafter"
+    return written_pair(args.pair, args.cache)
 
 
-def measure(sides: Sequence[Side], prompts: Sequence[list[int]], repeats: int) -> None:
-    """A warm-up of each side, then `repeats` rounds over all sides, beginning with another one each time."""
-    for side in sides:
-        side.run(prompts[0])
-    for repeat in range(repeats):
-        for side in [*sides[repeat % len(sides) :], *sides[: repeat % len(sides)]]:
-            started = time.perf_counter()
-            outputs = [side.run(prompt) for prompt in prompts]
-            seconds = time.perf_counter() - started
-            side.speeds.append(sum(map(len, outputs)) / seconds)
-            side.outputs = outputs
+def prompts_for(pair: Pair, args: argparse.Namespace) -> list[list[int]]:
+    if args.pair != "bundled" or args.token_ids:
+        generator = torch.Generator().manual_seed(0)
+        high = pair.target.config.vocab_size
+        return torch.randint(3, high, (args.prompts, args.prompt_tokens), generator=generator).tolist()
+    examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
+    return [example.token_ids(pair.tokenizer) for example in examples]
 
 
-def read_bandwidth(repeats: int = 7) -> float:
-    """Bytes a second at which this process reads memory: the best of several sums over half a gigabyte."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        buffer.sum()
-        seconds.append(time.perf_counter() - started)
-    return BANDWIDTH_BYTES / min(seconds)
+def our_sides(pair: Pair, args: argparse.Namespace) -> list[Side]:
+    """Plain, and every draft length at every acceptance asked for (none: the drafter's own)."""
+    sides = [our_side(pair, 0, args.max_tokens)]
+    for acceptance in args.acceptance or [None]:
+        drafting = pair if acceptance in (None, 1.0) else unreliable(pair, acceptance)
+        for length in args.draft_tokens:
+            side = our_side(drafting, length, args.max_tokens)
+            side.name += "" if acceptance is None else f", acceptance {acceptance:g}"
+            sides.append(side)
+    return sides
 
 
-def step_bytes(target: Target, dtype: torch.dtype) -> int:
-    """Weight bytes one decode step reads: all matrices, the tied table once as the head; one row of the others."""
-    config = target.config
-    with torch.device("meta"):
-        tensors = Target(config).checkpoint_tensors()
-    gathered = {"model.embed_tokens_per_layer.weight"}
-    if not config.tie_word_embeddings:
-        gathered.add("model.embed_tokens.weight")
-    count = sum(tensor.numel() for name, tensor in tensors.items() if name not in gathered)
-    if config.enable_moe_block:
-        experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
-        count -= experts * (config.num_experts - config.top_k_experts) // config.num_experts
-    return count * dtype.itemsize
+def start_peers(target: Path, drafter: Path, prompts: list[list[int]], args: argparse.Namespace) -> list[Peer]:
+    """The other programs asked for, on the same weights."""
+    started = []
+    if "transformers" in args.peers:
+        started.append(transformers_peer(target, drafter, args.dtype, args.threads, prompts[0]))
+    if "llama.cpp" in args.peers:
+        from gguf_pair import gguf_pair
 
-
-def report(sides: Sequence[Side], floor_speed: float, bandwidth: float, args: argparse.Namespace) -> dict[str, Any]:
-    """The run as plain values: machine, versions, speeds, ratios to our plain and to transformers plain."""
-    plain = next(side for side in sides if side.name == "plain")
-    peer = next((side for side in sides if side.name == "transformers plain"), None)
-    rows = [
-        {
-            "side": side.name,
-            "tokens_per_second": side.speed,
-            "spread": [min(side.speeds), max(side.speeds)],
-            "ratio_to_plain": side.speed / plain.speed,
-            "ratio_to_transformers_plain": None if peer is None else side.speed / peer.speed,
-            "mean_acceptance_length": side.acceptance_length,
-            "identical_to_plain": side.outputs == plain.outputs,
-        }
-        for side in sides
-    ]
-    return {
-        "machine": processor(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "dtype": args.dtype, "prompts": args.prompts, "max_tokens": args.max_tokens,
-        "repeats": args.repeats, "read_gigabytes_per_second": bandwidth / 1e9,
-        "plain_floor_tokens_per_second": floor_speed, "share_of_floor": plain.speed / floor_speed, "sides": rows,
-    }  # fmt: skip
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} ({len(names)} cores)" if names else platform.processor()
-
-
-def show(content: dict[str, Any]) -> None:
-    console = Console(width=110)
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "tokens/s", "to plain", "to transformers", "acceptance length", "same tokens"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for row in content["sides"]:
-        peer, length = row["ratio_to_transformers_plain"], row["mean_acceptance_length"]
-        table.add_row(
-            row["side"], f"{row['tokens_per_second']:.1f}", f"{row['ratio_to_plain']:.2f}x",
-            "" if peer is None else f"{peer:.2f}x", "" if length is None else f"{length:.2f}",
-            "yes" if row["identical_to_plain"] else "NO",
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        f"{content['machine']}, {content['threads']} threads, torch {content['torch']}, {content['dtype']},"
-        f" {content['prompts']} prompts of {content['max_tokens']} new tokens, median of {content['repeats']}\n"
-        f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights allows"
-        f" {content['plain_floor_tokens_per_second']:.0f} tokens/s plain;"
-        f" plain reaches {content['share_of_floor']:.0%}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        kind = GGUF_TYPES[args.quantize or args.dtype]
+        files = gguf_pair(target, drafter, kind, args.cache)
+        started.append(llama_cpp_peer(files, kind, args.threads, prompts, args.max_tokens))
+    return started
 
 
 def _length(text: str) -> DraftTokens:
@@ -194,41 +115,68 @@ def _length(text: str) -> DraftTokens:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    bundled = bundled_directory()
-    parser.add_argument("--target", type=Path, default=bundled / "target")
-    parser.add_argument("--drafter", type=Path, default=bundled / "drafter")
-    parser.add_argument("--draft-tokens", type=_length, nargs="+", default=[2, 3, 4, 6, "auto"], help="auto or numbers")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of both sides")
-    parser.add_argument("--prompts", type=int, default=4, help="how many of the held-out prompts")
+    parser.add_argument("--pair", choices=DEFAULTS, default="bundled", help="random ones are made once")
+    parser.add_argument("--target", type=Path, help="a checkpoint instead, with --drafter")
+    parser.add_argument("--drafter", type=Path)
+    parser.add_argument("--cache", type=Path, default=cache_directory(), help="for random pairs and GGUF files")
+    parser.add_argument("--draft-tokens", type=_length, nargs="+", help="auto or numbers")
+    parser.add_argument("--acceptance", type=float, nargs="*", help="simulated, for a random pair; 1: its own")
+    parser.add_argument("--useless-drafter", action="store_true", help="random weights in place of the drafter's")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of every side")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours, beside the like of it in llama.cpp")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: those that are installed")
+    parser.add_argument("--peer-draft-tokens", type=int, default=3)
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="length of random prompts")
     parser.add_argument("--token-ids", action="store_true", help="random prompts, for a target without tokenizer")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in DEFAULTS[args.pair].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if (args.target is None) != (args.drafter is None):
+        parser.error("--target and --drafter go together")
+    if args.acceptance and (args.pair == "bundled" or args.target):
+        parser.error("--acceptance needs a pair that always agrees: --pair small, mid or e2b")
+    return args
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    torch.set_num_threads(args.threads)
-    pair = load_pair(args.target, args.drafter, dtype=args.dtype, device="cpu")
-    if args.token_ids:
-        generator = torch.Generator().manual_seed(0)
-        high = pair.target.config.vocab_size
-        prompts = torch.randint(3, high, (args.prompts, 64), generator=generator).tolist()
-    else:
-        examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
-        prompts = [example.token_ids(pair.tokenizer) for example in examples]
-    sides = [ours(pair, k, args.max_tokens) for k in (0, *args.draft_tokens)]
-    if not args.no_transformers:
-        sides += transformers_sides(args.target, args.drafter, DTYPES[args.dtype], 4, args.max_tokens)
-    measure(sides, prompts, args.repeats)
-    bandwidth = read_bandwidth()
-    content = report(sides, bandwidth / step_bytes(pair.target, DTYPES[args.dtype]), bandwidth, args)
+def measured(pair: Pair, target: Path, drafter: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure our sides and the peers' in one run, and report it."""
+    prompts = prompts_for(pair, args)
+    peers = start_peers(target, drafter, prompts, args)
+    sides = our_sides(pair, args)
+    sides += [peer.side(length, args.max_tokens) for peer in peers for length in (0, args.peer_draft_tokens)]
+    bandwidths: list[float] = []
+    clock = CpuClock([os.getpid(), *(peer.popen.pid for peer in peers)])
+    try:
+        measure(sides, prompts, args.repeats, lambda: bandwidths.append(read_bandwidth(3)))
+        elsewhere = clock.share_elsewhere()
+    finally:
+        for peer in peers:
+            peer.close()
+    run = {
+        "pair": str(args.target or args.pair), "weights": args.quantize or args.dtype, "prompts": args.prompts,
+        "max_tokens": args.max_tokens, "repeats": args.repeats, "cpu_share_elsewhere": elsewhere,
+        "peers": {peer.name: peer.about for peer in peers},
+    }  # fmt: skip
+    return report(sides, statistics.median(bandwidths), run)
+
+
+def main(args: argparse.Namespace) -> None:
+    set_threads(args.threads)
+    target, drafter = directories(args)
+    quantised = {} if args.quantize is None else {"quantize": args.quantize}
+    pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
+    if args.useless_drafter:
+        pair.drafter = useless_drafter(pair)
+    content = measured(pair, target, drafter, args)
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     show(content)
-    return content
 
 
 if __name__ == "__main__":

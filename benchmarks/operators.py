@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from decode import processor, read_bandwidth
+from machine import processor, read_bandwidth
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp.ops.linear import can_pack, pack, packed_linear
 from gemma_mtp.ops.native import Memory, module
+from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, quantise
+from gemma_mtp.weight_types import QUANTISATIONS
 
 #: copies of each weight, used in turn: together larger than any cache
 WORKING_SET_BYTES = 256 << 20
@@ -35,7 +37,8 @@ class Operator:
     name: str
     weight_bytes: int
     call: Callable[[int, Tensor], Tensor]  # (which copy, x) -> y
-    copies: list[Tensor]
+    copies: int
+    kept: object  # what the call reads
     seconds: dict[int, list[float]] = field(default_factory=dict)
 
     def median(self, rows: int) -> float:
@@ -46,29 +49,37 @@ def copies_of(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(max(2, WORKING_SET_BYTES // (weight.numel() * weight.element_size())))]
 
 
-def native_operator(isa: str, weight_NK: Tensor) -> Operator:
-    memory, copies = Memory(), copies_of(weight_NK)
-    weights = [memory.matrix(copy) for copy in copies]
+def native_operator(isa: str, name: str, weight_NK: Weight) -> Operator:
+    """Scales of quantised weights count as bytes read, as they are."""
+    memory, rows = Memory(), weight_NK.shape[0]
+    count = max(2, WORKING_SET_BYTES // weight_NK.nbytes)
+    weights = [memory.matrix(copy_of(weight_NK)) for _ in range(count)]
 
     def call(i: int, x_MK: Tensor) -> Tensor:
-        out = torch.empty(x_MK.shape[0], weight_NK.shape[0])
+        out = torch.empty(x_MK.shape[0], rows)
         module().linear(isa, weights[i], x_MK.data_ptr(), x_MK.shape[0], out.data_ptr())
         return out
 
-    size = weight_NK.numel() * weight_NK.element_size()
-    return Operator(f"native {isa} {str(weight_NK.dtype)[6:]}", size, call, copies)
+    return Operator(f"native {isa} {name}", weight_NK.nbytes, call, count, memory)
+
+
+def copy_of(weight: Weight) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.clone()
+    return QuantisedMatrix(weight.kind, weight.data.clone(), weight.scales.clone())
 
 
 def torch_operators(weight_NK: Tensor) -> list[Operator]:
     copies, size = copies_of(weight_NK), weight_NK.numel() * weight_NK.element_size()
     name, dtype = str(weight_NK.dtype)[6:], weight_NK.dtype
-    plain = Operator(f"F.linear {name}", size, lambda i, x: F.linear(x.to(dtype), copies[i]), copies)
+    count = len(copies)
+    plain = Operator(f"F.linear {name}", size, lambda i, x: F.linear(x.to(dtype), copies[i]), count, copies)
     if not can_pack(weight_NK):
         return [plain]
     packed = [pack(copy) for copy in copies]
     return [
         plain,
-        Operator(f"oneDNN packed {name}", size, lambda i, x: packed_linear(x.to(dtype), packed[i]), packed),
+        Operator(f"oneDNN packed {name}", size, lambda i, x: packed_linear(x.to(dtype), packed[i]), count, packed),
     ]
 
 
@@ -81,7 +92,7 @@ def measure(operators: list[Operator], rows: list[int], columns: int, repeats: i
             for operator in operators:
                 turn += 1
                 started = time.perf_counter()
-                operator.call(turn % len(operator.copies), inputs[M])
+                operator.call(turn % operator.copies, inputs[M])
                 if repeat >= 2:
                     operator.seconds.setdefault(M, []).append(time.perf_counter() - started)
 
@@ -118,7 +129,10 @@ def main() -> None:
     weight = torch.randn(*args.shape)
     operators: list[Operator] = []
     for dtype in (torch.float32, torch.bfloat16):
-        operators += [native_operator(isa, weight.to(dtype)) for isa in args.isa] + torch_operators(weight.to(dtype))
+        dense = weight.to(dtype)
+        operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + torch_operators(dense)
+    for kind in QUANTISATIONS:
+        operators += [native_operator(isa, kind, quantise(weight, kind)) for isa in args.isa]
     measure(operators, args.rows, args.shape[1], args.repeats)
     show(operators, args.rows, read_bandwidth(), args)
 

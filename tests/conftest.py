@@ -18,6 +18,9 @@ if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators tha
     sys.modules["gemma_mtp._native"] = gemma_mtp._native = native  # type: ignore[attr-defined]
 
 
+os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Directories of a family's target and drafter, written once by transformers. "e2b" and "e4b" have centroids."""

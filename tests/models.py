@@ -10,13 +10,15 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gemma_mtp.checkpoint import save_drafter, save_target
+from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
+from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
 
 VOCAB = 61
@@ -29,6 +31,22 @@ TINY = TextConfig(
     sliding_window=8, num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=4,
     vocab_size_per_layer_input=VOCAB, final_logit_softcapping=30.0, max_position_embeddings=4096,
 )  # fmt: skip
+
+
+PLE = dataclasses.replace(
+    TINY, hidden_size=64, intermediate_size=128, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=32
+)
+#: wide enough to be quantised, but for rows of 96 and of 24 columns in "odd"
+WIDE: dict[str, TextConfig] = {
+    "ple": PLE,
+    "untied": dataclasses.replace(PLE, tie_word_embeddings=False),
+    "odd": dataclasses.replace(PLE, intermediate_size=96, hidden_size_per_layer_input=4),
+    "moe": dataclasses.replace(
+        PLE, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=0,
+        use_double_wide_mlp=False, attention_k_eq_v=True, enable_moe_block=True, num_experts=8, top_k_experts=2,
+        moe_intermediate_size=64,
+    ),
+}  # fmt: skip
 
 
 def random_target(seed: int = 0, config: TextConfig = TINY) -> Target:
@@ -48,6 +66,25 @@ def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = F
     if drafter.masked_embedding is not None:
         drafter.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB, generator=_generator(seed)))
     return drafter
+
+
+def wide_drafter(target: TextConfig, centroids: bool = False, seed: int = 1) -> Drafter:
+    """The same, wide enough that its matrices are quantised."""
+    drafter = random_drafter(dataclasses.replace(target, enable_moe_block=False), seed, centroids)
+    text = dataclasses.replace(
+        drafter.config.text, hidden_size=64, intermediate_size=128, enable_moe_block=False, tie_word_embeddings=True
+    )
+    config = dataclasses.replace(drafter.config, text=text)
+    wide = Drafter(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in wide.checkpoint_tensors().items():
+        assert isinstance(tensor, Tensor)
+        noise = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(
+            torch.randperm(VOCAB, generator=generator) if "ordering" in name
+            else 1 + 0.2 * noise if tensor.ndim == 1 else noise / tensor.shape[-1] ** 0.5
+        )  # fmt: skip
+    return wide
 
 
 def agreeing_pair(seed: int = 0) -> tuple[Target, Drafter]:
@@ -113,12 +150,14 @@ class Played:
     accepted: list[int]
     drafted: list[int]
     sequence: Sequence
+    confidences: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 @torch.inference_mode()
 def play(
     target: Target, drafter: Drafter | None, prompt: list[int], params: SamplingParams, draft_tokens: int,
     verification: Verification = "exact", chunk_rows: int = 512, after_round=lambda sequence: None,
+    stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
     sequence = open_sequence(target, len(prompt), params.max_tokens, draft_tokens, params)
@@ -126,10 +165,11 @@ def play(
     played = Played(list(tokens), [], [], sequence)
     while len(played.tokens) < params.max_tokens:
         drafts = min(draft_tokens, params.max_tokens - len(played.tokens) - 1)
-        output = play_round(target, drafter, sequence, drafts, verification)
+        output = play_round(target, drafter, sequence, drafts, verification, stop)
         played.tokens += output.token_ids
         played.accepted.append(output.accepted)
         played.drafted.append(output.drafted)
+        played.confidences.append(output.confidences)
         after_round(sequence)
     return played
 
@@ -148,6 +188,13 @@ def letters(directory: Path) -> Tokenizer:
     raw.decoder = decoders.ByteLevel()
     raw.save(str(directory / "tokenizer.json"))
     return Tokenizer.from_dir(directory)
+
+
+def same_weights(ours: dict[str, Weight], theirs: dict[str, Weight]) -> None:
+    ours, theirs = dict(stored_tensors(ours)), dict(stored_tensors(theirs))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
 
 
 def save_pair(root: Path, target: Target, drafter: Drafter) -> None:

@@ -61,9 +61,9 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:
     content = generate(capsys, PROMPT, "--max-tokens", "24", "--ignore-eos", "--draft-tokens", "4")
     assert list(content) == [
-        "prompt_token_ids", "token_ids", "text", "finish_reason", "draft_tokens", "verification", "rounds", "drafted",
-        "accepted", "accepted_by_position", "mean_acceptance_length", "prefill_seconds", "decode_seconds",
-        "tokens_per_second",
+        "prompt_token_ids", "token_ids", "text", "finish_reason", "draft_tokens", "verification", "rounds",
+        "rounds_by_drafts", "drafted", "accepted", "accepted_by_position", "mean_acceptance_length", "prefill_seconds",
+        "decode_seconds", "tokens_per_second",
     ]  # fmt: skip
     pair = load_pair()
     assert content["prompt_token_ids"] == pair.encode(PROMPT)
@@ -73,6 +73,8 @@ def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["draft_tokens"] == 4
     assert content["finish_reason"] == "length"
     assert 23 == content["rounds"] + content["accepted"]
+    assert sum(content["rounds_by_drafts"].values()) == content["rounds"]
+    assert sum(int(k) * rounds for k, rounds in content["rounds_by_drafts"].items()) == content["drafted"]
     assert content["tokens_per_second"] == pytest.approx(23 / content["decode_seconds"])
 
 

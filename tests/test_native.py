@@ -19,7 +19,8 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import Memory, module
-from gemma_mtp.ops.quantise import GROUPS, QUANTISATIONS, Quantisation, quantise
+from gemma_mtp.ops.quantise import quantise
+from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation
 
 native: Any = module()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
@@ -81,7 +82,7 @@ def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
     matrix, x = quantise(randn(N, K), kind), 3 * randn(40, K, seed=1)
     x[3] = 0
     memory = Memory()
-    weight = memory.quantised(matrix)
+    weight = memory.matrix(matrix)
     whole = linear(isa, weight, x, N)
     groups = x.view(40, -1, GROUPS[kind])
     scale = groups.abs().amax(-1, keepdim=True) / 127
@@ -115,9 +116,10 @@ def test_quantisation_rounds_to_the_nearest(kind: Quantisation) -> None:
 @pytest.mark.parametrize("kind", [None, *QUANTISATIONS])
 def test_gather(isa: str, kind: Quantisation | None) -> None:
     table, memory = randn(5, 128), Memory()
-    weight, exact = (memory.matrix(table, kind)), table if kind is None else quantise(table, kind).dequantise()
+    weight = table if kind is None else quantise(table, kind)
+    exact = table if kind is None else quantise(table, kind).dequantise()
     out = torch.empty(128)
-    native.gather(isa, weight, 3, 2.5, out.data_ptr())
+    native.gather(isa, memory.matrix(weight), 3, 2.5, out.data_ptr())
     assert torch.allclose(out, 2.5 * exact[3], rtol=1e-6)
 
 

@@ -303,7 +303,7 @@ def _our_drafts(target: Target, drafter: Drafter, prompt: Tensor, count: int) ->
 
     sequence = open_sequence(target, prompt.shape[1], 8, count, SamplingParams())
     prefill(target, sequence, prompt[0], 512)
-    return _draft(target, drafter, sequence, count, coupled=True).tokens_K.tolist()
+    return _draft(target, drafter, sequence, count, coupled=True, stop=None).tokens_K.tolist()
 
 
 def _their_drafts(target, drafter, prompt: Tensor, count: int) -> list[int]:  # type: ignore[no-untyped-def]

@@ -26,6 +26,8 @@ from gemma_mtp.config import (
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.weight_types import WeightTypes, parse_quantization_config, weight_types_to_hf
 
 logger = logging.getLogger("gemma_mtp")
 
@@ -36,6 +38,11 @@ MAPPED_BYTES = 32 << 20
 #: safetensors' names of the dtypes we load, and their size in bytes
 FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
 INTEGER_DTYPES = {"I64": 8, "I32": 4}
+#: safetensors' names of what quantised matrices are stored as
+QUANTISED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
+#: a quantised matrix is stored under the official name, and its scales under the same with this at its end, which no
+#: official name has (a router's per_expert_scale comes near)
+SCALES = "_scales"
 
 _Model = TypeVar("_Model", Target, Drafter)
 
@@ -85,6 +92,11 @@ def read_config(directory: str | Path) -> TargetConfig | DrafterConfig:
     return parse_drafter_config(raw) if is_drafter else parse_target_config(raw)
 
 
+def read_weight_types(directory: str | Path) -> WeightTypes:
+    """Which parts are stored quantised. Raises QuantisationError where another tool quantised them."""
+    return parse_quantization_config(read_json(_existing(directory) / "config.json").get("quantization_config"))
+
+
 def read_generation_config(directory: str | Path) -> GenerationDefaults:
     """Sampling defaults and end-of-sequence ids; a missing generation_config.json leaves those of config.json."""
     path = _existing(directory) / "generation_config.json"
@@ -120,23 +132,35 @@ def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def load_target(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Target:
+def stored_dtypes(directory: str | Path) -> set[str]:
+    """safetensors' names of the floating dtypes of a checkpoint's text tensors, scales of quantised ones left out."""
+    headers = text_headers(read_headers(directory)).items()
+    return {header.dtype for name, header in headers if header.dtype in FLOAT_DTYPES and not name.endswith(SCALES)}
+
+
+def load_target(
+    directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", types: WeightTypes | None = None
+) -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
-    Peak memory: the weights in `dtype`, plus 32 MB of mapped file. Raises CheckpointError or ConfigError.
+    `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so. Peak
+    memory: the weights as they are kept, plus 32 MB of mapped file and as much again where it is quantised. Raises
+    CheckpointError, ConfigError or QuantisationError.
     """
     config = read_target_config(directory)
     with torch.device("meta"):
         model = Target(config.text)
-    return _load(model, text_headers(read_headers(directory)), dtype, device)
+    return _load(model, directory, dtype, device, types or WeightTypes())
 
 
-def load_drafter(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Drafter:
-    """Load a drafter in inference mode; checks and errors as in `load_target`."""
+def load_drafter(
+    directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", types: WeightTypes | None = None
+) -> Drafter:
+    """Load a drafter in inference mode; the rest as in `load_target`."""
     config = read_drafter_config(directory)
     with torch.device("meta"):
         model = Drafter(config)
-    drafter = _load(model, read_headers(directory), dtype, device)
+    drafter = _load(model, directory, dtype, device, types or WeightTypes())
     head = drafter.masked_embedding
     if head is not None:
         expected = torch.arange(config.text.vocab_size, device=head.token_ordering.device)
@@ -153,15 +177,15 @@ def save_target(
 ) -> None:
     """Write a target in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
     prefix = "model." if "text" in config.model_type else "model.language_model."
-    named = {name.replace("model.", prefix, 1): tensor for name, tensor in model.checkpoint_tensors().items()}
-    _save(named, target_config_to_hf(config), directory, dtype)
+    named = {name.replace("model.", prefix, 1): weight for name, weight in model.checkpoint_tensors().items()}
+    _save(named, target_config_to_hf(config), model.weight_types, directory, dtype)
 
 
 def save_drafter(
     model: Drafter, config: DrafterConfig, directory: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a drafter in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
-    _save(model.checkpoint_tensors(), drafter_config_to_hf(config), directory, dtype)
+    _save(model.checkpoint_tensors(), drafter_config_to_hf(config), model.weight_types, directory, dtype)
 
 
 def read_json(path: Path) -> Any:
@@ -205,8 +229,7 @@ def text_headers(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]
     if not any(name.startswith(nested) for name in headers):
         return dict(headers)
     text = {name.replace(nested, "model.", 1): header for name, header in headers.items() if name.startswith(nested)}
-    if "lm_head.weight" in headers:
-        text["lm_head.weight"] = headers["lm_head.weight"]
+    text.update((name, header) for name, header in headers.items() if name.startswith("lm_head."))
     skipped = [header for name, header in headers.items() if not name.startswith((nested, "lm_head."))]
     if skipped:
         size = sum(header.nbytes for header in skipped) / 1e6
@@ -245,19 +268,39 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; copy the weights there.")
 
 
-def _load(model: _Model, headers: Mapping[str, TensorHeader], dtype: torch.dtype, device: torch.device | str) -> _Model:
-    check_headers(model.checkpoint_tensors(), headers)
-    model = model.to(dtype).to_empty(device=device)
-    views = model.checkpoint_tensors()
+def _load(
+    model: _Model, directory: str | Path, dtype: torch.dtype, device: torch.device | str, types: WeightTypes
+) -> _Model:
+    headers = text_headers(read_headers(directory))
+    model = model.to(dtype)
+    model.quantise_(read_weight_types(directory))
+    stored = stored_tensors(model.checkpoint_tensors())
+    check_headers(stored, headers)
+    model.quantise_(types)
+    model = model.to_empty(device=device)
+    views: dict[str, Weight] = {}
+    for name, weight in model.checkpoint_tensors().items():
+        views |= stored_tensors({name: weight}) if name + SCALES in stored else {name: weight}
     with torch.no_grad():
         for file in sorted({headers[name].file for name in views}):
             _copy_file(file, [name for name in views if headers[name].file == file], views, headers)
     return model.eval().requires_grad_(False)
 
 
-def check_headers(views: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]) -> None:
-    """Hold a checkpoint's tensors against the model's. Raises CheckpointError naming the first that does not fit."""
-    for name, view in views.items():
+def stored_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """The tensors a file holds of them: of a quantised matrix its data and its scales."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, QuantisedMatrix):
+            tensors |= {name: weight.data, name + SCALES: weight.scales}
+        else:
+            tensors[name] = weight
+    return tensors
+
+
+def check_headers(stored: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]) -> None:
+    """Hold a file's tensors against what it should hold. Raises CheckpointError naming the first that does not fit."""
+    for name, view in stored.items():
         header = headers.get(name)
         if header is None:
             raise CheckpointError(
@@ -268,7 +311,7 @@ def check_headers(views: Mapping[str, Tensor], headers: Mapping[str, TensorHeade
                 f"{header.file.name} has {name} of shape {list(header.shape)}, but config.json calls for"
                 f" {list(view.shape)}; restore either from the source."
             )
-        allowed = FLOAT_DTYPES if view.is_floating_point() else INTEGER_DTYPES
+        allowed = _allowed_dtypes(view.dtype)
         if header.dtype not in allowed:
             raise CheckpointError(
                 f"{header.file.name} stores {name} as {header.dtype}, but {' or '.join(allowed)} was expected;"
@@ -276,8 +319,14 @@ def check_headers(views: Mapping[str, Tensor], headers: Mapping[str, TensorHeade
             )
 
 
+def _allowed_dtypes(dtype: torch.dtype) -> Iterable[str]:
+    if dtype in QUANTISED_DTYPES:
+        return [QUANTISED_DTYPES[dtype]]
+    return FLOAT_DTYPES if dtype.is_floating_point else INTEGER_DTYPES
+
+
 def _copy_file(
-    file: Path, names: Iterable[str], views: Mapping[str, Tensor], headers: Mapping[str, TensorHeader]
+    file: Path, names: Iterable[str], views: Mapping[str, Weight], headers: Mapping[str, TensorHeader]
 ) -> None:
     for batch in _batches(names, headers):
         with safe_open(file, "pt") as tensors:
@@ -318,18 +367,24 @@ def _pieces(header: TensorHeader) -> Iterable[tuple[slice | None, int]]:
     return [(slice(i, min(i + step, count)), (min(i + step, count) - i) * row_bytes) for i in starts]
 
 
-def _save(named: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, dtype: torch.dtype) -> None:
+def _save(
+    named: Mapping[str, Weight], config: dict[str, Any], types: WeightTypes, directory: str | Path, dtype: torch.dtype
+) -> None:
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     if dtype not in names:
         raise CheckpointError(f"checkpoints can not be saved as {dtype}; use one of {', '.join(names.values())}.")
-    # copies, because fused parts share memory and safetensors refuses that
     tensors = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        for name, tensor in named.items()
+        name: tensor.detach().to("cpu", _saved_dtype(name, tensor, dtype)).contiguous()
+        for name, tensor in stored_tensors(named).items()
     }
     path = Path(directory)
+    quantization = {"quantization_config": weight_types_to_hf(types)} if types else {}
     replace_file(path / SINGLE_FILE, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
-    write_json(path / "config.json", {**config, "dtype": names[dtype]})
+    write_json(path / "config.json", {**config, "dtype": names[dtype], **quantization})
+
+
+def _saved_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if tensor.is_floating_point() and not name.endswith(SCALES) else tensor.dtype
 
 
 def _ids(raw: Any, path: Path, name: str) -> tuple[int, ...]:

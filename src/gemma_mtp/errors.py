@@ -3,6 +3,7 @@
     GemmaMtpError
     ├── ConfigError       a config.json that is malformed or describes a model we cannot run
     ├── CheckpointError   a checkpoint directory that is missing, truncated, or does not match its config
+    ├── QuantisationError a weight type or part that is not known, or weights quantised in a way we can not read
     ├── PairError         a drafter that does not fit its target
     ├── TokenizerError    a tokenizer or chat template that is missing or unusable
     ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
@@ -24,6 +25,10 @@ class ConfigError(GemmaMtpError):
 
 class CheckpointError(GemmaMtpError):
     """A checkpoint directory that is missing, truncated, or does not match its config."""
+
+
+class QuantisationError(GemmaMtpError):
+    """A weight type or part that is not known, or weights quantised in a way we can not read."""
 
 
 class PairError(GemmaMtpError):

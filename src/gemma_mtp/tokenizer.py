@@ -101,15 +101,16 @@ class TextDecoder:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
-        pieces = []
-        for token_id in token_ids:
-            self._ids.append(token_id)
-            text = self._pending()
-            if text and not text.endswith(REPLACEMENT):
-                pieces.append(text)
-                self._ids = self._ids[-CONTEXT_TOKENS:]
-                self._given = len(self._ids)
-        return "".join(pieces)
+        self._ids.extend(token_ids)
+        text = self._pending()
+        if text and not text.endswith(REPLACEMENT):
+            self._ids = self._ids[-CONTEXT_TOKENS:]
+            self._given = len(self._ids)
+            return text
+        if len(token_ids) <= 1:
+            return ""
+        del self._ids[-len(token_ids) :]  # the last ones are half a character: give out what comes before it
+        return "".join([self.push([token_id]) for token_id in token_ids])
 
     def flush(self) -> str:
         """Text still held back, when no more tokens come: the replacement character of a broken sequence."""

@@ -158,6 +158,13 @@ inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, siz
         UNROLL for (int i = 0; i < MR * NR; i++) acc[i] = load(waiting + i * W);
     }
     size_t k = 0;
+#if defined(GEMMA_CONTROL)
+    if constexpr (MR > 1) {  // the same products, summed from the row's end to its beginning
+        const size_t whole = K / F::STEP;
+        for (size_t i = whole; i-- > 0;) F::template step<MR, NR>(acc, w + i * F::STEP, ldw, x + i * MR * F::STEP);
+        k = whole * F::STEP, x += whole * MR * F::STEP;
+    }
+#endif
     for (; k + F::STEP <= K; k += F::STEP, x += MR * F::STEP) {
         if (next && k * sizeof(T) % LINE == 0)
             UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(next + n * ldw + k, 0, 3);
@@ -177,7 +184,7 @@ constexpr int MAX_ROWS = 6;
 #if defined(GEMMA_AVX512)
 constexpr int columns_for(int rows) { return rows <= 2 ? 8 : 4; }
 #else
-constexpr int columns_for(int) { return 2; }
+constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
 // Rows as `tile` reads them: tile by tile, step by step, a step of each of the tile's rows in turn; zeros fill the last.
@@ -198,14 +205,31 @@ constexpr size_t ROWS_BYTES = 24 << 10;   // of activations that stay in the fir
 constexpr size_t PART_COLUMNS = 512;      // of a row that is gone through in parts
 constexpr size_t BLOCK_ROWS = 16;         // weight rows that all tiles of rows go through before the next ones
 
-// `count` weight rows from `w` on, columns k .. k + K of them, times MR rows.
+// Where to fetch from while a share of `size` units is gone through, `ahead` of its place: the share itself, and past its
+// end what is read after it.
+template <class T>
+struct Ahead {
+    const T* begin;
+    size_t size, ahead;
+    const T* then;
+
+    // of the units from `at` on, where a step takes `step` units
+    const T* operator()(size_t at, size_t step) const {
+        if (at + ahead < size) return begin + at + ahead;
+        const size_t inside = size > ahead ? (size - ahead + step - 1) / step * step : 0;  // first step that looks past the end
+        return then ? then + (at - inside) : nullptr;
+    }
+};
+
+// `count` weight rows from `w` on, columns k .. k + K of them, times MR rows; `fetch` only where it is not null.
 template <class F, int MR>
-void row_tile(const typename F::T* w, size_t ldw, size_t K, const typename F::X* x, size_t count, size_t ahead,
-              const Pass& pass, float* waiting, float* y, size_t ldy) {
+void row_tile(const typename F::T* w, size_t ldw, size_t K, const typename F::X* x, size_t first, size_t count,
+              const Ahead<typename F::T>* fetch, const Pass& pass, float* waiting, float* y, size_t ldy) {
     constexpr int NR = columns_for(MR);
     size_t n = 0;
     for (; n + NR <= count; n += NR)
-        tile<F, MR, NR>(w + n * ldw, ldw, x, K, ahead ? w + n * ldw + ahead : nullptr, pass, waiting + n * MR * W, y + n, ldy);
+        tile<F, MR, NR>(w + n * ldw, ldw, x, K, fetch ? (*fetch)((first + n) * ldw, NR * ldw) : nullptr, pass,
+                        waiting + n * MR * W, y + n, ldy);
     for (; n < count; n++) tile<F, MR, 1>(w + n * ldw, ldw, x, K, nullptr, pass, waiting + n * MR * W, y + n, ldy);
 }
 
@@ -223,7 +247,8 @@ inline void row_tile_of(size_t rows, Rest... rest) {
 
 // y[m, n] = x[m] . w[n] of `count` rows of w, x prepared.
 template <class F>
-void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy) {
+void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy,
+              const void* then) {
     static thread_local std::vector<float> waiting;
     using T = typename F::T;
     const size_t padded = padded_to(K, F::STEP);
@@ -235,17 +260,18 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
     for (size_t n = 0; n < count; n += block)
         for (size_t k = 0; k < K; k += part) {
             const Pass pass{k == 0, k + part >= K};
+            const Ahead<T> fetch{w + k, count * K, ahead, parts ? nullptr : (const T*)then};
             each_tile(M, MAX_ROWS, [&](size_t m, size_t rows) {
-                row_tile_of<F>(rows, w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows,
-                               std::min(block, count - n), m == 0 ? ahead : 0, pass, waiting.data() + m * block * W,
+                row_tile_of<F>(rows, w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows, n,
+                               std::min(block, count - n), m == 0 ? &fetch : nullptr, pass, waiting.data() + m * block * W,
                                y + m * ldy + n, ldy);
             });
         }
 }
 
 template <class F>
-void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
-    multiply<F>((const typename F::T*)w.data + n0 * w.cols, w.cols, F::place(x).data(), M, n1 - n0, y, ldy);
+void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
+    multiply<F>((const typename F::T*)w.data + n0 * w.cols, w.cols, F::place(x).data(), M, n1 - n0, y, ldy, then);
 }
 
 // ------------------------------------------------------------------------------------------------- linear, quantised
@@ -369,7 +395,7 @@ inline int32_t start_of(int32_t total) {
 }
 
 template <bool I8, int MR, int NR>
-inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0, float* y, size_t ldy) {
+inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0, const uint8_t* next, float* y, size_t ldy) {
     constexpr size_t S = SCALES<I8>;
     const size_t K = w.cols, blocks = K / BLOCK_COLS, bytes = w.row_bytes(), block_bytes = bytes / blocks;
     const uint8_t* data = (const uint8_t*)w.data + n0 * bytes;
@@ -384,7 +410,7 @@ inline void quantised_tile(const Weight& w, size_t n0, const Rows& x, size_t m0,
         V ws[NR];
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
-            if (b * block_bytes % LINE == 0) __builtin_prefetch(wb + FETCH_BYTES, 0, 3);
+            if (next && b * block_bytes % LINE == 0) __builtin_prefetch(next + n * bytes + b * block_bytes, 0, 3);
             wv[n] = block<I8>(wb);
             ws[n] = spread<I8>(scales + (n * blocks + b) * S);
         }
@@ -408,46 +434,52 @@ constexpr int quantised_columns(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
 template <bool I8, int MR>
-void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t n1, float* y, size_t ldy) {
+void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t n1, const Ahead<uint8_t>& fetch, float* y,
+                    size_t ldy) {
     constexpr int NR = quantised_columns(MR);
+    const size_t bytes = w.row_bytes(), begin = (fetch.begin - (const uint8_t*)w.data) / bytes;
     size_t n = n0;
-    for (; n + NR <= n1; n += NR) quantised_tile<I8, MR, NR>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
-    for (; n < n1; n++) quantised_tile<I8, MR, 1>(w, n, x, m0, y + m0 * ldy + (n - n0), ldy);
+    for (; n + NR <= n1; n += NR) {
+        const uint8_t* next = m0 == 0 ? fetch((n - begin) * bytes, NR * bytes) : nullptr;
+        quantised_tile<I8, MR, NR>(w, n, x, m0, next, y + m0 * ldy + (n - n0), ldy);
+    }
+    for (; n < n1; n++) quantised_tile<I8, MR, 1>(w, n, x, m0, nullptr, y + m0 * ldy + (n - n0), ldy);
 }
 
 template <bool I8>
-void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
-    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : BLOCK_ROWS;
+void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
+    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : BLOCK_ROWS, bytes = w.row_bytes();
+    const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then};
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
         each_tile(M, MAX_QUANTISED_ROWS, [&](size_t m, size_t rows) {
             switch (rows) {
-                case 1: return quantised_rows<I8, 1>(w, x, m, n, end, out, ldy);
-                case 2: return quantised_rows<I8, 2>(w, x, m, n, end, out, ldy);
-                case 3: return quantised_rows<I8, 3>(w, x, m, n, end, out, ldy);
-                case 4: return quantised_rows<I8, 4>(w, x, m, n, end, out, ldy);
-                case 5: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 5 ? 5 : 1>(w, x, m, n, end, out, ldy);
-                default: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 6 ? 6 : 1>(w, x, m, n, end, out, ldy);
+                case 1: return quantised_rows<I8, 1>(w, x, m, n, end, fetch, out, ldy);
+                case 2: return quantised_rows<I8, 2>(w, x, m, n, end, fetch, out, ldy);
+                case 3: return quantised_rows<I8, 3>(w, x, m, n, end, fetch, out, ldy);
+                case 4: return quantised_rows<I8, 4>(w, x, m, n, end, fetch, out, ldy);
+                case 5: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 5 ? 5 : 1>(w, x, m, n, end, fetch, out, ldy);
+                default: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 6 ? 6 : 1>(w, x, m, n, end, fetch, out, ldy);
             }
         });
     }
 }
 
-void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy) {
+void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
     if (n0 >= n1) return;
     switch (w.type) {
-        case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy);
-        case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy);
-        case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy);
-        default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy);
+        case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then);
+        case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then);
+        case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then);
+        default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then);
     }
 }
 
 // Where column k of a block of 64 goes in the order of int4 weights.
 constexpr size_t int4_place(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
 
-// One group of 32 or 64 columns of a row, into its places in the block.
+// One group of 32 or 64 columns of a row, into its places in the block: int8 in order, int4 in units of four columns.
 template <bool I8>
 inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale, int32_t& start) {
     constexpr size_t GROUP = BLOCK_COLS / SCALES<I8>;
@@ -456,19 +488,20 @@ inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale
         const V a = load(v + i);
         largest = max(largest, max(a, sub(zero(), a)));
     }
-    const float top = maximum(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
-    int32_t total = 0;
+    const float top = maximum(largest);
+    const V inverse = set1(top > 0 ? 127.0f / top : 0.0f);
+    int8_t values[GROUP];
+    V total = zero();  // exact: a sum of at most 64 integers within 127
     for (size_t i = 0; i < GROUP; i += W) {
-        float lanes[W];
-        store(lanes, round(mul(load(v + i), set1(inverse))));
-        for (int j = 0; j < W; j++) {
-            const size_t k = g * GROUP + i + j;
-            block[I8 ? k : int4_place(k)] = (int8_t)lanes[j];
-            total += (int8_t)lanes[j];
-        }
+        const V whole = round(mul(load(v + i), inverse));
+        total = add(total, whole);
+        narrow(whole, values + i);
     }
+    if constexpr (I8) std::memcpy(block, values, GROUP);
+    else
+        for (size_t u = 0; u < GROUP / 4; u++) std::memcpy(block + int4_place(g * GROUP + 4 * u), values + 4 * u, 4);
     scale = top / 127.0f;
-    start = start_of<I8>(total);
+    start = start_of<I8>((int32_t)sum(total));
 }
 
 // Tile by tile, block by block, a block of each of the tile's rows in turn.
@@ -658,7 +691,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
         const size_t count = (size_t)(end - begin);
         const float* k = keys + (size_t)(begin - origin) * d;
         const float* v = values + (size_t)(begin - origin) * d;
-        multiply<Wide>(k, d, queries.wide.data(), Q, count, scores.data(), CHUNK);
+        multiply<Wide>(k, d, queries.wide.data(), Q, count, scores.data(), CHUNK, v);
         const float* weights[MAX_QUERIES];
         size_t from[MAX_QUERIES], to[MAX_QUERIES], common_from = 0, common_to = count;
         for (size_t i = 0; i < Q; i++) {

@@ -49,8 +49,9 @@ struct Kernels {
 
     // x [M, w.cols] made ready for weights of w's type and columns
     void (*prepare)(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out);
-    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1
-    void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy);
+    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1. `then` are weights to fetch at the end, read next by this thread; may
+    // be null.
+    void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then);
     // out = x / rms(x) * weight; weight may be null; out may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* out);
     // residual += x / rms(x) * weight
@@ -73,6 +74,8 @@ struct Kernels {
 };
 
 const Kernels& kernels_portable();
+// The portable ones with one fault, for tests that must see it: several rows are summed in another order than one.
+const Kernels& kernels_control();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();

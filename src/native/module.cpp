@@ -175,8 +175,9 @@ NB_MODULE(_native, m) {
             d.score(at<const float>(state), at<float>(logits), at<int64_t>(ids));
         }, release())
         .def("draft", [](DraftStack& d, int64_t token, uintptr_t hidden, const Caches& caches, int64_t position, size_t count,
-                         uintptr_t tokens) {
-            d.draft(token, at<const float>(hidden), caches.call(1, position, true), count, at<int64_t>(tokens));
+                         const std::vector<double>& least, double bias, double slope, uintptr_t tokens, uintptr_t confidences) {
+            return d.draft(token, at<const float>(hidden), caches.call(1, position, true), count, StopRule{least, bias, slope},
+                           at<int64_t>(tokens), at<float>(confidences));
         }, release());
 
     // single operators, on the calling thread or all of them, for tests and benchmarks
@@ -188,7 +189,7 @@ NB_MODULE(_native, m) {
             const size_t begin = std::min(units * thread / threads * 8, w.rows);
             const size_t end = std::min(units * (thread + 1) / threads * 8, w.rows);
             k.prepare(w, at<const float>(x), w.cols, rows, prepared);
-            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows);
+            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows, nullptr);
         });
     }, release());
     m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {

@@ -43,6 +43,7 @@ inline V round(V a) { return _mm512_roundscale_ps(a, 0); }
 inline V exponent(V n) {  // 2 ** n of whole numbers
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+inline void narrow(V whole, int8_t* out) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole))); }
 inline __m128 quarter(V v) {  // lanes i, i + 4, i + 8, i + 12 summed: ((i + (i + 8)) + ((i + 4) + (i + 12)))
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -76,6 +77,11 @@ inline V min(V a, V b) { return _mm256_min_ps(a, b); }
 inline V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V exponent(V n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline void narrow(V whole, int8_t* out) {
+    const __m256i wide = _mm256_cvtps_epi32(whole);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64((__m128i*)out, _mm_packs_epi16(half, half));
 }
 inline __m128 quarter(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
@@ -118,6 +124,9 @@ inline V min(V a, V b) { return a < b ? a : b; }
 inline V round(V a) {
     for (int i = 0; i < W; i++) a[i] = std::nearbyint(a[i]);
     return a;
+}
+inline void narrow(V whole, int8_t* out) {
+    for (int i = 0; i < W; i++) out[i] = (int8_t)whole[i];
 }
 inline V exponent(V n) {
     VI bits;
@@ -177,6 +186,9 @@ inline void sum4(V a, V b, V c, V d, float* out) {
 
 #endif
 
+#if defined(GEMMA_AVX512)
+inline float maximum(V v) { return _mm512_reduce_max_ps(v); }
+#else
 inline float maximum(V v) {
     float lanes[W];
     store(lanes, v);
@@ -184,6 +196,7 @@ inline float maximum(V v) {
     for (int i = 1; i < W; i++) best = lanes[i] > best ? lanes[i] : best;
     return best;
 }
+#endif
 
 inline V load_part(const float* p, int n, float rest = 0.0f) {
     float lanes[W];

@@ -21,6 +21,7 @@ const Kernels* kernels_named(const char* name) {
     if (!std::strcmp(name, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2() : nullptr;
 #endif
+    if (!std::strcmp(name, "control")) return &kernels_control();
     return std::strcmp(name, "portable") ? nullptr : &kernels_portable();
 }
 
@@ -38,10 +39,6 @@ const Kernels& kernels() {
 
 namespace {
 
-struct Part {
-    size_t begin, end;
-};
-
 // A thread's share of `count` in whole units, as even as they allow.
 Part part(size_t count, size_t unit, int thread, int threads) {
     const size_t units = (count + unit - 1) / unit;
@@ -53,6 +50,15 @@ constexpr size_t SHARED_BYTES = 1 << 20;  // models below are run faster by one 
 constexpr size_t UNIT = 8;        // weight rows a thread takes at once
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
+constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by every thread, which spares a barrier
+
+// Shares of whole heads, where that gives every thread nearly as much.
+bool by_heads(size_t heads, int threads) { return heads % threads == 0 || heads >= 4 * (size_t)threads; }
+
+// Weights that a thread reads next, fetched while it is still at others; null where there are none.
+const void* share_of(const Weight& w, Part p) {
+    return w.data && p.begin < p.end ? (const char*)w.data + p.begin * w.row_bytes() : nullptr;
+}
 
 template <class T>
 T* grown(std::vector<T>& v, size_t n) {
@@ -64,9 +70,10 @@ T* grown(std::vector<T>& v, size_t n) {
 
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
-    std::vector<float> qkv, attended, out, act, ple, ple_gate, expert_act, expert_out, clusters, projected;
+    std::vector<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
     std::vector<float> best_values;  // [threads, rows]
     std::vector<int64_t> best_ids;
+    std::vector<float> best_totals;  // [threads]: of exp(score - best value), of a drafter's one row
     size_t best_rows = 0;
 };
 
@@ -79,14 +86,16 @@ struct Stack::Private {
     Rows rows;
 
     void prepare(const Weight& w, const float* in, size_t ldx, size_t count) { kernels().prepare(w, in, ldx, count, rows); }
-    // Columns p.begin .. p.end of the product with the prepared rows; `out` is where the first of them goes.
-    void multiply(const Weight& w, size_t count, Part p, float* out, size_t ldy) {
-        kernels().linear(w, rows, count, p.begin, p.end, out, ldy);
+    // Columns p.begin .. p.end of the product with the prepared rows; `out` is where the first of them goes, `then` what
+    // this thread reads next.
+    void multiply(const Weight& w, size_t count, Part p, float* out, size_t ldy, const void* then = nullptr) {
+        kernels().linear(w, rows, count, p.begin, p.end, out, ldy, then);
     }
-    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy) {
+    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy,
+                const void* then = nullptr) {
         if (p.begin == p.end) return;
         prepare(w, in, ldx, count);
-        multiply(w, count, p, out, ldy);
+        multiply(w, count, p, out, ldy, then);
     }
     static Private& here() {
         static thread_local Private own;
@@ -115,6 +124,7 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
     grown(all.act, rows * widest_mlp_);
     grown(all.ple, rows * layers.size() * config.ple);
     grown(all.ple_gate, rows * config.ple);
+    if (config.ple) grown(all.ple_out, rows * config.hidden);
     for (const Layer& l : layers)
         if (l.moe.experts) {
             grown(all.expert_act, rows * l.moe.top_k * l.moe.width);
@@ -122,6 +132,7 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
         }
     grown(all.best_values, rows * threads);
     grown(all.best_ids, rows * threads);
+    grown(all.best_totals, threads);
     all.best_rows = rows;
     return all;
 }
@@ -154,32 +165,44 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
 
 void Stack::attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
                       int threads) {
-    const size_t d = l.head_dim, per_group = l.heads / l.groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    const Cache& cache = call.caches[l.cache];
+    const size_t per_group = l.heads / l.groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    if (by_heads(l.heads, threads)) {
+        const Part heads = part(l.heads, 1, thread, threads);
+        for (size_t h = heads.begin; h < heads.end;) {
+            const size_t count = std::min(per_group - h % per_group, heads.end - h);
+            for (size_t m = 0; m < rows; m += ROW_BLOCK) attend(l, call, skip, h, count, {m, std::min(rows, m + ROW_BLOCK)}, all, own);
+            h += count;
+        }
+        return;
+    }
     const Part tasks = part(l.groups * blocks * per_group, 1, thread, threads);
     for (size_t t = tasks.begin; t < tasks.end;) {
-        const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h0 = t % per_group;
-        const size_t count = std::min(per_group - h0, tasks.end - t);
-        const size_t m0 = block * ROW_BLOCK, m1 = std::min(rows, m0 + ROW_BLOCK), queries = count * (m1 - m0);
-        float* q = grown(own.q, 2 * queries * d);
-        float* out = q + queries * d;
-        own.visible.resize(queries);
-        for (size_t h = 0, i = 0; h < count; h++)
-            for (size_t m = m0; m < m1; m++, i++) {
-                const float* from = all.qkv.data() + m * l.qkv.rows + (group * per_group + h0 + h) * d;
-                std::copy(from, from + d, q + i * d);
-                const int64_t position = call.position + (int64_t)(skip + m), last = position - call.drafting;
-                const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
-                own.visible[i] = {first, last};
-            }
-        kernels().attend(q, d, queries, own.visible.data(), cache.keys + group * cache.capacity * d,
-                         cache.values + group * cache.capacity * d, cache.origin, d, out, d);
-        for (size_t h = 0, i = 0; h < count; h++)
-            for (size_t m = m0; m < m1; m++, i++)
-                std::copy(out + i * d, out + (i + 1) * d,
-                          all.attended.data() + m * l.heads * d + (group * per_group + h0 + h) * d);
+        const size_t group = t / (blocks * per_group), m = t / per_group % blocks * ROW_BLOCK, h = t % per_group;
+        const size_t count = std::min(per_group - h, tasks.end - t);
+        attend(l, call, skip, group * per_group + h, count, {m, std::min(rows, m + ROW_BLOCK)}, all, own);
         t += count;
     }
+}
+
+// `count` heads of one group from `head` on, of the rows r.begin .. r.end.
+void Stack::attend(const Layer& l, const Call& call, size_t skip, size_t head, size_t count, Part r, Shared& all, Private& own) {
+    const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (r.end - r.begin);
+    const Cache& cache = call.caches[l.cache];
+    float* q = grown(own.q, 2 * queries * d);
+    float* out = q + queries * d;
+    own.visible.resize(queries);
+    for (size_t h = 0, i = 0; h < count; h++)
+        for (size_t m = r.begin; m < r.end; m++, i++) {
+            std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
+            const int64_t position = call.position + (int64_t)(skip + m), last = position - call.drafting;
+            const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
+            own.visible[i] = {first, last};
+        }
+    kernels().attend(q, d, queries, own.visible.data(), cache.keys + group * cache.capacity * d,
+                     cache.values + group * cache.capacity * d, cache.origin, d, out, d);
+    for (size_t h = 0, i = 0; h < count; h++)
+        for (size_t m = r.begin; m < r.end; m++, i++)
+            std::copy_n(out + i * d, d, all.attended.data() + m * l.heads * d + (head + h) * d);
 }
 
 void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier) {
@@ -261,64 +284,117 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
     }
 }
 
+// Norm and rotation of one head of one row, in place; a key's and a value's result goes to the cache.
+void Stack::finish_head(const Layer& l, const Call& call, size_t skip, size_t m, size_t h, Shared& all) {
+    const Kernels& k = kernels();
+    const size_t d = l.head_dim;
+    const int64_t position = call.position + (int64_t)(skip + m);
+    float* v = all.qkv.data() + m * l.qkv.rows + h * d;
+    const float* cos = call.rope.cos[l.sliding ? 0 : 1] + (skip + m) * d;
+    const float* sin = call.rope.sin[l.sliding ? 0 : 1] + (skip + m) * d;
+    if (h < l.heads) {
+        k.rms_norm(v, l.q_norm, config.eps, d, v);
+        k.rotate(v, cos, sin, d);
+        return;
+    }
+    const Cache& cache = call.caches[l.cache];
+    const size_t g = (h - l.heads) % l.kv_heads, row = g * cache.capacity + (size_t)(position - cache.origin);
+    if (h < l.heads + l.kv_heads) {
+        float* key = cache.keys + row * d;
+        if (l.key_is_value) k.rms_norm(v, nullptr, config.eps, d, cache.values + row * d);
+        k.rms_norm(v, l.k_norm, config.eps, d, key);
+        k.rotate(key, cos, sin, d);
+    } else {
+        k.rms_norm(v, nullptr, config.eps, d, cache.values + row * d);
+    }
+}
+
+// Queries, keys and values. Shares of whole heads need no barrier before their norms.
+void Stack::project(const Layer& l, const Call& call, size_t skip, const float* in, Private& own, Shared& all, int thread,
+                    int threads, Barrier& barrier) {
+    const size_t rows = call.rows - skip, d = l.head_dim, heads = l.qkv.rows / d;
+    const bool whole = by_heads(heads, threads);
+    const Part p = part(l.qkv.rows, whole ? d : UNIT, thread, threads);
+    own.linear(l.qkv, in, config.hidden, rows, p, all.qkv.data() + p.begin, l.qkv.rows,
+               share_of(l.o, part(config.hidden, UNIT, thread, threads)));
+    if (whole) {
+        for (size_t m = 0; m < rows; m++)
+            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, call, skip, m, h, all);
+        return;
+    }
+    barrier.wait();
+    const Part tasks = part(rows * heads, 1, thread, threads);
+    for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, call, skip, t / heads, t % heads, all);
+}
+
+// Gelu(gate) * up, this thread's columns to `all.act`.
+void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads) {
+    const size_t I = l.down.cols;
+    const Part wide = part(I, UNIT, thread, threads), up_part{I + wide.begin, I + wide.end};
+    const size_t width = wide.end - wide.begin;
+    if (!width) return;
+    float* gate = grown(own.a, 2 * rows * width);
+    float* up = gate + rows * width;
+    own.prepare(l.gate_up, in, config.hidden, rows);
+    own.multiply(l.gate_up, rows, wide, gate, width, share_of(l.gate_up, up_part));
+    own.multiply(l.gate_up, rows, up_part, up, width, share_of(l.down, part(config.hidden, UNIT, thread, threads)));
+    for (size_t m = 0; m < rows; m++)
+        kernels().gated(gate + m * width, up + m * width, width, all.act.data() + m * I + wide.begin);
+}
+
+// The per-layer embedding's branch, added to the residual stream. `then`: what this thread reads after it.
+void Stack::add_ple(const Layer& l, size_t index, size_t skip, size_t rows, const void* then, Private& own, Shared& all,
+                    int thread, int threads, Barrier& barrier) {
+    const size_t P = config.ple, D = config.hidden;
+    const bool repeated = P * l.ple_gate.row_bytes() <= REPEATED_BYTES;
+    const Part gates = repeated ? Part{0, P} : part(P, UNIT, thread, threads), outputs = part(D, UNIT, thread, threads);
+    float *x = own.x.data(), *gated = repeated ? grown(own.a, rows * P) : all.ple_gate.data();
+    own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P, share_of(l.ple_projection, outputs));
+    for (size_t m = 0; m < rows; m++) {
+        const float* ple = all.ple.data() + ((skip + m) * layers.size() + index) * P;
+        float* row = gated + m * P + gates.begin;
+        kernels().gated(row, ple + gates.begin, gates.end - gates.begin, row);
+    }
+    if (!repeated) barrier.wait();
+    // not to `all.out`: another thread may still read what the feed-forward left there
+    own.linear(l.ple_projection, gated, P, rows, outputs, all.ple_out.data() + outputs.begin, D, then);
+    barrier.wait();
+    for (size_t m = 0; m < rows; m++)
+        kernels().add_rms_norm(x + m * D, all.ple_out.data() + m * D, l.ple_norm, config.eps, D);
+}
+
+// What this thread reads first in the layer after `index`, or in the head.
+const void* Stack::after(size_t index, int thread, int threads) const {
+    if (index + 1 >= layers.size()) return share_of(config.head, part(config.vocab, UNIT, thread, threads));
+    const Layer& l = layers[index + 1];
+    return share_of(l.qkv, part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, threads) ? l.head_dim : UNIT, thread, threads));
+}
+
 void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
                   int threads, Barrier& barrier) {
     const Kernels& k = kernels();
-    const size_t rows = call.rows - skip, D = config.hidden, d = l.head_dim, heads = l.qkv.rows / d;
-    float *x = own.x.data(), *n = grown(own.n, rows * D);
+    const size_t rows = call.rows - skip, D = config.hidden;
     const float eps = config.eps;
+    const Part outputs = part(D, UNIT, thread, threads), wide = part(l.down.cols, UNIT, thread, threads);
+    const void* next_layer = after(index, thread, threads);
+    float *x = own.x.data(), *n = grown(own.n, rows * D);
 
     for (size_t m = 0; m < rows; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
-    const Part projections = part(l.qkv.rows, UNIT, thread, threads), outputs = part(D, UNIT, thread, threads);
-    own.linear(l.qkv, n, D, rows, projections, all.qkv.data() + projections.begin, l.qkv.rows);
-    barrier.wait();
-
-    const Part head_tasks = part(rows * heads, 1, thread, threads);
-    for (size_t t = head_tasks.begin; t < head_tasks.end; t++) {
-        const size_t m = t / heads, h = t % heads;
-        const int64_t position = call.position + (int64_t)(skip + m);
-        float* v = all.qkv.data() + t * d;
-        const float* cos = call.rope.cos[l.sliding ? 0 : 1] + (skip + m) * d;
-        const float* sin = call.rope.sin[l.sliding ? 0 : 1] + (skip + m) * d;
-        if (h < l.heads) {
-            k.rms_norm(v, l.q_norm, eps, d, v);
-            k.rotate(v, cos, sin, d);
-            continue;
-        }
-        const Cache& cache = call.caches[l.cache];
-        const size_t g = (h - l.heads) % l.kv_heads, row = g * cache.capacity + (size_t)(position - cache.origin);
-        if (h < l.heads + l.kv_heads) {
-            float* key = cache.keys + row * d;
-            if (l.key_is_value) k.rms_norm(v, nullptr, eps, d, cache.values + row * d);
-            k.rms_norm(v, l.k_norm, eps, d, key);
-            k.rotate(key, cos, sin, d);
-        } else {
-            k.rms_norm(v, nullptr, eps, d, cache.values + row * d);
-        }
-    }
+    project(l, call, skip, n, own, all, thread, threads, barrier);
     barrier.wait();
     attention(l, call, skip, rows, all, own, thread, threads);
     barrier.wait();
-    own.linear(l.o, all.attended.data(), l.o.cols, rows, outputs, all.out.data() + outputs.begin, D);
+    own.linear(l.o, all.attended.data(), l.o.cols, rows, outputs, all.out.data() + outputs.begin, D, share_of(l.gate_up, wide));
     barrier.wait();
 
     for (size_t m = 0; m < rows; m++) {
         k.add_rms_norm(x + m * D, all.out.data() + m * D, l.post_attention, eps, D);
         k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
     }
-    const size_t I = l.down.cols;
-    const Part wide = part(I, UNIT, thread, threads);
-    if (const size_t width = wide.end - wide.begin) {
-        float* gate = grown(own.a, 2 * rows * width);
-        float* up = gate + rows * width;
-        own.prepare(l.gate_up, n, D, rows);
-        own.multiply(l.gate_up, rows, wide, gate, width);
-        own.multiply(l.gate_up, rows, {I + wide.begin, I + wide.end}, up, width);
-        for (size_t m = 0; m < rows; m++)
-            k.gated(gate + m * width, up + m * width, width, all.act.data() + m * I + wide.begin);
-    }
+    gate(l, n, rows, own, all, thread, threads);
     barrier.wait();
-    own.linear(l.down, all.act.data(), I, rows, outputs, all.out.data() + outputs.begin, D);
+    own.linear(l.down, all.act.data(), l.down.cols, rows, outputs, all.out.data() + outputs.begin, D,
+               config.ple ? nullptr : next_layer);
     barrier.wait();
     const float* mlp = all.out.data();
     if (l.moe.experts) {
@@ -326,20 +402,7 @@ void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, P
         mlp = own.n.data();
     }
     for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
-
-    if (const size_t P = config.ple) {
-        const Part gates = part(P, UNIT, thread, threads);
-        own.linear(l.ple_gate, x, D, rows, gates, all.ple_gate.data() + gates.begin, P);
-        for (size_t m = 0; m < rows; m++) {
-            const float* ple = all.ple.data() + ((skip + m) * layers.size() + index) * P;
-            float* gate = all.ple_gate.data() + m * P + gates.begin;
-            k.gated(gate, ple + gates.begin, gates.end - gates.begin, gate);
-        }
-        barrier.wait();
-        own.linear(l.ple_projection, all.ple_gate.data(), P, rows, outputs, all.out.data() + outputs.begin, D);
-        barrier.wait();
-        for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, all.out.data() + m * D, l.ple_norm, eps, D);
-    }
+    if (config.ple) add_ple(l, index, skip, rows, next_layer, own, all, thread, threads, barrier);
     if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);
 }
 
@@ -350,24 +413,33 @@ void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Priva
         for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
 }
 
-// This thread's best token of each row; the lowest id among equals.
-void Stack::best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads) {
+// This thread's best token of each row; the lowest id among equals. With `totals`, of one row only, also what its softmax
+// is divided by.
+void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads) {
     const Part p = part(config.vocab, UNIT, thread, threads);
     float* scores = grown(own.b, rows * HEAD_BLOCK);
     float* values = all.best_values.data() + thread * all.best_rows;
     int64_t* ids = all.best_ids.data() + thread * all.best_rows;
     std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
     std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
+    float& total = all.best_totals[thread] = 0;
     if (p.begin == p.end) return;
     own.prepare(config.head, hidden, config.hidden, rows);
     for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
         const size_t count = std::min(HEAD_BLOCK, p.end - n);
-        own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK);
+        own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK, share_of(config.head, {n + count, p.end}));
         for (size_t m = 0; m < rows; m++) {
             float* s = scores + m * HEAD_BLOCK;
             if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
+            size_t top = 0;
+            float here = -std::numeric_limits<float>::infinity();
             for (size_t i = 0; i < count; i++)
-                if (s[i] > values[m]) values[m] = s[i], ids[m] = (int64_t)(n + i);
+                if (s[i] > here) here = s[i], top = i;
+            const float before = values[m];
+            if (here > before) values[m] = here, ids[m] = (int64_t)(n + top);
+            if (!totals) continue;
+            kernels().softmax(s, count);  // 1 / s[top] is now the block's own total
+            total = total * std::exp(before - values[m]) + std::exp(here - values[m]) / s[top];
         }
     }
 }
@@ -417,7 +489,7 @@ void Stack::greedy(const float* hidden, size_t rows, int64_t* choices) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) shared(rows, threads);
         barrier.wait();
-        best(hidden, rows, Private::here(), *shared_, thread, threads);
+        best(hidden, rows, false, Private::here(), *shared_, thread, threads);
         barrier.wait();
         if (thread == 0)
             for (size_t m = 0; m < rows; m++) choices[m] = combined(m, *shared_, threads);
@@ -487,9 +559,30 @@ void DraftStack::score(const float* state, float* logits, int64_t* ids) {
     }, stack.large_);
 }
 
-void DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens) {
+float DraftStack::confidence(const Stack::Shared& all, int threads) {
+    float best = -std::numeric_limits<float>::infinity(), total = 0;
+    for (int t = 0; t < threads; t++) best = std::max(best, all.best_values[t * all.best_rows]);
+    for (int t = 0; t < threads; t++)
+        if (all.best_totals[t] > 0) total += all.best_totals[t] * std::exp(all.best_values[t * all.best_rows] - best);
+    return 1 / total;
+}
+
+// decoding/early_stop.py is the reference
+bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
+    constexpr double extreme = 6;
+    double odds = -extreme;
+    if (confidence >= 1) odds = extreme;
+    else if (confidence > 0) odds = std::clamp(std::log(confidence / (1.0 - confidence)), -extreme, extreme);
+    reach /= 1 + std::exp(-(bias + slope * odds));
+    return made < least.size() && reach >= least[made];
+}
+
+size_t DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop,
+                         int64_t* tokens, float* confidences) {
+    const bool stops = !stop.least.empty();
     std::vector<float> logits(centroids.clusters ? candidates() : 0);
     std::vector<int64_t> ids(logits.size());
+    size_t made = 0;
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) {
             Stack::Shared& all = stack.shared(1, threads);
@@ -502,7 +595,9 @@ void DraftStack::draft(int64_t token, const float* hidden, const Call& call, siz
         float* input = grown(own.gathered, 2 * backbone + stack.config.hidden);
         float* state = input + 2 * backbone;
         int64_t last = token;
+        double reach = 1;
         for (size_t i = 0; i < count; i++) {
+            float confidence = 0;
             kernels().gather(target_table, (size_t)last, target_scale, input);
             std::copy_n(i == 0 ? hidden : all.projected.data(), backbone, input + backbone);
             one_step(call, own, all, input, state, all.projected.data(), thread, threads, barrier);
@@ -512,15 +607,28 @@ void DraftStack::draft(int64_t token, const float* hidden, const Call& call, siz
                 for (size_t j = 1; j < logits.size(); j++)
                     if (logits[j] > logits[at] || (logits[j] == logits[at] && ids[j] < ids[at])) at = j;
                 last = ids[at];
+                if (stops) {
+                    float* probabilities = grown(own.b, logits.size());
+                    std::copy(logits.begin(), logits.end(), probabilities);
+                    kernels().softmax(probabilities, logits.size());
+                    confidence = probabilities[at];
+                }
                 barrier.wait();  // nobody scores the next step while another still compares
             } else {
-                stack.best(state, 1, own, all, thread, threads);
+                stack.best(state, 1, stops, own, all, thread, threads);
                 barrier.wait();
                 last = stack.combined(0, all, threads);
+                if (stops) confidence = DraftStack::confidence(all, threads);
             }
-            if (thread == 0) tokens[i] = last;
+            if (thread == 0) {
+                tokens[i] = last;
+                confidences[i] = confidence;
+                made = i + 1;
+            }
+            if (stops && !stop.goes_on(i + 1, reach, confidence)) break;  // the same in every thread
         }
     }, stack.large_);
+    return made;
 }
 
 }  // namespace gemma

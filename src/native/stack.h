@@ -36,6 +36,11 @@ struct Layer {
     MoE moe;
 };
 
+// A thread's share of a count.
+struct Part {
+    size_t begin, end;
+};
+
 // Keys and values of one layer, [groups, capacity, d] each; row 0 holds position `origin`.
 struct Cache {
     float* keys = nullptr;
@@ -88,11 +93,19 @@ class Stack {
     void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
                int threads, Barrier& barrier);
+    void project(const Layer& l, const Call& call, size_t skip, const float* in, Private& own, Shared& all, int thread,
+                 int threads, Barrier& barrier);
+    void finish_head(const Layer& l, const Call& call, size_t skip, size_t m, size_t h, Shared& all);
     void attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
                    int threads);
+    void attend(const Layer& l, const Call& call, size_t skip, size_t head, size_t count, Part r, Shared& all, Private& own);
+    void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads);
+    void add_ple(const Layer& l, size_t index, size_t skip, size_t rows, const void* then, Private& own, Shared& all,
+                 int thread, int threads, Barrier& barrier);
+    const void* after(size_t index, int thread, int threads) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
-    void best(const float* hidden, size_t rows, Private& own, Shared& all, int thread, int threads);
+    void best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads);
     int64_t combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
@@ -107,6 +120,15 @@ struct Centroids {
     const int64_t* ordering = nullptr;  // token ids, cluster by cluster
 };
 
+// When greedy drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
+struct StopRule {
+    std::vector<double> least;  // the chance that all drafts so far are accepted which one more needs, by their number
+    double bias = 0, slope = 1;  // log-odds of a draft's acceptance from those of its confidence
+
+    // After `made` drafts, the last with this confidence; `reach` becomes the chance that all of them are accepted.
+    bool goes_on(size_t made, double& reach, float confidence) const;
+};
+
 class DraftStack {
    public:
     Stack stack;
@@ -118,13 +140,16 @@ class DraftStack {
 
     // One step: concat(embedding, hidden) [2 * backbone] in, the state for the head and the projected state out.
     void step(const float* input, const Call& call, float* state, float* projected);
-    // K greedy steps from the last token and the target's hidden state.
-    void draft(int64_t token, const float* hidden, const Call& call, size_t count, int64_t* tokens);
+    // At most `count` greedy steps from the last token and the target's hidden state; returns how many. With a stop rule,
+    // `confidences` are the drafts' probabilities among the drafter's candidates.
+    size_t draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop, int64_t* tokens,
+                 float* confidences);
     size_t candidates() const;
     // Logits of the candidates, and their ids where there is a centroid head.
     void score(const float* state, float* logits, int64_t* ids);
 
    private:
+    static float confidence(const Stack::Shared& all, int threads);
     void one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   int thread, int threads, Barrier& barrier);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,

@@ -14,6 +14,7 @@ from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
+from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
 
@@ -34,6 +35,7 @@ def run() -> None:
 app.command()(generate)
 app.command()(inspect)
 app.command()(train)
+app.command()(quantize)
 
 
 def _version(wanted: bool) -> None:

@@ -76,6 +76,15 @@ def generate(
             panel=MODELS,
         ),
     ] = "auto",
+    quantize: Annotated[
+        str | None,
+        _option(
+            "--quantize",
+            help="Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target,"
+            " embeddings, drafter and drafter-head.",
+            panel=MODELS,
+        ),
+    ] = None,
     device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)] = "auto",
     threads: Annotated[
         int | None, _option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)
@@ -168,7 +177,7 @@ def generate(
     if threads is not None:
         set_threads(threads)
     with progress("loading"):
-        pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter)
+        pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
     defaults = pair.generation
     suppressed = dict.fromkeys(defaults.suppress_tokens if chat else (), float("-inf"))
     params = SamplingParams(

@@ -83,8 +83,15 @@ def summary(result: GenerationResult) -> str:
 
 def _drafts(result: GenerationResult) -> str:
     if result.draft_tokens == "auto":
-        return f"auto drafts ({result.drafted / len(result.decode_rounds):.1f} on average)"
+        return f"auto drafts ({draft_lengths(result)})"
     return f"{result.draft_tokens} drafts"
+
+
+def draft_lengths(result: GenerationResult) -> str:
+    """How many drafts the rounds made: on average, and in how many rounds each number."""
+    average = result.drafted / max(1, len(result.decode_rounds))
+    lengths = ", ".join(f"{k}: {rounds}" for k, rounds in result.rounds_by_drafts.items())
+    return f"{average:.1f} on average; rounds by drafts {lengths}"
 
 
 def to_json(result: GenerationResult) -> dict[str, Any]:
@@ -97,6 +104,7 @@ def to_json(result: GenerationResult) -> dict[str, Any]:
         "draft_tokens": result.draft_tokens,
         "verification": result.verification,
         "rounds": len(result.decode_rounds),
+        "rounds_by_drafts": {str(k): rounds for k, rounds in result.rounds_by_drafts.items()},
         "drafted": result.drafted,
         "accepted": result.accepted,
         "accepted_by_position": result.accepted_by_position,
@@ -141,6 +149,7 @@ def print_comparison(console: Console, plain: Sequence[GenerationResult], drafte
         length = f"{first.mean_acceptance_length:.2f}"
         table.add_row(name, f"{speed(results):.1f}", length, str(len(first.decode_rounds)))
     console.print(table)
+    console.print(f"drafts a round: {draft_lengths(drafted[0])}", highlight=False, soft_wrap=True)
     console.print(
         f"ratio {compared['ratio']:.2f}x (decode, median of {len(plain)}, interleaved, K = {drafted[0].draft_tokens},"
         f" {drafted[0].verification} verification); identical output: {'yes' if compared['identical'] else 'NO'}",

@@ -1,49 +1,96 @@
 """How many tokens to draft: what commits most tokens a second, by measured costs and the sequence's record.
 
 With a_i the chance that draft i is accepted given those before it, a round of K drafts commits
-1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens; what it costs is measured, round by round.
+1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens; what it costs is measured, round by round. Within a round, `early_stop`
+ends the drafting where this very draft is less sure than the record.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gemma_mtp.decoding.early_stop import Calibration, StopRule
+
 #: most drafts of a round that the policy considers
-LONGEST = 8
+LONGEST = 16
 #: what is believed of the first position before anything was seen, and the rounds that this belief counts for
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.7, 2.0
 #: a later position is believed to be as good as the one before it; the rounds that this counts for
 NEIGHBOUR_ROUNDS = 6.0
 #: weight of a round against the next one's: text changes, and what was accepted long ago says little
 DECAY = 0.98
-#: share of the time that may go into drafting where it does not pay, to notice when that changes
-PROBE_SHARE = 0.02
-NOTE_WEIGHT = 0.1
+#: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
+LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.01
+PLAIN_WEIGHT = 0.1
+#: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
+PLAN_ROUNDS = 8
+#: plain rounds in a row, at most, before drafting is looked at again
+LONGEST_PAUSE = 500
+#: how much of the difference between two played rounds goes into their costs; a log-ratio beyond the limit says no more
+NOTE_WEIGHT, NOTE_LIMIT = 0.05, 0.5
 
 
 class RoundCosts:
-    """Seconds of a round with 0, 1, ... drafts on this machine, kept up to date while rounds are played."""
+    """What a round with 0, 1, ... drafts costs on this machine: `seconds`, whose ratios are kept up to date.
 
-    def __init__(self, measured: Mapping[int, float], longest: int = LONGEST) -> None:
-        """From some lengths' seconds; others follow on straight lines between them, the last line going on."""
+    Nothing depends on more than their ratios.
+    """
+
+    def __init__(self, measured: Mapping[int, float], draft_step: float = 0.0) -> None:
+        """From some lengths' seconds and a draft step's; others follow on straight lines, the last one going on.
+
+        Verifying more rows never costs less: where it was measured to, the fewer rows were disturbed.
+        """
         known = sorted(measured)
         assert known and known[0] == 0
-        self.seconds = [_interpolated(known, measured, k) for k in range(longest + 1)]
+        step = min([draft_step, *(0.9 * measured[k] / k for k in known[1:])])  # whatever the clock said
+        verify = [measured[k] - k * step for k in known]
+        verify = list(itertools.accumulate(reversed(verify), min))[::-1]
+        self.seconds = [_interpolated(known, verify, k) + k * step for k in range(LONGEST + 1)]
+        self._last: tuple[int, float] | None = None
 
     def note(self, drafts: int, seconds: float) -> None:
-        """Take a played round into account; a single slow one (the machine was busy) counts for little."""
-        old = self.seconds[drafts]
-        self.seconds[drafts] = old + NOTE_WEIGHT * (min(seconds, 2 * old) - old)
+        """Take a played round into account, by its ratio to the one before it.
+
+        A busy machine or a longer context makes both slower, and says nothing about lengths that are not being played.
+        """
+        last, self._last = self._last, (drafts, seconds)
+        if last is None or last[0] == drafts:
+            return
+        change = math.log(seconds * self.seconds[last[0]] / (last[1] * self.seconds[drafts]))
+        factor = math.exp(NOTE_WEIGHT / 2 * max(-NOTE_LIMIT, min(NOTE_LIMIT, change)))
+        self.seconds[drafts] *= factor
+        self.seconds[last[0]] /= factor
+
+    def loss(self, drafts: int) -> float:
+        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
+        return self.seconds[drafts] / self.seconds[0] - 1
+
+    def next_draft(self) -> list[float]:
+        """Seconds that draft i + 1 adds, smoothed to never fall: the slopes of the lower convex hull.
+
+        A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
+        makes possible, and noise in the measurements evens out.
+        """
+        slopes: list[float] = []
+        while (here := len(slopes)) < LONGEST:
+            rates = [(self.seconds[k] - self.seconds[here]) / (k - here) for k in range(here + 1, LONGEST + 1)]
+            slope = min(rates)
+            slopes += [max(slope, 0.0)] * (rates.index(slope) + 1)
+        return slopes
 
 
-def _interpolated(known: Sequence[int], seconds: Mapping[int, float], k: int) -> float:
-    if k in seconds or len(known) == 1:
-        return seconds[k if k in seconds else known[0]]
-    right = next((i for i, length in enumerate(known) if length > k), len(known) - 1)
+def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:
+    """The value at k of the line through the two known points beside it, or through the last two."""
+    if len(known) == 1:
+        return values[0]
+    right = min(max(1, bisect.bisect_left(known, k)), len(known) - 1)
     low, high = known[right - 1], known[right]
-    return seconds[low] + (seconds[high] - seconds[low]) * (k - low) / (high - low)
+    return values[right - 1] + (values[right] - values[right - 1]) * (k - low) / (high - low)
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -55,45 +102,118 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
     return total
 
 
-def best_length(acceptance: Sequence[float], costs: RoundCosts) -> int:
-    """The number of drafts, 0 to len(acceptance), that commits most tokens a second; the smaller one at a tie."""
-    rates = [expected_tokens(acceptance[:k]) / costs.seconds[k] for k in range(len(acceptance) + 1)]
-    return max(range(len(rates)), key=lambda k: (rates[k], -k))
+def best_length(acceptance: Sequence[float], costs: Sequence[float]) -> tuple[int, float]:
+    """The number of drafts, 0 to len(acceptance), that commits most tokens for its cost; the smaller one at a tie.
+
+    `costs[k]` is a round's with k drafts. Also that number's expected tokens for a unit of cost.
+    """
+    best, best_rate = 0, 1 / costs[0]
+    total, chance = 1.0, 1.0
+    for k, a in enumerate(acceptance, start=1):
+        chance *= a
+        total += chance
+        if (rate := total / costs[k]) > best_rate:
+            best, best_rate = k, rate
+    return best, best_rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Drafts of a round: at most `longest`, and fewer where `stop` says so."""
+
+    longest: int
+    stop: StopRule | None = None
+
+
+PLAIN = Plan(0)
 
 
 @dataclass
 class DraftLength:
-    """One sequence's policy: its running record of acceptance by position, and what follows from it."""
+    """One sequence's policy: its running record of acceptance by position, and what follows from it.
+
+    With `early_stop`, rounds are planned long and cut short by the drafter's confidence; without, their length is fixed
+    before they begin.
+    """
 
     costs: RoundCosts
+    early_stop: bool = True
     reached: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     accepted: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
-    idle: int = 0  # rounds since the last with drafts
-
-    @property
-    def longest(self) -> int:
-        return len(self.costs.seconds) - 1
+    calibration: Calibration = field(default_factory=Calibration)
+    allowance: float = LOSS_ROUNDS  # what drafting may still lose, in plain rounds
+    plain_seconds: float = 0.0  # of this sequence's plain rounds, recent ones most; 0 before the first
+    plan: Plan = PLAIN
+    rounds: int = 0  # rounds with drafts
+    planned: int = -1  # how many of them there were when the plan was made
+    pause: int = 0  # plain rounds to play before the next look
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
         chances: list[float] = []
-        for i in range(self.longest):
-            prior, weight = (chances[-1], NEIGHBOUR_ROUNDS) if chances else (PRIOR_ACCEPTANCE, PRIOR_ROUNDS)
-            chances.append((self.accepted[i] + weight * prior) / (self.reached[i] + weight))
+        prior, weight = PRIOR_ACCEPTANCE, PRIOR_ROUNDS
+        for reached, accepted in zip(self.reached, self.accepted, strict=True):
+            prior = (accepted + weight * prior) / (reached + weight)
+            chances.append(prior)
+            weight = NEIGHBOUR_ROUNDS
         return chances
 
-    def choose(self) -> int:
-        """Drafts of the next round."""
-        best = best_length(self.acceptance(), self.costs)
-        return 1 if best == 0 and self._may_probe() else best
+    def choose(self) -> Plan:
+        """What the next round may draft."""
+        if self.pause:
+            self.pause -= 1
+            return PLAIN
+        if self.planned < 0 or self.rounds - self.planned >= min(PLAN_ROUNDS, max(1, self.rounds // 4)):
+            self.plan, self.planned = self._new_plan(), self.rounds
+            if not self.plan.longest:
+                return self._rest(self.costs.loss(1))
+        elif not self.plan.longest:
+            self.planned = -1  # the look, whose outcome makes a new plan
+        return self._affordable(self.plan if self.plan.longest else Plan(1))
 
-    def _may_probe(self) -> bool:
-        plain, one = self.costs.seconds[:2] if self.longest else (1.0, math.inf)
-        return self.idle * PROBE_SHARE * plain >= max(one - plain, PROBE_SHARE * plain)
+    def _new_plan(self) -> Plan:
+        chances = self.acceptance()
+        best, rate = best_length(chances, self.costs.seconds)
+        if best == 0 or not self.early_stop:
+            return Plan(best)
+        costs = self.costs.next_draft()
+        least = tuple(rate * cost / max(a, 1e-9) for cost, a in zip(costs, chances, strict=True))
+        return Plan(LONGEST, StopRule(least, self.calibration.bias, self.calibration.slope))
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Note a round."""
-        self.idle = 0 if drafted else self.idle + 1
-        for i in range(min(drafted, accepted + 1, self.longest)):
+    def _affordable(self, plan: Plan) -> Plan:
+        """The plan, or the part of it that may be lost."""
+        longest = plan.longest
+        while longest and self.costs.loss(longest) > self.allowance:
+            longest -= 1
+        if plan.longest and not longest:
+            return self._rest(self.costs.loss(1) - self.allowance)
+        return plan if longest == plan.longest else Plan(longest, plan.stop)
+
+    def _rest(self, loss: float) -> Plan:
+        """Play plain rounds, this one included, until a loss has become affordable."""
+        self.pause = max(0, min(math.ceil(loss / LOSS_SHARE), LONGEST_PAUSE) - 1)
+        return PLAIN
+
+    def record(self, drafted: int, accepted: int, confidences: Sequence[float] = (), seconds: float = 0.0) -> None:
+        """Note a round, how sure the drafter was of each draft if that is known, and what it took if that is."""
+        self.allowance += LOSS_SHARE
+        if not drafted:
+            old = self.plain_seconds or seconds
+            self.plain_seconds = old + PLAIN_WEIGHT * (min(seconds, 2 * old) - old)
+            return
+        self.rounds += 1
+        self.allowance += (1 + LOSS_SHARE) * accepted - self._loss(drafted, seconds)
+        for i in range(min(drafted, accepted + 1, LONGEST)):
             self.reached[i] = DECAY * self.reached[i] + 1
             self.accepted[i] = DECAY * self.accepted[i] + (accepted > i)
+        self.calibration.learn(confidences, accepted)
+
+    def _loss(self, drafted: int, seconds: float) -> float:
+        """What a round took longer than a plain one, in plain rounds: what its length costs, or at a look what it did.
+
+        A drafter that is seldom asked finds the processor's caches full of other things. A hiccup counts for one round.
+        """
+        expected = self.costs.loss(drafted)
+        if self.plan.longest or not seconds or not self.plain_seconds:
+            return expected
+        return max(expected, min(seconds / self.plain_seconds - 1, expected + 1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.draft import Drafts, draft, draft_noise
+from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -22,7 +23,7 @@ from gemma_mtp.decoding.sampling import (
     process,
     top_logprobs,
 )
-from gemma_mtp.decoding.verify import Verification, Verified, verify_block, verify_exact, verify_rejection
+from gemma_mtp.decoding.verify import Verification, Verified, agreeing, verify_block, verify_exact, verify_rejection
 from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
@@ -50,6 +51,7 @@ class RoundOutput:
     drafted: int
     accepted: int
     logprobs: TopLogprobs | None
+    confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
 
 
 def open_sequence(
@@ -73,17 +75,39 @@ def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: 
         hidden_11D = _forward(target, sequence, chunk, last_only=True)
         sequence.cache.commit(chunk.shape[1])
     sequence.length = prompt_ids.shape[0]
-    drafts = Drafts(prompt_ids.new_zeros(0), [])
+    drafts = Drafts(prompt_ids.new_zeros(0))
     return _commit(target, sequence, drafts, hidden_11D, "exact")
 
 
 def play_round(
-    target: Target, drafter: Drafter | None, sequence: Sequence, draft_tokens: int, verification: Verification
+    target: Target,
+    drafter: Drafter | None,
+    sequence: Sequence,
+    draft_tokens: int,
+    verification: Verification,
+    stop: StopRule | None = None,
 ) -> RoundOutput:
-    """Draft, verify, commit. `draft_tokens` may be 0, and must be where there is no drafter."""
-    drafts = Drafts(sequence.last_token_11.new_zeros(0), [])
-    if drafter is not None and draft_tokens > 0:
-        drafts = _draft(target, drafter, sequence, draft_tokens, coupled=verification == "exact")
+    """Draft, verify, commit. `draft_tokens` may be 0, and must be without a drafter; `stop` may make it fewer."""
+    drafts = propose(target, drafter, sequence, draft_tokens, verification, stop)
+    return verify_round(target, sequence, drafts, verification)
+
+
+def propose(
+    target: Target,
+    drafter: Drafter | None,
+    sequence: Sequence,
+    draft_tokens: int,
+    verification: Verification,
+    stop: StopRule | None = None,
+) -> Drafts:
+    """The first half of a round: its drafts. The sequence is left as it is."""
+    if drafter is None or draft_tokens == 0:
+        return Drafts(sequence.last_token_11.new_zeros(0))
+    return _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
+
+
+def verify_round(target: Target, sequence: Sequence, drafts: Drafts, verification: Verification) -> RoundOutput:
+    """The second half: the target's call over the last token and the drafts, and what follows from it."""
     rows = torch.cat((sequence.last_token_11, drafts.tokens_K.unsqueeze(0)), dim=1)
     hidden_1TD = _forward(target, sequence, rows, last_only=False)
     output = _commit(target, sequence, drafts, hidden_1TD, verification)
@@ -99,7 +123,9 @@ def _forward(target: Target, sequence: Sequence, token_ids_1T: Tensor, last_only
     return hidden
 
 
-def _draft(target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool) -> Drafts:
+def _draft(
+    target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool, stop: StopRule | None
+) -> Drafts:
     position = sequence.length - 1
     return draft(
         drafter,
@@ -111,6 +137,7 @@ def _draft(target: Target, drafter: Drafter, sequence: Sequence, count: int, cou
         sequence.params,
         sequence.history,
         draft_noise(coupled, sequence.length, count, sequence.last_token_11.device),
+        stop,
     )
 
 
@@ -120,21 +147,24 @@ def _commit(
     """Choose at every row, count the accepted drafts, and move the sequence on; reads the device once."""
     params, drafted = sequence.params, drafts.tokens_K.shape[0]
     if params.is_argmax and target.native is not None:
-        verified = verify_exact(target.native.greedy(hidden_1TD[0]), drafts.tokens_K)
+        tokens_T = target.native.greedy(hidden_1TD[0])
+        tokens = tokens_T.tolist()
+        accepted = agreeing(tokens, drafts.tokens_K.tolist())
     else:
         logits_TV = target.logits(hidden_1TD[0])
         verified = _verify(logits_TV, sequence, drafts, verification)
-    accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
+        tokens_T = verified.tokens
+        accepted, *tokens = torch.cat((verified.n_accepted.view(1), tokens_T)).tolist()
     committed = tokens[: accepted + 1]
     if sequence.history is not None:
-        sequence.history.commit(verified.tokens[: accepted + 1])
+        sequence.history.commit(tokens_T[: accepted + 1])
     logprobs = None
     if params.logprobs is not None:
-        logprobs = top_logprobs(logits_TV[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+        logprobs = top_logprobs(logits_TV[: accepted + 1], tokens_T[: accepted + 1], params.logprobs)
     sequence.length += len(committed)
-    sequence.last_token_11 = verified.tokens[accepted : accepted + 1].unsqueeze(0)
+    sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
     sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
-    return RoundOutput(committed, drafted, accepted, logprobs)
+    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:

@@ -184,6 +184,12 @@ class Candidates:
         """Normalised log-probabilities, float32 [R, C]."""
         return self.scores_RC.float().log_softmax(-1)
 
+    def probability(self, token_ids_R: Tensor) -> float:
+        """Of a token of the one row there is; reads the device."""
+        probs_C = self.log_probs()[0].exp()
+        chosen = probs_C[token_ids_R] if self.token_ids_RC is None else probs_C[self.token_ids_RC[0] == token_ids_R]
+        return float(chosen.sum())
+
 
 def process(
     logits_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None = None, counts: TokenCounts | None = None

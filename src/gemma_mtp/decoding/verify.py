@@ -11,6 +11,7 @@ the token after the last draft. Probabilities are taken to float64: the residual
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,6 +37,11 @@ def verify_exact(choices: Tensor, drafts: Tensor) -> Verified:
     """Keep drafts while they equal the target's choices. `choices` int64 [..., K+1], `drafts` int64 [..., K]."""
     matches = choices[..., :-1] == drafts
     return Verified(matches.cumprod(-1).sum(-1), choices)
+
+
+def agreeing(choices: Sequence[int], drafts: Sequence[int]) -> int:
+    """`verify_exact` of one sequence on the host: how many drafts equal the choices, up to the first that does not."""
+    return next((i for i, draft in enumerate(drafts) if choices[i] != draft), len(drafts))
 
 
 def verify_rejection(

@@ -1,43 +1,70 @@
-"""What rounds cost on this machine with this pair, measured before the first one that needs to know."""
+"""What rounds cost on this machine with this pair: measured before the first that needs to know, or kept from then."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
 
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
-from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import Sequence, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
 #: seconds that measuring may take; a pair so large that two rounds take longer is measured by two rounds
 BUDGET_SECONDS = 0.2
-#: lengths in the order they are measured: the ends and the middle first
-ORDER = (0, 4, 8, 2, 6, 1, 3, 5, 7)
-CONTEXT_ROWS, REPEATS = 32, 3
+#: lengths in the order they are measured: the ends and the middle first; costs of the others lie between
+ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
+CONTEXT_ROWS, REPEATS = 32, 12
+
+
+def round_costs(target: Target, drafter: Drafter) -> RoundCosts:
+    """Costs from the cache if it has them, else measured, and then kept there."""
+    directory = cache_directory()
+    if directory is None:
+        return measure_costs(target, drafter)
+    key = cost_key(target, drafter)
+    costs = load_costs(directory, key)
+    if costs is None:
+        costs = measure_costs(target, drafter)
+        store_costs(directory, key, costs)
+    return costs
 
 
 @torch.inference_mode()
 def measure_costs(target: Target, drafter: Drafter) -> RoundCosts:
-    """Play rounds of every length on a made-up sequence; the least of up to three times each."""
-    rounds = 2 * REPEATS * len(ORDER)
-    sequence = open_sequence(target, CONTEXT_ROWS, rounds * (LONGEST + 1), LONGEST, SamplingParams())
-    ids = torch.arange(3, 3 + CONTEXT_ROWS, device=sequence.cache.device) % target.config.vocab_size
-    prefill(target, sequence, ids, CONTEXT_ROWS)
-    seconds: dict[int, float] = {}
+    """Play rounds of every length after the same made-up prompt; the least of up to twelve times each."""
+    prompt = _made_up_sequence(target)
+    rounds: dict[int, float] = {}
+    steps: list[float] = []
     started = time.perf_counter()
     for repeat in range(REPEATS + 1):  # the first warms up, and stands where there is no time for more
         for drafts in ORDER:
-            if len(seconds) >= 2 and time.perf_counter() - started > BUDGET_SECONDS:
-                return RoundCosts(seconds)
-            took = _round_seconds(target, drafter, sequence, drafts)
-            seconds[drafts] = took if repeat <= 1 else min(took, seconds[drafts])
-    return RoundCosts(seconds)
+            if len(rounds) >= 2 and time.perf_counter() - started > BUDGET_SECONDS:
+                return RoundCosts(rounds, min(steps))
+            drafting, took = _round_seconds(target, drafter, prompt, drafts)
+            rounds[drafts] = took if repeat <= 1 else min(took, rounds[drafts])
+            steps += [drafting / drafts] if drafts else []
+    return RoundCosts(rounds, min(steps))
 
 
-def _round_seconds(target: Target, drafter: Drafter, sequence: Sequence, drafts: int) -> float:
+def _made_up_sequence(target: Target) -> Sequence:
+    """A short prompt, with room for a round of any length."""
+    sequence = open_sequence(target, CONTEXT_ROWS, 1, LONGEST, SamplingParams())
+    ids = torch.arange(3, 3 + CONTEXT_ROWS, device=sequence.cache.device) % target.config.vocab_size
+    prefill(target, sequence, ids, CONTEXT_ROWS)
+    return sequence
+
+
+def _round_seconds(target: Target, drafter: Drafter, prompt: Sequence, drafts: int) -> tuple[float, float]:
+    """Of drafting, and of the whole of a round after the prompt, which is left as it was."""
     started = time.perf_counter()
-    play_round(target, drafter, sequence, drafts, "exact")  # ends with a read of the device
-    return time.perf_counter() - started
+    proposed = propose(target, drafter, prompt, drafts, "exact")
+    drafted = time.perf_counter()
+    verify_round(target, dataclasses.replace(prompt), proposed, "exact")  # ends with a read of the device
+    took = time.perf_counter() - started
+    prompt.cache.length = CONTEXT_ROWS  # the round's rows are garbage again
+    return drafted - started, took

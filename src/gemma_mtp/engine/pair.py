@@ -13,12 +13,12 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, RoundCosts
+from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, Plan, RoundCosts
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
-from gemma_mtp.engine.costs import measure_costs
+from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
@@ -27,6 +27,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 #: prompt rows per target call: enough to use the hardware, few enough to bound activations
 PREFILL_CHUNK_ROWS = 512
@@ -97,10 +98,10 @@ class Pair:
         return token_ids
 
     def round_costs(self) -> RoundCosts:
-        """Seconds of rounds of every length on this machine; measured at the first call, which takes 0.2 seconds."""
+        """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds."""
         if self._costs is None:
             assert self.drafter is not None
-            self._costs = measure_costs(self.target, self.drafter)
+            self._costs = round_costs(self.target, self.drafter)
         return self._costs
 
     @property
@@ -155,11 +156,14 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
     output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
     device = pair.target.embed_tokens.weight.device
-    policy = DraftLength(pair.round_costs()) if result.draft_tokens == "auto" else None
-    longest = LONGEST if result.draft_tokens == "auto" else result.draft_tokens
+    policy, fixed = None, Plan(LONGEST)
+    if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
+        policy = DraftLength(pair.round_costs(), early_stop=device.type == "cpu")
+    else:
+        fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
     with torch.inference_mode():
-        sequence = open_sequence(pair.target, len(prompt), limit, longest, params)
+        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
     text = output.push(first)
     result.prefill_seconds = time.perf_counter() - started
@@ -169,14 +173,15 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         if output.done:
             return
         started = time.perf_counter()
-        drafts = min(longest if policy is None else policy.choose(), output.remaining - 1)
+        plan = fixed if policy is None else policy.choose()
+        drafts = min(plan.longest, output.remaining - 1)
         with torch.inference_mode():
-            played = play_round(pair.target, pair.drafter, sequence, drafts, verification)
+            played = play_round(pair.target, pair.drafter, sequence, drafts, verification, plan.stop)
         text = output.push(played)
         seconds = time.perf_counter() - started
         result.decode_seconds += seconds
         if policy is not None:
-            policy.record(played.drafted, played.accepted)
+            policy.record(played.drafted, played.accepted, played.confidences, seconds)
             policy.costs.note(played.drafted, seconds)
 
 
@@ -202,14 +207,17 @@ def load_pair(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     use_drafter: bool = True,
+    quantize: str | WeightTypes | None = None,
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
     A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
     weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
-    where there is one. The pair's fit is checked before any weight is read. Raises CheckpointError, ConfigError,
-    PairError.
+    where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
+    (`weight_types.parse_weight_types`). The pair's fit is checked before any weight is read. Raises CheckpointError,
+    ConfigError, PairError, QuantisationError.
     """
+    types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
@@ -220,11 +228,11 @@ def load_pair(
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
         check_pair(target_config, drafter_config)
     chosen_dtype = _dtype(dtype, chosen_device, target)
-    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device)
+    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types)
     loaded_target.pack_()
     loaded_drafter = None
     if drafter is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device)
+        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types)
         loaded_drafter.pack_(loaded_target.native)
     return Pair(
         target=loaded_target,
@@ -253,7 +261,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -
         if device.type != "cpu":
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
-        stored = {header.dtype for header in checkpoint.read_headers(target).values()}
+        stored = checkpoint.stored_dtypes(target)
         return torch.bfloat16 if "F32" not in stored and "BF16" in stored and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,6 +61,11 @@ class GenerationResult:
     @property
     def accepted(self) -> int:
         return sum(r.accepted for r in self.decode_rounds)
+
+    @property
+    def rounds_by_drafts(self) -> dict[int, int]:
+        """Number of drafts -> in how many decode rounds that many were made, in ascending order."""
+        return dict(sorted(Counter(r.drafted for r in self.decode_rounds).items()))
 
     @property
     def accepted_by_position(self) -> list[float]:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint import TensorHeader, check_headers, read_config, read_headers, text_headers
+from gemma_mtp.checkpoint import (
+    TensorHeader,
+    check_headers,
+    read_config,
+    read_headers,
+    read_weight_types,
+    stored_tensors,
+    text_headers,
+)
 from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
@@ -41,36 +49,39 @@ class CheckpointReport:
     geometry: dict[str, Any]
     parameters: int
     stored_dtypes: dict[str, int]
+    quantised: dict[str, str]
     weight_bytes: int
     skipped_tensors: int
     skipped_bytes: int
     kv_bytes: KVBytes | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a drafter has no KV of its own."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Plain values for JSON, without what does not apply: a drafter has no KV of its own."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
 
 def inspect_checkpoint(directory: str | Path) -> CheckpointReport:
     """Read a target's or drafter's directory, without its weights, and hold every tensor against the configuration.
 
-    Raises CheckpointError or ConfigError where it could not be loaded.
+    Raises CheckpointError, ConfigError or QuantisationError where it could not be loaded.
     """
     config = read_config(directory)
     stored = read_headers(directory)
     headers = text_headers(stored)
     with torch.device("meta"):
         model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
-    views = model.checkpoint_tensors()
-    check_headers(views, headers)
-    used = {name: headers[name] for name in views}
+        model.quantise_(read_weight_types(directory))
+    weights = model.checkpoint_tensors()
+    check_headers(stored_tensors(weights), headers)
+    used = {name: headers[name] for name in stored_tensors(weights)}
     skipped = len(stored) - len(used)
     return CheckpointReport(
         kind="target" if isinstance(config, TargetConfig) else "drafter",
         model_type=config.model_type,
         geometry=geometry(config),
-        parameters=sum(header.numel for name, header in used.items() if views[name].is_floating_point()),
+        parameters=sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         stored_dtypes=dict(Counter(header.dtype for header in used.values())),
+        quantised=dict(model.weight_types.quantised),
         weight_bytes=_nbytes(used),
         skipped_tensors=skipped,
         skipped_bytes=_nbytes(stored) - _nbytes(used),

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
 from gemma_mtp.kv_cache import CommittedKeyValues
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices
 from gemma_mtp.model.native import NativeDrafter, NativeTarget
-from gemma_mtp.ops import native
+from gemma_mtp.ops import native, quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Chooser, Embedding, Linear, Matrix, can_pack, pack, packed_linear
+from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weight_types import WeightTypes, merge
 
 
 class CentroidHead(nn.Module):
@@ -29,15 +30,15 @@ class CentroidHead(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.top_k = config.centroid_intermediate_top_k
-        self.centroids = Linear(config.text.hidden_size, config.num_centroids)
+        self.centroids = Chooser(config.text.hidden_size, config.num_centroids)
         self.register_buffer("token_ordering", torch.zeros(config.text.vocab_size, dtype=torch.int64))
 
-    def candidates(self, hidden_RH: Tensor, table_VH: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, hidden_RH: Tensor, table_VH: Weight) -> tuple[Tensor, Tensor]:
         """Logits and token ids of the tokens in each row's best clusters, each [R, top_k * V / num_centroids]."""
         scores: Tensor = self.centroids(hidden_RH)
         clusters = scores.topk(self.top_k, dim=-1).indices
         token_ids = self.token_ordering.view(scores.shape[-1], -1)[clusters].flatten(-2)
-        return torch.einsum("rch,rh->rc", F.embedding(token_ids, table_VH), hidden_RH), token_ids
+        return quantise.gathered_linear(hidden_RH, table_VH, token_ids), token_ids
 
 
 class Drafter(nn.Module):
@@ -50,13 +51,14 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         text, D = config.text, config.backbone_hidden_size
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.pre_projection = Linear(2 * D, text.hidden_size)
         self.post_projection = Linear(text.hidden_size, D)
         self.masked_embedding = CentroidHead(config) if config.use_ordered_embeddings else None
         self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size)
+        self.weight_types = WeightTypes()
         self.packed_head: Tensor | None = None
         self.native: NativeDrafter | None = None
 
@@ -83,7 +85,7 @@ class Drafter(nn.Module):
         """Logits over the whole vocabulary [..., V] (training; decoding uses `candidates`)."""
         if self.packed_head is not None:
             return packed_linear(state, self.packed_head)
-        return F.linear(state, self.head_table) if self.lm_head is None else self.lm_head(state)
+        return quantise.linear(state, self.head_table) if self.lm_head is None else self.lm_head(state)
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
@@ -95,9 +97,19 @@ class Drafter(nn.Module):
         return self.masked_embedding.candidates(state_RH, self.head_table)
 
     @property
-    def head_table(self) -> Tensor:
+    def head_table(self) -> Weight:
         """The head's rows [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        head: Matrix = self.embed_tokens if self.lm_head is None else self.lm_head
+        return head.stored
+
+    def quantise_(self, types: WeightTypes) -> None:
+        """Quantise the parts that `types` names. Before `pack_`; the model can not be trained after.
+
+        Raises QuantisationError where a part is quantised otherwise.
+        """
+        self.weight_types = merge(self.weight_types, types.of_drafter())
+        quantise_matrices([self.embed_tokens, self.lm_head], types.drafter_head)
+        quantise_matrices([*self.layers.modules(), self.pre_projection, self.post_projection], types.drafter)
 
     def pack_(self, target: NativeTarget | None = None) -> None:
         """Make ready to decode on this device, natively beside a target that is; the model can not be trained after."""
@@ -106,24 +118,28 @@ class Drafter(nn.Module):
             return
         gathered = self.masked_embedding is not None  # the centroid head gathers rows, so its table stays dense
         if gathered and self.lm_head is not None:
-            self.embed_tokens.weight, self.lm_head = self.lm_head.weight, None
+            self.embed_tokens.weight, self.embed_tokens.quantised = self.lm_head.weight, self.lm_head.quantised
+            self.lm_head = None
         pack_linears(self)
-        if not gathered and self.lm_head is None and can_pack(self.embed_tokens.weight):
-            self.packed_head = pack(self.embed_tokens.weight)
+        table = self.embed_tokens
+        if not gathered and self.lm_head is None and table.quantised is None and can_pack(table.weight):
+            self.packed_head = pack(table.weight)
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Official tensor names and views of the parameters that hold them."""
-        tensors = {"model.embed_tokens.weight": self.embed_tokens.weight, "model.norm.weight": self.norm.weight}
+    def checkpoint_tensors(self) -> dict[str, Weight]:
+        """Official tensor names and views of the weights that hold them."""
+        tensors: dict[str, Weight] = {
+            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.weight,
+        }  # fmt: skip
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
-        for name in ("pre_projection", "post_projection"):
-            tensors[f"{name}.weight"] = self.get_parameter(f"{name}.weight")
+        tensors["pre_projection.weight"] = self.pre_projection.stored
+        tensors["post_projection.weight"] = self.post_projection.stored
         if self.masked_embedding is not None:
-            tensors["masked_embedding.centroids.weight"] = self.masked_embedding.centroids.weight
+            tensors["masked_embedding.centroids.weight"] = self.masked_embedding.centroids.stored
             tensors["masked_embedding.token_ordering"] = self.masked_embedding.token_ordering
         if self.lm_head is not None:
-            tensors["lm_head.weight"] = self.lm_head.weight
+            tensors["lm_head.weight"] = self.lm_head.stored
         return tensors
 
 

@@ -8,19 +8,22 @@ Projections that read the same input are stored fused; `checkpoint_tensors` give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import LayerType, TextConfig
+from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Linear
+from gemma_mtp.ops.linear import Chooser, Linear, Matrix
+from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weight_types import Quantisation
 
 #: (cos, signed sin), each [T, d], for one layer type; see `ops.reference.rope_tables`
 Rope = tuple[Tensor, Tensor]
-NamedTensors = Iterator[tuple[str, Tensor]]
+NamedWeights = Iterator[tuple[str, Weight]]
 
 
 class KeyValues(Protocol):
@@ -72,12 +75,12 @@ class Attention(nn.Module):
         v = normed[:, :, H:] if self.key_is_value else normed[:, :, H + G :]
         return self.o_proj(kv.attend(self.layer, qk[:, :, :H], qk[:, :, H:], v))
 
-    def checkpoint_tensors(self) -> NamedTensors:
+    def checkpoint_tensors(self) -> NamedWeights:
         d, H, G = self.head_dim, self.heads, self.kv_heads
-        weight = self.qkv_proj.weight
+        weight = self.qkv_proj.stored
         yield "q_proj.weight", weight[: H * d]
         yield "q_norm.weight", self.q_norm.weight
-        yield "o_proj.weight", self.o_proj.weight
+        yield "o_proj.weight", self.o_proj.stored
         if self.k_norm is not None:
             yield "k_proj.weight", weight[H * d : (H + G) * d]
             yield "k_norm.weight", self.k_norm.weight
@@ -96,10 +99,10 @@ class GatedMLP(nn.Module):
         out: Tensor = self.down_proj(ops.gated_mlp(self.gate_up_proj(x)))
         return out
 
-    def checkpoint_tensors(self) -> NamedTensors:
-        yield "gate_proj.weight", self.gate_up_proj.weight[: self.intermediate]
-        yield "up_proj.weight", self.gate_up_proj.weight[self.intermediate :]
-        yield "down_proj.weight", self.down_proj.weight
+    def checkpoint_tensors(self) -> NamedWeights:
+        yield "gate_proj.weight", self.gate_up_proj.stored[: self.intermediate]
+        yield "up_proj.weight", self.gate_up_proj.stored[self.intermediate :]
+        yield "down_proj.weight", self.down_proj.stored
 
 
 class Router(nn.Module):
@@ -108,7 +111,7 @@ class Router(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.eps, self.top_k = config.rms_norm_eps, config.top_k_experts
-        self.proj = Linear(config.hidden_size, config.num_experts)
+        self.proj = Chooser(config.hidden_size, config.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
@@ -124,20 +127,21 @@ class Experts(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         E, D, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, D))
-        self.down_proj = nn.Parameter(torch.empty(E, D, I))
+        self.experts = E
+        self.gate_up_proj = Matrix(E, 2 * I, D)
+        self.down_proj = Matrix(E, D, I)
 
     def forward(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
-        few = experts_RK.numel() <= self.gate_up_proj.shape[0]
+        few = experts_RK.numel() <= self.experts
         return (self._gathered if few else self._grouped)(x_RD, weights_RK, experts_RK)
 
     def _gathered(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
         """Decode: gather each row's experts; needs no host synchronisation."""
         R, K = experts_RK.shape
         flat = experts_RK.reshape(-1)
-        x = x_RD.repeat_interleave(K, 0).unsqueeze(-1)
-        hidden = ops.gated_mlp(torch.bmm(self.gate_up_proj[flat], x).squeeze(-1))
-        out = torch.bmm(self.down_proj[flat], hidden.unsqueeze(-1)).view(R, K, -1)
+        x = x_RD.repeat_interleave(K, 0)
+        hidden = ops.gated_mlp(quantise.gathered_linear(x, self.gate_up_proj.stored, flat))
+        out = quantise.gathered_linear(hidden, self.down_proj.stored, flat).view(R, K, -1)
         return (out * weights_RK.unsqueeze(-1)).to(x_RD.dtype).sum(1)
 
     def _grouped(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
@@ -145,8 +149,8 @@ class Experts(nn.Module):
         out = torch.zeros_like(x_RD)
         for expert in experts_RK.unique().tolist():
             rows, slots = torch.where(experts_RK == expert)
-            hidden = ops.gated_mlp(x_RD[rows] @ self.gate_up_proj[expert].T)
-            scaled = (hidden @ self.down_proj[expert].T) * weights_RK[rows, slots, None]
+            hidden = ops.gated_mlp(quantise.linear(x_RD[rows], self.gate_up_proj.stored[expert]))
+            scaled = quantise.linear(hidden, self.down_proj.stored[expert]) * weights_RK[rows, slots, None]
             out = out.index_add(0, rows, scaled.to(out.dtype))
         return out
 
@@ -168,8 +172,14 @@ class MoE(nn.Module):
         sparse = self.experts(self.pre_feedforward_layernorm_2(rows), *self.router(rows)).view_as(residual_BTD)
         return self.post_feedforward_layernorm_1(dense_BTD) + self.post_feedforward_layernorm_2(sparse)
 
-    def checkpoint_tensors(self) -> NamedTensors:
-        yield from self.named_parameters()
+    def checkpoint_tensors(self) -> NamedWeights:
+        yield "router.proj.weight", self.router.proj.stored
+        yield "router.scale", self.router.scale
+        yield "router.per_expert_scale", self.router.per_expert_scale
+        yield "experts.gate_up_proj", self.experts.gate_up_proj.stored
+        yield "experts.down_proj", self.experts.down_proj.stored
+        for name in ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"):
+            yield f"{name}.weight", self.get_parameter(f"{name}.weight")
 
 
 class PerLayerInput(nn.Module):
@@ -186,8 +196,10 @@ class PerLayerInput(nn.Module):
         gate = torch.nn.functional.gelu(self.per_layer_input_gate(x_BTD), approximate="tanh")
         return x_BTD + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_BTP))
 
-    def checkpoint_tensors(self) -> NamedTensors:
-        yield from self.named_parameters()
+    def checkpoint_tensors(self) -> NamedWeights:
+        yield "per_layer_input_gate.weight", self.per_layer_input_gate.stored
+        yield "per_layer_projection.weight", self.per_layer_projection.stored
+        yield "post_per_layer_input_norm.weight", self.post_per_layer_input_norm.weight
 
 
 class DecoderLayer(nn.Module):
@@ -216,7 +228,7 @@ class DecoderLayer(nn.Module):
             x = self.ple(x, per_layer_BTP)
         return x * self.layer_scalar
 
-    def checkpoint_tensors(self) -> NamedTensors:
+    def checkpoint_tensors(self) -> NamedWeights:
         for name, tensor in self.self_attn.checkpoint_tensors():
             yield f"self_attn.{name}", tensor
         for name, tensor in self.mlp.checkpoint_tensors():
@@ -247,6 +259,13 @@ def pack_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack_()
+
+
+def quantise_matrices(modules: Iterable[nn.Module | None], kind: Quantisation | None) -> None:
+    """Quantise every matrix among the modules whose columns allow; None leaves all as they are."""
+    for module in list(modules):
+        if kind is not None and isinstance(module, Matrix):
+            module.quantise_(kind)
 
 
 def slice_rope(tables: Mapping[LayerType, Rope], start: int, stop: int) -> dict[LayerType, Rope]:

@@ -33,16 +33,16 @@ class NativeTarget:
         stack = _stack_config(config)
         self._memory = memory
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
-        self.table = memory.matrix(target.embed_tokens.weight)
+        self.table = memory.matrix(target.embed_tokens.stored)
         self.embed_scale = _rounded(config.hidden_size**0.5, target.embed_tokens.weight.dtype)
         stack.table, stack.embed_scale = self.table, self.embed_scale
-        stack.head = self.table if target.lm_head is None else memory.matrix(target.lm_head.weight)
+        stack.head = self.table if target.lm_head is None else memory.matrix(target.lm_head.stored)
         stack.softcap = config.final_logit_softcapping or 0.0
         if P := config.hidden_size_per_layer_input:
             stack.ple = P
-            stack.ple_table = memory.matrix(target.embed_tokens_per_layer.weight)
+            stack.ple_table = memory.matrix(target.embed_tokens_per_layer.stored)
             stack.ple_embed_scale = _rounded(P**0.5, target.embed_tokens_per_layer.weight.dtype)
-            stack.ple_model_projection = memory.matrix(target.per_layer_model_projection.weight)
+            stack.ple_model_projection = memory.matrix(target.per_layer_model_projection.stored)
         ple_norm = memory.vector(target.per_layer_projection_norm.weight) if P else 0
         stack.set_norms(memory.vector(target.norm.weight), ple_norm)
         caches = {layer: i for i, layer in enumerate(range(config.first_kv_shared_layer))}
@@ -92,13 +92,13 @@ class NativeDrafter:
         clusters, top_k = 0, 0
         if head is not None:
             clusters, top_k = config.num_centroids, head.top_k
-            centroids = memory.matrix(head.centroids.weight)
+            centroids = memory.matrix(head.centroids.stored)
             self._ordering = head.token_ordering.contiguous()
-            table = table.detach()[self._ordering]  # cluster by cluster, so that a cluster is one block
+            table = table[self._ordering]  # cluster by cluster, so that a cluster is one block
         stack.head = memory.matrix(table)
         layers = [_layer(memory, cast("DecoderLayer", layer), text, i, i) for i, layer in enumerate(drafter.layers)]
         self._stack = native.DraftStack(
-            stack, layers, memory.matrix(drafter.pre_projection.weight), memory.matrix(drafter.post_projection.weight),
+            stack, layers, memory.matrix(drafter.pre_projection.stored), memory.matrix(drafter.post_projection.stored),
             self.backbone, target.table, target.embed_scale, clusters, top_k, centroids, self._ordering.data_ptr(),
         )  # fmt: skip
         self.candidate_count: int = self._stack.candidates()
@@ -118,13 +118,22 @@ class NativeDrafter:
         self._stack.score(state_H.contiguous().data_ptr(), logits.data_ptr(), ids.data_ptr())
         return logits, ids if self._ordering.numel() else None
 
-    def greedy(self, token: int, hidden_D: Tensor, rope: Rope, kv: CommittedKeyValues, count: int) -> Tensor:
-        """`count` greedy drafts in one call, int64 [count]."""
-        out = torch.empty(count, dtype=torch.int64)
+    def greedy(
+        self, token: int, hidden_D: Tensor, rope: Rope, kv: CommittedKeyValues, count: int,
+        least: Sequence[float] = (), bias: float = 0.0, slope: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Greedy drafts in one call, int64 [made], and how sure the drafter was of each, float32 [made].
+
+        `count` of them, or fewer where `least` has numbers (`decoding/early_stop.py`); without, confidences are 0.
+        """
+        out, confidences = torch.empty(count, dtype=torch.int64), torch.empty(count)
         hidden = hidden_D.contiguous()
         handle = _drafter_handle(kv, rope)
-        self._stack.draft(token, hidden.data_ptr(), handle, kv.cache.length, count, out.data_ptr())
-        return out
+        made = self._stack.draft(
+            token, hidden.data_ptr(), handle, kv.cache.length, count, least, bias, slope,
+            out.data_ptr(), confidences.data_ptr(),
+        )  # fmt: skip
+        return out[:made], confidences[:made]
 
 
 def _stack_config(text: TextConfig) -> Any:
@@ -139,13 +148,13 @@ def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, 
     out.sliding, out.key_is_value = config.is_sliding(index), attention.key_is_value
     out.heads, out.kv_heads, out.groups = attention.heads, attention.kv_heads, config.layer_kv_heads(index)
     out.head_dim, out.cache, out.scalar = attention.head_dim, cache, layer.layer_scalar.item()
-    out.qkv, out.o = memory.matrix(attention.qkv_proj.weight), memory.matrix(attention.o_proj.weight)
-    out.gate_up, out.down = memory.matrix(mlp.gate_up_proj.weight), memory.matrix(mlp.down_proj.weight)
+    out.qkv, out.o = memory.matrix(attention.qkv_proj.stored), memory.matrix(attention.o_proj.stored)
+    out.gate_up, out.down = memory.matrix(mlp.gate_up_proj.stored), memory.matrix(mlp.down_proj.stored)
     k_norm = None if attention.k_norm is None else attention.k_norm.weight
     ple_norm = None
     if layer.ple is not None:
-        out.ple_gate = memory.matrix(layer.ple.per_layer_input_gate.weight)
-        out.ple_projection = memory.matrix(layer.ple.per_layer_projection.weight)
+        out.ple_gate = memory.matrix(layer.ple.per_layer_input_gate.stored)
+        out.ple_projection = memory.matrix(layer.ple.per_layer_projection.stored)
         ple_norm = layer.ple.post_per_layer_input_norm.weight
     norms = (attention.q_norm.weight, k_norm, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
              layer.pre_feedforward_layernorm.weight, layer.post_feedforward_layernorm.weight, ple_norm)  # fmt: skip
@@ -157,9 +166,9 @@ def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, 
 
 def _moe(memory: Memory, moe: MoE) -> Any:
     out, experts = module().MoE(), moe.experts
-    out.experts, out.top_k, out.width = experts.down_proj.shape[0], moe.router.top_k, experts.down_proj.shape[2]
-    out.router = memory.matrix(moe.router.proj.weight)
-    out.gate_up, out.down = memory.matrix(experts.gate_up_proj), memory.matrix(experts.down_proj)
+    out.experts, out.top_k, out.width = experts.experts, moe.router.top_k, experts.down_proj.stored.shape[2]
+    out.router = memory.matrix(moe.router.proj.stored)
+    out.gate_up, out.down = memory.matrix(experts.gate_up_proj.stored), memory.matrix(experts.down_proj.stored)
     vectors = (moe.router.scale, moe.router.per_expert_scale, moe.post_feedforward_layernorm_1.weight,
                moe.pre_feedforward_layernorm_2.weight, moe.post_feedforward_layernorm_2.weight)  # fmt: skip
     out.set_vectors(*map(memory.vector, vectors))

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
 from gemma_mtp.kv_cache import KVCache
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, rope_for
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices, rope_for
 from gemma_mtp.model.native import NativeTarget
-from gemma_mtp.ops import native
+from gemma_mtp.ops import native, quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Linear, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Embedding, Linear, can_pack, pack, packed_linear
+from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weight_types import WeightTypes, merge
 
 
 @dataclass
@@ -34,14 +35,15 @@ class Target(nn.Module):
         super().__init__()
         self.config = config
         D, P, L = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.embed_tokens = Embedding(config.vocab_size, D)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(L))
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
+        self.weight_types = WeightTypes()
         self.packed_head: Tensor | None = None
         self.native: NativeTarget | None = None
         if P:
-            self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, L * P)
+            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, L * P)
             self.per_layer_model_projection = Linear(D, L * P)
             self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps)
 
@@ -95,7 +97,7 @@ class Target(nn.Module):
         elif self.lm_head is not None:
             scores = self.lm_head(hidden)
         else:
-            scores = F.linear(hidden, self.embed_tokens.weight)
+            scores = quantise.linear(hidden, self.embed_tokens.stored)
         return ops.softcap(scores, self.config.final_logit_softcapping)
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
@@ -106,6 +108,18 @@ class Target(nn.Module):
         hidden = self(token_ids_BT, rope_for(self.config, positions, self.embed_tokens.weight.dtype), kv)
         return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
 
+    def quantise_(self, types: WeightTypes) -> None:
+        """Quantise the parts that `types` names. Before `pack_`; the model can not be trained after.
+
+        Raises QuantisationError where a part is quantised otherwise.
+        """
+        self.weight_types = merge(self.weight_types, types.of_target())
+        tables = [module for module in self.modules() if isinstance(module, Embedding)]
+        quantise_matrices([*tables, self.lm_head], types.embeddings)
+        quantise_matrices(self.layers.modules(), types.target)
+        if self.config.hidden_size_per_layer_input:
+            quantise_matrices([self.per_layer_model_projection], types.target)
+
     def pack_(self) -> None:
         """Make ready to decode on this device: natively on a CPU (`model.native`), else with weights packed for PyTorch
         (`ops.linear`). The model can not be trained after."""
@@ -113,20 +127,24 @@ class Target(nn.Module):
             self.native = NativeTarget(self)
             return
         pack_linears(self)
-        if self.lm_head is None and can_pack(self.embed_tokens.weight):
-            self.packed_head = pack(self.embed_tokens.weight)
+        table = self.embed_tokens
+        if self.lm_head is None and table.quantised is None and can_pack(table.weight):
+            self.packed_head = pack(table.weight)
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Official tensor names, with the `model.` prefix, and views of the parameters that hold them."""
-        tensors = {"model.embed_tokens.weight": self.embed_tokens.weight, "model.norm.weight": self.norm.weight}
+    def checkpoint_tensors(self) -> dict[str, Weight]:
+        """Official tensor names, with the `model.` prefix, and views of the weights that hold them."""
+        tensors: dict[str, Weight] = {
+            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.weight,
+        }  # fmt: skip
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
         if self.lm_head is not None:
-            tensors["lm_head.weight"] = self.lm_head.weight
+            tensors["lm_head.weight"] = self.lm_head.stored
         if self.config.hidden_size_per_layer_input:
-            for name in ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm"):
-                tensors[f"model.{name}.weight"] = self.get_parameter(f"{name}.weight")
+            tensors["model.embed_tokens_per_layer.weight"] = self.embed_tokens_per_layer.stored
+            tensors["model.per_layer_model_projection.weight"] = self.per_layer_model_projection.stored
+            tensors["model.per_layer_projection_norm.weight"] = self.per_layer_projection_norm.weight
         return tensors
 
 

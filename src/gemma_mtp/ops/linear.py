@@ -1,4 +1,4 @@
-"""Linear layers whose weight is packed once for decoding.
+"""Weight matrices as modules: dense, quantised, or packed once for decoding.
 
 PyTorch's own `F.linear` makes several fp32 rows cost several times one row on a CPU (3.6x for four), which would make
 verification as dear as decoding. oneDNN's prepacked weights do not, and give a row the same bits among 2..64 rows.
@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gemma_mtp.ops import quantise
+from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, can_quantise
+from gemma_mtp.weight_types import Quantisation
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -34,19 +38,79 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
-class Linear(nn.Module):
+class Quantised(nn.Module):
+    """A quantised matrix whose tensors move with the model that has it."""
+
+    data: Tensor
+    scales: Tensor
+
+    def __init__(self, matrix: QuantisedMatrix) -> None:
+        super().__init__()
+        self.kind = matrix.kind
+        self.register_buffer("data", matrix.data)
+        self.register_buffer("scales", matrix.scales)
+
+    @property
+    def matrix(self) -> QuantisedMatrix:
+        return QuantisedMatrix(self.kind, self.data, self.scales)
+
+
+class Matrix(nn.Module):
+    """A weight [..., out, in]. What takes the place of `weight` leaves an empty one of its dtype and device."""
+
+    weight: nn.Parameter
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.quantised: Quantised | None = None
+
+    @property
+    def stored(self) -> Weight:
+        """The weight as it is kept in memory."""
+        return self.weight if self.quantised is None else self.quantised.matrix
+
+    def quantise_(self, kind: Quantisation) -> None:
+        """Quantise the weight where its columns allow; it can not be trained after. On "meta", only make room."""
+        if self.quantised is None and can_quantise(self.weight):
+            matrix = QuantisedMatrix.empty(kind, self.weight.shape, self.weight.device)
+            self.quantised = Quantised(matrix if self.weight.is_meta else matrix.copy_(self.weight))
+            self._drop_weight()
+
+    def _drop_weight(self) -> None:
+        weight = self.weight
+        self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)
+
+
+class Linear(Matrix):
     """A bias-free linear layer. After `pack_` it holds oneDNN's layout instead of the weight, for inference only."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        super().__init__(out_features, in_features)
         self.packed: Tensor | None = None
 
     def pack_(self) -> None:
-        """Replace the weight by its packed form where that pays; the dense weight is freed."""
-        if can_pack(self.weight):
+        """Replace a dense weight by its packed form where that pays; the dense weight is freed."""
+        if self.quantised is None and can_pack(self.weight):
             self.packed = pack(self.weight)
-            self.weight = nn.Parameter(torch.empty(0, dtype=self.weight.dtype), requires_grad=False)
+            self._drop_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.packed is None else packed_linear(x, self.packed)
+        return quantise.linear(x, self.stored) if self.packed is None else packed_linear(x, self.packed)
+
+
+class Chooser(Linear):
+    """A linear layer whose results choose experts or clusters. Never quantised: it is small, and a wrong choice costs
+    more than a rounded product."""
+
+    def quantise_(self, kind: Quantisation) -> None:
+        pass
+
+
+class Embedding(Matrix):
+    """A table [rows, size] whose rows are looked up, and which may be a head too."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.quantised is None:
+            return F.embedding(token_ids, self.weight)
+        return self.quantised.matrix[token_ids].dequantise().to(self.weight.dtype)

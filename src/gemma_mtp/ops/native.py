@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.ops.quantise import Quantisation, QuantisedMatrix, can_quantise, quantise
+from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.weight_types import Quantisation
 
 #: the module's numbers of the weight types
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -59,19 +60,16 @@ class Memory:
 
     tensors: list[Tensor] = field(default_factory=list)
 
-    def matrix(self, tensor: Tensor, kind: Quantisation | None = None) -> Any:
-        """A weight [rows, cols], quantised if its columns allow; experts' [E, rows, cols] lie one below the other."""
-        flat = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
-        if kind is not None and can_quantise(flat):
-            return self.quantised(quantise(flat, kind))
-        self.tensors.append(flat)
-        return module().Weight(WEIGHT_TYPES[flat.dtype], flat.data_ptr(), 0, flat.shape[0], flat.shape[1])
-
-    def quantised(self, matrix: QuantisedMatrix) -> Any:
-        """The same of a quantised matrix."""
-        self.tensors += [matrix.data, matrix.scales]
-        addresses = matrix.data.data_ptr(), matrix.scales.data_ptr()
-        return module().Weight(QUANTISED_TYPES[matrix.kind], *addresses, *matrix.shape)
+    def matrix(self, weight: Weight) -> Any:
+        """A weight [rows, cols]; experts' [E, rows, cols] lie one below the other."""
+        rows, cols = weight.shape[:-1].numel(), weight.shape[-1]
+        if isinstance(weight, QuantisedMatrix):
+            data, scales, number = weight.data.contiguous(), weight.scales.contiguous(), QUANTISED_TYPES[weight.kind]
+            self.tensors += [data, scales]
+            return module().Weight(number, data.data_ptr(), scales.data_ptr(), rows, cols)
+        data = weight.detach().contiguous()
+        self.tensors.append(data)
+        return module().Weight(WEIGHT_TYPES[data.dtype], data.data_ptr(), 0, rows, cols)
 
     def vector(self, tensor: Tensor | None) -> int:
         """Address of a float32 vector; 0 for none."""

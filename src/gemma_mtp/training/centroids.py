@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.model.drafter import CentroidHead, Drafter
+from gemma_mtp.training.unroll import trained_head
 
 ITERATIONS = 12
 #: clusters that a token may go to, best first, before it is put where there is room
@@ -45,7 +46,7 @@ def fit_head(
 ) -> Recall:
     """Give `drafter` a centroid head of `config`, for head states such as `states_NH`. `known` is the head it had
     before, whose clusters are kept. The last fifth of the states measures the recall."""
-    table = drafter.head_table.detach().float()
+    table = trained_head(drafter).detach().float()
     head = CentroidHead(config).to(table.device)
     generator = torch.Generator(table.device).manual_seed(seed)
     if known is None:

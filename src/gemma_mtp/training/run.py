@@ -103,6 +103,8 @@ class Run:
         else:
             self.config = new_drafter_config(target_config, settings.new)
         check_pair(target_config, self.config)
+        for directory in (settings.target, settings.drafter):
+            _check_unquantised(directory)
         # training scores the whole vocabulary; a centroid head is made when it is done
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
@@ -327,3 +329,11 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     if "paths" in kept:
         kept["paths"] = ", ".join(path.name for path in kept["paths"])
     return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _check_unquantised(directory: Path | None) -> None:
+    """Raises TrainingError for a checkpoint that `gemma-mtp quantize` wrote."""
+    if directory is not None and "quantization_config" in checkpoint.read_json(directory / "config.json"):
+        raise TrainingError(
+            f"{directory} holds quantised weights, which can not be trained with; give the checkpoint it was made from."
+        )

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from gemma_mtp.config import FULL, SLIDING, DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Attention, DecoderLayer
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.linear import Linear
+from gemma_mtp.ops.linear import Embedding, Linear
 from gemma_mtp.training import bpe
 
 _TARGET_LAYERS: tuple[LayerType, ...] = ((SLIDING,) * 4 + (FULL,)) * 3
@@ -91,7 +90,7 @@ def initialise(model: Target | Drafter, seed: int) -> None:
     branch = (2 * len(model.layers)) ** -0.5
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, Linear | nn.Embedding):
+            if isinstance(module, Linear | Embedding):
                 module.weight.normal_(0.0, module.weight.shape[1] ** -0.5, generator=generator)
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)

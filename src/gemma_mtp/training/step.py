@@ -20,7 +20,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.losses import LossKind, choice_at, slab_loss, wanted
 from gemma_mtp.training.optim import traceable
-from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, unroll
+from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, trained_head, unroll
 
 #: logits of a slab: on a CPU a few buffers of so many numbers stay in the cache; a GPU wants larger kernels
 SLAB_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -84,7 +84,7 @@ class DraftStep:
         with torch.set_grad_enabled(backward):
             states = self.unroll(rows, tokens_BT.shape[1])
         gradients = [torch.zeros_like(state) for state in states] if backward else []
-        table = self.drafter.head_table
+        table = trained_head(self.drafter)
         head = torch.zeros_like(table, dtype=_wide(table)) if backward else None
         with torch.no_grad():
             for slab in self._slabs(block, tokens_BT, rows, states):
@@ -106,7 +106,7 @@ class DraftStep:
         size = max(1, SLAB_LOGITS[self.device.type] // self.target.config.vocab_size)
         for b, (first, length) in enumerate(zip(block.firsts, block.lengths, strict=True)):
             for start in range(first, length - 2, size):
-                yield Slab(self.target, self.drafter.head_table, tokens_BT[b], rows.hidden_BTD[b],
+                yield Slab(self.target, trained_head(self.drafter), tokens_BT[b], rows.hidden_BTD[b],
                            [state[b] for state in states], b, start, min(start + size, length - 2), length,
                            block.temperatures[b])  # fmt: skip
 

@@ -64,3 +64,10 @@ def unroll(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType, Rope], s
 def shifted(x_BTX: Tensor, by: int) -> Tensor:
     """Row t takes row t + `by`; zeros at the end."""
     return F.pad(x_BTX[:, by:], (0, 0, 0, by))
+
+
+def trained_head(drafter: Drafter) -> Tensor:
+    """The table [V, H] that the drafter's head multiplies with; a drafter in training is not quantised."""
+    table = drafter.head_table
+    assert isinstance(table, Tensor)
+    return table

@@ -1,0 +1,110 @@
+"""Our sides: plain, drafted, and drafted with a drafter made to be wrong as often as is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+from sides import Side
+from torch import Tensor
+
+from gemma_mtp import SamplingParams
+from gemma_mtp.engine.pair import DraftTokens, Pair
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.native import NativeDrafter
+from gemma_mtp.model.target import Target
+
+
+def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+    def run(prompt: list[int]) -> list[int]:
+        result = pair.generate(prompt, params, draft_tokens=draft_tokens)
+        side.rounds += [(played.drafted, played.committed) for played in result.decode_rounds]
+        tokens, seconds = side.decoded
+        side.decoded = tokens + len(result.token_ids) - 1, seconds + result.decode_seconds
+        return result.token_ids
+
+    side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)
+    assert pair.drafter is not None
+    side.step_bytes = target_bytes(pair.target), drafter_bytes(pair.drafter)
+    return side
+
+
+def unreliable(pair: Pair, acceptance: float, seed: int = 0) -> Pair:
+    """The same pair, with drafts that do all of their work and are then wrong with chance 1 - `acceptance` each.
+
+    For a pair whose drafter always agrees, so that this is the acceptance at every position.
+    """
+    assert pair.drafter is not None and pair.drafter.native is not None, "needs the native operators"
+    return dataclasses.replace(pair, drafter=cast("Drafter", Unreliable(pair.drafter, acceptance, seed)))
+
+
+def useless_drafter(pair: Pair) -> Drafter:
+    """One of the same shape with random weights: what `auto` may lose with a drafter that is not worth its time."""
+    assert pair.drafter is not None
+    drafter = Drafter(pair.drafter.config).to(pair.drafter.norm.weight.dtype).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in drafter.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    drafter.pack_(pair.target.native)
+    return drafter
+
+
+class Unreliable:
+    """A drafter whose greedy drafts are spoilt after they were made; everything else is the drafter's own."""
+
+    def __init__(self, drafter: Drafter, acceptance: float, seed: int) -> None:
+        self._drafter = drafter
+        self.native = UnreliableNative(cast("NativeDrafter", drafter.native), acceptance, seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+
+class UnreliableNative:
+    def __init__(self, native: NativeDrafter, acceptance: float, seed: int) -> None:
+        self._native, self._acceptance = native, acceptance
+        self._vocab = native._target.vocab_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+    def greedy(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, confidences = self._native.greedy(*arguments)
+        wrong = torch.rand(tokens.shape, generator=self._generator) >= self._acceptance
+        return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences
+
+
+def target_bytes(target: Target) -> int:
+    """Weight bytes one decode step reads: all matrices, the tied table once as the head; one row of the others."""
+    config = target.config
+    gathered = {"model.embed_tokens_per_layer.weight"}
+    if not config.tie_word_embeddings:
+        gathered.add("model.embed_tokens.weight")
+    read = {name: size for name, size in _stored_bytes(target).items() if name not in gathered}
+    total = sum(read.values())
+    if config.enable_moe_block:
+        experts = sum(size for name, size in read.items() if ".experts." in name)
+        total -= experts * (config.num_experts - config.top_k_experts) // config.num_experts
+    return total
+
+
+def drafter_bytes(drafter: Drafter) -> int:
+    """Weight bytes a draft step reads; of a centroid head's table, the rows of the chosen clusters."""
+    config = drafter.config
+    read = {name: size for name, size in _stored_bytes(drafter).items() if not name.endswith("token_ordering")}
+    if config.use_ordered_embeddings:
+        table = "model.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
+        read[table] = read[table] * config.centroid_intermediate_top_k // config.num_centroids
+    return sum(read.values())
+
+
+def _stored_bytes(model: Target | Drafter) -> dict[str, int]:
+    """Of every weight as it is kept for decoding, by its official name."""
+    if model.native is None:  # PyTorch's operators have packed them: as many values
+        with torch.device("meta"):
+            model = type(model)(model.config).to(model.embed_tokens.weight.dtype)
+    return {name: weight.nbytes for name, weight in model.checkpoint_tensors().items()}

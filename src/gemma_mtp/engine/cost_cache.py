@@ -1,0 +1,128 @@
+"""Measured round costs kept between runs: one small JSON file for each machine, pair and way to run it.
+
+A cache that is missing, unreadable, damaged or can not be written never stops a run: the costs are measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.ops.native import module
+
+#: of the file's layout and of what is measured; a file of another version is measured anew
+VERSION = 1
+#: costs older than a day are measured anew: the machine may have been busy then
+MAX_AGE_SECONDS = 24 * 3600.0
+
+log = logging.getLogger(__name__)
+Key = dict[str, str | int]
+
+
+def cache_directory() -> Path | None:
+    """$GEMMA_MTP_CACHE, where 0 means none, else gemma-mtp in $XDG_CACHE_HOME or in ~/.cache."""
+    chosen = os.environ.get("GEMMA_MTP_CACHE", "")
+    if chosen:
+        return None if chosen == "0" else Path(chosen)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    with contextlib.suppress(RuntimeError):  # no home directory
+        return (base if base.is_absolute() else Path.home() / ".cache") / "gemma-mtp"
+    return None
+
+
+def cost_key(target: Target, drafter: Drafter) -> Key:
+    """What the costs depend on: the machine, how it is used, and both models' geometry and weight types."""
+    device = target.embed_tokens.weight.device
+    return {
+        "processor": processor(device),
+        "operators": "torch" if target.native is None else f"native {module().isa()}",
+        "threads": torch.get_num_threads() if target.native is None else module().threads(),
+        "torch": torch.__version__,
+        "target": _digest(target, target.config),
+        "drafter": _digest(drafter, drafter.config),
+    }
+
+
+def processor(device: torch.device) -> str:
+    """The name of the processor that a device is."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def load_costs(directory: Path, key: Key) -> RoundCosts | None:
+    """The costs stored for a key, or None where there are none, or none to trust."""
+    path = _path(directory, key)
+    try:
+        if time.time() - path.stat().st_mtime > MAX_AGE_SECONDS:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return RoundCosts(dict(enumerate(content["seconds"]))) if _usable(content, key) else None
+
+
+def store_costs(directory: Path, key: Key, costs: RoundCosts) -> None:
+    """Write costs under a temporary name, then rename the file into place; where that fails, a log line says so."""
+    content = {"version": VERSION, "key": key, "seconds": costs.seconds}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(_path(directory, key), json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        log.info("measured round costs are not kept: %s", error)
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # its own name: others write too
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _path(directory: Path, key: Key) -> Path:
+    return directory / f"costs-{_hash([json.dumps(key, sort_keys=True)])}.json"
+
+
+def _usable(content: Any, key: Key) -> bool:
+    if not isinstance(content, dict) or content.get("version") != VERSION or content.get("key") != key:
+        return False
+    seconds = content.get("seconds")
+    return isinstance(seconds, list) and len(seconds) == LONGEST + 1 and all(map(_is_duration, seconds))
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+def _digest(model: torch.nn.Module, config: Any) -> str:
+    """Of a model's geometry and of its tensors' names, shapes and types; not of their values."""
+    tensors = sorted((name, tuple(t.shape), str(t.dtype)) for name, t in model.state_dict().items())
+    return _hash([json.dumps(dataclasses.asdict(config), sort_keys=True, default=str), *map(str, tensors)])
+
+
+def _hash(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

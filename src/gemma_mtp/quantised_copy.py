@@ -1,0 +1,83 @@
+"""Write a quantised copy of a checkpoint directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gemma_mtp.checkpoint import (
+    load_drafter,
+    load_target,
+    read_config,
+    read_json,
+    save_drafter,
+    save_target,
+    stored_dtypes,
+    write_json,
+)
+from gemma_mtp.config import TargetConfig
+from gemma_mtp.errors import CheckpointError, QuantisationError
+from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
+
+#: files that a copy takes along, where the checkpoint has them
+KEPT_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes) -> WeightTypes:
+    """Write a target's text model, or a drafter, to the new directory `out`, quantised, with its tokenizer's files.
+
+    `config.json` is the source's, with a `quantization_config`. Returns how the parts of the copy are quantised. The
+    copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. Peak memory
+    is that of `load_target`. Raises CheckpointError, ConfigError or QuantisationError.
+    """
+    config = read_config(source)
+    kind = "target" if isinstance(config, TargetConfig) else "drafter"
+    wanted = types.of_target() if isinstance(config, TargetConfig) else types.of_drafter()
+    if not wanted:
+        raise QuantisationError(f"{source} is a {kind}, and no part of a {kind} was asked to be quantised.")
+    dtype = _dtype(stored_dtypes(source))
+    with _new_directory(Path(out)) as directory:
+        if isinstance(config, TargetConfig):
+            target = load_target(source, dtype, types=wanted)
+            save_target(target, config, directory, dtype)
+            made = target.weight_types
+        else:
+            drafter = load_drafter(source, dtype, types=wanted)
+            save_drafter(drafter, config, directory, dtype)
+            made = drafter.weight_types
+        written = {"quantization_config": weight_types_to_hf(made), "dtype": str(dtype).removeprefix("torch.")}
+        write_json(directory / "config.json", {**read_json(Path(source) / "config.json"), **written})
+        for name in KEPT_FILES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, directory / name)
+    return made
+
+
+def _dtype(stored: set[str]) -> torch.dtype:
+    """One that holds every stored one's values."""
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return dtypes.get(next(iter(stored)), torch.float32) if len(stored) == 1 else torch.float32
+
+
+@contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill beside `path`, renamed to it at the end, or removed where filling it fails."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} is there already and is no empty directory; give a new one.")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} can not be written: {error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""Measured round costs, and the cache that keeps them: what its key tells apart, and that it never breaks a run."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import agreeing_pair, packed, random_drafter, random_target
+
+from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.engine import cost_cache, costs
+from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
+from gemma_mtp.engine.costs import measure_costs, round_costs
+from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.ops.native import module, set_threads
+
+KEY: Key = {"processor": "one", "threads": 2}
+COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def the_file(directory: Path) -> Path:
+    (path,) = directory.iterdir()
+    return path
+
+
+def test_costs_come_back_as_they_were_stored(tmp_path: Path) -> None:
+    directory = tmp_path / "deep" / "cache"
+    assert load_costs(directory, KEY) is None
+    store_costs(directory, KEY, COSTS)
+    loaded = load_costs(directory, KEY)
+    assert loaded is not None and loaded.seconds == COSTS.seconds
+    assert load_costs(directory, {**KEY, "threads": 3}) is None
+    assert the_file(directory).name.startswith("costs-"), "nothing temporary is left"
+
+
+DAMAGE = {
+    "empty": "", "not JSON": "{", "another type": "[1, 2]", "no costs": json.dumps({"version": 1, "key": KEY}),
+    "deep": "[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGE))
+def test_a_damaged_file_counts_for_nothing(name: str, tmp_path: Path) -> None:
+    store_costs(tmp_path, KEY, COSTS)
+    the_file(tmp_path).write_text(DAMAGE[name])
+    assert load_costs(tmp_path, KEY) is None
+    store_costs(tmp_path, KEY, COSTS)
+    assert load_costs(tmp_path, KEY) is not None, "and is replaced"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 0}, {"key": {}}, {"seconds": COSTS.seconds[:-1]}, {"seconds": [*COSTS.seconds[:-1], -1.0]},
+     {"seconds": [*COSTS.seconds[:-1], float("nan")]}, {"seconds": [*COSTS.seconds[:-1], "1"]}, {"seconds": 3}],
+)  # fmt: skip
+def test_values_that_are_not_what_they_should_be_count_for_nothing(change: dict, tmp_path: Path) -> None:
+    store_costs(tmp_path, KEY, COSTS)
+    path = the_file(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert load_costs(tmp_path, KEY) is None
+
+
+def test_bytes_that_are_no_text_count_for_nothing(tmp_path: Path) -> None:
+    store_costs(tmp_path, KEY, COSTS)
+    the_file(tmp_path).write_bytes(b"\xff\xfe\x00")
+    assert load_costs(tmp_path, KEY) is None
+
+
+def test_old_costs_are_measured_anew(tmp_path: Path) -> None:
+    store_costs(tmp_path, KEY, COSTS)
+    old = time.time() - cost_cache.MAX_AGE_SECONDS - 10
+    os.utime(the_file(tmp_path), (old, old))
+    assert load_costs(tmp_path, KEY) is None
+
+
+def test_many_writers_leave_one_whole_file(tmp_path: Path) -> None:
+    threads = [
+        threading.Thread(target=lambda: [store_costs(tmp_path, KEY, COSTS) for _ in range(20)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        loaded = load_costs(tmp_path, KEY)
+        assert loaded is None or loaded.seconds == COSTS.seconds
+    assert the_file(tmp_path)
+
+
+def test_a_place_that_can_not_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+    store_costs(blocked / "cache", KEY, COSTS)
+    assert load_costs(blocked / "cache", KEY) is None
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    store_costs(tmp_path / "cache", KEY, COSTS)
+    assert list((tmp_path / "cache").iterdir()) == [], "no temporary file stays"
+
+
+def test_the_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_MTP_CACHE", "0")
+    assert cache_directory() is None
+    monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path / "own"))
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("GEMMA_MTP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "gemma-mtp"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore it
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_directory() == tmp_path / "home" / ".cache" / "gemma-mtp"
+
+
+def test_the_key_tells_pairs_and_ways_to_run_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = agreeing_pair()
+    key = cost_key(target, drafter)
+    assert key == cost_key(*agreeing_pair(7)), "weights of the same geometry cost the same"
+    others = [
+        cost_key(target, random_drafter(centroids=True)),
+        cost_key(target.bfloat16(), drafter),
+        cost_key(agreeing_pair()[0], drafter.bfloat16()),
+    ]
+    threads = torch.get_num_threads()
+    set_threads(threads + 1)
+    others.append(cost_key(*agreeing_pair()))
+    set_threads(threads)
+    if module() is not None:
+        others.append(cost_key(*packed(*agreeing_pair())))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    others.append(cost_key(*agreeing_pair()))
+    assert len({json.dumps(each, sort_keys=True) for each in [key, *others]}) == len(others) + 1
+
+
+@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+def test_the_key_tells_weight_types_apart() -> None:
+    keys = []
+    for quantize in (None, "int8", "int4"):
+        pair = load_pair(quantize=quantize)  # type: ignore[arg-type]
+        assert pair.drafter is not None
+        keys.append(cost_key(pair.target, pair.drafter))
+    assert len({key["target"] for key in keys}) == 3
+    assert len({key["drafter"] for key in keys}) >= 2, "int4 leaves the drafter as int8 does"
+
+
+def test_the_key_is_the_same_in_every_process() -> None:
+    imports = "from models import agreeing_pair; from gemma_mtp.engine.cost_cache import cost_key"
+    command = [sys.executable, "-c", f"{imports}; print(cost_key(*agreeing_pair()))"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+    assert ran.stdout.strip() == str(cost_key(*agreeing_pair()))
+
+
+def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = packed(*agreeing_pair())
+    first = round_costs(target, drafter)
+    assert the_file(cache).is_file()
+    monkeypatch.setattr(costs, "measure_costs", lambda *pair: pytest.fail("measured again"))
+    assert round_costs(target, drafter).seconds == first.seconds
+
+
+def test_without_a_cache_they_are_measured_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_MTP_CACHE", "0")
+    monkeypatch.setattr(costs, "measure_costs", lambda *pair: COSTS)
+    monkeypatch.setattr(cost_cache, "tempfile", None)  # writing would fail
+    assert round_costs(*agreeing_pair()) is COSTS
+
+
+def test_measuring_takes_no_longer_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which every round takes a tenth of a second."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: 0.05 * next(ticks))
+    measured = measure_costs(random_target(), random_drafter())
+    assert next(ticks) * 0.05 < 1
+    assert len(measured.seconds) == LONGEST + 1 and min(measured.seconds) > 0
