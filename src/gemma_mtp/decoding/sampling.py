@@ -186,9 +186,8 @@ class Candidates:
 
     def probability(self, token_ids_R: Tensor) -> float:
         """Of a token of the one row there is; reads the device."""
-        probs_C = self.log_probs()[0].exp()
-        chosen = probs_C[token_ids_R] if self.token_ids_RC is None else probs_C[self.token_ids_RC[0] == token_ids_R]
-        return float(chosen.sum())
+        probs_C = self.scores_RC[0].float().softmax(-1)
+        return float(probs_C[token_ids_R if self.token_ids_RC is None else self.token_ids_RC[0] == token_ids_R])
 
 
 def process(
