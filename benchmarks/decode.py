@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import statistics
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from report import report, show
 from sides import Side, measure
 
 from gemma_mtp import load_pair
+from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
 from gemma_mtp.ops.native import set_threads
-from gemma_mtp.training.evaluate import read_prompts
 
 #: the other programs, by the package that brings them
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
@@ -78,8 +79,8 @@ def prompts_for(pair: Pair, args: argparse.Namespace) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         high = pair.target.config.vocab_size
         return torch.randint(3, high, (args.prompts, args.prompt_tokens), generator=generator).tolist()
-    texts = read_prompts(bundled_directory() / "heldout_prompts.jsonl")[: args.prompts]
-    return [pair.encode(text) for _, text in texts]
+    examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
+    return [example.token_ids(pair.tokenizer) for example in examples]
 
 
 def our_sides(pair: Pair, args: argparse.Namespace) -> list[Side]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import pair as engine
 from gemma_mtp.engine.pair import DraftTokens, Pair, bundled_directory, load_pair
 from gemma_mtp.ops.native import module, set_threads
-from gemma_mtp.training.evaluate import read_prompts
 
-PROMPTS = [text for _, text in read_prompts(bundled_directory() / "heldout_prompts.jsonl")]
+PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 
 
 #: dtypes, and what is quantised of bfloat16 weights; the last mixes dense and quantised matrices in both models

@@ -12,8 +12,8 @@ import gemma_mtp
 
 PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; leaves may be imported by all and import no other part
-LEVELS = {"ops": 0, "model": 1, "decoding": 2, "engine": 3, "training": 4, "measure": 4, "cli": 5}
-LEAVES = {"errors", "config", "kv_cache", "tokenizer", "pairing", "weight_types"}
+LEVELS = {"ops": 0, "model": 1, "decoding": 2, "engine": 3, "measure": 4, "training": 5, "cli": 6}
+LEAVES = {"errors", "config", "kv_cache", "tokenizer", "pairing", "datasets", "weight_types"}
 #: what a leaf needs beside other leaves
 ALLOWED = {
     ("kv_cache", "ops"), ("checkpoint", "model"), ("checkpoint", "ops"), ("quantised_copy", "checkpoint"),

@@ -12,7 +12,7 @@ import argparse
 import os
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch
 from tokenizers import Tokenizer
 
 from gemma_mtp.checkpoint import load_target, read_json, write_json
+from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
 from gemma_mtp.training import bpe, bundle, data
 from gemma_mtp.training.drafter_trainer import DrafterRecipe, train_drafter
-from gemma_mtp.training.evaluate import measure_acceptance, read_prompts
 from gemma_mtp.training.rollout import written_by_target
 from gemma_mtp.training.shapes import BUNDLED_TARGET, drafter_for
 from gemma_mtp.training.target_trainer import TargetRecipe, train_target
@@ -117,9 +118,11 @@ def make_drafter(recipe: DrafterRecipe, row_length: int, work: Path, resume: boo
 def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, work: Path, out: Path) -> None:
     """Measure acceptance in the engine, then copy the pair and write its card."""
     pair = load_pair(work / "target", work / "drafter", dtype="float32", device="cpu")
-    prompts = read_prompts(work / "heldout_prompts.jsonl")
+    prompts = prompts_of(pair, read_examples(work / "heldout_prompts.jsonl"))
     acceptances = {
-        (temperature, max_tokens): measure_acceptance(pair, prompts, max_tokens=max_tokens, temperature=temperature)
+        (temperature, max_tokens): measure_acceptance(
+            pair, prompts, params=replace(GREEDY, temperature=temperature, max_tokens=max_tokens)
+        )
         for temperature, max_tokens in bundle.CONDITIONS
     }
     parts = {name: read_json(work / f"{name}.json") for name in ("corpus", "target", "drafter")}
@@ -132,7 +135,7 @@ def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, wor
     bundle.write_record(record, acceptances, out)
     card = bundle.model_card(record, acceptances, read_json(work / "sources.json"), recipes)
     data.write_text(card, out / "MODEL_CARD.md")
-    lengths = ", ".join(f"{t:g}/{n}: {measured.mean_length:.2f}" for (t, n), measured in acceptances.items())
+    lengths = ", ".join(f"{t:g}/{n}: {measured.pooled.mean_length:.2f}" for (t, n), measured in acceptances.items())
     print(f"wrote {out}: held-out loss {record.held_out_nats_per_token:.3f} nats a token, mean acceptance length by"
           f" temperature/tokens {lengths}")  # fmt: skip
 

@@ -8,6 +8,7 @@
     ├── TokenizerError    a tokenizer or chat template that is missing or unusable
     ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
     ├── SamplingError     a sampling parameter out of its range
+    ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
 
 Each message is one sentence: what was wrong, what was expected, what to do. The CLI prints it and exits with 2.
@@ -44,6 +45,10 @@ class PromptError(GemmaMtpError):
 
 class SamplingError(GemmaMtpError):
     """A sampling parameter out of its range."""
+
+
+class DataError(GemmaMtpError):
+    """A data set that can not be read or used, by file and line."""
 
 
 class TrainingError(GemmaMtpError):

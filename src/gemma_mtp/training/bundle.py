@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from gemma_mtp.checkpoint import save_drafter, save_target, write_json
 from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.measure.acceptance import AcceptanceReport
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe
-from gemma_mtp.training.evaluate import AcceptanceReport
 
 GENERATION = {
     "bos_token_id": bpe.BOS,
@@ -65,10 +65,7 @@ Acceptances = Mapping[tuple[float, int], AcceptanceReport]
 
 def write_record(record: TrainingRecord, acceptances: Acceptances, directory: Path) -> None:
     """The figures of the card for programs to read: `training.json`."""
-    measured = [
-        {"temperature": temperature, "max_tokens": max_tokens, **asdict(report)}
-        for (temperature, max_tokens), report in acceptances.items()
-    ]
+    measured = [report.to_dict() for report in acceptances.values()]
     write_json(directory / "training.json", {**asdict(record), "acceptance": measured})
 
 
@@ -84,11 +81,11 @@ def model_card(
     )
     acceptance = acceptances[CONDITIONS[0]]
     conditions = "\n".join(
-        f"| {'greedy' if temperature == 0 else f'temperature {temperature}'} | {max_tokens} | {measured.rounds} |"
-        f" {', '.join(f'{share:.2f}' for share in measured.by_position)} | {measured.mean_length:.2f} |"
-        for (temperature, max_tokens), measured in acceptances.items()
+        f"| {'greedy' if temperature == 0 else f'temperature {temperature}'} | {max_tokens} | {pooled.rounds} |"
+        f" {', '.join(f'{share:.2f}' for share in pooled.by_position)} | {pooled.mean_length:.2f} |"
+        for (temperature, max_tokens), pooled in ((key, report.pooled) for key, report in acceptances.items())
     )
-    files = "\n".join(f"| `{name}` | {length:.2f} |" for name, length in sorted(acceptance.by_prompt.items()))
+    files = "\n".join(f"| `{name}` | {own.mean_length:.2f} |" for name, own in sorted(acceptance.by_task.items()))
     settings = "\n".join(f"- {name}: `{recipe}`" for name, recipe in recipes.items())
     return f"""# The bundled pair
 
@@ -135,7 +132,7 @@ the cross-entropy to the target's distribution mixed equally with its argmax, wh
 
 - Target, held-out files: {record.held_out_nats_per_token:.3f} nats per token,
   {record.held_out_bits_per_byte:.3f} bits per byte.
-- Drafter, {acceptance.draft_tokens} drafts a round, `exact` verification, on the {len(acceptance.by_prompt)} held-out \
+- Drafter, {acceptance.draft_tokens} drafts a round, `exact` verification, on the {len(acceptance.prompts)} held-out \
 prompts of `heldout_prompts.jsonl`. The mean acceptance
   length counts the target's own token; acceptance at a position is given the positions before.
 

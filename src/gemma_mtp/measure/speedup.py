@@ -1,0 +1,93 @@
+"""What drafting gains: predicted from acceptance and measured round costs, and measured by decoding both ways."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gemma_mtp.decoding.draft_length import RoundCosts, expected_tokens
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.measure.acceptance import GREEDY, Acceptance, Prompt
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What rounds of `draft_tokens` drafts should give on this machine.
+
+    `cost` is a round's time over that of plain decoding's step, and so the mean acceptance length at which drafting
+    breaks even; `expected_length` is the mean acceptance length by the measured acceptance; `speedup` their quotient.
+    Where `extrapolated`, positions beyond the measured ones were taken to be as good as the last of them.
+    """
+
+    draft_tokens: int
+    cost: float
+    expected_length: float
+    speedup: float
+    extrapolated: bool
+
+
+def predict(acceptance: Acceptance, costs: RoundCosts) -> list[Prediction]:
+    """For every number of drafts whose cost is known, 0 (plain decoding) first.
+
+    (1 + a_1 + a_1 a_2 + ... ) / (round's cost), as `decoding.draft_length` weighs it. Costs are those of greedy rounds.
+    """
+    longest = len(costs.seconds) - 1
+    chances = acceptance.by_position
+    chances += chances[-1:] * (longest - len(chances))
+    predictions = []
+    for k in range(longest + 1):
+        cost, length = costs.seconds[k] / costs.seconds[0], expected_tokens(chances[:k])
+        predictions.append(Prediction(k, cost, length, length / cost, k > acceptance.draft_tokens))
+    return predictions
+
+
+def best(predictions: Sequence[Prediction]) -> Prediction:
+    """The fastest; the fewer drafts at a tie."""
+    return max(predictions, key=lambda p: (p.speedup, -p.draft_tokens))
+
+
+def break_even(predictions: Sequence[Prediction]) -> int:
+    """The most drafts a round that are not slower than plain decoding; 0 where none pays."""
+    return max(p.draft_tokens for p in predictions if p.speedup >= 1)
+
+
+@dataclass(frozen=True)
+class MeasuredSpeedup:
+    """Decode speeds in tokens/s, the median over `repeats` passes through the prompts, and their quotient."""
+
+    plain_tokens_per_second: float
+    drafted_tokens_per_second: float
+    repeats: int
+
+    @property
+    def ratio(self) -> float:
+        return self.drafted_tokens_per_second / self.plain_tokens_per_second if self.plain_tokens_per_second else 0.0
+
+
+def measure_speedup(
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    draft_tokens: int = 4,
+    params: SamplingParams = GREEDY,
+    verification: Verification = "exact",
+    repeats: int = 3,
+) -> MeasuredSpeedup:
+    """Decode every prompt plainly and drafted, one after the other, so that both sides meet the same machine."""
+    sides = (0, draft_tokens)
+    for k in sides:  # the first generation of a process allocates and is slow
+        pair.generate(prompts[0].content, params, draft_tokens=k, verification=verification)
+    speeds: dict[int, list[float]] = {k: [] for k in sides}
+    for _ in range(repeats):
+        tokens, seconds = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0)
+        for i, prompt in enumerate(prompts):
+            for k in sides if i % 2 else reversed(sides):
+                result = pair.generate(prompt.content, params, draft_tokens=k, verification=verification)
+                tokens[k] += sum(round_.committed for round_ in result.decode_rounds)
+                seconds[k] += result.decode_seconds
+        for k in sides:
+            speeds[k].append(tokens[k] / seconds[k] if seconds[k] else 0.0)
+    plain, drafted = (statistics.median(speeds[k]) for k in sides)
+    return MeasuredSpeedup(plain, drafted, repeats)
