@@ -144,3 +144,12 @@ def test_stop_strings_in_any_pieces(text: str, stops: list[str], data: st.DataOb
         assert expected.startswith(given_out), "nothing of a stop string was given out"
     assert matcher.stopped == (expected != text or any(text.endswith(stop) for stop in stops))
     assert given_out + matcher.flush() == expected
+
+
+def test_template_variables_are_what_the_template_asks_for(ours: Tokenizer) -> None:
+    raw = ours.raw
+    template = "{% set x = 1 %}{{ bos_token }}{% if enable_thinking %}{{ x }}{% endif %}{{ messages }}"
+    assert Tokenizer(raw, {}, template).template_variables == {"bos_token", "enable_thinking", "messages"}
+    assert Tokenizer(raw, {}).template_variables == frozenset()
+    with pytest.raises(TokenizerError, match="not valid Jinja"):
+        _ = Tokenizer(raw, {}, "{% if %}").template_variables

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -49,6 +50,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         size: int = self.raw.get_vocab_size(with_added_tokens=True)
         return size
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template asks its caller for, such as `messages` and `enable_thinking`; none without."""
+        if self.chat_template is None:
+            return frozenset()
+        try:
+            return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(self.chat_template)))
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the checkpoint's chat template is not valid Jinja: {error}.") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, beginning with the BOS token once where the tokenizer's files ask for it."""

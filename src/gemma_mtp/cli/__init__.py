@@ -12,6 +12,7 @@ import typer
 
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
+from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
@@ -34,6 +35,7 @@ def run() -> None:
 app.command()(generate)
 app.command()(inspect)
 app.command()(quantize)
+app.command()(acceptance)
 
 
 def _version(wanted: bool) -> None:

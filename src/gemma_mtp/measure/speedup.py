@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gemma_mtp.decoding.draft_length import RoundCosts, expected_tokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import GREEDY, Acceptance, Prompt
 
@@ -52,6 +53,13 @@ def best(predictions: Sequence[Prediction]) -> Prediction:
 def break_even(predictions: Sequence[Prediction]) -> int:
     """The most drafts a round that are not slower than plain decoding; 0 where none pays."""
     return max(p.draft_tokens for p in predictions if p.speedup >= 1)
+
+
+def steady_costs(pair: Pair, repeats: int = 5) -> RoundCosts:
+    """Round costs for a report: the least of several measurements, which other work on the machine disturbs least."""
+    assert pair.drafter is not None
+    measured = [measure_costs(pair.target, pair.drafter).seconds for _ in range(repeats)]
+    return RoundCosts(dict(enumerate(map(min, zip(*measured, strict=True)))))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""How `gemma-mtp acceptance` prints what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
+from gemma_mtp.measure.speedup import MeasuredSpeedup, Prediction, best, break_even
+
+#: tasks or files shown in the table; JSON has all
+MOST_TASKS = 30
+LENGTHS = "the length counts the target's own token of every round (correction or bonus), accepted drafts do not"
+PREDICTED = "predicted from round costs measured on this machine: mean acceptance length, speed-up"
+EXTRAPOLATED = "* positions beyond those measured are taken to be as good as the last"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that is known of one setting. `comparison` is from the other drafter to this one."""
+
+    label: str
+    thinking: bool | None
+    report: AcceptanceReport
+    predictions: list[Prediction]
+    speedup: MeasuredSpeedup | None
+    comparison: Comparison | None
+
+
+def to_json(measured: Sequence[Measured], cost_seconds: Sequence[float]) -> dict[str, Any]:
+    """The object `--json` prints, beside the data's name."""
+    return {
+        "draft_tokens": measured[0].report.draft_tokens,
+        "lengths": {
+            "mean_acceptance_length": "with the target's own token of every round (1 to K + 1)",
+            "mean_accepted_drafts": "without it (0 to K)",
+            "acceptance_histogram": "rounds by accepted drafts, without it (0 to K)",
+            "acceptance_length_histogram": "rounds by tokens committed, with it (1 to K + 1)",
+        },
+        "round_seconds_by_draft_tokens": list(cost_seconds),
+        "settings": [_setting(m) for m in measured],
+    }
+
+
+def _setting(m: Measured) -> dict[str, Any]:
+    content = {
+        "label": m.label,
+        "thinking": m.thinking,
+        **m.report.to_dict(),
+        "predicted": [asdict(prediction) for prediction in m.predictions],
+        "best_draft_tokens": best(m.predictions).draft_tokens,
+        "break_even_draft_tokens": break_even(m.predictions),
+    }
+    if m.speedup is not None:
+        content["measured_speedup"] = {**asdict(m.speedup), "ratio": m.speedup.ratio}
+    if m.comparison is not None:
+        content["against"] = asdict(m.comparison)
+    return content
+
+
+def print_report(console: Console, measured: Sequence[Measured]) -> None:
+    """Tables: lengths, acceptance by position, histogram, by task, what pays; then a sentence for each setting."""
+    K, prompts = measured[0].report.draft_tokens, len(measured[0].report.prompts)
+    _say(console, f"{prompts} prompts, {K} drafts a round, {measured[0].report.verification} verification\n")
+    pooled = {m.label: m.report.pooled for m in measured}
+    _section(console, "mean lengths", _lengths(measured), LENGTHS)
+    conditional = {label: acceptance.by_position for label, acceptance in pooled.items()}
+    joint = {label: acceptance.joint_by_position for label, acceptance in pooled.items()}
+    histogram = {label: [n / max(1, a.rounds) for n in a.histogram] for label, a in pooled.items()}
+    _section(console, "acceptance at position, given the ones before", _shares(range(1, K + 1), conditional))
+    _section(console, "acceptance at position, together with the ones before", _shares(range(1, K + 1), joint))
+    _section(console, "share of rounds by accepted drafts", _shares(range(K + 1), histogram))
+    tasks = len(measured[0].report.by_task)
+    if tasks > 1:
+        more = f"and {tasks - MOST_TASKS} better ones, which --json has" if tasks > MOST_TASKS else ""
+        _section(console, "mean acceptance length by task or file", _by_task(measured), more)
+    _section(console, PREDICTED, _paying(measured), EXTRAPOLATED if measured[0].predictions[-1].extrapolated else "")
+    for m in measured:
+        _say(console, f"{m.label}: {_verdict(m)}")
+
+
+def _section(console: Console, title: str, table: Table, note: str = "") -> None:
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(table)
+    _say(console, f"{note}\n" if note else "")
+
+
+def _table(columns: Iterable[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _lengths(measured: Sequence[Measured]) -> Table:
+    table = _table(["", "tokens", "rounds", "acceptance length", "accepted drafts"])
+    for m in measured:
+        pooled, tokens = m.report.pooled, str(m.report.tokens)
+        table.add_row(m.label, tokens, str(pooled.rounds), f"{pooled.mean_length:.2f}", f"{pooled.mean_accepted:.2f}")
+    return table
+
+
+def _shares(columns: Iterable[int], rows: Mapping[str, Sequence[float]]) -> Table:
+    table = _table(["", *map(str, columns)])
+    for label, shares in rows.items():
+        table.add_row(label, *(f"{share:.2f}" for share in shares))
+    return table
+
+
+def _by_task(measured: Sequence[Measured]) -> Table:
+    """The lowest first: those are what to look at."""
+    tasks = [m.report.by_task for m in measured]
+    table = _table(["", *(m.label for m in measured)])
+    for task in sorted(tasks[0], key=lambda task: tasks[0][task].mean_length)[:MOST_TASKS]:
+        table.add_row(task, *(f"{own[task].mean_length:.2f}" for own in tasks))
+    return table
+
+
+def _paying(measured: Sequence[Measured]) -> Table:
+    """A round's cost is the length at which it breaks even; beside it, what lengths and speed-ups to expect."""
+    table = _table(["drafts a round", "breaks even at", *(m.label for m in measured)])
+    for rows in zip(*(m.predictions for m in measured), strict=True):
+        cells = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '} {p.speedup:.2f}x" for p in rows)
+        table.add_row(str(rows[0].draft_tokens), f"{rows[0].cost:.2f}", *cells)
+    return table
+
+
+def _verdict(m: Measured) -> str:
+    fastest, most = best(m.predictions), break_even(m.predictions)
+    if fastest.draft_tokens == 0:
+        text = "drafting does not pay here"
+    else:
+        text = f"fastest with {fastest.draft_tokens} drafts a round ({fastest.speedup:.2f}x)"
+        last = m.predictions[-1].draft_tokens
+        text += f", breaks even up to {most}" + (" or more" if most == last else "")
+    if m.speedup is not None:
+        text += (
+            f"; measured at {m.report.draft_tokens}: {m.speedup.drafted_tokens_per_second:.0f} against"
+            f" {m.speedup.plain_tokens_per_second:.0f} tokens/s, {m.speedup.ratio:.2f}x"
+        )
+    if m.comparison is not None:
+        c = m.comparison
+        text += (
+            f"; against the other drafter's {c.before:.3f}: {c.difference:+.3f} ({c.confidence:.0%} interval"
+            f" {c.low:+.3f} to {c.high:+.3f})"
+        )
+    return text
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

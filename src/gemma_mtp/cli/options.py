@@ -1,0 +1,39 @@
+"""Options that several commands have, said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DATA, MODELS, DRAFTING, SAMPLING, OUTPUT = "Data", "Models", "Drafting", "Sampling and stopping", "Output"
+
+
+def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+Target = Annotated[
+    Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
+]
+Drafter = Annotated[Path | None, option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)]
+Dtype = Annotated[
+    str,
+    option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU.",
+        panel=MODELS,
+    ),
+]
+Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)]
+Threads = Annotated[int | None, option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)]
+Verify = Annotated[
+    str,
+    option(
+        "--verification",
+        help="exact: the very tokens of plain decoding; rejection, block: the same"
+        " distribution, more accepted at high temperature.",
+        panel=DRAFTING,
+    ),
+]
