@@ -6,6 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
 .PHONY: demo test slow check sanitize docs format pair bench peers clean
+.PHONY: demo test slow check sanitize docs format pair example bench bench-peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
@@ -38,6 +39,9 @@ format: $(VENV)/.dev
 
 pair: $(VENV)/.core        ## train the bundled pair from scratch (about two hours on two cores; see docs/training.md)
 	$(BIN)/python tools/make_pair.py
+
+example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/adapting.md)
+	$(BIN)/python examples/finetune_and_adapt/run.py
 
 bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
 	$(BIN)/python benchmarks/decode.py

@@ -178,7 +178,7 @@ def test_examples_are_spread_evenly(tmp_path: Path) -> None:
         (["/absent.jsonl"], "/absent.jsonl can not be read"),
         (["{root}/bad.jsonl"], "bad.jsonl:2 is not valid JSON"),
         (["{root}/text.txt", "{root}/chat.jsonl"], "text.txt is text among prompts or messages"),
-        (["{root}", "--glob", "*.rs"], "has no text file of the pattern '*.rs'"),
+        (["{root}", "--pattern", "*.rs"], "has no text file of the pattern '*.rs'"),
         (["--limit", "0"], "--limit is 0"),
         (["--prompt-tokens", "1"], "--prompt-tokens is 1"),
         (["--threads", "0"], "--threads is 0"),

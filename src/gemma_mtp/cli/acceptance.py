@@ -68,8 +68,8 @@ def acceptance(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
-    glob: Annotated[
-        str, option("--glob", help="Which files of a directory to read, such as '*.py'.", panel=DATA)
+    pattern: Annotated[
+        str, option("--pattern", help="Which files of a directory to read, such as '*.py'.", panel=DATA)
     ] = "*",
     limit: Annotated[
         int, option("--limit", help="At most so many prompts, spread evenly over the data.", panel=DATA)
@@ -148,7 +148,7 @@ def acceptance(
         raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
     sources = data or [bundled_directory() / "heldout_prompts.jsonl"]
     with progress("reading") as say:
-        examples = spread(sources, glob, limit)
+        examples = spread(sources, pattern, limit)
         if threads is not None:
             set_threads(threads)
         say("loading")
@@ -175,11 +175,11 @@ def acceptance(
         shown.print_report(Console(), measured)
 
 
-def spread(sources: Sequence[Path], glob: str, limit: int) -> list[Example]:
+def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
     """At most `limit` examples, evenly spread. Reads twice instead of holding everything in memory."""
-    count = sum(1 for _ in read_examples(sources, glob))
+    count = sum(1 for _ in read_examples(sources, pattern))
     chosen = {i * count // limit for i in range(limit)} if count > limit else range(count)
-    return [example for i, example in enumerate(read_examples(sources, glob)) if i in chosen]
+    return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]
 
 
 def _check(limit: int, prompt_tokens: int, threads: int | None, thinking: str) -> None:
