@@ -152,8 +152,10 @@ def test_too_little_to_play_a_whole_round_is_refused(pair: Pair) -> None:
 
 def test_prediction_weighs_expected_tokens_against_measured_costs() -> None:
     acceptance = Acceptance((25, 25, 50))  # 0.75, then 2/3
-    costs = RoundCosts({0: 1.0, 1: 1.25, 2: 2.0, 3: 2.5, 4: 4.0}, longest=4)
+    costs = RoundCosts({0: 1.0, 1: 1.25, 2: 2.0, 3: 2.5, 4: 4.0})
     predictions = predict(acceptance, costs)
+    assert [p.draft_tokens for p in predictions] == list(range(9))
+    predictions = predictions[:5]
     assert [p.cost for p in predictions] == [1.0, 1.25, 2.0, 2.5, 4.0]
     lengths = [1, 1.75, 2.25, 2.25 + 1 / 3, 2.25 + 1 / 3 + 2 / 9]
     assert [p.expected_length for p in predictions] == pytest.approx(lengths)
