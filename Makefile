@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: demo test slow check sanitize docs format pair bench peers clean
-.PHONY: demo test slow check sanitize docs format pair example bench bench-peers clean
+.PHONY: demo test slow check sanitize docs format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
