@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cli_docs
 import finetune
 import pytest
 import run
@@ -48,6 +50,15 @@ def test_few_files_are_held_out_by_their_names_alone() -> None:
     held = {name for name in names if run.is_held_out(name)}
     assert 50 <= len(held) <= 150  # five per cent of 2000, within five standard deviations
     assert held == {name for name in reversed(names) if run.is_held_out(name)}
+
+
+@pytest.mark.skipif("## gemma-mtp train\n" not in cli_docs.page(), reason="this version has no train command")
+def test_every_option_handed_to_the_command_is_one_it_has(tmp_path: Path) -> None:
+    command = run.adapt_command(tmp_path, tmp_path / "target", tmp_path / "drafter", 10, 2)
+    assert command[1:4] == ["-m", "gemma_mtp", "train"]
+    page = cli_docs.page().split("## gemma-mtp train\n")[1].split("## gemma-mtp")[0]
+    for option in (word for word in command if word.startswith("--")):
+        assert f" {option} " in page, option
 
 
 def test_finetuning_writes_a_checkpoint_that_decodes_as_transformers_does(
@@ -104,3 +115,9 @@ def test_a_stage_whose_result_is_there_is_not_run_again(tmp_path: Path) -> None:
     for _ in range(2):
         run.timed(seconds, "adapting", tmp_path / "drafter", lambda: ran.append(1))
     assert ran == [1] and seconds["adapting"] >= 0
+
+
+def test_a_command_that_fails_ends_the_run_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"-c import sys; sys\.exit\(3\) ended with 3"):
+        run.run([sys.executable, "-c", "import sys; sys.exit(3)"])
+    assert capsys.readouterr().out.startswith("$ ")

@@ -87,7 +87,8 @@ def adapt_command(code: Path, target: Path, out: Path, minutes: float, threads: 
             "--data", str(code / "training"), "--pattern", "*.js",
             "--held-out", str(code / "held_out"),
             "--written-tokens", str(int(writing * WRITTEN_TOKENS_A_MINUTE)),
-            "--minutes", f"{minutes - writing:g}", "--threads", str(threads)]  # fmt: skip
+            "--minutes", f"{minutes - writing:g}", "--threads", str(threads),
+            *(["--resume"] if out.exists() else [])]  # fmt: skip
 
 
 def measure(target: Path, drafter: Path, held_out: Path) -> Reports:
@@ -131,7 +132,9 @@ def print_summary(measured: Mapping[str, Reports]) -> None:
 
 def run(command: Sequence[str]) -> None:
     print("$", " ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        sys.exit(f"stopped: {' '.join(command[1:4])} ended with {code}; its own message is above.")
 
 
 def timed(seconds: dict[str, float], name: str, result: Path, stage: object) -> None:
