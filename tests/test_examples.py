@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +96,7 @@ def report(histogram: tuple[int, ...], temperature: float) -> AcceptanceReport:
 def test_the_share_won_back_is_of_what_was_lost(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.won_back(4.0, 3.0, 3.75) == 0.75
     assert run.won_back(4.0, 3.0, 2.0) == -1.0
-    assert math.isnan(run.won_back(3.0, 3.0, 3.0))
+    assert run.won_back(3.0, 2.95, 3.5) is None and run.won_back(3.0, 3.2, 3.5) is None
     histograms = {run.BEFORE: (1, 1, 2), run.TUNED: (2, 1, 1), run.ADAPTED: (1, 2, 1)}
     measured = {name: {t: report(h, t) for t in run.TEMPERATURES} for name, h in histograms.items()}
     content = json.loads(json.dumps(run.summary(measured, {"adapting": 60.0})))
