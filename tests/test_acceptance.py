@@ -11,7 +11,7 @@ from models import agreeing_pair, packed, random_drafter, random_target
 
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.draft_length import RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats
@@ -154,7 +154,7 @@ def test_prediction_weighs_expected_tokens_against_measured_costs() -> None:
     acceptance = Acceptance((25, 25, 50))  # 0.75, then 2/3
     costs = RoundCosts({0: 1.0, 1: 1.25, 2: 2.0, 3: 2.5, 4: 4.0})
     predictions = predict(acceptance, costs)
-    assert len(predictions) == LONGEST + 1
+    assert [p.draft_tokens for p in predictions] == list(range(9))
     predictions = predictions[:5]
     assert [p.cost for p in predictions] == [1.0, 1.25, 2.0, 2.5, 4.0]
     lengths = [1, 1.75, 2.25, 2.25 + 1 / 3, 2.25 + 1 / 3 + 2 / 9]

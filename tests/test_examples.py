@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cli_docs
 import finetune
 import pytest
 import run
@@ -50,6 +51,15 @@ def test_few_files_are_held_out_by_their_names_alone() -> None:
     assert held == {name for name in reversed(names) if run.is_held_out(name)}
 
 
+@pytest.mark.skipif("## gemma-mtp train\n" not in cli_docs.page(), reason="this version has no train command")
+def test_every_option_handed_to_the_command_is_one_it_has(tmp_path: Path) -> None:
+    command = run.adapt_command(tmp_path, tmp_path / "target", tmp_path / "drafter", 10, 2)
+    assert command[1:4] == ["-m", "gemma_mtp", "train"]
+    page = cli_docs.page().split("## gemma-mtp train\n")[1].split("## gemma-mtp")[0]
+    for option in (word for word in command if word.startswith("--")):
+        assert f" {option} " in page, option
+
+
 def test_finetuning_writes_a_checkpoint_that_decodes_as_transformers_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +96,7 @@ def report(histogram: tuple[int, ...], temperature: float) -> AcceptanceReport:
 def test_the_share_won_back_is_of_what_was_lost(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.won_back(4.0, 3.0, 3.75) == 0.75
     assert run.won_back(4.0, 3.0, 2.0) == -1.0
-    assert math.isnan(run.won_back(3.0, 3.0, 3.0))
+    assert run.won_back(3.0, 2.95, 3.5) is None and run.won_back(3.0, 3.2, 3.5) is None
     histograms = {run.BEFORE: (1, 1, 2), run.TUNED: (2, 1, 1), run.ADAPTED: (1, 2, 1)}
     measured = {name: {t: report(h, t) for t in run.TEMPERATURES} for name, h in histograms.items()}
     content = json.loads(json.dumps(run.summary(measured, {"adapting": 60.0})))
@@ -104,3 +114,9 @@ def test_a_stage_whose_result_is_there_is_not_run_again(tmp_path: Path) -> None:
     for _ in range(2):
         run.timed(seconds, "adapting", tmp_path / "drafter", lambda: ran.append(1))
     assert ran == [1] and seconds["adapting"] >= 0
+
+
+def test_a_command_that_fails_ends_the_run_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"-c import sys; sys\.exit\(3\) ended with 3"):
+        run.run([sys.executable, "-c", "import sys; sys.exit(3)"])
+    assert capsys.readouterr().out.startswith("$ ")

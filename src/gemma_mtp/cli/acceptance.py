@@ -67,6 +67,7 @@ def acceptance(
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    quantize: options.Quantize = None,
     threads: options.Threads = None,
     pattern: Annotated[
         str, option("--pattern", help="Which files of a directory to read, such as '*.py'.", panel=DATA)
@@ -152,8 +153,8 @@ def acceptance(
         if threads is not None:
             set_threads(threads)
         say("loading")
-        pair = load_pair(target, drafter, dtype=dtype, device=device)
-        other = load_pair(target, against, dtype=dtype, device=device) if against is not None else None
+        load = functools.partial(load_pair, target, dtype=dtype, device=device, quantize=quantize)
+        pair, other = load(drafter), None if against is None else load(against)
         base = _params(pair, examples, top_k, top_p, seed, max_tokens, ignore_eos)
         settings = [
             Setting(replace(base, temperature=t), on)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gemma_mtp.cli import render
+from gemma_mtp.cli import options, render
+from gemma_mtp.cli.options import DRAFTING, MODELS, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
@@ -20,11 +21,7 @@ from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
 from gemma_mtp.ops.native import set_threads
 
-INPUT, MODELS, DRAFTING, SAMPLING, OUTPUT = "Prompt", "Models", "Drafting", "Sampling and stopping", "Output"
-
-
-def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+INPUT = "Prompt"
 
 
 @dataclass(frozen=True)
@@ -49,120 +46,91 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to complete; without it, --file or standard input.")
     ] = None,
-    file: Annotated[Path | None, _option("--file", "-f", help="Read the prompt from a file.", panel=INPUT)] = None,
+    file: Annotated[Path | None, option("--file", "-f", help="Read the prompt from a file.", panel=INPUT)] = None,
     token_ids: Annotated[
-        str | None, _option("--token-ids", help='Prompt as token ids, such as "2 5 7".', panel=INPUT)
+        str | None, option("--token-ids", help='Prompt as token ids, such as "2 5 7".', panel=INPUT)
     ] = None,
     chat: Annotated[
         bool,
-        _option(
+        option(
             "--chat",
             help="Send the prompt as a user's message through the checkpoint's chat template, with the"
             " checkpoint's own sampling defaults.",
             panel=INPUT,
         ),
     ] = False,
-    system: Annotated[str | None, _option("--system", help="System message, with --chat.", panel=INPUT)] = None,
-    target: Annotated[
-        Path | None, _option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
-    ] = None,
-    drafter: Annotated[Path | None, _option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)] = None,
-    no_drafter: Annotated[bool, _option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
-    dtype: Annotated[
-        str,
-        _option(
-            "--dtype",
-            help="auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU.",
-            panel=MODELS,
-        ),
-    ] = "auto",
-    quantize: Annotated[
-        str | None,
-        _option(
-            "--quantize",
-            help="Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target,"
-            " embeddings, drafter and drafter-head.",
-            panel=MODELS,
-        ),
-    ] = None,
-    device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)] = "auto",
-    threads: Annotated[
-        int | None, _option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)
-    ] = None,
+    system: Annotated[str | None, option("--system", help="System message, with --chat.", panel=INPUT)] = None,
+    target: options.Target = None,
+    drafter: options.Drafter = None,
+    no_drafter: Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
     draft_tokens: Annotated[
         str,
-        _option(
+        option(
             "--draft-tokens",
             "-k",
             help="Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.",
             panel=DRAFTING,
         ),
     ] = "auto",
-    verification: Annotated[
-        str,
-        _option(
-            "--verification",
-            help="exact: the very tokens of plain decoding; rejection, block: the same"
-            " distribution, more accepted at high temperature.",
-            panel=DRAFTING,
-        ),
-    ] = "exact",
-    max_tokens: Annotated[int, _option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
+    verification: options.Verify = "exact",
+    max_tokens: Annotated[int, option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
     temperature: Annotated[
-        float | None, _option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
+        float | None, option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
     ] = None,
-    top_k: Annotated[
-        int | None, _option("--top-k", help="Keep the k likeliest tokens; 0: all.", panel=SAMPLING)
-    ] = None,
+    top_k: Annotated[int | None, option("--top-k", help="Keep the k likeliest tokens; 0: all.", panel=SAMPLING)] = None,
     top_p: Annotated[
-        float | None, _option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
+        float | None, option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
     ] = None,
     min_p: Annotated[
-        float, _option("--min-p", help="Drop tokens below this share of the likeliest one's chance.", panel=SAMPLING)
+        float, option("--min-p", help="Drop tokens below this share of the likeliest one's chance.", panel=SAMPLING)
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, _option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
+        float, option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
     ] = 1.0,
     presence_penalty: Annotated[
-        float, _option("--presence-penalty", help="Taken off every token already in the output.", panel=SAMPLING)
+        float, option("--presence-penalty", help="Taken off every token already in the output.", panel=SAMPLING)
     ] = 0.0,
     frequency_penalty: Annotated[
-        float, _option("--frequency-penalty", help="Taken off once for each earlier occurrence.", panel=SAMPLING)
+        float, option("--frequency-penalty", help="Taken off once for each earlier occurrence.", panel=SAMPLING)
     ] = 0.0,
     logit_bias: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--logit-bias", help="Add a bias to a token's logit; may be repeated.", metavar="ID:BIAS", panel=SAMPLING
         ),
     ] = None,
-    seed: Annotated[int, _option("--seed", help="The same seed gives the same text.", panel=SAMPLING)] = 0,
+    seed: Annotated[int, option("--seed", help="The same seed gives the same text.", panel=SAMPLING)] = 0,
     stop: Annotated[
-        list[str] | None, _option("--stop", help="Stop before this text; may be repeated.", panel=SAMPLING)
+        list[str] | None, option("--stop", help="Stop before this text; may be repeated.", panel=SAMPLING)
     ] = None,
     stop_token_id: Annotated[
-        list[int] | None, _option("--stop-token-id", help="Stop after this token; may be repeated.", panel=SAMPLING)
+        list[int] | None, option("--stop-token-id", help="Stop after this token; may be repeated.", panel=SAMPLING)
     ] = None,
     ignore_eos: Annotated[
-        bool, _option("--ignore-eos", help="Go on after the checkpoint's end-of-sequence tokens.", panel=SAMPLING)
+        bool, option("--ignore-eos", help="Go on after the checkpoint's end-of-sequence tokens.", panel=SAMPLING)
     ] = False,
     logprobs: Annotated[
         int | None,
-        _option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.", panel=OUTPUT),
+        option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.", panel=OUTPUT),
     ] = None,
     compare: Annotated[
         bool,
-        _option(
+        option(
             "--compare",
             help="Run with and without the drafter, interleaved: speeds, ratio, and whether the outputs are identical.",
             panel=OUTPUT,
         ),
     ] = False,
-    repeats: Annotated[int, _option("--repeats", help="Runs of each side with --compare.", panel=OUTPUT)] = 3,
+    repeats: Annotated[int, option("--repeats", help="Runs of each side with --compare.", panel=OUTPUT)] = 3,
     show_drafts: Annotated[
-        bool, _option("--show-drafts", help="Colour accepted, corrected and bonus tokens.", panel=OUTPUT)
+        bool, option("--show-drafts", help="Colour accepted, corrected and bonus tokens.", panel=OUTPUT)
     ] = False,
-    as_json: Annotated[bool, _option("--json", help="Print one JSON object.", panel=OUTPUT)] = False,
-    quiet: Annotated[bool, _option("--quiet", "-q", help="No summary on standard error.", panel=OUTPUT)] = False,
+    as_json: Annotated[bool, option("--json", help="Print one JSON object.", panel=OUTPUT)] = False,
+    quiet: Annotated[bool, option("--quiet", "-q", help="No summary on standard error.", panel=OUTPUT)] = False,
 ) -> None:
     """Complete a prompt. Without --target, with the bundled pair, which completes Python source."""
     if repeats < 1:

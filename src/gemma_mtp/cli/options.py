@@ -28,6 +28,15 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)]
 Threads = Annotated[int | None, option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)]
+Quantize = Annotated[
+    str | None,
+    option(
+        "--quantize",
+        help="Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target,"
+        " embeddings, drafter and drafter-head.",
+        panel=MODELS,
+    ),
+]
 Verify = Annotated[
     str,
     option(

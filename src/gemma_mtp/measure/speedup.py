@@ -13,6 +13,9 @@ from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import GREEDY, Acceptance, Prompt
 
+#: drafts a round that are looked at beyond the measured ones
+LONGEST_PREDICTED = 8
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -31,11 +34,11 @@ class Prediction:
 
 
 def predict(acceptance: Acceptance, costs: RoundCosts) -> list[Prediction]:
-    """For every number of drafts whose cost is known, 0 (plain decoding) first.
+    """For 0 (plain decoding) to 8 drafts a round, or to as many as were measured where those are more.
 
     (1 + a_1 + a_1 a_2 + ... ) / (round's cost), as `decoding.draft_length` weighs it. Costs are those of greedy rounds.
     """
-    longest = len(costs.seconds) - 1
+    longest = min(len(costs.seconds) - 1, max(LONGEST_PREDICTED, acceptance.draft_tokens))
     chances = acceptance.by_position
     chances += chances[-1:] * (longest - len(chances))
     predictions = []
@@ -56,10 +59,10 @@ def break_even(predictions: Sequence[Prediction]) -> int:
 
 
 def steady_costs(pair: Pair, repeats: int = 5) -> RoundCosts:
-    """Round costs for a report: the least of several measurements, which other work on the machine disturbs least."""
+    """Round costs for a report: the fastest of several measurements, which other work disturbed least."""
     assert pair.drafter is not None
-    measured = [measure_costs(pair.target, pair.drafter).seconds for _ in range(repeats)]
-    return RoundCosts(dict(enumerate(map(min, zip(*measured, strict=True)))))
+    measured = [measure_costs(pair.target, pair.drafter) for _ in range(repeats)]
+    return min(measured, key=lambda costs: sum(costs.seconds))
 
 
 @dataclass(frozen=True)
