@@ -109,7 +109,8 @@ class Run:
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
         self.tokenizer = Tokenizer.from_dir(settings.target)
-        _check_output(settings, self.state)
+        if world.leads:  # one process alone, or two would move the same probe
+            _check_output(settings, self.state)
         self.target = checkpoint.load_target(settings.target, self.dtype, self.device)
         self.pair = self._engine_pair()
 
