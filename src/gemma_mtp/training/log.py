@@ -22,6 +22,8 @@ LINE_SECONDS = 10.0
 class RunLog:
     """Rows of one trainer, by step. Rows after `resumed_step` of an earlier run's CSV are dropped.
 
+    A `quiet` one keeps and shows nothing: of several processes that train together, one logs.
+
     Raises TrainingError where the CSV can not be written, or TensorBoard is asked for and not installed.
     """
 
@@ -29,8 +31,9 @@ class RunLog:
                  quiet: bool = False, console_only: bool = False) -> None:  # fmt: skip
         self.path, self.name = directory / f"{name}.csv", name
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
-        self._writer = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard else None
-        self._kept = [] if console_only else _rows_until(self.path, resumed_step)
+        self._writer = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard and not quiet else None
+        self._quiet = quiet
+        self._kept = [] if console_only or quiet else _rows_until(self.path, resumed_step)
         self._file: TextIO | None = None
         self._columns: list[str] = []
         self._last_line = time.monotonic()
@@ -55,6 +58,8 @@ class RunLog:
 
     def row(self, step: int, share_done: float, values: Mapping[str, float], text: str) -> None:
         """One step's figures, and what to show of them."""
+        if self._quiet:
+            return
         with self._reported():
             self._write({"step": step, **values})
             if self._writer is not None:
