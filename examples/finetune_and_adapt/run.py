@@ -125,10 +125,8 @@ def print_summary(measured: Mapping[str, Reports]) -> None:
     for name, reports in measured.items():
         print(f"{name:30}" + "".join(f"{reports[t].pooled.mean_length:16.3f}" for t in TEMPERATURES))
     shares = [won_back(*(reports[t].pooled.mean_length for reports in measured.values())) for t in TEMPERATURES]
-    print(
-        f"{'won back of what was lost':30}"
-        + "".join(f"{'little lost' if share is None else f'{share:.0%}':>16}" for share in shares)
-    )
+    shown = ["little lost" if share is None else f"{share:.0%}" for share in shares]
+    print(f"{'won back of what was lost':30}" + "".join(f"{share:>16}" for share in shown))
 
 
 def run(command: Sequence[str]) -> None:
