@@ -13,6 +13,7 @@ import torch
 from models import agreeing_pair, packed, random_drafter, random_target
 
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.costs import measure_costs, round_costs
@@ -128,6 +129,7 @@ def test_the_key_tells_pairs_and_ways_to_run_them_apart(monkeypatch: pytest.Monk
     key = cost_key(target, drafter)
     assert key == cost_key(*agreeing_pair(7)), "weights of the same geometry cost the same"
     others = [
+        cost_key(target, drafter, argmax=False),
         cost_key(target, random_drafter(centroids=True)),
         cost_key(target.bfloat16(), drafter),
         cost_key(agreeing_pair()[0], drafter.bfloat16()),
@@ -151,7 +153,7 @@ def test_the_key_tells_weight_types_apart() -> None:
         assert pair.drafter is not None
         keys.append(cost_key(pair.target, pair.drafter))
     assert len({key["target"] for key in keys}) == 3
-    assert len({key["drafter"] for key in keys}) >= 2, "int4 leaves the drafter as int8 does"
+    assert len({key["drafter"] for key in keys}) == 3
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
@@ -168,6 +170,16 @@ def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert the_file(cache).is_file()
     monkeypatch.setattr(costs, "measure_costs", lambda *pair: pytest.fail("measured again"))
     assert round_costs(target, drafter).seconds == first.seconds
+
+
+def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load_pair()
+    asked: list[bool] = []
+    monkeypatch.setattr(costs, "measure_costs", lambda target, drafter, argmax: asked.append(argmax) or COSTS)
+    for temperature in (0.0, 1.0, 0.0, 1.0):
+        pair.generate("import os", SamplingParams(max_tokens=4, temperature=temperature))
+    assert asked == [True, False]
+    assert min(measure_costs(pair.target, pair.drafter, argmax=False).seconds) > 0  # type: ignore[arg-type]
 
 
 def test_without_a_cache_they_are_measured_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,23 +21,26 @@ ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
 CONTEXT_ROWS, REPEATS = 32, 12
 
 
-def round_costs(target: Target, drafter: Drafter) -> RoundCosts:
-    """Costs from the cache if it has them, else measured, and then kept there."""
+def round_costs(target: Target, drafter: Drafter, argmax: bool = True) -> RoundCosts:
+    """Costs from the cache if it has them, else measured, and then kept there.
+
+    `argmax`: of rounds that choose by logits alone (`SamplingParams.is_argmax`), else of rounds that draw.
+    """
     directory = cache_directory()
     if directory is None:
-        return measure_costs(target, drafter)
-    key = cost_key(target, drafter)
+        return measure_costs(target, drafter, argmax)
+    key = cost_key(target, drafter, argmax)
     costs = load_costs(directory, key)
     if costs is None:
-        costs = measure_costs(target, drafter)
+        costs = measure_costs(target, drafter, argmax)
         store_costs(directory, key, costs)
     return costs
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter) -> RoundCosts:
+def measure_costs(target: Target, drafter: Drafter, argmax: bool = True) -> RoundCosts:
     """Play rounds of every length after the same made-up prompt; the least of up to twelve times each."""
-    prompt = _made_up_sequence(target)
+    prompt = _made_up_sequence(target, SamplingParams(temperature=0.0 if argmax else 1.0))
     rounds: dict[int, float] = {}
     steps: list[float] = []
     started = time.perf_counter()
@@ -51,9 +54,9 @@ def measure_costs(target: Target, drafter: Drafter) -> RoundCosts:
     return RoundCosts(rounds, min(steps))
 
 
-def _made_up_sequence(target: Target) -> Sequence:
+def _made_up_sequence(target: Target, params: SamplingParams) -> Sequence:
     """A short prompt, with room for a round of any length."""
-    sequence = open_sequence(target, CONTEXT_ROWS, 1, LONGEST, SamplingParams())
+    sequence = open_sequence(target, CONTEXT_ROWS, 1, LONGEST, params)
     ids = torch.arange(3, 3 + CONTEXT_ROWS, device=sequence.cache.device) % target.config.vocab_size
     prefill(target, sequence, ids, CONTEXT_ROWS)
     return sequence

@@ -44,7 +44,7 @@ class Pair:
     drafter: Drafter | None
     tokenizer: Tokenizer | None
     generation: checkpoint.GenerationDefaults
-    _costs: RoundCosts | None = field(default=None, repr=False)
+    _costs: dict[bool, RoundCosts] = field(default_factory=dict, repr=False)
 
     def generate(
         self,
@@ -97,12 +97,15 @@ class Pair:
         self._check_prompt(token_ids)
         return token_ids
 
-    def round_costs(self) -> RoundCosts:
-        """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds."""
-        if self._costs is None:
+    def round_costs(self, argmax: bool = True) -> RoundCosts:
+        """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
+
+        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.is_argmax`).
+        """
+        if argmax not in self._costs:
             assert self.drafter is not None
-            self._costs = round_costs(self.target, self.drafter)
-        return self._costs
+            self._costs[argmax] = round_costs(self.target, self.drafter, argmax)
+        return self._costs[argmax]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -158,7 +161,7 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     device = pair.target.embed_tokens.weight.device
     policy, fixed = None, Plan(LONGEST)
     if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
-        policy = DraftLength(pair.round_costs(), early_stop=device.type == "cpu")
+        policy = DraftLength(pair.round_costs(params.is_argmax), early_stop=device.type == "cpu")
     else:
         fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
