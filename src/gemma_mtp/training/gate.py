@@ -52,7 +52,7 @@ class EngineGate:
         table = self.pair.target.embed_tokens.weight
         drafter = load_drafter(directory, table.dtype, table.device)
         drafter.pack_(self.pair.target.native)
-        return replace(self.pair, drafter=drafter, _costs=None)
+        return replace(self.pair, drafter=drafter, _costs={})
 
     def measure(self, directory: Path, on_prompt: Callable[[Any], object] = lambda prompt: None) -> Reports:
         """Acceptance of the drafter in `directory`, at each temperature."""
