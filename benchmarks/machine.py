@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 
+from gemma_mtp.engine import cost_cache
 from gemma_mtp.ops.native import module
 
 BANDWIDTH_BYTES = 512 << 20
 
 
 def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} ({len(names)} cores)" if names else platform.processor()
+    return cost_cache.processor(torch.device("cpu"))
 
 
 def instruction_set() -> str:

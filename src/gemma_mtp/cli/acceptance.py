@@ -25,7 +25,6 @@ from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerErr
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.plot import check_plot, plot_acceptance
 from gemma_mtp.measure.speedup import measure_speedup, predict, steady_costs
-from gemma_mtp.ops.native import set_threads
 from gemma_mtp.tokenizer import Tokenizer
 
 #: names that chat templates give to the switch for thinking text, Gemma's first
@@ -143,15 +142,14 @@ def acceptance(
 
     Decodes in the engine, and predicts from measured costs how many drafts a round pay on this machine.
     """
-    _check(limit, prompt_tokens, threads, thinking)
+    _check(limit, prompt_tokens, thinking)
+    options.use_threads(threads)
     check_plot(plot)
     if target is not None and drafter is None:
         raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
     sources = data or [bundled_directory() / "heldout_prompts.jsonl"]
     with progress("reading") as say:
         examples = spread(sources, pattern, limit)
-        if threads is not None:
-            set_threads(threads)
         say("loading")
         load = functools.partial(load_pair, target, dtype=dtype, device=device, quantize=quantize)
         pair, other = load(drafter), None if against is None else load(against)
@@ -183,9 +181,9 @@ def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
     return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]
 
 
-def _check(limit: int, prompt_tokens: int, threads: int | None, thinking: str) -> None:
-    for name, value, least in (("--limit", limit, 1), ("--prompt-tokens", prompt_tokens, 2), ("--threads", threads, 1)):
-        if value is not None and value < least:
+def _check(limit: int, prompt_tokens: int, thinking: str) -> None:
+    for name, value, least in (("--limit", limit, 1), ("--prompt-tokens", prompt_tokens, 2)):
+        if value < least:
             raise SamplingError(f"{name} is {value}, but must be {least} or more.")
     if thinking not in THINKING:
         raise SamplingError(f"--thinking is {thinking!r}, but must be on, off or both.")
@@ -208,8 +206,8 @@ def _params(
     defaults = pair.generation
     own_k, own_p = (defaults.top_k, defaults.top_p) if conversations else (None, None)
     return SamplingParams(
-        top_k=next(k for k in (top_k, own_k, 0) if k is not None),
-        top_p=next(p for p in (top_p, own_p, 1.0) if p is not None),
+        top_k=options.first_given(top_k, own_k, 0),
+        top_p=options.first_given(top_p, own_p, 1.0),
         logit_bias=dict.fromkeys(defaults.suppress_tokens if conversations else (), float("-inf")),
         seed=seed,
         max_tokens=max_tokens,

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,6 @@ from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.pair import DraftTokens, Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
-from gemma_mtp.ops.native import set_threads
 
 INPUT = "Prompt"
 
@@ -135,23 +134,20 @@ def generate(
     """Complete a prompt. Without --target, with the bundled pair, which completes Python source."""
     if repeats < 1:
         raise SamplingError(f"--repeats is {repeats}, but must be 1 or more.")
-    if threads is not None and threads < 1:
-        raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
+    options.use_threads(threads)
     given = _prompt(prompt, file, token_ids, chat)
     if no_drafter and drafter is not None:
         raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
     if compare and (no_drafter or (target is not None and drafter is None)):
         raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
-    if threads is not None:
-        set_threads(threads)
     with progress("loading"):
         pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
     defaults = pair.generation
     suppressed = dict.fromkeys(defaults.suppress_tokens if chat else (), float("-inf"))
     params = SamplingParams(
-        temperature=_first(temperature, defaults.temperature if chat else None, 0.0),
-        top_k=_first(top_k, defaults.top_k if chat else None, 0),
-        top_p=_first(top_p, defaults.top_p if chat else None, 1.0),
+        temperature=options.first_given(temperature, defaults.temperature if chat else None, 0.0),
+        top_k=options.first_given(top_k, defaults.top_k if chat else None, 0),
+        top_p=options.first_given(top_p, defaults.top_p if chat else None, 1.0),
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
@@ -175,10 +171,6 @@ def generate(
         _print_whole(run, show_drafts, quiet)
     else:
         _print_stream(run, quiet)
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
 
 
 def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: bool) -> str | list[int]:

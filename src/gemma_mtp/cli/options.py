@@ -7,11 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_mtp.errors import SamplingError
+from gemma_mtp.ops.native import set_threads
+
 DATA, MODELS, DRAFTING, SAMPLING, OUTPUT = "Data", "Models", "Drafting", "Sampling and stopping", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+def use_threads(threads: int | None) -> None:
+    """Do what `--threads` says, if it was given. Raises SamplingError below 1."""
+    if threads is not None and threads < 1:
+        raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
+    if threads is not None:
+        set_threads(threads)
+
+
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
 Target = Annotated[

@@ -3,74 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from gemma_mtp.cli.options import DATA, MODELS, option, use_threads
+from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.ops.native import set_threads
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
 from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.gate import setting
 from gemma_mtp.training.losses import LOSSES
 from gemma_mtp.training.parallel import joined_world
-from gemma_mtp.training.run import DataSettings, Outcome, RunSettings, choose_device, run_training
+from gemma_mtp.training.run import DataSettings, Outcome, RunSettings, run_training
 from gemma_mtp.training.shapes import DrafterShape
 from gemma_mtp.training.step import Objective
 
-MODELS, DATA, WRITING, LEARNING, RUNNING, GATE = (
-    "Models", "Data", "What decoding will use", "Learning", "Running", "The gate",
-)  # fmt: skip
+WRITING, LEARNING, RUNNING, GATE = "What decoding will use", "Learning", "Running", "The gate"
 #: exit code where the gate refuses what was trained
 REFUSED = 3
 
 
-def _option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
-
-
 def train(
-    target: Annotated[Path, _option("--target", help="Target checkpoint directory.", panel=MODELS)],
+    target: Annotated[Path, option("--target", help="Target checkpoint directory.", panel=MODELS)],
     data: Annotated[
         list[Path],
-        _option(
+        option(
             "--data",
             help="File or directory; may be repeated. Lines of .jsonl files have text, prompt or messages; any other"
             " file is one text.",
             panel=DATA,
         ),
     ],
-    out: Annotated[Path, _option("--out", help="Where the drafter goes, and the run's state.", panel=MODELS)],
+    out: Annotated[Path, option("--out", help="Where the drafter goes, and the run's state.", panel=MODELS)],
     drafter: Annotated[
-        Path | None, _option("--drafter", help="Drafter to adapt; else give --new.", panel=MODELS)
+        Path | None, option("--drafter", help="Drafter to adapt; else give --new.", panel=MODELS)
     ] = None,
     new: Annotated[
-        bool, _option("--new", help="Make a new drafter of the official shape for the target.", panel=MODELS)
+        bool, option("--new", help="Make a new drafter of the official shape for the target.", panel=MODELS)
     ] = False,
     hidden: Annotated[
-        int | None, _option("--hidden", help="With --new: hidden size; default: the official one.", panel=MODELS)
+        int | None, option("--hidden", help="With --new: hidden size; default: the official one.", panel=MODELS)
     ] = None,
     intermediate: Annotated[
-        int | None, _option("--intermediate", help="With --new: width of the MLPs.", panel=MODELS)
+        int | None, option("--intermediate", help="With --new: width of the MLPs.", panel=MODELS)
     ] = None,
-    heads: Annotated[int | None, _option("--heads", help="With --new: query heads.", panel=MODELS)] = None,
+    heads: Annotated[int | None, option("--heads", help="With --new: query heads.", panel=MODELS)] = None,
     layers: Annotated[
-        int, _option("--layers", help="With --new: layers, the last of them full, the others sliding.", panel=MODELS)
+        int, option("--layers", help="With --new: layers, the last of them full, the others sliding.", panel=MODELS)
     ] = 4,
     centroids: Annotated[
         int | None,
-        _option("--centroids", help="With --new: a centroid head of so many clusters of tokens.", panel=MODELS),
+        option("--centroids", help="With --new: a centroid head of so many clusters of tokens.", panel=MODELS),
     ] = None,
     centroid_top_k: Annotated[
-        int, _option("--centroid-top-k", help="With --centroids: clusters whose tokens are scored.", panel=MODELS)
+        int, option("--centroid-top-k", help="With --centroids: clusters whose tokens are scored.", panel=MODELS)
     ] = 32,
     pattern: Annotated[
-        str, _option("--pattern", help='Files of directories to take, such as "*.py".', panel=DATA)
+        str, option("--pattern", help='Files of directories to take, such as "*.py".', panel=DATA)
     ] = "*",
     regenerate: Annotated[
         bool,
-        _option(
+        option(
             "--regenerate",
             help="Let the target write continuations and train on those; the default, and always so for prompts.",
             panel=DATA,
@@ -78,125 +73,122 @@ def train(
     ] = False,
     as_is: Annotated[
         bool,
-        _option("--as-is", help="Train on texts as they stand; with --regenerate, on both.", panel=DATA),
+        option("--as-is", help="Train on texts as they stand; with --regenerate, on both.", panel=DATA),
     ] = False,
     length: Annotated[
-        int, _option("--length", help="Tokens of a row; longer documents are cut into rows.", panel=DATA)
+        int, option("--length", help="Tokens of a row; longer documents are cut into rows.", panel=DATA)
     ] = 512,
     max_new_tokens: Annotated[
-        int, _option("--max-new-tokens", help="Tokens the target writes after a prompt, at most.", panel=DATA)
+        int, option("--max-new-tokens", help="Tokens the target writes after a prompt, at most.", panel=DATA)
     ] = 256,
     written_tokens: Annotated[
-        int, _option("--written-tokens", help="Tokens the target writes in all, at most.", panel=DATA)
+        int, option("--written-tokens", help="Tokens the target writes in all, at most.", panel=DATA)
     ] = 400_000,
     cache: Annotated[
         Path | None,
-        _option("--cache", help="Where written texts are kept for other runs; default: in --out.", panel=DATA),
+        option("--cache", help="Where written texts are kept for other runs; default: in --out.", panel=DATA),
     ] = None,
     held_out: Annotated[
         Path | None,
-        _option("--held-out", help="Data to measure acceptance on; default: a part of --data.", panel=GATE),
+        option("--held-out", help="Data to measure acceptance on; default: a part of --data.", panel=GATE),
     ] = None,
     held_out_prompts: Annotated[
-        int, _option("--held-out-prompts", help="Prompts that acceptance is measured on.", panel=GATE)
+        int, option("--held-out-prompts", help="Prompts that acceptance is measured on.", panel=GATE)
     ] = 24,
     temperature: Annotated[
         list[float] | None,
-        _option(
+        option(
             "--temperature", "-t", help="Of the decoding to come; may be repeated. [default: 0 and 1]", panel=WRITING
         ),
     ] = None,
-    top_k: Annotated[int, _option("--top-k", help="Of the decoding to come; 0: all.", panel=WRITING)] = 0,
-    top_p: Annotated[float, _option("--top-p", help="Of the decoding to come; 1: all.", panel=WRITING)] = 1.0,
+    top_k: Annotated[int, option("--top-k", help="Of the decoding to come; 0: all.", panel=WRITING)] = 0,
+    top_p: Annotated[float, option("--top-p", help="Of the decoding to come; 1: all.", panel=WRITING)] = 1.0,
     loss: Annotated[
         str,
-        _option(
+        option(
             "--loss",
             help="kl, ce, tv, lk (KL far from the target, total variation near it) or lk-log (-log acceptance).",
             panel=LEARNING,
         ),
     ] = "lk",
-    draft_steps: Annotated[int, _option("--draft-steps", help="Drafts unrolled from every row.", panel=LEARNING)] = 5,
+    draft_steps: Annotated[int, option("--draft-steps", help="Drafts unrolled from every row.", panel=LEARNING)] = 5,
     step_decay: Annotated[
-        float, _option("--step-decay", help="Weight of a draft against the one before it.", panel=LEARNING)
+        float, option("--step-decay", help="Weight of a draft against the one before it.", panel=LEARNING)
     ] = 0.9,
     own_tokens: Annotated[
         float,
-        _option(
+        option(
             "--own-tokens",
             help="Chance that drafts are fed the drafter's own tokens, their loss ending where they go wrong.",
             panel=LEARNING,
         ),
     ] = 0.9,
-    steps: Annotated[int | None, _option("--steps", help="Optimiser steps.", panel=LEARNING)] = None,
+    steps: Annotated[int | None, option("--steps", help="Optimiser steps.", panel=LEARNING)] = None,
     epochs: Annotated[
-        float | None, _option("--epochs", help="Passes through the data; 2 if nothing else is given.", panel=LEARNING)
+        float | None, option("--epochs", help="Passes through the data; 2 if nothing else is given.", panel=LEARNING)
     ] = None,
     minutes: Annotated[
         float | None,
-        _option("--minutes", help="Wall time of the steps, in place of --steps and --epochs.", panel=LEARNING),
+        option("--minutes", help="Wall time of the steps, in place of --steps and --epochs.", panel=LEARNING),
     ] = None,
     batch: Annotated[
         int,
-        _option("--batch", help="Texts of one optimiser step; gradients add up over blocks of it.", panel=LEARNING),
+        option("--batch", help="Texts of one optimiser step; gradients add up over blocks of it.", panel=LEARNING),
     ] = 8,
-    lr: Annotated[float, _option("--lr", help="Peak learning rate of AdamW.", panel=LEARNING)] = 1e-3,
+    lr: Annotated[float, option("--lr", help="Peak learning rate of AdamW.", panel=LEARNING)] = 1e-3,
     matrix_lr: Annotated[
         float | None,
-        _option("--matrix-lr", help="Train the layers' matrices by Muon, at this peak rate.", panel=LEARNING),
+        option("--matrix-lr", help="Train the layers' matrices by Muon, at this peak rate.", panel=LEARNING),
     ] = None,
-    warmup: Annotated[float, _option("--warmup", help="Share of the run in which rates rise.", panel=LEARNING)] = 0.03,
-    clip: Annotated[float, _option("--clip", help="Longest gradient.", panel=LEARNING)] = 1.0,
+    warmup: Annotated[float, option("--warmup", help="Share of the run in which rates rise.", panel=LEARNING)] = 0.03,
+    clip: Annotated[float, option("--clip", help="Longest gradient.", panel=LEARNING)] = 1.0,
     dtype: Annotated[
-        str, _option("--dtype", help="float32, bfloat16, or auto: bfloat16 where it is fast.", panel=RUNNING)
+        str, option("--dtype", help="float32, bfloat16, or auto: bfloat16 where it is fast.", panel=RUNNING)
     ] = "auto",
-    device: Annotated[str, _option("--device", help="auto, cpu, cuda or cuda:N.", panel=RUNNING)] = "auto",
+    device: Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=RUNNING)] = "auto",
     threads: Annotated[
-        int | None, _option("--threads", help="CPU threads; default: one for each core.", panel=RUNNING)
+        int | None, option("--threads", help="CPU threads; default: one for each core.", panel=RUNNING)
     ] = None,
     memory: Annotated[
         int,
-        _option("--memory", help="Megabytes of activations, beside the weights; blocks are cut to fit.", panel=RUNNING),
+        option("--memory", help="Megabytes of activations, beside the weights; blocks are cut to fit.", panel=RUNNING),
     ] = 2048,
     store_target: Annotated[
         bool,
-        _option(
+        option(
             "--store-target",
             help="Keep the target's states, keys and values on disk after the first pass through the data.",
             panel=RUNNING,
         ),
     ] = False,
     compile: Annotated[
-        bool, _option("--compile", help="Compile the models first: a minute or two, then faster.", panel=RUNNING)
+        bool, option("--compile", help="Compile the models first: a minute or two, then faster.", panel=RUNNING)
     ] = False,
-    seed: Annotated[int, _option("--seed", help="Of initial weights, order and sampled text.", panel=RUNNING)] = 1,
+    seed: Annotated[int, option("--seed", help="Of initial weights, order and sampled text.", panel=RUNNING)] = 1,
     checkpoint_steps: Annotated[
-        int, _option("--checkpoint-steps", help="Steps between checkpoints.", panel=RUNNING)
+        int, option("--checkpoint-steps", help="Steps between checkpoints.", panel=RUNNING)
     ] = 100,
-    resume: Annotated[bool, _option("--resume", help="Go on from the run's last checkpoint.", panel=RUNNING)] = False,
+    resume: Annotated[bool, option("--resume", help="Go on from the run's last checkpoint.", panel=RUNNING)] = False,
     tensorboard: Annotated[
-        bool, _option("--tensorboard", help="Log to TensorBoard too (extra: train).", panel=RUNNING)
+        bool, option("--tensorboard", help="Log to TensorBoard too (extra: train).", panel=RUNNING)
     ] = False,
     gate_steps: Annotated[
-        int | None, _option("--gate-steps", help="Measure in the engine every so many steps too.", panel=GATE)
+        int | None, option("--gate-steps", help="Measure in the engine every so many steps too.", panel=GATE)
     ] = None,
     patience: Annotated[
         int | None,
-        _option("--patience", help="Stop after so many measurements without gain; the best is kept.", panel=GATE),
+        option("--patience", help="Stop after so many measurements without gain; the best is kept.", panel=GATE),
     ] = None,
-    draft_tokens: Annotated[
-        int, _option("--draft-tokens", "-k", help="Drafts a round when measuring.", panel=GATE)
-    ] = 4,
-    gate_tokens: Annotated[int, _option("--gate-tokens", help="Tokens a prompt when measuring.", panel=GATE)] = 128,
-    force: Annotated[bool, _option("--force", help="Export even what is worse than the start.", panel=GATE)] = False,
+    draft_tokens: Annotated[int, option("--draft-tokens", "-k", help="Drafts a round when measuring.", panel=GATE)] = 4,
+    gate_tokens: Annotated[int, option("--gate-tokens", help="Tokens a prompt when measuring.", panel=GATE)] = 128,
+    force: Annotated[bool, option("--force", help="Export even what is worse than the start.", panel=GATE)] = False,
 ) -> None:
     """Train or adapt a drafter for a target, and export it if it is not worse than the one it started from.
 
     Started by torchrun, several processes share each step. Exits with 3 where the gate refuses the drafter.
     """
     _check(drafter, new, loss, steps, epochs, minutes, patience, gate_steps, dtype)
-    if threads is not None:
-        set_threads(threads)
+    use_threads(threads)
     if steps is None and minutes is None and epochs is None:
         epochs = 2.0
     objective = Objective(loss, draft_steps, step_decay, own_tokens, top_k, top_p)  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def load_pair(
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
         drafter = None
-    chosen_device = _device(device)
+    chosen_device = choose_device(device)
     target_config: TargetConfig = checkpoint.read_target_config(target)
     if drafter is not None:
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
@@ -245,7 +245,8 @@ def load_pair(
     )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that a name means; "auto" is CUDA where there is one. Raises CheckpointError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -12,8 +12,9 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import replace_file, write_json
+from gemma_mtp.config import TargetConfig
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import CheckpointError, TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
@@ -94,10 +95,10 @@ class Run:
     def __init__(self, settings: RunSettings, world: World, say: Callable[[str], None]) -> None:
         self.settings, self.world, self.say = settings, world, say
         self.state = settings.out / STATE
-        _check_settings(settings)
+        target_config = checkpoint.read_target_config(settings.target)
+        _check_settings(settings, target_config)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
-        target_config = checkpoint.read_target_config(settings.target)
         if settings.drafter is not None:
             self.config = checkpoint.read_drafter_config(settings.drafter)
         else:
@@ -285,12 +286,6 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it, else fp32."""
     if dtype == "auto":
@@ -299,9 +294,8 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def _check_settings(settings: RunSettings) -> None:
-    context = checkpoint.read_target_config(settings.target).text.max_position_embeddings
-    length = settings.data.length
+def _check_settings(settings: RunSettings, target: TargetConfig) -> None:
+    context, length = target.text.max_position_embeddings, settings.data.length
     if not 16 <= length <= context:
         raise TrainingError(f"--length is {length}, but must be from 16 to the target's context, {context}.")
 
@@ -334,7 +328,7 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_unquantised(directory: Path | None) -> None:
     """Raises TrainingError for a checkpoint that `gemma-mtp quantize` wrote."""
-    if directory is not None and "quantization_config" in checkpoint.read_json(directory / "config.json"):
+    if directory is not None and checkpoint.read_weight_types(directory):
         raise TrainingError(
             f"{directory} holds quantised weights, which can not be trained with; give the checkpoint it was made from."
         )
