@@ -19,6 +19,7 @@ from gemma_mtp.decoding.noise import STREAM_ACCEPT, STREAM_DRAFT, round_counters
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, choose, process
 from gemma_mtp.decoding.verify import (
     Verified,
+    agreeing,
     block_thresholds,
     block_weights,
     rejection_thresholds,
@@ -370,3 +371,10 @@ def test_exact_gives_what_plain_decoding_gives(temperature: float, k: int, draft
     assert drafted[:length] == plain
     if drafter == "same":  # the same noise on both sides: a perfect drafter is never turned down
         assert rounds == math.ceil((length - 2) / (k + 1))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=8), st.integers(0, 2))
+def test_counting_on_the_host_is_verify_exact(pairs: list[tuple[int, int]], last: int) -> None:
+    choices, drafts = [*(choice for choice, _ in pairs), last], [draft for _, draft in pairs]
+    verified = verify_exact(torch.tensor(choices), torch.tensor(drafts, dtype=torch.int64))
+    assert agreeing(choices, drafts) == int(verified.n_accepted)
