@@ -1,6 +1,6 @@
 """Reproduce the bundled pair: corpus, tokenizer, target, drafter, evaluation, model card.
 
-    python tools/make_pair.py --minutes-target 80 --minutes-drafter 24 --out src/gemma_mtp/bundled
+    python tools/make_pair.py --minutes-target 80 --minutes-drafter 55 --out src/gemma_mtp/bundled
 
 Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and a stage broken
 off goes on from its last checkpoint. The corpus takes a minute, the text that the target writes itself a few.
@@ -36,7 +36,7 @@ from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 #: what the drafter is to be good at: greedy, and drawn at these temperatures
 TEMPERATURES = (0.0, 0.7, 1.0)
 #: text of the corpus that the drafter sees as it stands, and that the target goes on from
-DRAFTER_CORPUS_BYTES = 8 << 20
+DRAFTER_CORPUS_BYTES = 4 << 20
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -150,7 +150,7 @@ def copy_directory(source: Path, destination: Path, leave_out: Sequence[str]) ->
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes-target", type=float, default=80, help="wall time of the target's training")
-    parser.add_argument("--minutes-drafter", type=float, default=24, help="wall time of the drafter's training")
+    parser.add_argument("--minutes-drafter", type=float, default=55, help="wall time of the drafter's training")
     parser.add_argument("--written-tokens", type=int, default=800_000, help="tokens that the target writes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, default=Path("build/pair"), help="intermediate files and logs")

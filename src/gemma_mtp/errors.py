@@ -8,6 +8,8 @@
     ├── TokenizerError    a tokenizer or chat template that is missing or unusable
     ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
     ├── SamplingError     a sampling parameter out of its range
+    ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
+    ├── QueueFullError    a request that came when as many were waiting as may
     ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
 
@@ -45,6 +47,18 @@ class PromptError(GemmaMtpError):
 
 class SamplingError(GemmaMtpError):
     """A sampling parameter out of its range."""
+
+
+class EngineError(GemmaMtpError):
+    """A request that failed while it ran, or came to an engine that is stopping."""
+
+
+class QueueFullError(GemmaMtpError):
+    """A request that came when as many were waiting as may; `retry_after` seconds are likely to help."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DataError(GemmaMtpError):

@@ -14,9 +14,10 @@ from rich.console import Console
 from gemma_mtp.cli import options, render
 from gemma_mtp.cli.options import DRAFTING, MODELS, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.pair import DraftTokens, Pair, load_pair
+from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
 

@@ -12,9 +12,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gemma_mtp.decoding.early_stop import Calibration, StopRule
 
+#: drafts a round: a number, or what the policy below finds
+DraftTokens = int | Literal["auto"]
 #: most drafts of a round that the policy considers
 LONGEST = 16
 #: what is believed of the first position before anything was seen, and the rounds that this belief counts for

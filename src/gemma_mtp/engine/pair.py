@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, Plan, RoundCosts
+from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -32,8 +31,6 @@ from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 #: prompt rows per target call: enough to use the hardware, few enough to bound activations
 PREFILL_CHUNK_ROWS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: drafts a round: a number, or the policy of `decoding.draft_length`
-DraftTokens = int | Literal["auto"]
 
 
 @dataclass
@@ -78,8 +75,7 @@ class Pair:
         """
         params = params or SamplingParams()
         prompt_ids = self.encode(prompt)
-        _check_decoding(draft_tokens, verification)
-        self._check_params(params)
+        self.check(params, draft_tokens, verification)
         used: DraftTokens = draft_tokens if self.drafter is not None else 0
         return TextStream(self, GenerationResult(prompt_ids, used, verification), params, verification)
 
@@ -96,6 +92,11 @@ class Pair:
             token_ids = list(prompt)
         self._check_prompt(token_ids)
         return token_ids
+
+    def check(self, params: SamplingParams, draft_tokens: DraftTokens, verification: str) -> None:
+        """Raise SamplingError or TokenizerError where a request can not be decoded so by this pair."""
+        _check_decoding(draft_tokens, verification)
+        self._check_params(params)
 
     def round_costs(self, argmax: bool = True) -> RoundCosts:
         """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
