@@ -8,7 +8,7 @@ from models import TINY, VOCAB, F, S, agreeing_pair, play, random_drafter, rando
 
 from gemma_mtp.decoding.round import Sequence
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import BLOCK_ROWS, CommittedKeyValues, KVCache
 from gemma_mtp.model.layers import rope_for, slice_rope
 
 PROMPT = [(7 * i) % VOCAB for i in range(21)]
@@ -17,21 +17,21 @@ PROMPT = [(7 * i) % VOCAB for i in range(21)]
 def poison(sequence: Sequence) -> None:
     """NaN in every row that is not committed, and in every sliding row that no later query can see."""
     cache = sequence.cache
-    for layer, rows in cache.layers.items():
-        start = cache.sliding_start if cache.config.is_sliding(layer) else 0
-        rows.keys[:, :, cache.length - start :] = torch.nan
-        rows.values[:, :, cache.length - start :] = torch.nan
-        if cache.config.is_sliding(layer):
-            first = max(0, cache.length - cache.window + 1)
-            rows.keys[:, :, : first - start] = torch.nan
-            rows.values[:, :, : first - start] = torch.nan
+    for layer, rows in cache.pool.layers.items():
+        kind = cache.config.layer_types[layer]
+        first = max(0, cache.length - cache.window + 1) if kind == S else 0
+        seen = torch.zeros(rows.keys.shape[1] * BLOCK_ROWS, dtype=torch.bool)
+        for position in range(first, cache.length):
+            seen[cache.tables[kind][position // BLOCK_ROWS] * BLOCK_ROWS + position % BLOCK_ROWS] = True
+        for buffer in (rows.keys, rows.values):
+            buffer.view(buffer.shape[0], -1, buffer.shape[-1])[:, ~seen] = torch.nan
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4, 8])
 @pytest.mark.parametrize("pair", ["random", "agreeing"])
 def test_discarded_rows_are_never_seen_again(draft_tokens: int, pair: str) -> None:
     target, drafter = (random_target(), random_drafter()) if pair == "random" else agreeing_pair()
-    params = SamplingParams(max_tokens=3 * SLACK_ROWS, temperature=0.5)
+    params = SamplingParams(max_tokens=6 * BLOCK_ROWS, temperature=0.5)
     clean = play(target, drafter, PROMPT, params, draft_tokens)
     poisoned = play(target, drafter, PROMPT, params, draft_tokens, after_round=poison)
     assert sum(clean.accepted) < sum(clean.drafted), "the run must reject something to mean anything"
@@ -52,27 +52,28 @@ def test_poisoning_a_committed_row_is_noticed() -> None:
     assert play(target, drafter, PROMPT, params, 4, after_round=poison_one_more).tokens != clean.tokens
 
 
-def test_sliding_buffers_hold_window_call_and_slack() -> None:
+def test_sliding_layers_have_blocks_for_window_and_call() -> None:
     cache = KVCache(TINY, max_length=4000, max_rows=5, dtype=torch.float32, device="cpu")
-    for layer, rows in cache.layers.items():
-        expected = TINY.sliding_window - 1 + 5 + SLACK_ROWS if TINY.is_sliding(layer) else 4000
-        assert rows.keys.shape[2] == rows.values.shape[2] == expected
-    assert set(cache.layers) == {0, 1, 2, 3}, "KV-shared layers have no buffers"
+    for layer, rows in cache.pool.layers.items():
+        span = TINY.sliding_window - 1 + 5
+        expected = -(-(span + BLOCK_ROWS - 1) // BLOCK_ROWS) if TINY.is_sliding(layer) else 4000 // BLOCK_ROWS
+        assert rows.keys.shape[1] == rows.values.shape[1] == expected
+    assert set(cache.pool.layers) == {0, 1, 2, 3}, "KV-shared layers have no buffers"
 
 
 @given(st.lists(st.tuples(st.integers(1, 130), st.floats(0, 1)), min_size=1, max_size=12))
 @settings(max_examples=60, deadline=None)
 def test_slices_hold_exactly_the_visible_rows(calls: list[tuple[int, float]]) -> None:
     """Rows carry their own position as key, so that what a slice holds can be read off it."""
-    cache = KVCache(TINY, max_length=2000, max_rows=9, dtype=torch.float32, device="cpu")
+    cache = KVCache(TINY, max_length=2000, max_rows=9, dtype=torch.float32, device="cpu", chunk_rows=130)
     for rows, kept_share in calls:
         cache.begin(rows)
         positions = torch.arange(cache.length, cache.length + rows, dtype=torch.float32)
-        for layer in cache.layers:
+        for layer in cache.pool.layers:
             kv = positions.view(1, rows, 1, 1).expand(1, rows, TINY.layer_kv_heads(layer), TINY.layer_head_dim(layer))
             cache._append(layer, kv, kv)
         end = cache.length + rows
-        for layer in cache.layers:
+        for layer in cache.pool.layers:
             first = cache._first_visible(TINY.layer_types[layer], cache.length)
             held = cache._read(layer, first, end)[0][0, 0, :, 0]
             assert torch.equal(held, torch.arange(first, end, dtype=torch.float32))
@@ -90,7 +91,7 @@ def test_drafter_sees_the_committed_rows_of_its_donors() -> None:
     seen = {kind: committed.rows(kind) for kind in (S, F)}
     assert seen[F][0].shape[2] == sequence.cache.length
     assert seen[S][0].shape[2] == TINY.sliding_window - 1
-    assert seen[F][0].data_ptr() == sequence.cache.layers[TINY.donor_layers[F]].keys.data_ptr()
+    assert seen[F][0].data_ptr() == sequence.cache.pool.layers[TINY.donor_layers[F]].keys.data_ptr()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 8, 9, 64, 80, 512])
@@ -106,7 +107,7 @@ def test_prefill_sends_only_the_last_row_through_kv_shared_layers() -> None:
     rows_seen: list[int] = []
     for layer in target.layers:
         layer.register_forward_hook(lambda _, args, out: rows_seen.append(out.shape[1]))
-    cache = KVCache(TINY, 64, 1, torch.float32, "cpu")
+    cache = KVCache(TINY, 64, 1, torch.float32, "cpu", chunk_rows=21)
     cache.begin(21)
     rope = slice_rope(rope_for(TINY, torch.arange(64), torch.float32), 0, 21)
     with torch.inference_mode():

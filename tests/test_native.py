@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from models import TINY, play, random_drafter, random_target
 from torch import Tensor
 
-from gemma_mtp.decoding.round import open_sequence
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
-from gemma_mtp.model.layers import slice_rope
+from gemma_mtp.kv_cache import BLOCK_ROWS
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import Memory, module
 from gemma_mtp.ops.quantise import quantise
@@ -129,12 +129,32 @@ def visible(count: int, last: int, window: int) -> tuple[list[int], list[int]]:
 
 
 def attend(
-    isa: str, q_QD: Tensor, first: list[int], last: list[int], k_SD: Tensor, v_SD: Tensor, origin: int
+    isa: str,
+    q_QD: Tensor,
+    first: list[int],
+    last: list[int],
+    k_SD: Tensor,
+    v_SD: Tensor,
+    table: list[int] | None = None,
 ) -> Tensor:
+    """Over blocks side by side, or where `table` says; rows of no block are NaN."""
     q_QD, out = q_QD.contiguous(), torch.full_like(q_QD, torch.nan)
-    addresses = k_SD.data_ptr(), v_SD.data_ptr()
-    native.attend(isa, q_QD.data_ptr(), len(q_QD), first, last, *addresses, origin, q_QD.shape[1], out.data_ptr())
+    blocks = -(-len(k_SD) // BLOCK_ROWS)
+    table = list(range(blocks)) if table is None else table
+    buffers = []
+    for rows in (k_SD, v_SD):
+        buffer = torch.full((max(table) + 1, BLOCK_ROWS, rows.shape[1]), torch.nan)
+        for i, block in enumerate(table):
+            part = rows[i * BLOCK_ROWS : (i + 1) * BLOCK_ROWS]
+            buffer[block, : len(part)] = part
+        buffers.append(buffer)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    native.attend(isa, q_QD.data_ptr(), len(q_QD), first, last, *addresses, table, q_QD.shape[1], out.data_ptr())
     return out
+
+
+def test_both_sides_know_the_size_of_a_block() -> None:
+    assert native.BLOCK_ROWS == BLOCK_ROWS
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -143,19 +163,19 @@ def test_attention(isa: str, d: int, S: int, window: int) -> None:
     Q = min(S, 40)
     k, v, q = randn(S, d) * d**-0.25, randn(S, d, seed=1), randn(Q, d, seed=2) * d**-0.25
     first, last = visible(Q, S - 1, window)
-    whole = attend(isa, q, first, last, k, v, 0)
+    whole = attend(isa, q, first, last, k, v)
     for i in range(Q):
         rows = slice(first[i], last[i] + 1)
         exact = torch.softmax(q[i].double() @ k[rows].double().T, -1) @ v[rows].double()
         assert (whole[i] - exact).abs().max() <= 2e-6 * v.abs().max()
-        alone = attend(isa, q[i : i + 1], [first[i]], [last[i]], k, v, 0)
+        alone = attend(isa, q[i : i + 1], [first[i]], [last[i]], k, v)
         assert torch.equal(alone[0], whole[i])
-    cut = min(first)  # a buffer that begins later, as a sliding layer's does
-    assert torch.equal(attend(isa, q, first, last, k[cut:].clone(), v[cut:].clone(), cut), whole)
+    table = torch.randperm(-(-S // BLOCK_ROWS) + 3, generator=torch.Generator().manual_seed(S)).tolist()[:-3]
+    assert torch.equal(attend(isa, q, first, last, k, v, table), whole), "blocks may lie anywhere"
     poisoned_k, poisoned_v = k.clone(), v.clone()
     if first[0] > 0:
         poisoned_k[: first[0]], poisoned_v[: first[0]] = torch.nan, torch.nan
-        assert torch.equal(attend(isa, q[:1], first[:1], last[:1], poisoned_k, poisoned_v, 0)[0], whole[0])
+        assert torch.equal(attend(isa, q[:1], first[:1], last[:1], poisoned_k, poisoned_v)[0], whole[0])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -197,9 +217,8 @@ def states(target: Target, tokens: list[int], calls: list[int]) -> Tensor:
     sequence = open_sequence(target, len(tokens), 0, 40, SamplingParams())
     out, start = [], 0
     for rows in calls:
-        sequence.cache.begin(rows)
-        rope = slice_rope(sequence.rope, start, start + rows)
-        out.append(target(torch.tensor([tokens[start : start + rows]]), rope, sequence.cache))
+        (hidden_TD,) = forward_rows(target, [Rows(sequence, torch.tensor(tokens[start : start + rows]), rows)])
+        out.append(hidden_TD[None])
         sequence.cache.commit(rows)
         start += rows
     assert start == len(tokens)

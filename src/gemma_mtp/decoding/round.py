@@ -2,17 +2,23 @@
 
 Between rounds a sequence of L committed tokens has L-1 rows in its cache (the last token has not been through the
 target yet) and the target's state that produced the last token. A round with K = 0 is plain decoding.
+
+Several sequences may play a round together, each as it would alone: the native operators take all of their rows in
+one call, and no row's result depends on the rows beside it. PyTorch's operators, which do not promise that, take the
+sequences one after another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
-from gemma_mtp.decoding.draft import Drafts, draft, draft_noise
+from gemma_mtp.decoding.draft import Drafting, Drafts, draft, draft_noise
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
@@ -24,10 +30,13 @@ from gemma_mtp.decoding.sampling import (
     top_logprobs,
 )
 from gemma_mtp.decoding.verify import Verification, Verified, agreeing, verify_block, verify_exact, verify_rejection
-from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
 from gemma_mtp.model.target import Target
+
+#: prompt rows of one target call, at most: enough to use the hardware, few enough to bound activations
+CHUNK_ROWS, NATIVE_CHUNK_ROWS = 512, 64
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Sequence:
 
     params: SamplingParams
     cache: KVCache
-    rope: dict[LayerType, Rope]
+    rope: Mapping[LayerType, Rope]
     history: TokenHistory | None
     length: int = 0  # committed tokens
     last_token_11: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -54,29 +63,67 @@ class RoundOutput:
     confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A sequence's part in a round: `draft_tokens` drafts, or fewer where `stop` says so; 0 without a drafter."""
+
+    sequence: Sequence
+    draft_tokens: int
+    verification: Verification = "exact"
+    stop: StopRule | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a sequence for the target, int64 [T], of whose hidden states the last `keep` are wanted."""
+
+    sequence: Sequence
+    token_ids_T: Tensor
+    keep: int
+
+
 def open_sequence(
-    target: Target, prompt_length: int, max_tokens: int, max_drafts: int, params: SamplingParams
+    target: Target,
+    prompt_length: int,
+    max_tokens: int,
+    max_drafts: int,
+    params: SamplingParams,
+    pool: KVPool | None = None,
+    rope: Mapping[LayerType, Rope] | None = None,
 ) -> Sequence:
-    """Allocate the cache and rotary tables for a prompt, its output and one round's drafts."""
+    """A sequence of room for a prompt, its output and one round's drafts: with blocks of `pool`, or of its own.
+
+    `rope`: tables of as many positions, where there are some already.
+    """
     table = target.embed_tokens.weight
     max_length = prompt_length + max_tokens + max_drafts
-    cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device)
-    rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
+    chunk_rows = min(prompt_length, CHUNK_ROWS if target.native is None else NATIVE_CHUNK_ROWS)
+    cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device, chunk_rows, pool)
+    if rope is None:
+        rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
     return Sequence(params, cache, rope, None)
 
 
-def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int) -> RoundOutput:
+def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int = CHUNK_ROWS) -> RoundOutput:
     """Run the prompt [P] through the target in chunks and commit the first output token."""
+    begin_prompt(target, sequence, prompt_ids)
+    for chunk in prompt_ids.split(min(chunk_rows, sequence.cache.chunk_rows)):
+        (hidden_1D,) = forward_rows(target, [Rows(sequence, chunk, keep=1)])
+        sequence.cache.commit(chunk.shape[0])
+    return end_prompt(target, sequence, hidden_1D)
+
+
+def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None:
+    """Before the first rows of a prompt."""
     if sequence.params.uses_history:
         sequence.history = TokenHistory(prompt_ids, target.config.vocab_size, prompt_ids.device)
-    if target.native is not None:
-        chunk_rows = min(chunk_rows, SLACK_ROWS)  # the room that sliding buffers have beside the window
-    for chunk in prompt_ids.unsqueeze(0).split(chunk_rows, dim=1):
-        hidden_11D = _forward(target, sequence, chunk, last_only=True)
-        sequence.cache.commit(chunk.shape[1])
     sequence.length = prompt_ids.shape[0]
-    drafts = Drafts(prompt_ids.new_zeros(0))
-    return _commit(target, sequence, drafts, hidden_11D, "exact")
+
+
+def end_prompt(target: Target, sequence: Sequence, hidden_1D: Tensor) -> RoundOutput:
+    """After the last one, from its hidden state: commit the first output token."""
+    nothing = Drafts(torch.zeros(0, dtype=torch.int64, device=hidden_1D.device))
+    return _outcomes(target, [(Turn(sequence, 0), nothing, hidden_1D)])[0]
 
 
 def play_round(
@@ -87,84 +134,118 @@ def play_round(
     verification: Verification,
     stop: StopRule | None = None,
 ) -> RoundOutput:
-    """Draft, verify, commit. `draft_tokens` may be 0, and must be without a drafter; `stop` may make it fewer."""
-    drafts = propose(target, drafter, sequence, draft_tokens, verification, stop)
-    return verify_round(target, sequence, drafts, verification)
+    """Draft, verify, commit."""
+    turns = [Turn(sequence, draft_tokens, verification, stop)]
+    return verify_round(target, turns, propose(target, drafter, turns))[0]
 
 
-def propose(
-    target: Target,
-    drafter: Drafter | None,
-    sequence: Sequence,
-    draft_tokens: int,
-    verification: Verification,
-    stop: StopRule | None = None,
-) -> Drafts:
-    """The first half of a round: its drafts. The sequence is left as it is."""
-    if drafter is None or draft_tokens == 0:
-        return Drafts(sequence.last_token_11.new_zeros(0))
-    return _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
+def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list[Drafts]:
+    """The first half of a round: every sequence's drafts. The sequences are left as they are."""
+    drafts = [Drafts(turn.sequence.last_token_11.new_zeros(0)) for turn in turns]
+    drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens]
+    if drafter is not None and drafting:
+        made = draft(drafter, target, [_drafting(turns[i]) for i in drafting])
+        for i, of_one in zip(drafting, made, strict=True):
+            drafts[i] = of_one
+    return drafts
 
 
-def verify_round(target: Target, sequence: Sequence, drafts: Drafts, verification: Verification) -> RoundOutput:
-    """The second half: the target's call over the last token and the drafts, and what follows from it."""
-    rows = torch.cat((sequence.last_token_11, drafts.tokens_K.unsqueeze(0)), dim=1)
-    hidden_1TD = _forward(target, sequence, rows, last_only=False)
-    output = _commit(target, sequence, drafts, hidden_1TD, verification)
-    sequence.cache.commit(output.accepted + 1)
-    return output
+def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
+    """The second half: one target call over each sequence's last token and drafts, and what follows from it."""
+    rows = [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)]
+    return conclude(target, turns, drafts, forward_rows(target, rows))
 
 
-def _forward(target: Target, sequence: Sequence, token_ids_1T: Tensor, last_only: bool) -> Tensor:
-    cache, rows = sequence.cache, token_ids_1T.shape[1]
-    cache.begin(rows)
-    rope = slice_rope(sequence.rope, cache.length, cache.length + rows)
-    hidden: Tensor = target(token_ids_1T, rope, cache, last_only)
-    return hidden
+def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
+    """What a sequence sends through the target in a round."""
+    tokens_T = torch.cat((turn.sequence.last_token_11[0], drafts.tokens_K))
+    return Rows(turn.sequence, tokens_T, keep=tokens_T.shape[0])
 
 
-def _draft(
-    target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool, stop: StopRule | None
-) -> Drafts:
-    position = sequence.length - 1
-    return draft(
-        drafter,
-        target,
-        sequence.last_token_11,
-        sequence.hidden_11D,
-        slice_rope(sequence.rope, position, position + 1),
-        CommittedKeyValues(sequence.cache, drafter.config.text.layer_types),
-        sequence.params,
-        sequence.history,
-        draft_noise(coupled, sequence.length, count, sequence.last_token_11.device),
-        stop,
-    )
+def conclude(target: Target, turns: Items[Turn], drafts: Items[Drafts], hidden: Items[Tensor]) -> list[RoundOutput]:
+    """Choose at every row, count the accepted drafts, and move the sequences on; `hidden` are the rows' states."""
+    outputs = _outcomes(target, list(zip(turns, drafts, hidden, strict=True)))
+    for turn, output in zip(turns, outputs, strict=True):
+        turn.sequence.cache.commit(output.accepted + 1)
+    return outputs
+
+
+def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
+    """Begin the caches' calls; hidden states after the final norm of each sequence's wanted rows, [keep, D]."""
+    for call in calls:
+        call.sequence.cache.begin(call.token_ids_T.shape[0])
+    if target.native is None:
+        return [_forward(target, call) for call in calls]
+    tokens_R = calls[0].token_ids_T if len(calls) == 1 else torch.cat([call.token_ids_T for call in calls])
+    keep = [call.keep for call in calls]
+    hidden_RD = target.native.forward(tokens_R, [call.sequence for call in calls], keep)
+    return [hidden_RD] if len(calls) == 1 else list(hidden_RD.split(keep))
+
+
+def _forward(target: Target, call: Rows) -> Tensor:
+    cache, rows = call.sequence.cache, call.token_ids_T.shape[0]
+    rope = slice_rope(call.sequence.rope, cache.length, cache.length + rows)
+    hidden: Tensor = target(call.token_ids_T[None], rope, cache, last_only=call.keep == 1)
+    return hidden[0, -call.keep :]
+
+
+def _drafting(turn: Turn) -> Drafting:
+    sequence, device = turn.sequence, turn.sequence.last_token_11.device
+    noise = draft_noise(turn.verification == "exact", sequence.length, turn.draft_tokens, device)
+    return Drafting(sequence, noise, turn.stop)
+
+
+def _outcomes(target: Target, turns: Items[tuple[Turn, Drafts, Tensor]]) -> list[RoundOutput]:
+    """Of rounds whose rows have the hidden states [drafts + 1, D]. Those that take the arg max share one pass over the
+    head, the others another."""
+    native, outputs = target.native, {}
+    argmax = [i for i, (turn, *_) in enumerate(turns) if native is not None and turn.sequence.params.is_argmax]
+    others = [i for i in range(len(turns)) if i not in argmax]
+    if native is not None and argmax:
+        for i, choices_T in zip(argmax, _together(native.greedy, [turns[i][2] for i in argmax]), strict=True):
+            outputs[i] = _greedy_outcome(*turns[i], choices_T)
+    if others:
+        for i, logits_TV in zip(others, _together(target.logits, [turns[i][2] for i in others]), strict=True):
+            outputs[i] = _outcome(*turns[i], logits_TV)
+    return [outputs[i] for i in range(len(turns))]
+
+
+def _together(function: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
+    """A function of rows, applied once to the rows of all parts."""
+    if len(parts) == 1:
+        return [function(parts[0])]
+    return list(function(torch.cat(parts)).split([len(part) for part in parts]))
+
+
+def _greedy_outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, choices_T: Tensor) -> RoundOutput:
+    tokens = choices_T.tolist()
+    accepted = agreeing(tokens, drafts.tokens_K.tolist())
+    return _commit(turn.sequence, drafts, hidden_TD, choices_T, tokens[: accepted + 1], None)
+
+
+def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, logits_TV: Tensor) -> RoundOutput:
+    """Reads the device once."""
+    sequence, params = turn.sequence, turn.sequence.params
+    verified = _verify(logits_TV, sequence, drafts, turn.verification)
+    accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = top_logprobs(logits_TV[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+    return _commit(sequence, drafts, hidden_TD, verified.tokens, tokens[: accepted + 1], logprobs)
 
 
 def _commit(
-    target: Target, sequence: Sequence, drafts: Drafts, hidden_1TD: Tensor, verification: Verification
-) -> RoundOutput:
-    """Choose at every row, count the accepted drafts, and move the sequence on; reads the device once."""
-    params, drafted = sequence.params, drafts.tokens_K.shape[0]
-    if params.is_argmax and target.native is not None:
-        tokens_T = target.native.greedy(hidden_1TD[0])
-        tokens = tokens_T.tolist()
-        accepted = agreeing(tokens, drafts.tokens_K.tolist())
-    else:
-        logits_TV = target.logits(hidden_1TD[0])
-        verified = _verify(logits_TV, sequence, drafts, verification)
-        tokens_T = verified.tokens
-        accepted, *tokens = torch.cat((verified.n_accepted.view(1), tokens_T)).tolist()
-    committed = tokens[: accepted + 1]
+    sequence: Sequence, drafts: Drafts, hidden_TD: Tensor, tokens_T: Tensor, committed: list[int],
+    logprobs: TopLogprobs | None,
+) -> RoundOutput:  # fmt: skip
+    """Move the sequence on by the `committed` tokens, the first of `tokens_T`."""
+    accepted = len(committed) - 1
     if sequence.history is not None:
         sequence.history.commit(tokens_T[: accepted + 1])
-    logprobs = None
-    if params.logprobs is not None:
-        logprobs = top_logprobs(logits_TV[: accepted + 1], tokens_T[: accepted + 1], params.logprobs)
     sequence.length += len(committed)
     sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
-    sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
-    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences)
+    sequence.hidden_11D = hidden_TD[None, accepted : accepted + 1]
+    return RoundOutput(committed, drafts.tokens_K.shape[0], accepted, logprobs, drafts.confidences)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:

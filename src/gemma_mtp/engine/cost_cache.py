@@ -46,13 +46,14 @@ def cache_directory() -> Path | None:
     return None
 
 
-def cost_key(target: Target, drafter: Drafter, argmax: bool = True) -> Key:
+def cost_key(target: Target, drafter: Drafter, argmax: bool = True, sequences: int = 1) -> Key:
     """What the costs depend on: the machine, how it is used, and both models' geometry and weight types."""
     device = target.embed_tokens.weight.device
     return {
         "processor": processor(device),
         "operators": "torch" if target.native is None else f"native {module().isa()}",
         "choice": "arg max" if argmax else "drawn",
+        "sequences": sequences,
         "threads": torch.get_num_threads() if target.native is None else module().threads(),
         "torch": torch.__version__,
         "target": _digest(target, target.config),

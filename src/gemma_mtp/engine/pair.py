@@ -14,7 +14,7 @@ from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.round import open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
@@ -28,8 +28,8 @@ from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
-#: prompt rows per target call: enough to use the hardware, few enough to bound activations
-PREFILL_CHUNK_ROWS = 512
+#: prompt rows of one target call; `decoding.round` has a bound of its own
+PREFILL_CHUNK_ROWS = CHUNK_ROWS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +41,7 @@ class Pair:
     drafter: Drafter | None
     tokenizer: Tokenizer | None
     generation: checkpoint.GenerationDefaults
-    _costs: dict[bool, RoundCosts] = field(default_factory=dict, repr=False)
+    _costs: dict[tuple[bool, int], RoundCosts] = field(default_factory=dict, repr=False)
 
     def generate(
         self,
@@ -98,15 +98,17 @@ class Pair:
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
 
-    def round_costs(self, argmax: bool = True) -> RoundCosts:
+    def round_costs(self, argmax: bool = True, sequences: int = 1) -> RoundCosts:
         """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
 
-        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.is_argmax`).
+        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.is_argmax`), and those of
+        several `sequences` together another than those of one.
         """
-        if argmax not in self._costs:
+        key = argmax, sequences
+        if key not in self._costs:
             assert self.drafter is not None
-            self._costs[argmax] = round_costs(self.target, self.drafter, argmax)
-        return self._costs[argmax]
+            self._costs[key] = round_costs(self.target, self.drafter, argmax, sequences)
+        return self._costs[key]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
-from gemma_mtp.kv_cache import KVCache
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices, rope_for
 from gemma_mtp.model.native import NativeTarget
 from gemma_mtp.ops import native, quantise
@@ -76,8 +75,6 @@ class Target(nn.Module):
         `rope` holds this call's positions. With `last_only` (prefill), only the last row goes through the KV-shared
         layers: they store nothing, so no later row needs the others.
         """
-        if self.native is not None and isinstance(kv, KVCache):
-            return self.native.forward(token_ids_BT, rope, kv, last_only)
         config = self.config
         x = self.embed(token_ids_BT)
         per_layer = self.per_layer_inputs(token_ids_BT, x)
