@@ -175,7 +175,9 @@ def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load_pair()
     asked: list[bool] = []
-    monkeypatch.setattr(costs, "measure_costs", lambda target, drafter, argmax: asked.append(argmax) or COSTS)
+    monkeypatch.setattr(
+        costs, "measure_costs", lambda target, drafter, argmax, sequences: asked.append(argmax) or COSTS
+    )
     for temperature in (0.0, 1.0, 0.0, 1.0):
         pair.generate("import os", SamplingParams(max_tokens=4, temperature=temperature))
     assert asked == [True, False]

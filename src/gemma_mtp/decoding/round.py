@@ -36,7 +36,7 @@ from gemma_mtp.model.layers import Rope, rope_for, slice_rope
 from gemma_mtp.model.target import Target
 
 #: prompt rows of one target call, at most: enough to use the hardware, few enough to bound activations
-CHUNK_ROWS, NATIVE_CHUNK_ROWS = 512, 64
+CHUNK_ROWS, NATIVE_CHUNK_ROWS = 512, 128
 
 
 @dataclass
@@ -122,8 +122,9 @@ def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None
 
 def end_prompt(target: Target, sequence: Sequence, hidden_1D: Tensor) -> RoundOutput:
     """After the last one, from its hidden state: commit the first output token."""
-    nothing = Drafts(torch.zeros(0, dtype=torch.int64, device=hidden_1D.device))
-    return _outcomes(target, [(Turn(sequence, 0), nothing, hidden_1D)])[0]
+    turn, nothing = Turn(sequence, 0), Drafts(torch.zeros(0, dtype=torch.int64, device=hidden_1D.device))
+    (scores,) = score_rows(target, [turn], [hidden_1D])
+    return _outcome(turn, nothing, hidden_1D, scores)
 
 
 def play_round(
@@ -152,22 +153,15 @@ def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list
 
 def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
     """The second half: one target call over each sequence's last token and drafts, and what follows from it."""
-    rows = [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)]
-    return conclude(target, turns, drafts, forward_rows(target, rows))
+    hidden = forward_rows(target, [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)])
+    scores = score_rows(target, turns, hidden)
+    return [conclude(*one) for one in zip(turns, drafts, hidden, scores, strict=True)]
 
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
     """What a sequence sends through the target in a round."""
     tokens_T = torch.cat((turn.sequence.last_token_11[0], drafts.tokens_K))
     return Rows(turn.sequence, tokens_T, keep=tokens_T.shape[0])
-
-
-def conclude(target: Target, turns: Items[Turn], drafts: Items[Drafts], hidden: Items[Tensor]) -> list[RoundOutput]:
-    """Choose at every row, count the accepted drafts, and move the sequences on; `hidden` are the rows' states."""
-    outputs = _outcomes(target, list(zip(turns, drafts, hidden, strict=True)))
-    for turn, output in zip(turns, outputs, strict=True):
-        turn.sequence.cache.commit(output.accepted + 1)
-    return outputs
 
 
 def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
@@ -195,19 +189,18 @@ def _drafting(turn: Turn) -> Drafting:
     return Drafting(sequence, noise, turn.stop)
 
 
-def _outcomes(target: Target, turns: Items[tuple[Turn, Drafts, Tensor]]) -> list[RoundOutput]:
-    """Of rounds whose rows have the hidden states [drafts + 1, D]. Those that take the arg max share one pass over the
-    head, the others another."""
-    native, outputs = target.native, {}
-    argmax = [i for i, (turn, *_) in enumerate(turns) if native is not None and turn.sequence.params.is_argmax]
+def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor]:
+    """Of each turn's rows [T, D] what its tokens are chosen by: logits [T, V], or natively, where nothing else of them
+    is wanted, their arg max, int64 [T]. All turns of a kind share one pass over the head."""
+    native = target.native
+    scores: dict[int, Tensor] = {}
+    argmax = [i for i, turn in enumerate(turns) if native is not None and turn.sequence.params.is_argmax]
     others = [i for i in range(len(turns)) if i not in argmax]
     if native is not None and argmax:
-        for i, choices_T in zip(argmax, _together(native.greedy, [turns[i][2] for i in argmax]), strict=True):
-            outputs[i] = _greedy_outcome(*turns[i], choices_T)
+        scores.update(zip(argmax, _together(native.greedy, [hidden[i] for i in argmax]), strict=True))
     if others:
-        for i, logits_TV in zip(others, _together(target.logits, [turns[i][2] for i in others]), strict=True):
-            outputs[i] = _outcome(*turns[i], logits_TV)
-    return [outputs[i] for i in range(len(turns))]
+        scores.update(zip(others, _together(target.logits, [hidden[i] for i in others]), strict=True))
+    return [scores[i] for i in range(len(turns))]
 
 
 def _together(function: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
@@ -217,20 +210,25 @@ def _together(function: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list
     return list(function(torch.cat(parts)).split([len(part) for part in parts]))
 
 
-def _greedy_outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, choices_T: Tensor) -> RoundOutput:
-    tokens = choices_T.tolist()
-    accepted = agreeing(tokens, drafts.tokens_K.tolist())
-    return _commit(turn.sequence, drafts, hidden_TD, choices_T, tokens[: accepted + 1], None)
+def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
+    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`."""
+    output = _outcome(turn, drafts, hidden_TD, scores)
+    turn.sequence.cache.commit(output.accepted + 1)
+    return output
 
 
-def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, logits_TV: Tensor) -> RoundOutput:
+def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
     """Reads the device once."""
     sequence, params = turn.sequence, turn.sequence.params
-    verified = _verify(logits_TV, sequence, drafts, turn.verification)
+    if scores.ndim == 1:
+        tokens = scores.tolist()
+        accepted = agreeing(tokens, drafts.tokens_K.tolist())
+        return _commit(sequence, drafts, hidden_TD, scores, tokens[: accepted + 1], None)
+    verified = _verify(scores, sequence, drafts, turn.verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
     logprobs = None
     if params.logprobs is not None:
-        logprobs = top_logprobs(logits_TV[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+        logprobs = top_logprobs(scores[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
     return _commit(sequence, drafts, hidden_TD, verified.tokens, tokens[: accepted + 1], logprobs)
 
 
