@@ -8,7 +8,7 @@ from models import TINY, VOCAB, F, S, agreeing_pair, play, random_drafter, rando
 
 from gemma_mtp.decoding.round import Sequence
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.kv_cache import BLOCK_ROWS, CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import BLOCK_ROWS, CommittedKeyValues, KVCache, KVPool, OutOfBlocksError, block_counts
 from gemma_mtp.model.layers import rope_for, slice_rope
 
 PROMPT = [(7 * i) % VOCAB for i in range(21)]
@@ -17,14 +17,14 @@ PROMPT = [(7 * i) % VOCAB for i in range(21)]
 def poison(sequence: Sequence) -> None:
     """NaN in every row that is not committed, and in every sliding row that no later query can see."""
     cache = sequence.cache
-    for layer, rows in cache.pool.layers.items():
-        kind = cache.config.layer_types[layer]
-        first = max(0, cache.length - cache.window + 1) if kind == S else 0
-        seen = torch.zeros(rows.keys.shape[1] * BLOCK_ROWS, dtype=torch.bool)
-        for position in range(first, cache.length):
-            seen[cache.tables[kind][position // BLOCK_ROWS] * BLOCK_ROWS + position % BLOCK_ROWS] = True
-        for buffer in (rows.keys, rows.values):
-            buffer.view(buffer.shape[0], -1, buffer.shape[-1])[:, ~seen] = torch.nan
+    for kind in (S, F):
+        positions = torch.arange(max(0, cache.length - cache.window + 1) if kind == S else 0, cache.length)
+        blocks = torch.tensor(cache.tables[kind])[positions // BLOCK_ROWS]
+        layers = [rows for layer, rows in cache.pool.layers.items() if cache.config.layer_types[layer] == kind]
+        unseen = torch.ones(layers[0].keys.shape[1], BLOCK_ROWS, dtype=torch.bool)
+        unseen[blocks, positions % BLOCK_ROWS] = False
+        for rows in layers:
+            rows.keys[:, unseen] = rows.values[:, unseen] = torch.nan
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4, 8])
@@ -115,3 +115,110 @@ def test_prefill_sends_only_the_last_row_through_kv_shared_layers() -> None:
         full = target.forward_sequence(torch.tensor([PROMPT])).hidden_BTD
     assert rows_seen[:6] == [21, 21, 21, 21, 1, 1]
     torch.testing.assert_close(hidden, full[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+POOL = {S: 6, F: 12}
+
+
+def shared_pool() -> KVPool:
+    return KVPool(TINY, POOL, torch.float32, "cpu")
+
+
+def cache_of(pool: KVPool, max_length: int = 400) -> KVCache:
+    return KVCache(TINY, max_length, 9, torch.float32, "cpu", chunk_rows=BLOCK_ROWS, pool=pool)
+
+
+def write(cache: KVCache, token_ids: list[int], rows: int) -> None:
+    """Append rows whose keys and values are made of the tokens up to them."""
+    while rows:
+        count = min(rows, BLOCK_ROWS)
+        cache.begin(count)
+        ids = token_ids[: cache.length + count]
+        marks = [float(hash(tuple(ids[: i + 1])) % 1000) for i in range(cache.length, cache.length + count)]
+        for layer in cache.pool.layers:
+            kv = (
+                torch.tensor(marks)
+                .view(1, count, 1, 1)
+                .expand(-1, -1, TINY.layer_kv_heads(layer), TINY.layer_head_dim(layer))
+            )
+            cache._append(layer, kv, kv)
+        cache.commit(count)
+        cache.name(token_ids)
+        rows -= count
+
+
+def held(cache: KVCache) -> list[list[float]]:
+    return [cache.committed(kind)[0][0, 0, :, 0].tolist() for kind in (S, F)]
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_sequences_that_share_a_pool_keep_their_rows(data: st.DataObject) -> None:
+    """Begun alike or not, grown, ended, sent away: what a sequence reads is what it would read alone."""
+    pool, caches = shared_pool(), dict[KVCache, list[int]]()
+    texts = [[i % 7 for i in range(150)], [i % 7 for i in range(60)] + [1] * 90, [3] * 150]
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["open", "grow", "grow", "end"]))
+        if action == "open" or not caches:
+            cache, text = cache_of(pool), data.draw(st.sampled_from(texts))
+            text = text[: data.draw(st.integers(1, 150))]
+            hit = cache.adopt(text)
+            assert hit % BLOCK_ROWS == 0 and hit < len(text)
+            caches[cache] = text
+        cache = data.draw(st.sampled_from(list(caches)))
+        text = caches[cache]
+        try:
+            if action != "end" and cache.length < len(text):
+                write(cache, text, data.draw(st.integers(1, len(text) - cache.length)))
+        except OutOfBlocksError:
+            action = "end"
+        if action == "end":
+            del caches[cache]
+            cache.release()
+        for other, tokens in ((cache, tokens) for cache, tokens in caches.items() if cache.length):
+            alone = cache_of(KVPool(TINY, block_counts(TINY, 400, BLOCK_ROWS), torch.float32, "cpu"))
+            write(alone, tokens, other.length)
+            assert held(other) == held(alone)
+    for cache in caches:
+        cache.release()
+    assert [pool.blocks[kind].available for kind in (S, F)] == [POOL[S], POOL[F]]
+
+
+def test_a_beginning_is_found_as_far_as_its_window_is_there() -> None:
+    pool, text = shared_pool(), list(range(40)) * 4
+    first = cache_of(pool)
+    write(first, text, 160)
+    assert cache_of(pool).adopt([9, *text]) == 0, "another first token"
+    longer, shorter, other = cache_of(pool), cache_of(pool), cache_of(pool)
+    assert longer.adopt(text) == 128, "the last row is computed in any case"
+    assert shorter.adopt(text[:64]) == 32
+    assert other.adopt([*text[:70], *[5] * 60]) == 64
+    assert held(other) == [held(first)[1][64 - 7 : 64], held(first)[1][:64]]
+    assert longer.tables[F][:4] == first.tables[F][:4], "shared, not copied"
+    for cache in (first, longer, shorter, other):
+        cache.release()
+    blocks = pool.blocks[F]
+    assert (blocks.available, blocks.kept) == (12, 5)
+
+
+def test_kept_blocks_are_given_up_when_others_need_them() -> None:
+    pool, text = shared_pool(), list(range(40)) * 4
+    first = cache_of(pool)
+    write(first, text, 160)
+    first.release()
+    second = cache_of(pool)
+    write(second, [9] * 300, 300)
+    assert pool.blocks[F].kept == 2, "of five, three went"
+    assert cache_of(pool).adopt(text) == 0 or pool.blocks[S].kept > 0
+    with pytest.raises(OutOfBlocksError):
+        write(cache_of(pool), [8] * 300, 300)
+
+
+def test_rows_that_were_discarded_are_not_shared() -> None:
+    pool, text = shared_pool(), list(range(40)) * 4
+    first = cache_of(pool)
+    write(first, text, 30)
+    first.begin(5)
+    first.commit(1)
+    first.name(text)
+    assert cache_of(pool).adopt(text) == 0, "31 rows fill no block"

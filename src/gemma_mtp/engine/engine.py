@@ -73,7 +73,7 @@ class EngineSettings:
     max_running: int = 16
     max_waiting: int = 256
     max_tokens: int | None = None
-    kv_memory_mb: int | None = None
+    kv_memory_mb: float | None = None
     max_stall_seconds: float = 0.05
     prefix_reuse: bool = True
 
@@ -111,6 +111,7 @@ class Job:
     policy: DraftLength | None
     fixed: Plan
     sequence: Sequence | None = None
+    admitted: bool = False  # whether it has run at all
     started: bool = False  # whether the first output token is there
 
     def __lt__(self, other: Job) -> bool:
@@ -261,8 +262,8 @@ class Engine:
             room = settings.kv_memory_mb * 2**20
             if room < size(least):
                 raise EngineError(
-                    f"{settings.kv_memory_mb} MB do not hold the keys and values of one request of {self.max_tokens}"
-                    f" tokens, which take {-(-size(least) // 2**20)} MB; give more memory, or lower the most tokens."
+                    f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {self.max_tokens}"
+                    f" tokens, which take {size(least) / 2**20:.3g} MB; give more memory, or lower the most tokens."
                 )
             share = room / size(wanted)
             wanted = {kind: int(share * count) for kind, count in wanted.items()}
@@ -324,7 +325,8 @@ class Engine:
         if self._running and any(blocks[k].available < count + len(self._running) for k, count in needed.items()):
             cache.release()
             return False
-        if not job.started:
+        if not job.admitted:
+            job.admitted = True
             self._stats.prompt_tokens += len(job.tokens)
             self._stats.prefix_hit_tokens += hit
         return True
@@ -450,10 +452,10 @@ class Engine:
         """Commit a chunk's rows; the first output token where a prompt ends."""
         sequence = chunk.sequence
         sequence.cache.commit(chunk.token_ids_T.shape[0])
+        if self.settings.prefix_reuse:  # at once: what slides out of the window is kept if it has a name by then
+            sequence.cache.name(job.tokens)
         if job.reading:
             return None
-        if self.settings.prefix_reuse:
-            sequence.cache.name(job.tokens)
         if job.started:  # after a preemption: all tokens are there, and now the state that produced the last one
             sequence.hidden_11D = hidden_1D[None]
             return None
