@@ -33,6 +33,7 @@ from gemma_mtp.training.parallel import World
 from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
 from gemma_mtp.training.target_store import TargetStore
 from gemma_mtp.training.written import Writing, fingerprint, write_texts
+from gemma_mtp.weight_types import WeightTypes, merge
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
@@ -57,7 +58,8 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made."""
+    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made. `quantize` is what decoding
+    will quantise while loading; what the target's checkpoint has quantised already stays so."""
 
     target: Path
     out: Path
@@ -70,6 +72,7 @@ class RunSettings:
     gate_tokens: int = 128
     dtype: str = "auto"
     device: str = "auto"
+    quantize: WeightTypes = field(default_factory=WeightTypes)
     force: bool = False
     resume: bool = False
     tensorboard: bool = False
@@ -104,22 +107,26 @@ class Run:
         else:
             self.config = new_drafter_config(target_config, settings.new)
         check_pair(target_config, self.config)
-        for directory in (settings.target, settings.drafter):
-            _check_unquantised(directory)
+        self.weight_types = merge(checkpoint.read_weight_types(settings.target), settings.quantize)
+        if settings.drafter is not None:
+            _check_unquantised(settings.drafter)
         # training scores the whole vocabulary; a centroid head is made when it is done
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
         self.tokenizer = Tokenizer.from_dir(settings.target)
         if world.leads:  # one process alone, or two would move the same probe
             _check_output(settings, self.state)
-        self.target = checkpoint.load_target(settings.target, self.dtype, self.device)
+        self.target = checkpoint.load_target(settings.target, self.dtype, self.device, settings.quantize)
+        self.target.dequantise_()
+        self.target_name = _target_name(settings)
         self.pair = self._engine_pair()
 
     def _engine_pair(self) -> Pair:
         """The target again, as the engine runs it, sharing the weights where the engine leaves them as they are."""
         settings = self.settings
-        if not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu":
-            return load_pair(settings.target, device=self.device)
+        packed_anew = not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu"
+        if packed_anew or self.weight_types.of_target():
+            return load_pair(settings.target, device=self.device, quantize=settings.quantize)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
@@ -158,7 +165,7 @@ class Run:
         if settings.drafter is not None:
             pair = self.gate([]).with_drafter(starting)
         beginnings = material.beginnings(data.length, data.max_new_tokens)
-        cache, name = data.cache or self.state / "cache", fingerprint(settings.target)
+        cache, name = data.cache or self.state / "cache", self.target_name
         with RunLog(self.state, "writing", console_only=True) as log:
 
             def show(tokens: int) -> None:
@@ -169,7 +176,7 @@ class Run:
     def gate(self, prompts: list[Prompt]) -> EngineGate:
         objective, settings = self.settings.recipe.objective, self.settings
         return EngineGate(self.pair, prompts, settings.temperatures, settings.draft_tokens, settings.gate_tokens,
-                          objective.top_k, objective.top_p)  # fmt: skip
+                          objective.top_k, objective.top_p, self.weight_types)  # fmt: skip
 
     def start(self) -> tuple[Drafter, Path]:
         """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
@@ -190,7 +197,8 @@ class Run:
         """What the card says of this run."""
         settings = self.settings
         data = {"texts": len(examples), "tokens": len(examples.tokens), "written_tokens": examples.written_tokens}
-        recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype}
+        recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype,
+                  "quantised": _listed(self.weight_types) or None}  # fmt: skip
         return CardFacts(
             settings.target.resolve().name,
             "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
@@ -239,10 +247,10 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
         run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
         return mean_length(reports)
 
-    name = fingerprint(settings.target)
-    rows = run.state / "target-rows" / f"{name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
+    rows = run.state / "target-rows" / f"{run.target_name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
     stored = TargetStore(rows) if settings.data.store_target else None
-    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored, name)
+    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored,
+                             run.target_name)  # fmt: skip
     trainer.resume()
     with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
         result = trainer.train(log, measured)
@@ -326,9 +334,20 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}
 
 
-def _check_unquantised(directory: Path | None) -> None:
-    """Raises TrainingError for a checkpoint that `gemma-mtp quantize` wrote."""
-    if directory is not None and checkpoint.read_weight_types(directory):
+def _target_name(settings: RunSettings) -> str:
+    """What tells the target that is trained for from others: its file's weights, and how they are quantised then."""
+    quantised = _listed(settings.quantize.of_target(), "-")
+    return "-".join(filter(None, (fingerprint(settings.target), quantised)))
+
+
+def _listed(types: WeightTypes, separator: str = ", ") -> str:
+    return separator.join(f"{part}={kind}" for part, kind in types.quantised.items())
+
+
+def _check_unquantised(drafter: Path) -> None:
+    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote."""
+    if checkpoint.read_weight_types(drafter):
         raise TrainingError(
-            f"{directory} holds quantised weights, which can not be trained with; give the checkpoint it was made from."
+            f"{drafter} is a quantised drafter, which can not be trained; give the drafter it was made from, and"
+            " --quantize to measure what is trained as it will be quantised."
         )
