@@ -229,14 +229,19 @@ def test_tensorboard_has_the_csvs_figures(tiny: Path, tmp_path: Path) -> None:
         ('{"text": "ABCDEF"}\n', "give at least 10"),
     ],
 )
-def test_bad_data_is_named_by_file_and_line(tiny: Path, tmp_path: Path, content: str, says: str, capfd) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "start", [lambda tiny: ["--drafter", tiny / "drafter"], lambda tiny: ["--new"]], ids=["adapt", "new"]
+)
+def test_bad_data_is_named_by_file_and_line(
+    tiny: Path, tmp_path: Path, start: Callable[[Path], list[object]], content: str, says: str, capfd
+) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
-    command = arguments(tiny, tmp_path / "out", "--drafter", tiny / "drafter", "--steps", 1)
+    command = arguments(tiny, tmp_path / "out", *start(tiny), "--steps", 1)
     command[command.index("--data") + 1] = str(file)
     code, shown = main(command), capfd.readouterr().err
     assert code == 2 and says in shown
-    assert not (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_outside_the_vocabulary_are_named(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]

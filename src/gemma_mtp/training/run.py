@@ -29,6 +29,7 @@ from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_car
 from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
 from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import HELD_OUT_PROMPTS, Material, gather, hold_out
+from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
 from gemma_mtp.training.target_store import TargetStore
@@ -219,14 +220,15 @@ class Run:
         return recall
 
 
+@memory_reported("outside of training's blocks", "take --dtype bfloat16, a smaller target or a shorter --length")
 def run_training(settings: RunSettings, world: World, say: Callable[[str], None]) -> Outcome | None:
     """Run `settings`; the outcome in rank 0, None in the others. `say` is called with lines for the user.
 
     Raises DataError, TrainingError, CheckpointError, ConfigError, PairError, TokenizerError.
     """
     run = Run(settings, world, say if world.leads else lambda text: None)
-    drafter, starting = run.start()
     material = run.material()
+    drafter, starting = run.start()
     prepared = run.state / "examples.safetensors"
     if world.leads:
         run.examples(material, starting).save(prepared)
@@ -274,8 +276,8 @@ def _conclude(
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
     if exported:
-        write_card(settings.out / CARD, facts, start, now, verdict, recall)
         run.export(drafter, settings.out)
+        write_card(settings.out / CARD, facts, start, now, verdict, recall)
     return outcome
 
 
@@ -309,15 +311,17 @@ def _check_settings(settings: RunSettings, target: TargetConfig) -> None:
 
 
 def _check_output(settings: RunSettings, state: Path) -> None:
-    """Raise TrainingError where the output can not be written, or another run's state lies there."""
+    """Raise TrainingError where the output can not be written, or another run's state lies there. Leaves nothing."""
     if (state / CHECKPOINT).exists() and not settings.resume:
         raise TrainingError(
             f"{state} holds an unfinished or finished run; go on with it by --resume, or give another --out."
         )
-    probe = state / "writable"
+    probe, made = state / "writable", [path for path in (state, *state.parents) if not path.exists()]
     try:
         replace_file(probe, lambda partial: partial.write_text("yes", encoding="utf-8"))
         probe.unlink()
+        for directory in made:
+            directory.rmdir()
     except (CheckpointError, OSError) as error:
         raise TrainingError(f"the output directory {settings.out} can not be written: {error}") from None
 
