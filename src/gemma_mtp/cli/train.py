@@ -17,7 +17,8 @@ from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.gate import setting
 from gemma_mtp.training.losses import LOSSES
 from gemma_mtp.training.parallel import joined_world
-from gemma_mtp.training.run import DataSettings, Outcome, RunSettings, run_training
+from gemma_mtp.training.run import Outcome, run_training
+from gemma_mtp.training.settings import DataSettings, RunSettings
 from gemma_mtp.training.shapes import DrafterShape
 from gemma_mtp.training.step import Objective
 from gemma_mtp.weight_types import parse_weight_types

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from gemma_mtp import checkpoint
-from gemma_mtp.checkpoint import replace_file, write_json
-from gemma_mtp.config import TargetConfig
+from gemma_mtp.checkpoint import write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
-from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.errors import TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
@@ -23,60 +22,22 @@ from gemma_mtp.ops import native
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
-from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe, DrafterResult, DrafterTrainer
+from gemma_mtp.training.drafter_trainer import DrafterResult, DrafterTrainer
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
 from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
 from gemma_mtp.training.log import RunLog
-from gemma_mtp.training.material import HELD_OUT_PROMPTS, Material, gather, hold_out
+from gemma_mtp.training.material import Material, gather, hold_out
 from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.parallel import World
-from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
+from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
+from gemma_mtp.training.shapes import initialise, new_drafter_config
 from gemma_mtp.training.target_store import TargetStore
 from gemma_mtp.training.written import Writing, fingerprint, write_texts
 from gemma_mtp.weight_types import WeightTypes, merge
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is trained on: `paths` (files and directories), `regenerate` and `as_is` of it, in rows of `length`."""
-
-    paths: tuple[Path, ...]
-    pattern: str = "*"
-    held_out: Path | None = None
-    held_out_prompts: int = HELD_OUT_PROMPTS
-    length: int = 512
-    regenerate: bool = True
-    as_is: bool = False
-    max_new_tokens: int = 256
-    written_tokens: int = 400_000
-    cache: Path | None = None
-    store_target: bool = False
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made. `quantize` is what decoding
-    will quantise while loading; what the target's checkpoint has quantised already stays so."""
-
-    target: Path
-    out: Path
-    data: DataSettings
-    drafter: Path | None = None
-    new: DrafterShape = field(default_factory=DrafterShape)
-    recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
-    temperatures: tuple[float, ...] = (0.0, 1.0)
-    draft_tokens: int = 4
-    gate_tokens: int = 128
-    dtype: str = "auto"
-    device: str = "auto"
-    quantize: WeightTypes = field(default_factory=WeightTypes)
-    force: bool = False
-    resume: bool = False
-    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +61,7 @@ class Run:
         self.settings, self.world, self.say = settings, world, say
         self.state = settings.out / STATE
         target_config = checkpoint.read_target_config(settings.target)
-        _check_settings(settings, target_config)
+        check_settings(settings, target_config)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         if settings.drafter is not None:
@@ -110,13 +71,13 @@ class Run:
         check_pair(target_config, self.config)
         self.weight_types = merge(checkpoint.read_weight_types(settings.target), settings.quantize)
         if settings.drafter is not None:
-            _check_unquantised(settings.drafter)
+            check_unquantised(settings.drafter)
         # training scores the whole vocabulary; a centroid head is made when it is done
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
         self.tokenizer = Tokenizer.from_dir(settings.target)
         if world.leads:  # one process alone, or two would move the same probe
-            _check_output(settings, self.state)
+            check_output(settings, self.state)
         self.target = checkpoint.load_target(settings.target, self.dtype, self.device, settings.quantize)
         self.target.dequantise_()
         self.target_name = _target_name(settings)
@@ -304,28 +265,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def _check_settings(settings: RunSettings, target: TargetConfig) -> None:
-    context, length = target.text.max_position_embeddings, settings.data.length
-    if not 16 <= length <= context:
-        raise TrainingError(f"--length is {length}, but must be from 16 to the target's context, {context}.")
-
-
-def _check_output(settings: RunSettings, state: Path) -> None:
-    """Raise TrainingError where the output can not be written, or another run's state lies there. Leaves nothing."""
-    if (state / CHECKPOINT).exists() and not settings.resume:
-        raise TrainingError(
-            f"{state} holds an unfinished or finished run; go on with it by --resume, or give another --out."
-        )
-    probe, made = state / "writable", [path for path in (state, *state.parents) if not path.exists()]
-    try:
-        replace_file(probe, lambda partial: partial.write_text("yes", encoding="utf-8"))
-        probe.unlink()
-        for directory in made:
-            directory.rmdir()
-    except (CheckpointError, OSError) as error:
-        raise TrainingError(f"the output directory {settings.out} can not be written: {error}") from None
-
-
 def _lengths(reports: Reports) -> str:
     return ", ".join(f"{report.pooled.mean_length:.3f} ({setting(report)})" for report in reports)
 
@@ -346,12 +285,3 @@ def _target_name(settings: RunSettings) -> str:
 
 def _listed(types: WeightTypes, separator: str = ", ") -> str:
     return separator.join(f"{part}={kind}" for part, kind in types.quantised.items())
-
-
-def _check_unquantised(drafter: Path) -> None:
-    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote."""
-    if checkpoint.read_weight_types(drafter):
-        raise TrainingError(
-            f"{drafter} is a quantised drafter, which can not be trained; give the drafter it was made from, and"
-            " --quantize to measure what is trained as it will be quantised."
-        )
