@@ -60,8 +60,8 @@ def training_logits(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType,
 def decoding_logits(target: Target, drafter: Drafter, tokens_T: Tensor) -> list[Tensor]:
     """Each step's logits [T - 1, V], drafted from every committed length in turn with the decoder's own cache."""
     T = len(tokens_T)
-    rope = rope_for(TINY, torch.arange(T + 1), torch.float64)
-    cache = KVCache(TINY, T, max_rows=1, dtype=torch.float64, device="cpu")
+    rope = rope_for(target.config, torch.arange(T + 1), target.compute_dtype)
+    cache = KVCache(target.config, T, max_rows=1, dtype=target.compute_dtype, device="cpu")
     steps: list[list[Tensor]] = [[] for _ in range(STEPS)]
     for t in range(T - 1):
         cache.begin(1)

@@ -14,7 +14,7 @@ from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_
 from gemma_mtp.model.native import NativeTarget
 from gemma_mtp.ops import native, quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Embedding, Linear, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Embedding, Linear, Matrix, can_pack, pack, packed_linear
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
 
@@ -116,6 +116,14 @@ class Target(nn.Module):
         quantise_matrices(self.layers.modules(), types.target)
         if self.config.hidden_size_per_layer_input:
             quantise_matrices([self.per_layer_model_projection], types.target)
+
+    def dequantise_(self) -> None:
+        """Make what is quantised dense again, in the dtype of the rest. Whole rows of training then cost what they do
+        with a dense target, and are what decoding computes but for how the native operators round activations."""
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                module.dequantise_()
+        self.weight_types = WeightTypes()
 
     def pack_(self) -> None:
         """Make ready to decode on this device: natively on a CPU (`model.native`), else with weights packed for PyTorch
