@@ -306,7 +306,7 @@ def _shapes(rate: str | None, clients: str | None, fixed_intervals: bool) -> lis
         return [OpenLoop(value, fixed_intervals) for value in _numbers("--rate", rate, float, "0.5,1,2")]
     if fixed_intervals:
         raise SamplingError("--fixed-intervals is for requests that come at a rate; give --rate.")
-    return [ClosedLoop(value) for value in _numbers("--clients", clients or "1", int, "1,4,16")]
+    return [ClosedLoop(value) for value in _numbers("--clients", "1" if clients is None else clients, int, "1,4,16")]
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
@@ -332,9 +332,7 @@ def _sides(draft_tokens: str | None, compare: bool) -> dict[str, dict[str, Any]]
     if not compare:
         return {"": {} if given is None else {"draft_tokens": given}}
     if given == 0:
-        raise SamplingError(
-            "--draft-tokens is 0 with --compare-drafting, which compares drafting with none; leave out one."
-        )
+        raise SamplingError("--draft-tokens is 0, which --compare-drafting compares with; give auto or another number.")
     drafts = "auto" if given is None else given
     return {"no drafts": {"draft_tokens": 0}, f"drafts {drafts}": {"draft_tokens": drafts}}
 

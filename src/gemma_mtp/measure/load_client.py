@@ -74,9 +74,8 @@ async def _read(client: httpx.AsyncClient, method: str, path: str, body: Any = N
             " check --url and --api-key, and whether the server has this route."
         ) from None
     except httpx.HTTPError as error:
-        raise ServerError(
-            f"{address} can not be reached ({error or type(error).__name__}); start the server."
-        ) from None
+        said = str(error) or type(error).__name__
+        raise ServerError(f"{address} can not be reached ({said}); start the server, or check --url.") from None
     except ValueError:
         raise ServerError(f"{address} did not answer with JSON; check --url.") from None
     if not isinstance(content, dict):

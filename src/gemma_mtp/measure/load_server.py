@@ -69,7 +69,7 @@ class OwnServer:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.append(line.strip())
-            found = re.search(r"https?://[^\s/\"',]+", line)
+            found = re.search(r"https?://[^\s/\"',]*[\w\]]", line)
             if self._url is None and found is not None:
                 self._url = found.group()
 
