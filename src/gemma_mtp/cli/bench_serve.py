@@ -16,8 +16,8 @@ from rich.console import Console
 
 from gemma_mtp.checkpoint import write_json
 from gemma_mtp.cli import bench_serve_report as shown
-from gemma_mtp.cli import options
 from gemma_mtp.cli.acceptance import spread
+from gemma_mtp.cli.generate import parse_draft_tokens
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
@@ -328,7 +328,7 @@ def _range(text: str) -> tuple[int, int]:
 
 def _sides(draft_tokens: str | None, compare: bool) -> dict[str, dict[str, Any]]:
     """Label of each side, and what its requests say beside the others'."""
-    given = None if draft_tokens is None else options.parse_draft_tokens(draft_tokens)
+    given = None if draft_tokens is None else parse_draft_tokens(draft_tokens)
     if not compare:
         return {"": {} if given is None else {"draft_tokens": given}}
     if given == 0:

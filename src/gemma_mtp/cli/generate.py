@@ -162,7 +162,7 @@ def generate(
         logprobs=logprobs,
     )
     text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, options.parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
+    run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -201,6 +201,16 @@ def _read(file: Path) -> str:
         raise PromptError(f"the prompt file {file} can not be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
+
+
+def parse_draft_tokens(text: str) -> DraftTokens:
+    """What --draft-tokens says. Raises SamplingError."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise SamplingError(f"--draft-tokens is {text!r}, but must be auto or a whole number, such as 4.") from None
 
 
 def _parse_token_ids(text: str) -> list[int]:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.ops.native import set_threads
 
@@ -24,16 +23,6 @@ def use_threads(threads: int | None) -> None:
         raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
     if threads is not None:
         set_threads(threads)
-
-
-def parse_draft_tokens(text: str) -> DraftTokens:
-    """What `--draft-tokens` says. Raises SamplingError for neither auto nor a number."""
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise SamplingError(f"--draft-tokens is {text!r}, but must be auto or a whole number, such as 4.") from None
 
 
 def first_given(*values: Any) -> Any:
