@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 from fake_server import served
 from models import agreeing_pair, letters, save_pair
+from rich.console import Console
 from test_cli import refused
 
-from gemma_mtp.cli import main
+from gemma_mtp.cli import bench_serve_report, main
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.measure import load_plot, load_server
+from gemma_mtp.measure.load import OpenLoop
+from gemma_mtp.measure.load_runs import ratios
 
 BRIEF = ["--requests", "4", "--warmup", "1", "-n", "5"]
 QUANTILE = {"value", "low", "high"}
@@ -41,7 +45,7 @@ def test_json_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with served() as (url, bodies):
         read = measured(tmp_path, "--url", url, "--rate", "200,400", "--compare-drafting", "-k", "3", "--repeats", "2")
     assert (read["url"], read["model"], read["extent"]) == (url, "tiny", {"requests": 4, "seconds": None, "warmup": 1})
-    labels = [f"{rate} requests/s, {side}" for rate in (200, 400) for side in ("no drafts", "drafts 3")]
+    labels = [f"{rate}/s, {side}" for rate in (200, 400) for side in ("no drafts", "drafts 3")]
     assert [level["label"] for level in read["levels"]] == labels
     assert read["levels"][0]["shape"] == {"kind": "OpenLoop", "rate": 200.0, "equal_gaps": False}
     for level in read["levels"]:
@@ -55,12 +59,12 @@ def test_json_has_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert (level["requests"], level["completed"], level["failed"], level["refused"]) == (8, 8, 0, 0)
         assert (level["output_tokens"], level["prompt_tokens"], level["cached_tokens"]) == (40, 72, 24)
         assert level["acceptance"] == pytest.approx(2 / 3)
-    assert [compared["label"] for compared in read["compared"]] == ["200 requests/s", "400 requests/s"]
+    assert [compared["label"] for compared in read["compared"]] == ["200/s", "400/s"]
     assert all(ratio.keys() == {"median", "least", "greatest"} for ratio in read["compared"][0]["ratios"].values())
     assert len(bodies) == 2 * 2 * 2 * 5
     assert [body["draft_tokens"] for body in bodies[:20:5]] == [0, 3, 3, 0]
     out = capsys.readouterr().out
-    for text in (*labels, "time to first token, ms", "from due to sent, ms", "drafting on to off", "67%", "p99"):
+    for text in (*labels, "time to first token", "from due to sent", "drafting on to off", "67%", "p99"):
         assert text in out
 
 
@@ -208,3 +212,26 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
 def test_it_needs_httpx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'gemma-mtp[bench-serve]'" in refused(capsys, ["bench-serve"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.0, "0.00ms"), (0.0012345, "1.23ms"), (0.0123, "12.3ms"), (0.99951, "1.00s"), (0.9994, "999ms"),
+     (0.09999, "100ms"), (12.34, "12.3s"), (123.4, "123s")],
+)  # fmt: skip
+def test_durations_have_three_digits(seconds: float | None, text: str) -> None:
+    assert bench_serve_report._duration(seconds) == text
+
+
+def test_tables_fit_narrow_terminals() -> None:
+    """Numbers are never cut, whatever has to wrap."""
+    from test_load_stats import level, record
+
+    records = [record(i, i / 100, 1.0 + i / 1000, accepted_drafts=3, rejected_drafts=1) for i in range(400)]
+    sides = [level(records, records, shape=OpenLoop(16.0), side=side) for side in ("no drafts", "drafts auto")]
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    bench_serve_report.print_report(console, sides, [("16/s", ratios(*sides))])
+    assert isinstance(console.file, io.StringIO)
+    out = console.file.getvalue()
+    assert "…" not in out and "1.00x" in out and "75%" in out
+    assert [line for line in out.splitlines()[:-2] if len(line) > 80] == []

@@ -139,11 +139,6 @@ def test_sides_take_turns_and_get_the_same_arrivals() -> None:
     shapes = [OpenLoop(1.0), ClosedLoop(2)]
     results = run(measure_levels(shapes, {"a": side("a"), "b": side("b")}, Extent(5), repeats=2))
     assert order[:4] == [("a", 0), ("b", 1), ("b", 2), ("a", 3)] and len(order) == 8
-    assert [result.label for result in results] == [
-        "1 requests/s, a",
-        "1 requests/s, b",
-        "2 clients, a",
-        "2 clients, b",
-    ]
+    assert [result.label for result in results] == ["1/s, a", "1/s, b", "2 clients, a", "2 clients, b"]
     first, second = ([[r.intended for r in load] for load in result.loads] for result in results[:2])
     assert first == second and first[0] != first[1]

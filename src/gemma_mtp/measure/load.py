@@ -29,7 +29,7 @@ class OpenLoop:
 
     @property
     def label(self) -> str:
-        return f"{self.rate:g} requests/s"
+        return f"{self.rate:g}/s"
 
     def times(self, seed: int) -> Iterator[float]:
         """Seconds from the load's start at which requests are due, without end."""

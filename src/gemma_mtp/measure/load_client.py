@@ -107,7 +107,7 @@ async def _stream(client: httpx.AsyncClient, ask: Ask, times: list[float]) -> Re
             return _refusal(response)
         try:
             async for event in _events(response):
-                if "error" in event:
+                if event.get("error"):
                     return Reply(error="error event")
                 if _has_text(event):
                     times.append(asyncio.get_running_loop().time())
