@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MILLISECONDS = 1000.0
+#: styles of the figures of one side, which share a colour
+LINES = ("-", "--")
 #: a number of a level's summary
 Drawn = Callable[[LoadSummary], float]
 
@@ -33,9 +36,9 @@ def plot_load(results: Sequence[LevelResult], path: Path, title: str = "") -> No
     _cumulative(axes[0], "Time to first token", results, lambda record: record.time_to_first_token)
     _cumulative(axes[1], "Time per output token", results, lambda record: record.time_per_output_token)
     first_tokens = {name: _first_token(name) for name in ("p50", "p99")}
-    _over_levels(axes[2], "Time to first token", "ms", results, first_tokens)
+    _over_levels(axes[2], "Time to first token by load", "ms", results, first_tokens)
     speed: dict[str, Drawn] = {"": lambda summary: summary.output_tokens_per_second}
-    _over_levels(axes[3], "Throughput", "output tokens/s", results, speed)
+    _over_levels(axes[3], "Throughput by load", "output tokens/s", results, speed)
     save_figure(figure, path)
 
 
@@ -53,8 +56,8 @@ def _cumulative(
     for result in results:
         values = (value(record) for load in result.loads for record in load if record.completed)
         ordered = sorted(_milliseconds(found) for found in values if found is not None)
-        shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
-        axes.step(ordered, shares, where="post", label=result.label)
+        shares = [i / len(ordered) for i in range(len(ordered) + 1)] if ordered else []
+        axes.step([*ordered[:1], *ordered], shares, where="post", label=result.label)
     axes.set(title=title, xlabel="ms", ylabel="share of requests", ylim=(0, 1))
     axes.set_xlim(left=0)
     _finished(axes)
@@ -67,11 +70,13 @@ def _over_levels(
     results: Sequence[LevelResult],
     figures: Mapping[str, Drawn],
 ) -> None:
-    for side in dict.fromkeys(result.side for result in results):
+    for i, side in enumerate(dict.fromkeys(result.side for result in results)):
         own = [result for result in results if result.side == side]
-        for name, figure in figures.items():
-            label = ", ".join(part for part in (side, name) if part)
-            axes.plot(list(_places(own)), [figure(result.summary) for result in own], marker="o", label=label or None)
+        for (name, figure), style in zip(figures.items(), LINES, strict=False):
+            values = [figure(result.summary) for result in own]
+            if not all(map(math.isnan, values)):
+                label = ", ".join(part for part in (side, name) if part) or None
+                axes.plot(list(_places(own)), values, color=f"C{i}", linestyle=style, marker="o", label=label)
     open_loop = isinstance(results[0].shape, OpenLoop)
     axes.set(title=title, xlabel="requests/s asked for" if open_loop else "clients", ylabel=unit)
     axes.set_xlim(left=0)

@@ -48,7 +48,7 @@ class OwnServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 self._reader.join()
-                said = " | ".join(self._lines) or "nothing"
+                said = " | ".join(self._lines).rstrip(".") or "nothing"
                 raise ServerError(f"the server ended with code {self.process.returncode} and said: {said}.")
             if self._url is not None and _ready(self._url):
                 return
