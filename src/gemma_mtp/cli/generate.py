@@ -162,7 +162,7 @@ def generate(
         logprobs=logprobs,
     )
     text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, _draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
+    run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -203,7 +203,8 @@ def _read(file: Path) -> str:
         raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
 
 
-def _draft_tokens(text: str) -> DraftTokens:
+def parse_draft_tokens(text: str) -> DraftTokens:
+    """What --draft-tokens says. Raises SamplingError."""
     if text == "auto":
         return "auto"
     try:
