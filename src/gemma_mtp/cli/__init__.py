@@ -16,6 +16,7 @@ from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
+from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
 
@@ -38,6 +39,7 @@ app.command()(inspect)
 app.command()(train)
 app.command()(quantize)
 app.command()(acceptance)
+app.command()(serve)
 
 
 def _version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gemma_mtp.cli import options, render
-from gemma_mtp.cli.options import DRAFTING, MODELS, OUTPUT, SAMPLING, option
+from gemma_mtp.cli.options import DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -62,7 +62,7 @@ def generate(
     system: Annotated[str | None, option("--system", help="System message, with --chat.", panel=INPUT)] = None,
     target: options.Target = None,
     drafter: options.Drafter = None,
-    no_drafter: Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
+    no_drafter: options.NoDrafter = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     device: options.Device = "auto",
@@ -162,7 +162,7 @@ def generate(
         logprobs=logprobs,
     )
     text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, _draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
+    run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -203,7 +203,8 @@ def _read(file: Path) -> str:
         raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
 
 
-def _draft_tokens(text: str) -> DraftTokens:
+def parse_draft_tokens(text: str) -> DraftTokens:
+    """What --draft-tokens says. Raises SamplingError."""
     if text == "auto":
         return "auto"
     try:
