@@ -17,6 +17,7 @@ from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
+from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
 
@@ -39,6 +40,7 @@ app.command()(inspect)
 app.command()(train)
 app.command()(quantize)
 app.command()(acceptance)
+app.command()(serve)
 app.command()(bench_serve)
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from gemma_mtp.cli import options, render
-from gemma_mtp.cli.options import DRAFTING, MODELS, OUTPUT, SAMPLING, option
+from gemma_mtp.cli.options import DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -62,7 +62,7 @@ def generate(
     system: Annotated[str | None, option("--system", help="System message, with --chat.", panel=INPUT)] = None,
     target: options.Target = None,
     drafter: options.Drafter = None,
-    no_drafter: Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)] = False,
+    no_drafter: options.NoDrafter = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     device: options.Device = "auto",

@@ -34,6 +34,7 @@ Target = Annotated[
     Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
 ]
 Drafter = Annotated[Path | None, option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)]
+NoDrafter = Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)]
 Dtype = Annotated[
     str,
     option(

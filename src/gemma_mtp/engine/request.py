@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +33,7 @@ class Request:
 class Update:
     """What one round brought a request: the text that became certain, its tokens, and how the round went.
 
-    The update with a `finish_reason` is the last.
+    The update with a `finish_reason` is the last. `seconds`: since the update before it, or since the request came.
     """
 
     text: str
@@ -39,18 +41,24 @@ class Update:
     round: RoundStats | None
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+    seconds: float = 0.0
 
 
 Event = Update | Exception
 
 
 class Generation:
-    """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs."""
+    """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs.
+
+    `cached_tokens`: how many of the prompt's tokens were taken from an earlier request's blocks.
+    """
 
     def __init__(self, request: Request, result: GenerationResult, cancel: Callable[[Generation], None]) -> None:
         self.request = request
         self.result = result
+        self.cached_tokens = 0
         self._cancel = cancel
+        self._last_event = time.perf_counter()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
 
@@ -89,6 +97,10 @@ class Generation:
 
     def push(self, event: Event) -> None:
         """From the engine's thread: an update, or the error that ends the request."""
+        now = time.perf_counter()
+        if isinstance(event, Update):
+            event = dataclasses.replace(event, seconds=now - self._last_event)
+        self._last_event = now
         self._events.put(event)
         try:
             self._wake()
