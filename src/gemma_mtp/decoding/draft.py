@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
+from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, TokenHistory, choose, process
 from gemma_mtp.kv_cache import CommittedKeyValues
@@ -53,10 +54,11 @@ def draft(
     history: TokenHistory | None,
     noise: tuple[Tensor, int],
     stop: StopRule | None = None,
+    grammar: GrammarState | None = None,
 ) -> Drafts:
-    """Draft one token for each noise counter, or fewer where `stop` says so.
+    """Draft one token for each noise counter, or fewer where `stop` says so or `grammar` allows no more.
 
-    Without a stop rule there is no host synchronisation; with one there is one a draft.
+    Without a stop rule and a grammar there is no host synchronisation; with one there is one a draft.
     `rope` holds the one position of the last committed token, which every step keeps; `hidden_11D` is the target's
     state that produced that token. Each step feeds back its own token and projected state.
     """
@@ -67,16 +69,25 @@ def draft(
     tokens: list[Tensor] = []
     candidates: list[Candidates] = []
     confidences: list[float] = []
+    ids: list[int] = []  # on the host, for the grammar
     reach = 1.0
     for step in range(counters_K.shape[0]):
         if stop is not None and step > 0 and not stop.goes_on(step, reach):
             break
+        if grammar is not None and grammar.ended_after(ids):
+            break
         state, hidden = drafter(target.embed(token), hidden, rope, kv)
         logits, token_ids = drafter.candidates(state[0])
         counts = None if history is None else history.rows(_stack(tokens, token), first=step)
-        candidates.append(process(logits, params, token_ids, counts))
+        allowed = None if grammar is None else grammar.allowed(ids, first=step)
+        possible = process(logits, params, token_ids, counts, allowed)
+        if grammar is not None and not possible.any_possible():
+            break  # a centroid head scores a part of the vocabulary, in which there may be nothing allowed
+        candidates.append(possible)
         tokens.append(choose(candidates[-1], params, counters_K[step : step + 1], stream))
         token = tokens[-1].unsqueeze(0)
+        if grammar is not None:
+            ids.append(int(token))
         if stop is not None:
             confidences.append(candidates[-1].probability(tokens[-1]))
             reach *= chance(confidences[-1], stop.bias, stop.slope)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.draft import Drafts, draft, draft_noise
 from gemma_mtp.decoding.early_stop import StopRule
+from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -38,6 +39,7 @@ class Sequence:
     cache: KVCache
     rope: dict[LayerType, Rope]
     history: TokenHistory | None
+    grammar: GrammarState | None = None
     length: int = 0  # committed tokens
     last_token_11: Tensor = field(default_factory=lambda: torch.empty(0))
     hidden_11D: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -52,17 +54,27 @@ class RoundOutput:
     accepted: int
     logprobs: TopLogprobs | None
     confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
+    complete_after: int | None = None  # so many tokens end the output: the grammar allows none after them
 
 
 def open_sequence(
-    target: Target, prompt_length: int, max_tokens: int, max_drafts: int, params: SamplingParams
+    target: Target,
+    prompt_length: int,
+    max_tokens: int,
+    max_drafts: int,
+    params: SamplingParams,
+    grammar: GrammarState | None = None,
 ) -> Sequence:
-    """Allocate the cache and rotary tables for a prompt, its output and one round's drafts."""
+    """Allocate the cache and rotary tables for a prompt, its output and one round's drafts.
+
+    `grammar`: the state to start from, needed if and only if there is a `params.grammar`.
+    """
+    assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
     table = target.embed_tokens.weight
     max_length = prompt_length + max_tokens + max_drafts
     cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device)
     rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
-    return Sequence(params, cache, rope, None)
+    return Sequence(params, cache, rope, None, grammar)
 
 
 def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int) -> RoundOutput:
@@ -138,6 +150,7 @@ def _draft(
         sequence.history,
         draft_noise(coupled, sequence.length, count, sequence.last_token_11.device),
         stop,
+        sequence.grammar,
     )
 
 
@@ -158,19 +171,21 @@ def _commit(
     committed = tokens[: accepted + 1]
     if sequence.history is not None:
         sequence.history.commit(tokens_T[: accepted + 1])
+    complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     logprobs = None
     if params.logprobs is not None:
         logprobs = top_logprobs(logits_TV[: accepted + 1], tokens_T[: accepted + 1], params.logprobs)
     sequence.length += len(committed)
     sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
     sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
-    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences)
+    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences, complete_after)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:
     params, drafted, device = sequence.params, drafts.tokens_K.shape[0], logits_TV.device
     counts = None if sequence.history is None else sequence.history.rows(drafts.tokens_K)
-    candidates = process(logits_TV, params, counts=counts)
+    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.tokens_K.tolist())
+    candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
     if verification == "exact" or drafted == 0:
         positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)
         return verify_exact(choose(candidates, params, positions), drafts.tokens_K)
