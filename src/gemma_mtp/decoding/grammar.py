@@ -76,7 +76,10 @@ class Grammar:
         if not isinstance(self.source, str):
             raise SamplingError(f"the grammar's source is a {type(self.source).__name__}, but must be text.")
         _check_source(self)
-        error = _llguidance().LLMatcher.validate_grammar(_compiler_input(self), None, limits=_limits())
+        try:
+            error = _llguidance().LLMatcher.validate_grammar(_compiler_input(self), None, limits=_limits())
+        except ValueError as refusal:
+            error = str(refusal)
         if error:
             raise _refused(self, error)
 
@@ -267,8 +270,10 @@ def _check_schema(source: str) -> None:
         raise SamplingError(f"the JSON schema is not JSON ({error}); correct it.") from None
     except RecursionError:
         raise SamplingError("the JSON schema is nested too deeply; flatten it.") from None
-    if not isinstance(schema, dict | bool):
-        raise SamplingError(f"the JSON schema is a {type(schema).__name__}, but must be an object, true or false.")
+    if not isinstance(schema, dict):
+        raise SamplingError(
+            f"the JSON schema is {_shorten(source.strip())}, but must be an object; for any JSON value, give {{}}."
+        )
     try:
         multiple = math.lcm(*map(_remainders, _multiples(schema)))
     except RecursionError:
@@ -322,4 +327,8 @@ def _reason(error: str) -> str:
     of_regex = re.search(r"^error: (.+)$", error, re.MULTILINE)
     line = of_regex[1] if of_regex else error.strip().partition("\n")[0]
     line = re.sub(r"^at \d+\(\d+\): invalid regex .* \(in regex\): ", "", line).rstrip(".")
-    return line if len(line) <= _MAX_REASON_LENGTH else line[:_MAX_REASON_LENGTH] + "…"
+    return _shorten(line)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_REASON_LENGTH else text[:_MAX_REASON_LENGTH] + "…"
