@@ -66,6 +66,66 @@ def test_the_check_sees_text_that_is_not_of_the_grammar() -> None:
     assert not matches(PERSON_SCHEMA, '{"name": "x", "age": 30, "tags": [')
 
 
+SCHEMAS = {
+    "anything": {}, "object": {"type": "object"}, "person": PERSON,
+    "numbers": {"type": "array", "items": {"type": "number", "minimum": -2.5, "exclusiveMaximum": 10}, "minItems": 2,
+                "maxItems": 4},
+    "multiples": {"type": "array", "items": {"type": "integer", "multipleOf": 7, "minimum": 0}, "maxItems": 3},
+    "patterns": {"type": "object", "patternProperties": {"^a[0-9]$": {"type": "boolean"}},
+                 "additionalProperties": False, "maxProperties": 3},
+    "tree": {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
+        "value": {"type": ["string", "null"], "maxLength": 3},
+        "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}}, "required": ["value", "next"],
+        "additionalProperties": False}}},
+    "tuple": {"type": "array", "prefixItems": [{"const": "é\n"}, {"enum": [1, None, {"a": []}]}], "items": False,
+              "minItems": 2},
+    "text": {"type": "string", "pattern": "^[A-Z][a-z]+( [0-9]{2})?$", "minLength": 4, "maxLength": 9},
+    "all": {"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+                      {"properties": {"b": {"type": "string", "maxLength": 2}}, "required": ["b"]}], "type": "object",
+            "maxProperties": 2},
+    "no blanks": {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}},
+                  "required": ["a"], "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}},
+}  # fmt: skip
+EXPRESSIONS = [
+    "abc|abd|x", "^[a-f]{3}$", r"\d{2,4}/\w+", "(?i)hello", r"[^\n]{1,5}\n.", "é{1,3}|日本語?",
+    r"a\.b\*\\", r"(\s*\w){4}",
+    "(ab?|c){3,5}", r"[\x00-\x7f]{5}", "\"[^\"]*\"", r"\p{Lu}\p{Ll}{2}",
+]  # fmt: skip
+
+
+def random_text(compiler: GrammarCompiler, grammar: Grammar, seed: int) -> str | None:
+    """Text of tokens drawn evenly from what is allowed, ended as soon as it may be; None where it grows long."""
+    state, generator, tokens = compiler.start(grammar, (EOS,), "cpu"), torch.Generator().manual_seed(seed), []
+    for _ in range(200):
+        allowed = state.allowed([])[0]
+        if allowed[EOS]:
+            return compiler._tokenizer.decode_bytes(tokens).decode()  # UTF-8, and no special token
+        tokens.append(int(torch.multinomial(allowed.float(), 1, generator=generator)))
+        assert state.commit(tokens[-1:]) is None
+    return None
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_random_tokens_make_json_of_the_schema(compiler: GrammarCompiler, name: str) -> None:
+    grammar = Grammar("json_schema", json.dumps(SCHEMAS[name]))
+    texts = [text for seed in range(25) if (text := random_text(compiler, grammar, seed)) is not None]
+    assert len(texts) >= 2
+    for text in texts:
+        jsonschema.Draft202012Validator(SCHEMAS[name]).validate(json.loads(text))
+        assert re.search(r"[\n ]{35}", text) is None
+        assert name != "no blanks" or re.fullmatch(r'\{"a":[0-9]\}', text)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_random_tokens_make_what_the_expression_matches(compiler: GrammarCompiler, expression: str) -> None:
+    grammar = Grammar("regex", expression)
+    # re knows no \p, and one of the expressions has upper and lower case letters by that name
+    known = expression.replace(r"\p{Lu}", "[^\\W\\d_a-z]").replace(r"\p{Ll}", "[^\\W\\d_A-Z]")
+    texts = [text for seed in range(25) if (text := random_text(compiler, grammar, seed)) is not None]
+    assert len(texts) >= 2
+    assert [text for text in texts if re.fullmatch(known, text) is None] == []
+
+
 def characters() -> Tokenizer:
     """One character a token, as many as the tiny models have; beside <pad> and <eos> what JSON needs."""
     text = 'Ċ{}[]":,.-+_Ġ0123456789abcdefghijklmnopqrstuvwxyzEABCDIMNT'

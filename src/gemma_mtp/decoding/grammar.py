@@ -312,8 +312,11 @@ def _compiler_input(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return str(matcher.grammar_from_regex(grammar.source))
     schema = json.loads(grammar.source) if grammar.kind == "json_schema" else {"type": "object"}
+    settings = schema.get("x-guidance")  # llguidance's own, in which the pattern would go before the flag
+    chosen = isinstance(settings, dict) and "whitespace_flexible" in settings
     # as text of our own writing: llguidance pastes a schema that is text into a larger one unread
-    return str(matcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": WHITESPACE}))
+    defaults = {} if chosen else {"whitespace_pattern": WHITESPACE}
+    return str(matcher.grammar_from_json_schema(json.dumps(schema), defaults))
 
 
 def _refused(grammar: Grammar, error: str) -> SamplingError:
