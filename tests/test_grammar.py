@@ -329,6 +329,27 @@ def test_a_state_that_is_not_rolled_back_is_seen() -> None:
     assert not state.allowed([]).equal(fresh.allowed([]))
 
 
+def test_a_draft_into_what_is_too_complex_is_no_error() -> None:
+    """It changes nothing unless it is accepted and a token has to be chosen after it."""
+    names = {f"property{i}": {"type": "string", "pattern": f"^[a-z]{{1,{i % 50 + 1}}}$"} for i in range(800)}
+    grammar = Grammar(
+        "json_schema", json.dumps({"anyOf": [{"type": "integer"}, {"type": "object", "properties": names}]})
+    )
+    compiler = TINY["agreeing"]._grammars
+    brace, seven = (compiler._tokenizer.tokenize_str(text)[0] for text in "{7")
+    state, fresh = compiler.start(grammar, (EOS,), "cpu"), compiler.start(grammar, (EOS,), "cpu")
+    assert state.ended_after([brace]) and not state.ended_after([])
+    assert state.allowed([brace, seven])[1:].all()
+    state.commit([seven])
+    fresh.commit([seven])
+    assert state.allowed([seven]).equal(fresh.allowed([seven]))
+    for tokens in ([brace], [brace, seven]):
+        state = compiler.start(grammar, (EOS,), "cpu")
+        with pytest.raises(SamplingError, match="the JSON schema can not be used"):  # noqa: PT012 (either may see it)
+            state.commit(tokens)
+            state.allowed([])
+
+
 class NoRollback:
     """A matcher that forgets to roll back."""
 

@@ -116,14 +116,13 @@ class GrammarCompiler:
 
     def start(self, grammar: Grammar, end_ids: Collection[int], device: torch.device | str) -> GrammarState:
         """The state before the first token. `end_ids`: tokens that may end the output where the text is complete."""
-        matcher = self._compiled(grammar).deep_copy()
-        return GrammarState(grammar, matcher, self._end_id, end_ids, self.vocab_size, device)
+        return GrammarState(grammar, self._compiled(grammar), self._end_id, end_ids, self.vocab_size, device)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = _llguidance().LLMatcher(self._tokenizer, _compiler_input(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
-        first = GrammarState(grammar, matcher.deep_copy(), self._end_id, (), self.vocab_size, "cpu")
+        first = GrammarState(grammar, matcher, self._end_id, (), self.vocab_size, "cpu")
         if first.ended_after([]):
             raise SamplingError(f"the {grammar.name} allows the empty text only; give one that allows some text.")
         return matcher
@@ -133,55 +132,66 @@ class GrammarState:
     """Where one sequence stands in its grammar.
 
     What it answers is a function of the committed tokens and of those it is asked about, which need not be committed
-    later. The matcher is left where the last question took it, so that a round asks about each draft once.
+    later. The matcher is left where the last question took it, so that a round asks about each draft once. Where the
+    grammar is too complex to go on, that is an error only once a token has to be chosen there: a draft that leads there
+    is refused or accepted like any other.
     """
 
     def __init__(
         self,
         grammar: Grammar,
-        matcher: LLMatcher,
+        start: LLMatcher,
         matcher_end_id: int,
         end_ids: Collection[int],
         vocab_size: int,
         device: torch.device | str,
     ) -> None:
         self._grammar = grammar
-        self._matcher = matcher
+        self._start = start  # shared with other sequences, and left as it is
+        self._matcher = start.deep_copy()
         self._matcher_end_id = matcher_end_id
         self._end_ids = frozenset(token_id for token_id in end_ids if token_id < vocab_size)
         self._vocab_size = vocab_size
         self._device = device
+        self._committed: list[int] = []
         self._taken: list[int] = []  # tokens after the committed ones that the matcher has consumed
-        self._masks: list[Bits | None] = [self._mask()]  # after each of them; None where the text has ended
+        #: what may come after each of them; None where the text has ended
+        self._masks: list[Bits | SamplingError | None] = [self._mask()]
 
     def allowed(self, token_ids: Sequence[int], first: int = 0) -> Tensor:
         """What may follow the first i of `token_ids` after the committed tokens, for i = `first` .. len(token_ids).
 
         bool [R, V] on the device. After a token that the grammar does not allow and after the end every token is
-        allowed: such rows never count. Raises SamplingError where the grammar is too complex to go on.
+        allowed: such rows never count. Raises SamplingError where the committed tokens leave the grammar too complex.
         """
         self._follow(token_ids)
+        if isinstance(self._masks[0], SamplingError):
+            raise self._masks[0]
         everything = np.full(_mask_bytes(self._vocab_size), 0xFF, dtype=np.uint8)
-        masks = [everything if mask is None else mask for mask in self._masks]
+        masks = [mask if isinstance(mask, np.ndarray) else everything for mask in self._masks]
         masks += [everything] * (len(token_ids) + 1 - len(masks))
         packed_RB = torch.from_numpy(np.stack(masks[first:])).to(self._device)
         shifts = torch.arange(8, dtype=torch.uint8, device=self._device)
         return ((packed_RB.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[:, : self._vocab_size]
 
     def ended_after(self, token_ids: Sequence[int]) -> bool:
-        """Whether the output has ended after these tokens, or is not of the grammar any more."""
+        """Whether the output has ended after these tokens, is not of the grammar any more, or can not go on."""
         self._follow(token_ids)
-        return len(self._taken) < len(token_ids) or self._masks[-1] is None
+        return len(self._taken) < len(token_ids) or not isinstance(self._masks[-1], np.ndarray)
 
     def commit(self, token_ids: Sequence[int]) -> int | None:
         """Move on by a round's tokens.
 
         Returns how many of them belong to the output where nothing may follow and no end-of-sequence id can say so.
+        Raises SamplingError where one was chosen after the grammar had become too complex.
         """
         self._follow(token_ids)
         taken, mask = len(self._taken), self._masks[-1]
         ended = taken < len(token_ids)  # by an end-of-sequence id, or by what follows the end
+        if ended and isinstance(mask, SamplingError):
+            raise mask
         assert not ended or mask is None or token_ids[taken] in self._end_ids, "a token was chosen against its mask"
+        self._committed += self._taken
         self._taken, self._masks = [], [None if ended else mask]
         return taken if mask is None else None
 
@@ -189,18 +199,31 @@ class GrammarState:
         """Bring the matcher to the state after as many of these tokens as the grammar takes."""
         kept = agreeing(token_ids, self._taken[: len(token_ids)])
         if kept < len(self._taken):
-            self._matcher.rollback(len(self._taken) - kept)
-            del self._taken[kept:], self._masks[kept + 1 :]
+            self._roll_back(kept)
         for token_id in token_ids[kept:]:
             if not self._takes(token_id):
                 return
             self._matcher.consume_token(token_id)
             self._taken.append(token_id)
-            self._masks.append(self._mask())
+            try:
+                self._masks.append(self._mask())
+            except SamplingError as error:
+                self._masks.append(error)
+
+    def _roll_back(self, kept: int) -> None:
+        """To after the first `kept` of the tokens taken."""
+        if self._matcher.is_error():  # which a matcher never leaves
+            self._matcher = self._start.deep_copy()
+            self._matcher.consume_tokens(self._committed + self._taken[:kept])
+        else:
+            self._matcher.rollback(len(self._taken) - kept)
+        del self._taken[kept:], self._masks[kept + 1 :]
 
     def _takes(self, token_id: int) -> bool:
         mask = self._masks[-1]
-        return mask is not None and token_id not in self._end_ids and bool(mask[token_id >> 3] >> (token_id & 7) & 1)
+        if not isinstance(mask, np.ndarray) or token_id in self._end_ids:
+            return False
+        return bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
     def _mask(self) -> Bits | None:
         """Tokens that may come now: uint8 [B], or None where none may and the text is complete."""
