@@ -5,7 +5,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,19 +166,13 @@ def test_a_request_says_how_long_it_drafts(engine: Engine) -> None:
 def test_lower_priority_numbers_go_first(pair: Pair) -> None:
     with Engine(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
         order: list[int] = []
-        done = threading.Event()
         first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
-        later = [engine.submit(Request([5], SamplingParams(max_tokens=5), priority=p)) for p in (2, 0, 1, -5)]
-        threads = [threading.Thread(target=lambda g=g: (g.wait(), order.append(g.request.priority))) for g in later]
-        for thread in threads:
-            thread.start()
+        later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
+        for generation in later:
+            generation.push = lambda event, g=generation: order.append(g.request.priority)  # type: ignore[method-assign]
         first.wait()
-        for thread in threads:
-            thread.join()
-        done.set()
-    ended = sorted(later, key=lambda g: g.result.prefill_seconds)  # all ran; the order is the one they were read in
-    assert len(ended) == 4
-    assert order.index(-5) < order.index(0) < order.index(1) < order.index(2)
+        engine.stop(drain_seconds=60)
+    assert order == [-5, 0, 1, 2]
 
 
 def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

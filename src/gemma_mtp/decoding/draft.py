@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
+from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, TokenHistory, choose, process
 from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
@@ -53,6 +54,7 @@ class Drafted(Protocol):
     cache: KVCache
     rope: Mapping[LayerType, Rope]
     history: TokenHistory | None
+    grammar: GrammarState | None
     length: int
     last_token_11: Tensor
     hidden_11D: Tensor
@@ -60,7 +62,7 @@ class Drafted(Protocol):
 
 @dataclass(frozen=True)
 class Drafting:
-    """A sequence to draft for: a token for each noise counter, or fewer where `stop` says so."""
+    """A sequence to draft for: a token for each noise counter, or fewer where `stop` or its grammar says so."""
 
     sequence: Drafted
     noise: tuple[Tensor, int]
@@ -74,8 +76,8 @@ class Drafting:
 def draft(drafter: Drafter, target: Target, sequences: Sequence[Drafting]) -> list[Drafts]:
     """Draft for several sequences: together where the drafter runs natively, else one after another.
 
-    Without a stop rule there is no host synchronisation; with one there is one a draft. Every step of a sequence keeps
-    the one position of its last committed token, and feeds back its own token and projected state.
+    Without a stop rule and a grammar there is no host synchronisation; with one there is one a draft. Every step of a
+    sequence keeps the one position of its last committed token, and feeds back its own token and projected state.
     """
     native = drafter.native
     if native is None:
@@ -105,11 +107,15 @@ class _Steps:
         self.tokens: list[Tensor] = []
         self.candidates: list[Candidates] = []
         self.confidences: list[float] = []
+        self.token_ids: list[int] = []  # on the host, for the grammar
         self.reach = 1.0
+        self.ended = False
 
     def goes_on(self) -> bool:
-        step, stop = len(self.tokens), self.drafting.stop
-        if step == self.drafting.count:
+        step, stop, grammar = len(self.tokens), self.drafting.stop, self.drafting.sequence.grammar
+        if self.ended or step == self.drafting.count:
+            return False
+        if grammar is not None and grammar.ended_after(self.token_ids):
             return False
         return stop is None or step == 0 or stop.goes_on(step, self.reach)
 
@@ -121,11 +127,18 @@ class _Steps:
         """Choose a step's token, and go on from it and the projected state."""
         sequence, step, stop = self.drafting.sequence, len(self.tokens), self.drafting.stop
         counters_K, stream = self.drafting.noise
-        history = sequence.history
+        history, grammar = sequence.history, sequence.grammar
         counts = None if history is None else history.rows(_stack(self.tokens, self.token_11), first=step)
-        self.candidates.append(process(logits_1C, sequence.params, token_ids_1C, counts))
+        allowed = None if grammar is None else grammar.allowed(self.token_ids, first=step)
+        candidates = process(logits_1C, sequence.params, token_ids_1C, counts, allowed)
+        if grammar is not None and not candidates.any_possible():
+            self.ended = True  # a centroid head scores a part of the vocabulary, in which there may be nothing allowed
+            return
+        self.candidates.append(candidates)
         self.tokens.append(choose(self.candidates[-1], sequence.params, counters_K[step : step + 1], stream))
         self.token_11, self.hidden_11D = self.tokens[-1].unsqueeze(0), projected_11D
+        if grammar is not None:
+            self.token_ids.append(int(self.token_11))
         if stop is not None:
             self.confidences.append(self.candidates[-1].probability(self.tokens[-1]))
             self.reach *= chance(self.confidences[-1], stop.bias, stop.slope)

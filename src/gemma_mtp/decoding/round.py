@@ -20,6 +20,7 @@ from torch import Tensor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.draft import Drafting, Drafts, draft, draft_noise
 from gemma_mtp.decoding.early_stop import StopRule
+from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -47,6 +48,7 @@ class Sequence:
     cache: KVCache
     rope: Mapping[LayerType, Rope]
     history: TokenHistory | None
+    grammar: GrammarState | None = None
     length: int = 0  # committed tokens
     last_token_11: Tensor = field(default_factory=lambda: torch.empty(0))
     hidden_11D: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -61,6 +63,7 @@ class RoundOutput:
     accepted: int
     logprobs: TopLogprobs | None
     confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
+    complete_after: int | None = None  # so many tokens end the output: the grammar allows none after them
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,21 @@ def open_sequence(
     params: SamplingParams,
     pool: KVPool | None = None,
     rope: Mapping[LayerType, Rope] | None = None,
+    grammar: GrammarState | None = None,
 ) -> Sequence:
     """A sequence of room for a prompt, its output and one round's drafts: with blocks of `pool`, or of its own.
 
-    `rope`: tables of as many positions, where there are some already.
+    `rope`: tables of as many positions, where there are some already. `grammar`: the state to start from, needed if and
+    only if there is a `params.grammar`.
     """
+    assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
     table = target.embed_tokens.weight
     max_length = prompt_length + max_tokens + max_drafts
     chunk_rows = min(prompt_length, CHUNK_ROWS if target.native is None else NATIVE_CHUNK_ROWS)
     cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device, chunk_rows, pool)
     if rope is None:
         rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
-    return Sequence(params, cache, rope, None)
+    return Sequence(params, cache, rope, None, grammar)
 
 
 def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int = CHUNK_ROWS) -> RoundOutput:
@@ -240,16 +246,18 @@ def _commit(
     accepted = len(committed) - 1
     if sequence.history is not None:
         sequence.history.commit(tokens_T[: accepted + 1])
+    complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     sequence.length += len(committed)
     sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
     sequence.hidden_11D = hidden_TD[None, accepted : accepted + 1]
-    return RoundOutput(committed, drafts.tokens_K.shape[0], accepted, logprobs, drafts.confidences)
+    return RoundOutput(committed, drafts.tokens_K.shape[0], accepted, logprobs, drafts.confidences, complete_after)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:
     params, drafted, device = sequence.params, drafts.tokens_K.shape[0], logits_TV.device
     counts = None if sequence.history is None else sequence.history.rows(drafts.tokens_K)
-    candidates = process(logits_TV, params, counts=counts)
+    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.tokens_K.tolist())
+    candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
     if verification == "exact" or drafted == 0:
         positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)
         return verify_exact(choose(candidates, params, positions), drafts.tokens_K)

@@ -159,7 +159,7 @@ class Engine:
         self.pool = self._make_pool()
         self._rope: Mapping[LayerType, Rope] = {}
         self._rope_rows = 0
-        self._condition = threading.Condition()
+        self._condition = threading.Condition()  # of a lock that its owner may take again
         self._arrivals = itertools.count()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
@@ -309,8 +309,14 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting jobs run while there are places and blocks."""
         while self._waiting and len(self._running) < self.settings.max_running:
-            if not self._has_room_for(self._waiting[0]):
-                return
+            job = self._waiting[0]
+            try:
+                if not self._has_room_for(job):
+                    return
+            except Exception as error:
+                heapq.heappop(self._waiting)
+                self._fail(job, error)
+                continue
             self._running.append(heapq.heappop(self._waiting))
             self._running.sort()
 
@@ -329,6 +335,7 @@ class Engine:
             job.admitted = True
             self._stats.prompt_tokens += len(job.tokens)
             self._stats.prefix_hit_tokens += hit
+            job.generation.cached_tokens = hit
         return True
 
     def _open(self, job: Job) -> None:
@@ -343,7 +350,7 @@ class Engine:
             self._rope_rows = len(positions)
         job.sequence = open_sequence(
             self.pair.target, len(job.tokens), job.output.max_tokens, job.fixed.longest, request.params, self.pool,
-            self._rope,
+            self._rope, self.pair.grammar_state(request.params),
         )  # fmt: skip
         begin_prompt(self.pair.target, job.sequence, prompt)
 
@@ -515,7 +522,7 @@ class Engine:
         with self._condition:
             if job in self._running:
                 self._running.remove(job)
-                self._end(job, "error")
+            self._end(job, "error")
         job.generation.push(EngineError(f"the request failed inside the engine: {error}; others go on."))
 
     def _end(self, job: Job, reason: str) -> None:

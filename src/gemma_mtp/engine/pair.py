@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
+from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -98,6 +100,13 @@ class Pair:
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
 
+    def grammar_state(self, params: SamplingParams) -> GrammarState | None:
+        """The state that a sequence with a grammar starts from. Raises SamplingError, TokenizerError."""
+        if params.grammar is None:
+            return None
+        ends = () if params.ignore_eos else self.eos_token_ids
+        return self._grammars.start(params.grammar, ends, self.target.embed_tokens.weight.device)
+
     def round_costs(self, argmax: bool = True, sequences: int = 1) -> RoundCosts:
         """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
 
@@ -113,6 +122,14 @@ class Pair:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.generation.eos_token_ids
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "a grammar needs a tokenizer, and the target's directory has none; add the tokenizer's files."
+            )
+        return GrammarCompiler(self.tokenizer, self.target.config.vocab_size)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         config = self.target.config
@@ -141,6 +158,8 @@ class Pair:
                     raise SamplingError(
                         f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}."
                     )
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
 
 
 class TextStream(Iterator[str]):
@@ -169,7 +188,8 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
     with torch.inference_mode():
-        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params)
+        grammar = pair.grammar_state(params)
+        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params, grammar=grammar)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
     text = output.push(first)
     result.prefill_seconds = time.perf_counter() - started
