@@ -45,7 +45,7 @@ from gemma_mtp.decoding.round import (
 )
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, OutOfBlocksError, block_bytes, block_counts
@@ -302,7 +302,7 @@ class Engine:
                 jobs.remove(job)
                 self._end(job, "cancelled")
                 job.result.finish_reason = "cancelled"
-                job.generation.push(Update("", [], None, None, "cancelled"))
+                job.generation.update("", [], None, None, "cancelled")
         heapq.heapify(self._waiting)
         self._cancelled.clear()
 
@@ -492,7 +492,7 @@ class Engine:
                 self._running.remove(job)
                 self._end(job, result.finish_reason)
         finish = result.finish_reason if done else None
-        job.generation.push(Update(text, token_ids, result.rounds[-1], logprobs, finish))
+        job.generation.update(text, token_ids, result.rounds[-1], logprobs, finish)
 
     def _count(self, played: RoundOutput, committed: int) -> None:
         with self._condition:
