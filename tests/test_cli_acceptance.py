@@ -18,7 +18,7 @@ from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.acceptance import spread
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure import plot, speedup
 from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, PromptAcceptance, measure_acceptance
@@ -112,24 +112,25 @@ def test_each_setting_is_weighed_with_the_costs_of_its_own_rounds(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Costs made up: drafts are free where the arg max is taken, and cost a step each where tokens are drawn."""
-    made_up = {True: RoundCosts({0: 1.0, 4: 1.0}), False: RoundCosts({0: 2.0, 4: 10.0})}
-    asked: list[bool] = []
+    dear = RoundCosts({0: 2.0, 4: 10.0})
+    made_up: dict[ChoiceKind, RoundCosts] = {"argmax": RoundCosts({0: 1.0, 4: 1.0}), "drawn": dear, "processed": dear}
+    asked: list[ChoiceKind] = []
 
-    def measure(target: object, drafter: object, argmax: bool) -> RoundCosts:
-        asked.append(argmax)
-        return made_up[argmax]
+    def measure(target: object, drafter: object, choice: ChoiceKind) -> RoundCosts:
+        asked.append(choice)
+        return made_up[choice]
 
     monkeypatch.setattr(speedup, "measure_costs", measure)
     arguments = [str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "0", "-t", "0.5", "-t", "1"]
     greedy, *drawn = content(capsys, *arguments)["settings"]
-    assert sorted(asked) == [False] * 5 + [True] * 5, "each kind is measured once"
+    assert sorted(asked) == ["argmax"] * 5 + ["drawn"] * 5, "each kind is measured once"
     assert [row["cost"] for row in greedy["predicted"][:5]] == [1.0] * 5
     assert greedy["round_seconds_by_draft_tokens"][:5] == [1.0] * 5
     for setting in drawn:
         assert [row["cost"] for row in setting["predicted"][:5]] == [1.0, 2.0, 3.0, 4.0, 5.0]
         assert setting["break_even_draft_tokens"] == setting["best_draft_tokens"] == 0
     assert greedy["break_even_draft_tokens"] >= 4
-    # greedy conversations of this checkpoint choose by biased logits, and so by what drawing rounds cost
+    # greedy conversations of this checkpoint choose by biased logits, and so by what processing rounds cost
     (chat,) = content(capsys, str(tiny / "chat.jsonl"), *models(tiny), *BRIEF, "-t", "0")["settings"]
     assert chat["predicted"][1]["cost"] == 2.0
     assert main(["acceptance", *arguments]) == 0

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from engine_load import play, requests
@@ -17,7 +17,7 @@ from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import engine as engine_module
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
@@ -312,13 +312,13 @@ def test_a_reader_that_left_does_no_harm(engine: Engine) -> None:
 
 
 def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: set[tuple[bool, int]] = set()
+    asked: set[tuple[ChoiceKind, int]] = set()
     measured = Pair.round_costs
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.add(key) or measured(self, *key))
     with Engine(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
         for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
             generation.wait()
-    assert (True, 8) in asked and all(argmax for argmax, _ in asked)
+    assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
     asked.clear()
     Engine(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
-    assert asked == {(argmax, count) for argmax in (True, False) for count in (1, 2, 4)}
+    assert asked == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}

@@ -418,7 +418,7 @@ def test_process_masks_before_everything_else() -> None:
 
 
 def test_a_grammar_is_not_an_arg_max() -> None:
-    assert SamplingParams().is_argmax and not SamplingParams(grammar=DIGITS).is_argmax
+    assert SamplingParams().choice == "argmax" and SamplingParams(grammar=DIGITS).choice == "processed"
     assert hash(SamplingParams(grammar=DIGITS)) == hash(SamplingParams(grammar=Grammar("regex", DIGITS.source)))
 
 

@@ -42,6 +42,13 @@ std::vector<Segment> segments(const std::vector<const View*>& views, const Numbe
     return all;
 }
 
+std::vector<Choice> choices(const std::vector<float>& temperatures, const std::vector<uint64_t>& keys) {
+    std::vector<Choice> all;
+    all.reserve(keys.size());
+    for (size_t i = 0; i < keys.size(); i++) all.push_back({temperatures.at(i), keys[i]});
+    return all;
+}
+
 // One row of every sequence.
 std::vector<Segment> segments(const std::vector<const View*>& views, const std::vector<int64_t>& positions) {
     const Numbers ones(views.size(), 1);
@@ -157,8 +164,9 @@ NB_MODULE(_native, m) {
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));
         }, release())
-        .def("greedy", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t choices) {
-            s.greedy(at<const float>(hidden), rows, at<int64_t>(choices));
+        .def("choose", [](Stack& s, uintptr_t hidden, const std::vector<float>& temperatures, const std::vector<uint64_t>& keys,
+                          uintptr_t tokens) {
+            s.choose(at<const float>(hidden), keys.size(), choices(temperatures, keys).data(), at<int64_t>(tokens));
         }, release());
 
     nb::class_<DraftStack>(m, "DraftStack")
@@ -185,9 +193,10 @@ NB_MODULE(_native, m) {
         }, release())
         .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, uintptr_t hidden, const Caches& caches,
                          const std::vector<const View*>& views, const std::vector<int64_t>& positions, const Numbers& counts,
-                         const std::vector<StopRule>& stops, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
+                         const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
+                         const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
             d.draft(last.data(), at<const float>(hidden), segments(views, positions), caches.layers.data(), counts, stops,
-                    at<int64_t>(tokens), at<float>(confidences), at<int64_t>(made));
+                    choices(temperatures, keys).data(), at<int64_t>(tokens), at<float>(confidences), at<int64_t>(made));
         }, release());
 
     nb::class_<StopRule>(m, "StopRule").def(nb::new_([](const std::vector<double>& least, double bias, double slope) {

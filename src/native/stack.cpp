@@ -71,9 +71,7 @@ T* grown(std::vector<T>& v, size_t n) {
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
     std::vector<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
-    std::vector<float> best_values;  // [threads, rows]
-    std::vector<int64_t> best_ids;
-    std::vector<float> best_totals;  // [threads, rows]: of exp(score - best value)
+    std::vector<Best> best;  // [threads, rows]
     size_t best_rows = 0;
 };
 
@@ -141,9 +139,7 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
             grown(all.expert_act, rows * l.moe.top_k * l.moe.width);
             grown(all.expert_out, rows * l.moe.top_k * config.hidden);
         }
-    grown(all.best_values, rows * threads);
-    grown(all.best_ids, rows * threads);
-    grown(all.best_totals, rows * threads);
+    grown(all.best, rows * threads);
     all.best_rows = rows;
     return all;
 }
@@ -427,16 +423,86 @@ void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Priva
         for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
 }
 
-// This thread's best token of each row; the lowest id among equals. With `totals` also what its softmax is divided by.
-void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads) {
+void Best::clear() {
+    value = score = top = -std::numeric_limits<float>::infinity();
+    id = std::numeric_limits<int64_t>::max();
+    total = 0;
+}
+
+void Best::take(float other_value, int64_t other_id, float other_score) {
+    if (other_value > value || (other_value == value && other_id < id)) value = other_value, id = other_id, score = other_score;
+}
+
+void Best::merge(const Best& other) {
+    take(other.value, other.id, other.score);
+    if (other.total > 0) {
+        const float highest = std::max(top, other.top);
+        total = (total > 0 ? total * std::exp(top - highest) : 0.0f) + other.total * std::exp(other.top - highest);
+        top = highest;
+    }
+}
+
+float Best::probability() const { return std::exp(score - top) / total; }
+
+namespace {
+
+uint64_t mixed(uint64_t word) {  // splitmix64's finaliser
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+    return word ^ (word >> 31);
+}
+
+// Standard Gumbel noise of a token, as decoding/noise.py defines it. `bits`: of its uniform number, 52 of them.
+float gumbel(uint64_t bits) {
+    const double uniform = (double)(2 * bits + 1) * 0x1p-53;
+    return (float)-std::log(-std::log(uniform));
+}
+
+// The best of `count` candidates, whose ids are `ids` or begin at `first`, taken into `best`; `scores` become scaled ones.
+void take_best(float* scores, size_t count, const int64_t* ids, int64_t first, const Choice& choice, Best& best) {
+    if (choice.temperature == 0) {
+        size_t top = 0;
+        for (size_t i = 1; i < count; i++)
+            if (scores[i] > scores[top] || (ids && scores[i] == scores[top] && ids[i] < ids[top])) top = i;
+        if (count && scores[top] > -std::numeric_limits<float>::infinity())
+            best.take(scores[top], ids ? ids[top] : first + (int64_t)top, scores[top]);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        const float score = scores[i] /= choice.temperature;
+        const int64_t id = ids ? ids[i] : first + (int64_t)i;
+        const uint64_t bits = mixed(choice.key + ((uint64_t)id + 1) * 0x9E3779B97F4A7C15u) >> 12;
+        // a uniform number above 1 - 2 ** -n has a noise of at most (n + 1) ln 2: most candidates need no logarithm
+        const uint64_t below_one = ~bits & ((uint64_t(1) << 52) - 1);
+        const int n = below_one ? __builtin_clzll(below_one) - 11 : 54;
+        if (score + 0.6932f * (float)(n + 1) < best.value) continue;
+        best.take(score + gumbel(bits), id, score);
+    }
+}
+
+// Adds the block's share to the softmax of all scores; `scores` are spoilt.
+void take_total(float* scores, size_t count, Best& best) {
+    if (!count) return;
+    float top = scores[0];
+    for (size_t i = 1; i < count; i++) top = std::max(top, scores[i]);
+    if (top == -std::numeric_limits<float>::infinity()) return;
+    const size_t at = std::find(scores, scores + count, top) - scores;
+    kernels().softmax(scores, count);  // 1 / scores[at] is now the block's own total
+    Best block;
+    block.clear();
+    block.top = top, block.total = 1 / scores[at];
+    best.merge(block);
+}
+
+}  // namespace
+
+// This thread's best token of each row. With `totals` also what its softmax is divided by.
+void Stack::best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
+                 int threads) {
     const Part p = part(config.vocab, UNIT, thread, threads);
     float* scores = grown(own.b, rows * HEAD_BLOCK);
-    float* values = all.best_values.data() + thread * all.best_rows;
-    int64_t* ids = all.best_ids.data() + thread * all.best_rows;
-    std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
-    float* total = all.best_totals.data() + thread * all.best_rows;
-    std::fill_n(total, rows, 0.0f);
+    Best* mine = all.best.data() + thread * all.best_rows;
+    for (size_t m = 0; m < rows; m++) mine[m].clear();
     if (p.begin == p.end) return;
     own.prepare(config.head, hidden, config.hidden, rows);
     for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
@@ -445,28 +511,17 @@ void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Sh
         for (size_t m = 0; m < rows; m++) {
             float* s = scores + m * HEAD_BLOCK;
             if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
-            size_t top = 0;
-            float here = -std::numeric_limits<float>::infinity();
-            for (size_t i = 0; i < count; i++)
-                if (s[i] > here) here = s[i], top = i;
-            const float before = values[m];
-            if (here > before) values[m] = here, ids[m] = (int64_t)(n + top);
-            if (!totals) continue;
-            kernels().softmax(s, count);  // 1 / s[top] is now the block's own total
-            total[m] = total[m] * std::exp(before - values[m]) + std::exp(here - values[m]) / s[top];
+            take_best(s, count, nullptr, (int64_t)n, choices[m], mine[m]);
+            if (totals) take_total(s, count, mine[m]);
         }
     }
 }
 
-int64_t Stack::combined(size_t row, const Shared& all, int threads) const {
-    float value = -std::numeric_limits<float>::infinity();
-    int64_t id = std::numeric_limits<int64_t>::max();
-    for (int t = 0; t < threads; t++) {
-        const size_t i = t * all.best_rows + row;
-        if (all.best_values[i] > value || (all.best_values[i] == value && all.best_ids[i] < id))
-            value = all.best_values[i], id = all.best_ids[i];
-    }
-    return id == std::numeric_limits<int64_t>::max() ? 0 : id;  // all NaN
+Best Stack::combined(size_t row, const Shared& all, int threads) const {
+    Best best = all.best[row];
+    for (int t = 1; t < threads; t++) best.merge(all.best[t * all.best_rows + row]);
+    if (best.id == std::numeric_limits<int64_t>::max()) best.id = 0;  // all NaN
+    return best;
 }
 
 void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden) {
@@ -499,14 +554,14 @@ void Stack::logits(const float* hidden, size_t rows, float* out) {
     }, large_);
 }
 
-void Stack::greedy(const float* hidden, size_t rows, int64_t* choices) {
+void Stack::choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) shared(rows, threads);
         barrier.wait();
-        best(hidden, rows, false, Private::here(), *shared_, thread, threads);
+        best(hidden, rows, choices, false, Private::here(), *shared_, thread, threads);
         barrier.wait();
         if (thread == 0)
-            for (size_t m = 0; m < rows; m++) choices[m] = combined(m, *shared_, threads);
+            for (size_t m = 0; m < rows; m++) tokens[m] = combined(m, *shared_, threads).id;
     }, large_);
 }
 
@@ -579,16 +634,6 @@ void DraftStack::score(const float* state, size_t rows, float* logits, int64_t* 
     }, stack.large_);
 }
 
-float DraftStack::confidence(size_t row, const Stack::Shared& all, int threads) {
-    float best = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int t = 0; t < threads; t++) best = std::max(best, all.best_values[t * all.best_rows + row]);
-    for (int t = 0; t < threads; t++) {
-        const size_t i = t * all.best_rows + row;
-        if (all.best_totals[i] > 0) total += all.best_totals[i] * std::exp(all.best_values[i] - best);
-    }
-    return 1 / total;
-}
-
 // decoding/early_stop.py is the reference
 bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
     constexpr double extreme = 6;
@@ -600,8 +645,8 @@ bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
 }
 
 void DraftStack::draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
-                       const std::vector<size_t>& counts, const std::vector<StopRule>& stops, int64_t* tokens,
-                       float* confidences, int64_t* made) {
+                       const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices,
+                       int64_t* tokens, float* confidences, int64_t* made) {
     const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
     std::vector<float> logits(C);
     std::vector<int64_t> ids(C);
@@ -622,10 +667,14 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
         std::vector<Draft> going;
         for (size_t s = 0; s < segments.size(); s++)
             if (counts[s]) going.push_back({s, s, last[s], 1.0});
-        std::vector<Segment> rows = segments;
+        std::vector<Segment> rows;
+        std::vector<Choice> chosen_by;
         for (size_t step = 0; step < most && !going.empty(); step++) {
-            rows.clear();
-            for (const Draft& d : going) rows.push_back(segments[d.sequence]);
+            rows.clear(), chosen_by.clear();
+            for (const Draft& d : going) {
+                rows.push_back(segments[d.sequence]);
+                chosen_by.push_back(choices[d.sequence * most + step]);
+            }
             const Batch batch(rows, caches, true);
             float* input = grown(own.gathered, rows.size() * (2 * backbone + stack.config.hidden));
             float* state = input + rows.size() * 2 * backbone;
@@ -641,30 +690,26 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
             }
             one_step(batch, own, all, input, state, all.projected.data(), thread, threads, barrier);
             if (!C) {
-                stack.best(state, rows.size(), stop, own, all, thread, threads);
+                stack.best(state, rows.size(), chosen_by.data(), stop, own, all, thread, threads);
                 barrier.wait();
             }
             for (Draft& d : going) {
                 const StopRule& rule = stops[d.sequence];
-                float confidence = 0;
+                Best best;
                 if (C) {
                     scores(state + d.row * stack.config.hidden, logits.data(), ids.data(), own, all.clusters, thread, threads,
                            barrier);
-                    size_t at = 0;
-                    for (size_t j = 1; j < C; j++)
-                        if (logits[j] > logits[at] || (logits[j] == logits[at] && ids[j] < ids[at])) at = j;
-                    d.token = ids[at];
-                    if (!rule.least.empty()) {
-                        float* probabilities = grown(own.b, C);
-                        std::copy(logits.begin(), logits.end(), probabilities);
-                        kernels().softmax(probabilities, C);
-                        confidence = probabilities[at];
-                    }
+                    best.clear();
+                    float* scaled = grown(own.b, C);
+                    std::copy(logits.begin(), logits.end(), scaled);
+                    take_best(scaled, C, ids.data(), 0, chosen_by[d.row], best);
+                    if (!rule.least.empty()) take_total(scaled, C, best);
                     barrier.wait();  // nobody scores the next one while another still compares
                 } else {
-                    d.token = stack.combined(d.row, all, threads);
-                    if (!rule.least.empty()) confidence = DraftStack::confidence(d.row, all, threads);
+                    best = stack.combined(d.row, all, threads);
                 }
+                d.token = best.id;
+                const float confidence = rule.least.empty() ? 0.0f : best.probability();
                 const size_t place = d.sequence * most + step;
                 if (thread == 0) {
                     tokens[place] = d.token;

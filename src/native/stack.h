@@ -89,6 +89,26 @@ struct Config {
     const float *norm = nullptr, *ple_model_norm = nullptr;
 };
 
+// How a row's token is chosen: the arg max of its logits at temperature 0, else of logits / temperature + Gumbel noise
+// (decoding/noise.py). `key` is what noise.py calls the row's key.
+struct Choice {
+    float temperature = 0.0f;
+    uint64_t key = 0;
+};
+
+// The best token of a part of a row's candidates, the lowest id among equals, and what its softmax needs.
+struct Best {
+    float value;  // what was compared: score, and noise
+    int64_t id;
+    float score;  // its logit / temperature
+    float top, total;  // the highest score, and the sum of exp(score - top)
+
+    void clear();
+    void take(float other_value, int64_t other_id, float other_score);
+    void merge(const Best& other);
+    float probability() const;
+};
+
 class Stack {
    public:
     Config config;
@@ -100,7 +120,8 @@ class Stack {
     void forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden);
     // Soft-capped logits [rows, vocab].
     void logits(const float* hidden, size_t rows, float* out);
-    void greedy(const float* hidden, size_t rows, int64_t* choices);
+    // The token of each row, by its own choice; no logits are stored.
+    void choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens);
 
    private:
     friend class DraftStack;
@@ -121,8 +142,9 @@ class Stack {
     const void* after(size_t index, int thread, int threads) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
-    void best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads);
-    int64_t combined(size_t row, const Shared& all, int threads) const;
+    void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
+              int threads);
+    Best combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
     std::shared_ptr<Shared> shared_;
@@ -136,7 +158,7 @@ struct Centroids {
     const int64_t* ordering = nullptr;  // token ids, cluster by cluster
 };
 
-// When greedy drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
+// When drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
 struct StopRule {
     std::vector<double> least;  // the chance that all drafts so far are accepted which one more needs, by their number
     double bias = 0, slope = 1;  // log-odds of a draft's acceptance from those of its confidence
@@ -157,18 +179,17 @@ class DraftStack {
     // One step of several sequences: concat(embedding, hidden) [rows, 2 * backbone] in, the states for the head and the
     // projected states out.
     void step(const float* input, const std::vector<Segment>& segments, const Cache* caches, float* state, float* projected);
-    // Greedy steps of several sequences, each from its last token and the target's hidden state [sequences, backbone] and
-    // at most `counts` of them; `made` says how many. `tokens` and `confidences` are [sequences, the highest count]; a
+    // Drafts of several sequences, each from its last token and the target's hidden state [sequences, backbone] and at most
+    // `counts` of them; `made` says how many. `choices`, `tokens` and `confidences` are [sequences, the highest count]; a
     // draft's confidence is its probability among the drafter's candidates, and known where there is a stop rule.
     void draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
-               const std::vector<size_t>& counts, const std::vector<StopRule>& stops, int64_t* tokens, float* confidences,
-               int64_t* made);
+               const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices, int64_t* tokens,
+               float* confidences, int64_t* made);
     size_t candidates() const;
     // Logits of the candidates of each row, and their ids where there is a centroid head, [rows, candidates].
     void score(const float* state, size_t rows, float* logits, int64_t* ids);
 
    private:
-    static float confidence(size_t row, const Stack::Shared& all, int threads);
     void one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   int thread, int threads, Barrier& barrier);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,

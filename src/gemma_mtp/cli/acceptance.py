@@ -19,7 +19,7 @@ from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example, read_examples
 from gemma_mtp.decoding.draft_length import RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, compare, measure_acceptance, prompts_of
@@ -234,7 +234,7 @@ def _measure(
     draft_tokens: int,
     verification: Any,
     prompt_tokens: int,
-    costs: Callable[[bool], RoundCosts],
+    costs: Callable[[ChoiceKind], RoundCosts],
     speed: bool,
     say: Any,
 ) -> shown.Measured:
@@ -257,4 +257,4 @@ def _measure(
     measured = None
     if speed:
         measured = measure_speedup(pair, prompts, draft_tokens, setting.params, verification)
-    return shown.Measured(setting.label, setting.thinking, own, costs(setting.params.is_argmax), measured, comparison)
+    return shown.Measured(setting.label, setting.thinking, own, costs(setting.params.choice), measured, comparison)

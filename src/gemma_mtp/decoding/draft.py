@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.grammar import GrammarState
-from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters
+from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters, row_key
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, TokenHistory, choose, process
 from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import Drafter
@@ -72,6 +72,20 @@ class Drafting:
     def count(self) -> int:
         return self.noise[0].shape[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether drafts are chosen by logits and the target's own noise alone."""
+        choice = self.sequence.params.choice
+        return choice == "argmax" or (choice == "drawn" and self.noise[1] == STREAM_CHOICE)
+
+    @property
+    def keys(self) -> list[int]:
+        """Noise keys of the drafts, for the native operators; 0 where they use none."""
+        counters_K, stream = self.noise
+        if self.sequence.params.greedy:
+            return [0] * self.count
+        return [row_key(self.sequence.params.seed, counter, stream) for counter in counters_K.tolist()]
+
 
 def draft(drafter: Drafter, target: Target, sequences: Sequence[Drafting]) -> list[Drafts]:
     """Draft for several sequences: together where the drafter runs natively, else one after another.
@@ -83,9 +97,9 @@ def draft(drafter: Drafter, target: Target, sequences: Sequence[Drafting]) -> li
     if native is None:
         return [_Steps(one).run(drafter, target) for one in sequences]
     drafts: dict[int, Drafts] = {}
-    greedy = [i for i, one in enumerate(sequences) if one.sequence.params.is_argmax]
-    if greedy:
-        drafts.update(zip(greedy, _native_drafts(native, [sequences[i] for i in greedy]), strict=True))
+    together = [i for i, one in enumerate(sequences) if one.is_plain]
+    if together:
+        drafts.update(zip(together, _native_drafts(native, [sequences[i] for i in together]), strict=True))
     drawn = {i: _Steps(one) for i, one in enumerate(sequences) if i not in drafts}
     while going := [steps for steps in drawn.values() if steps.goes_on()]:
         inputs_R2D = torch.cat([steps.inputs(target)[0] for steps in going]).float()
@@ -158,13 +172,14 @@ class _Steps:
 
 
 def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
-    """Greedy drafts, all in one call, which knows the same stop rule."""
+    """All drafts in one call, which knows the same stop rule."""
     of = [one.sequence for one in sequences]
     hidden_RD = of[0].hidden_11D[0] if len(of) == 1 else torch.cat([sequence.hidden_11D[0] for sequence in of])
     rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
-    tokens_RK, confidences_RK, made = drafter.greedy(
-        [int(sequence.last_token_11) for sequence in of], hidden_RD, of, [one.count for one in sequences], rules
-    )
+    tokens_RK, confidences_RK, made = drafter.draft(
+        [int(sequence.last_token_11) for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,
+        [sequence.params.temperature for sequence in of], [one.keys for one in sequences],
+    )  # fmt: skip
     return [
         Drafts(tokens_RK[r, :n], [], [] if one.stop is None else confidences_RK[r, :n].tolist())
         for r, (one, n) in enumerate(zip(sequences, made, strict=True))

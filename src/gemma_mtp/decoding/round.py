@@ -10,7 +10,7 @@ sequences one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.draft import Drafting, Drafts, draft, draft_noise
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -74,6 +75,11 @@ class Turn:
     draft_tokens: int
     verification: Verification = "exact"
     stop: StopRule | None = None
+
+    def is_plain(self, rows: int) -> bool:
+        """Whether `rows` tokens are chosen by logits and noise alone."""
+        choice = self.sequence.params.choice
+        return choice == "argmax" or (choice == "drawn" and (self.verification == "exact" or rows == 1))
 
 
 @dataclass(frozen=True)
@@ -196,24 +202,33 @@ def _drafting(turn: Turn) -> Drafting:
 
 
 def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor]:
-    """Of each turn's rows [T, D] what its tokens are chosen by: logits [T, V], or natively, where nothing else of them
-    is wanted, their arg max, int64 [T]. All turns of a kind share one pass over the head."""
-    native = target.native
+    """Of each turn's rows [T, D] what its tokens follow from: logits [T, V], or natively, where nothing else of them is
+    wanted, the tokens themselves, int64 [T]. All turns of a kind share one pass over the head."""
+    chosen = [i for i, turn in enumerate(turns) if target.native is not None and turn.is_plain(hidden[i].shape[0])]
+    others = [i for i in range(len(turns)) if i not in chosen]
     scores: dict[int, Tensor] = {}
-    argmax = [i for i, turn in enumerate(turns) if native is not None and turn.sequence.params.is_argmax]
-    others = [i for i in range(len(turns)) if i not in argmax]
-    if native is not None and argmax:
-        scores.update(zip(argmax, _together(native.greedy, [hidden[i] for i in argmax]), strict=True))
+    if target.native is not None and chosen:
+        lengths = [hidden[i].shape[0] for i in chosen]
+        rows = [turns[i].sequence for i in chosen for _ in range(hidden[i].shape[0])]
+        temperatures = [sequence.params.temperature for sequence in rows]
+        keys = [key for i in chosen for key in _keys(turns[i].sequence, hidden[i].shape[0])]
+        tokens_R = target.native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys)
+        scores.update(zip(chosen, tokens_R.split(lengths), strict=True))
     if others:
-        scores.update(zip(others, _together(target.logits, [hidden[i] for i in others]), strict=True))
+        logits_RV = target.logits(_joined([hidden[i] for i in others]))
+        scores.update(zip(others, logits_RV.split([hidden[i].shape[0] for i in others]), strict=True))
     return [scores[i] for i in range(len(turns))]
 
 
-def _together(function: Callable[[Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
-    """A function of rows, applied once to the rows of all parts."""
-    if len(parts) == 1:
-        return [function(parts[0])]
-    return list(function(torch.cat(parts)).split([len(part) for part in parts]))
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _keys(sequence: Sequence, rows: int) -> list[int]:
+    """Noise keys of a sequence's next positions; 0 where none are used."""
+    if sequence.params.greedy:
+        return [0] * rows
+    return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
 
 
 def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:

@@ -22,6 +22,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from gemma_mtp.decoding.noise import STREAM_CHOICE, gumbel
 from gemma_mtp.errors import SamplingError
 
 MAX_LOGPROBS = 20
+ChoiceKind = Literal["argmax", "drawn", "processed"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -126,10 +128,13 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def is_argmax(self) -> bool:
-        """Whether a token is chosen by its logit alone and nothing else of the logits is wanted."""
+    def choice(self) -> ChoiceKind:
+        """By what a token is chosen: logits alone, logits and noise alone, or more, or where logits are reported."""
         shifted = self.uses_history or bool(self.logit_bias) or self.grammar is not None
-        return self.greedy and not shifted and self.logprobs is None
+        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        if shifted or self.logprobs is not None or (filtered and not self.greedy):
+            return "processed"
+        return "argmax" if self.greedy else "drawn"
 
     @property
     def uses_history(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
 from gemma_mtp.decoding.round import Sequence, Turn, open_sequence, prefill, propose, verify_round
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.kv_cache import KVPool, block_counts
 from gemma_mtp.model.drafter import Drafter
@@ -20,30 +20,34 @@ BUDGET_SECONDS = 0.2
 #: lengths in the order they are measured: the ends and the middle first; costs of the others lie between
 ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
 CONTEXT_ROWS, REPEATS = 32, 12
+#: what stands for all parameters that choose in one way
+CHOICES: dict[ChoiceKind, SamplingParams] = {
+    "argmax": SamplingParams(), "drawn": SamplingParams(temperature=1.0),
+    "processed": SamplingParams(temperature=1.0, top_p=0.95),
+}  # fmt: skip
 
 
-def round_costs(target: Target, drafter: Drafter, argmax: bool = True, sequences: int = 1) -> RoundCosts:
+def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
     """Costs from the cache if it has them, else measured, and then kept there.
 
-    `argmax`: of rounds that choose by logits alone (`SamplingParams.is_argmax`), else of rounds that draw. `sequences`:
-    that many play each round together.
+    `choice`: of rounds that choose so (`SamplingParams.choice`). `sequences`: that many play each round together.
     """
     directory = cache_directory()
     if directory is None:
-        return measure_costs(target, drafter, argmax, sequences)
-    key = cost_key(target, drafter, argmax, sequences)
+        return measure_costs(target, drafter, choice, sequences)
+    key = cost_key(target, drafter, choice, sequences)
     costs = load_costs(directory, key)
     if costs is None:
-        costs = measure_costs(target, drafter, argmax, sequences)
+        costs = measure_costs(target, drafter, choice, sequences)
         store_costs(directory, key, costs)
     return costs
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter, argmax: bool = True, sequences: int = 1) -> RoundCosts:
+def measure_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
     """Play rounds of every length of so many sequences after the same made-up prompt; the least of up to twelve times
     each, of all the sequences' rounds together."""
-    prompts = _made_up_sequences(target, SamplingParams(temperature=0.0 if argmax else 1.0), sequences)
+    prompts = _made_up_sequences(target, CHOICES[choice], sequences)
     rounds: dict[int, float] = {}
     steps: list[float] = []
     started = time.perf_counter()

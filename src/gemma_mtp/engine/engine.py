@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from gemma_mtp.decoding.round import (
     score_rows,
     verify_rows,
 )
+from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
@@ -185,9 +187,9 @@ class Engine:
     def warm_up(self) -> None:
         """Measure what rounds of every number of sequences cost, which the first requests would wait for."""
         if self.pair.drafter is not None:
-            for argmax in (True, False):
+            for choice in get_args(ChoiceKind):
                 for count in {_batch_size(n) for n in range(1, self.settings.max_running + 1)}:
-                    self.pair.round_costs(argmax, count)
+                    self.pair.round_costs(choice, count)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request.
@@ -385,7 +387,7 @@ class Engine:
     def _turn(self, job: Job, sequence: Sequence, playing: int) -> Turn:
         plan = job.fixed
         if job.result.draft_tokens == "auto":
-            costs = self.pair.round_costs(sequence.params.is_argmax, _batch_size(playing))
+            costs = self.pair.round_costs(sequence.params.choice, _batch_size(playing))
             if job.policy is None:  # on a GPU, looking at every draft would make the host wait for each
                 job.policy = DraftLength(costs, early_stop=self.pool.device.type == "cpu")
             job.policy.use(costs)

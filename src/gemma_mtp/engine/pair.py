@@ -17,7 +17,7 @@ from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, P
 from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
@@ -43,7 +43,7 @@ class Pair:
     drafter: Drafter | None
     tokenizer: Tokenizer | None
     generation: checkpoint.GenerationDefaults
-    _costs: dict[tuple[bool, int], RoundCosts] = field(default_factory=dict, repr=False)
+    _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
 
     def generate(
         self,
@@ -107,16 +107,16 @@ class Pair:
         ends = () if params.ignore_eos else self.eos_token_ids
         return self._grammars.start(params.grammar, ends, self.target.embed_tokens.weight.device)
 
-    def round_costs(self, argmax: bool = True, sequences: int = 1) -> RoundCosts:
+    def round_costs(self, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
         """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
 
-        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.is_argmax`), and those of
+        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.choice`), and those of
         several `sequences` together another than those of one.
         """
-        key = argmax, sequences
+        key = choice, sequences
         if key not in self._costs:
             assert self.drafter is not None
-            self._costs[key] = round_costs(self.target, self.drafter, argmax, sequences)
+            self._costs[key] = round_costs(self.target, self.drafter, choice, sequences)
         return self._costs[key]
 
     @property
@@ -183,7 +183,7 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     device = pair.target.embed_tokens.weight.device
     policy, fixed = None, Plan(LONGEST)
     if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
-        policy = DraftLength(pair.round_costs(params.is_argmax), early_stop=device.type == "cpu")
+        policy = DraftLength(pair.round_costs(params.choice), early_stop=device.type == "cpu")
     else:
         fixed = Plan(result.draft_tokens)
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma_mtp.decoding.draft_length import RoundCosts, expected_tokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.pair import Pair
@@ -59,13 +59,13 @@ def break_even(predictions: Sequence[Prediction]) -> int:
     return max(p.draft_tokens for p in predictions if p.speedup >= 1)
 
 
-def steady_costs(pair: Pair, argmax: bool, repeats: int = 5) -> RoundCosts:
+def steady_costs(pair: Pair, choice: ChoiceKind, repeats: int = 5) -> RoundCosts:
     """Round costs for a report: the fastest of several measurements, which other work disturbed least.
 
-    `argmax`: of rounds that choose by logits alone (`SamplingParams.is_argmax`), else of rounds that draw.
+    `choice`: of rounds that choose so (`SamplingParams.choice`).
     """
     assert pair.drafter is not None
-    measured = [measure_costs(pair.target, pair.drafter, argmax) for _ in range(repeats)]
+    measured = [measure_costs(pair.target, pair.drafter, choice) for _ in range(repeats)]
     return min(measured, key=lambda costs: sum(costs.seconds))
 
 

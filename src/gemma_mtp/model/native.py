@@ -1,6 +1,6 @@
 """Targets and drafters run by the native CPU operators, over the tensors of the reference modules.
 
-A whole call (target), or a whole run of greedy drafts (drafter), is one piece of work for all threads, over the rows of
+A whole call (target), or a whole run of drafts (drafter), is one piece of work for all threads, over the rows of
 one or several sequences: a row's result does not depend on the rows beside it. Keys, values, rotary tables and
 activations are float32 whatever the weights are.
 """
@@ -81,11 +81,15 @@ class NativeTarget:
         self._stack.logits(flat.data_ptr(), flat.shape[0], out.data_ptr())
         return out.view(*hidden.shape[:-1], self.vocab_size)
 
-    def greedy(self, hidden_RD: Tensor) -> Tensor:
-        """The arg max of each row's logits, the lowest id among equals, int64 [R]; no logits are stored."""
+    def choose(self, hidden_RD: Tensor, temperatures: Sequence[float], keys: Sequence[int]) -> Tensor:
+        """Each row's token, int64 [R], the lowest id among equals; no logits are stored.
+
+        At temperature 0 the arg max of its logits; else of logits / temperature and Gumbel noise of that key
+        (`decoding.noise.row_key`).
+        """
         flat = hidden_RD.contiguous()
         out = torch.empty(flat.shape[0], dtype=torch.int64)
-        self._stack.greedy(flat.data_ptr(), flat.shape[0], out.data_ptr())
+        self._stack.choose(flat.data_ptr(), temperatures, keys, out.data_ptr())
         return out
 
 
@@ -133,11 +137,11 @@ class NativeDrafter:
         self._stack.score(state_RH.contiguous().data_ptr(), rows, logits.data_ptr(), ids.data_ptr())
         return logits, ids if self._ordering.numel() else None
 
-    def greedy(
+    def draft(
         self, tokens: Sequence[int], hidden_RD: Tensor, sequences: Sequence[Placed], counts: Sequence[int],
-        stops: Sequence[StopRule],
+        stops: Sequence[StopRule], temperatures: Sequence[float], keys: Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
-        """Greedy drafts of all sequences in one call.
+        """Drafts of all sequences in one call, chosen as `NativeTarget.choose` does, draft i by `keys[sequence][i]`.
 
         Each from its last token and the target's state that produced it, `counts` of them, or fewer where its rule says
         so; a rule without numbers is none. Returns int64 [R, most], how sure the drafter was of each, float32 [R, most]
@@ -148,6 +152,8 @@ class NativeDrafter:
         made, hidden = torch.zeros(rows, dtype=torch.int64), hidden_RD.contiguous()
         self._stack.draft(
             tokens, hidden.data_ptr(), *self._places(sequences), counts, [module().StopRule(*stop) for stop in stops],
+            [temperature for temperature in temperatures for _ in range(most)],
+            [key for row in keys for key in (*row, *[0] * (most - len(row)))],
             out.data_ptr(), confidences.data_ptr(), made.data_ptr(),
         )  # fmt: skip
         return out, confidences, made.tolist()
