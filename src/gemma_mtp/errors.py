@@ -10,6 +10,7 @@
     ├── SamplingError     a sampling parameter out of its range
     ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
     ├── QueueFullError    a request that came when as many were waiting as may
+    ├── ServerError       a server that can not be started, reached or measured
     ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
 
@@ -59,6 +60,10 @@ class QueueFullError(GemmaMtpError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ServerError(GemmaMtpError):
+    """A server that can not be started, reached or measured."""
 
 
 class DataError(GemmaMtpError):

@@ -13,9 +13,11 @@ import typer
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
+from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
+from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
 
@@ -38,6 +40,8 @@ app.command()(inspect)
 app.command()(train)
 app.command()(quantize)
 app.command()(acceptance)
+app.command()(serve)
+app.command()(bench_serve)
 
 
 def _version(wanted: bool) -> None:

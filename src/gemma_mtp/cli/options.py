@@ -10,7 +10,8 @@ import typer
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.ops.native import set_threads
 
-DATA, MODELS, DRAFTING, SAMPLING, OUTPUT = "Data", "Models", "Drafting", "Sampling and stopping", "Output"
+DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
+GRAMMAR, OUTPUT = "Constrained output", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -34,6 +35,7 @@ Target = Annotated[
     Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
 ]
 Drafter = Annotated[Path | None, option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)]
+NoDrafter = Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)]
 Dtype = Annotated[
     str,
     option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class Request:
 class Update:
     """What one round brought a request: the text that became certain, its tokens, and how the round went.
 
-    The update with a `finish_reason` is the last.
+    The update with a `finish_reason` is the last. `seconds`: since the update before it, or since the request came.
     """
 
     text: str
@@ -39,18 +40,24 @@ class Update:
     round: RoundStats | None
     logprobs: list[TokenLogprob] | None
     finish_reason: FinishReason | None
+    seconds: float = 0.0
 
 
 Event = Update | Exception
 
 
 class Generation:
-    """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs."""
+    """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs.
+
+    `cached_tokens`: how many of the prompt's tokens were taken from an earlier request's blocks.
+    """
 
     def __init__(self, request: Request, result: GenerationResult, cancel: Callable[[Generation], None]) -> None:
         self.request = request
         self.result = result
+        self.cached_tokens = 0
         self._cancel = cancel
+        self._last_update = time.perf_counter()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
 
@@ -86,6 +93,14 @@ class Generation:
             yield update
             if update.finish_reason is not None:
                 return
+
+    def update(
+        self, text: str, token_ids: list[int], stats: RoundStats | None, logprobs: list[TokenLogprob] | None,
+        finish_reason: FinishReason | None,
+    ) -> None:  # fmt: skip
+        """From the engine's thread: what a round brought."""
+        before, self._last_update = self._last_update, time.perf_counter()
+        self.push(Update(text, token_ids, stats, logprobs, finish_reason, self._last_update - before))
 
     def push(self, event: Event) -> None:
         """From the engine's thread: an update, or the error that ends the request."""

@@ -1,0 +1,99 @@
+"""Errors in the shape that OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.responses import JSONResponse
+
+from gemma_mtp.errors import EngineError, GemmaMtpError, QueueFullError
+
+#: status -> the error's type and its code where nothing more exact is said
+KINDS: dict[int, tuple[str, str]] = {
+    400: ("invalid_request_error", "invalid_value"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "host_not_allowed"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    431: ("invalid_request_error", "headers_too_large"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "service_unavailable"),
+}
+#: field errors that one message names, where a value fits none of several forms
+MAX_DETAILS = 3
+
+
+class ApiError(HTTPException):
+    """An error to answer a request with: `message` is one sentence for the client, `param` the field it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind, code = KINDS.get(self.status_code, KINDS[400] if self.status_code < 500 else KINDS[500])
+        return {
+            "error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code or code},
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
+
+
+def internal_error() -> ApiError:
+    """What a client learns of a failure inside: nothing of what failed."""
+    return ApiError(500, "the server failed on this request; its log says why, under the request's X-Request-Id.")
+
+
+def retry_later(message: str, seconds: float = 1.0) -> ApiError:
+    return ApiError(429, message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down; send the request to another one.", code="shutting_down")
+
+
+def from_engine(error: GemmaMtpError) -> ApiError:
+    """The answer to a request that the engine does not take."""
+    if isinstance(error, QueueFullError):
+        return retry_later(str(error), error.retry_after)
+    if isinstance(error, EngineError):
+        return shutting_down()
+    return ApiError(400, str(error))
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The answer to a body whose fields are not as they must be: what is wrong with the first such field.
+
+    A value that fits none of several forms has an error for each; their places begin alike. The input is not repeated.
+    """
+    first = errors[0]
+    field = first["loc"][:2]
+    details = dict.fromkeys(error["msg"] for error in errors if error["loc"][:2] == field)
+    alike = [error for error in errors if error["loc"][:2] == field]
+    path = first["loc"] if len(alike) == 1 else field
+    param = _path(path[1:])
+    message = "; or ".join(list(details)[:MAX_DETAILS])
+    return ApiError(400, f"{param or 'the body'}: {message}.", param=param or None)
+
+
+def _path(parts: Sequence[str | int]) -> str:
+    """Such as messages[0].content."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.removeprefix(".")

@@ -1,0 +1,365 @@
+"""Requests and answers: OpenAI's fields, and ours beside them. The OpenAPI description is made from these models.
+
+Types are exact (no text for numbers), numbers finite, unknown fields ignored, null is the same as a field left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
+from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
+from gemma_mtp.decoding.sampling import MAX_LOGPROBS
+from gemma_mtp.decoding.verify import Verification
+
+#: a server may allow fewer
+MAX_LOGIT_BIAS = 4096
+#: numbers that 64 and 32 bits hold
+SEEDS, PRIORITIES = 2**63, 2**31
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: lists end at their first fault, so that a large bad body makes no more errors than one
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+StopText = Annotated[str, StringConstraints(min_length=1)]
+#: a token id as the key of a JSON object
+TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Strict(BaseModel):
+    """Base of what clients send."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage.")
+    include_rounds: bool | None = Field(
+        None, description="Extension: say in each chunk how its round went and how each token came about (`gemma_mtp`)."
+    )
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
+class InputMessage(Strict):
+    role: Literal["system", "developer", "user"]
+    content: Content
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Content | None = None
+
+
+Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class Prediction(Strict):
+    type: Literal["content"]
+    content: Content
+
+
+class GenerationRequest(Strict):
+    """What both ways to generate have in common."""
+
+    model: str | None = Field(None, description="The served model's name, which is also the default.")
+    stream: bool | None = Field(None, description="Answer by server-sent events, one chunk or more a round.")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, description="Choices for each prompt; default 1.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
+        None, description="Text that ends the output, not part of it."
+    )
+    seed: int | None = Field(
+        None, ge=-SEEDS, lt=SEEDS, description="The same seed gives the same output; choice i has the seed plus i."
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the checkpoint's, else 1.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Default: the checkpoint's, else 1 (off).")
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        None, max_length=MAX_LOGIT_BIAS, description="Token id -> number added to its logit."
+    )
+    response_format: ResponseFormat | None = None
+    prediction: Prediction | None = Field(None, description="Accepted and not used: the drafter predicts.")
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="Extension: 0 is off; default: the checkpoint's.")
+    regex: str | None = Field(
+        None, min_length=1, max_length=MAX_SOURCE_LENGTH, description="Extension: what the whole output must match."
+    )
+    min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off, the default.")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Extension: 1 is off, the default.")
+    ignore_eos: bool | None = Field(None, description="Extension: go on after end-of-sequence tokens.")
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
+        None, description="Extension: token ids that end the output."
+    )
+    draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = Field(
+        None, description="Extension: drafts a round; 0 decodes plainly; default: the server's."
+    )
+    verification: Verification | None = Field(
+        None, description="Extension: exact (the default) gives the tokens of plain decoding."
+    )
+    priority: int | None = Field(
+        None, ge=-PRIORITIES, lt=PRIORITIES, description="Extension: of waiting requests the lowest comes first."
+    )
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _refuse_many(cls, value: object) -> object:
+        """Before the entries are looked at: each bad one would be an error of its own."""
+        if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"there are {len(value)} biased tokens, but at most {MAX_LOGIT_BIAS} are taken")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def include_rounds(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_rounds)
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+    )  # fmt: skip
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default 16.")
+    echo: bool | None = Field(None, description="Begin the output with the prompt; not together with logprobs.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Report so many alternatives a token.")
+    best_of: Literal[1] | None = Field(None, description="Not offered.")
+    suffix: None = Field(None, description="Not offered.")
+
+    @field_validator("best_of", mode="before")
+    @classmethod
+    def _refuse_best_of(cls, value: object) -> object:
+        if value is not None and value != 1:
+            raise ValueError("best_of is not offered; ask for n choices with logprobs and keep the likeliest")
+        return value
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="Default: what the context has room for."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives a token, with logprobs.")
+    tools: list[Any] | None = Field(None, max_length=0, fail_fast=True, description="Not offered.")
+
+
+class TokenizeTextRequest(Strict):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = Field(
+        None, description="Begin with the BOS token where the files say so; default."
+    )
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(Strict):
+    """A conversation, rendered by the chat template first."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    add_generation_prompt: bool | None = Field(None, description="Begin the model's turn; default.")
+    return_token_strs: bool | None = None
+
+
+TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+FinishReason = Literal["stop", "length"]
+TokenKind = Literal["first", "draft", "correction", "bonus", "plain"]
+
+
+class RoundToken(BaseModel):
+    text: str
+    kind: TokenKind
+
+
+class RoundReport(BaseModel):
+    """Extension: one round of one choice."""
+
+    drafted: int
+    accepted: int
+    tokens: list[RoundToken]
+    seconds: float
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Answer(BaseModel):
+    """What every answer and every chunk begins with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class Completion(Answer):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class CompletionChunk(Completion):
+    gemma_mtp: RoundReport | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatCompletionChunk(Answer):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    gemma_mtp: RoundReport | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "gemma-mtp"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"

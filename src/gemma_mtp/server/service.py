@@ -1,0 +1,171 @@
+"""The engine as the server sees it: batches of generations that are read as one, end in time, and are counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from gemma_mtp.engine.engine import Engine
+from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.errors import GemmaMtpError, TokenizerError
+from gemma_mtp.server.errors import ApiError, from_engine, internal_error, shutting_down
+from gemma_mtp.server.metrics import Metrics
+from gemma_mtp.server.settings import ServerSettings
+
+#: seconds between looks at whether the last request has ended
+DRAIN_TICK = 0.02
+
+#: which generation it comes from, and what it says
+_Event = tuple[int, Update | Exception]
+
+
+class Service:
+    """What requests share. Raises TokenizerError for a checkpoint without a tokenizer."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        if engine.pair.tokenizer is None:
+            raise TokenizerError("the target's directory has no tokenizer.json, and a server needs one; add it.")
+        self.engine = engine
+        self.settings = settings
+        self.tokenizer = engine.pair.tokenizer
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        self.draining = False
+        self.in_flight = 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt may have."""
+        most = self.engine.max_tokens - 1
+        return min(most, self.settings.max_prompt_tokens or most)
+
+    def submit(self, requests: Sequence[Request], deadline: float) -> Batch:
+        """Queue requests, all of them or none; `deadline` is on the event loop's clock. Raises ApiError."""
+        batch = Batch(self.metrics, deadline)
+        try:
+            for request in requests:
+                batch.add(self.engine.submit(request))
+        except GemmaMtpError as error:
+            batch.close()
+            raise from_engine(error) from None
+        return batch
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, let those in work go on for so long, then cancel them and stop the engine."""
+        self.draining = True
+        await self._wait_for_requests(seconds)
+        await asyncio.to_thread(self.engine.stop)
+        await self._wait_for_requests(1.0)  # their last words
+
+    async def _wait_for_requests(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.in_flight:
+                    await asyncio.sleep(DRAIN_TICK)
+
+
+@dataclass
+class _Member:
+    """A generation, and when its tokens came (seconds of `time.perf_counter`)."""
+
+    generation: Generation
+    first: float = 0.0
+    reason: str | None = None  # why it ended
+
+
+@dataclass
+class Batch:
+    """The generations of one HTTP request, by index."""
+
+    metrics: Metrics
+    deadline: float
+    started: float = field(default_factory=time.perf_counter)
+    members: list[_Member] = field(default_factory=list)
+    first_token_seconds: float | None = None
+    failure: Exception | None = None
+
+    @property
+    def generations(self) -> list[Generation]:
+        return [member.generation for member in self.members]
+
+    @property
+    def reasons(self) -> list[str | None]:
+        """Why each ended: stop, length, cancelled or error."""
+        return [member.reason for member in self.members]
+
+    def add(self, generation: Generation) -> None:
+        self.members.append(_Member(generation))
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for member in self.members:
+            if member.reason is None:
+                member.generation.cancel()
+                self._end(member, "cancelled")
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """Updates of all generations as they come, with their index. Raises ApiError (408, 500, 503)."""
+        events: asyncio.Queue[_Event] = asyncio.Queue()
+        readers = [asyncio.create_task(_read(i, member, events)) for i, member in enumerate(self.members)]
+        left = len(readers)
+        try:
+            while left:
+                index, event = await self._next(events)
+                update = self._checked(index, event)
+                left -= update.finish_reason is not None
+                yield index, update
+        finally:
+            for reader in readers:
+                reader.cancel()
+
+    async def _next(self, events: asyncio.Queue[_Event]) -> _Event:
+        """The next event, where it comes in time; the timeout must not span a `yield`, where others' code runs."""
+        try:
+            if asyncio.get_running_loop().time() < self.deadline:
+                async with asyncio.timeout_at(self.deadline):
+                    return await events.get()
+        except TimeoutError:
+            pass
+        raise ApiError(408, "the request took longer than this server allows; ask for fewer tokens.")
+
+    def _checked(self, index: int, event: Update | Exception) -> Update:
+        member, now = self.members[index], time.perf_counter()
+        if isinstance(event, Exception):
+            self._end(member, "error")
+            self.failure = event
+            raise internal_error() from event
+        if event.finish_reason == "cancelled":  # by the engine's end: after `close` nobody reads
+            self._end(member, "cancelled")
+            raise shutting_down()
+        if not member.first:
+            member.first = now
+            self.metrics.first_token.observe(now - self.started)
+            self.first_token_seconds = self.first_token_seconds or now - self.started
+        if event.finish_reason is not None:
+            self._end(member, event.finish_reason)
+            self._count(member, now)
+        return event
+
+    def _end(self, member: _Member, reason: str) -> None:
+        member.reason = reason
+        self.metrics.requests.labels(reason).inc()
+
+    def _count(self, member: _Member, now: float) -> None:
+        result, metrics = member.generation.result, self.metrics
+        tokens = len(result.token_ids)
+        metrics.whole.observe(now - self.started)
+        metrics.prompt_tokens.observe(len(result.prompt_token_ids))
+        metrics.output_tokens.observe(tokens)
+        if tokens > 1:
+            metrics.each_token.observe((now - member.first) / (tokens - 1))
+
+
+async def _read(index: int, member: _Member, events: asyncio.Queue[_Event]) -> None:
+    try:
+        async for update in member.generation.updates():
+            events.put_nowait((index, update))
+    except Exception as error:
+        events.put_nowait((index, error))

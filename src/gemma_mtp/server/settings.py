@@ -1,0 +1,50 @@
+"""What a server is told at its start: its name, its keys and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma_mtp.decoding.draft_length import DraftTokens
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How requests are taken and what they may ask for. Sizes are bytes, times seconds, numbers most that are allowed.
+
+    api_keys             keys that are let in; empty: everybody is
+    public_metrics       /metrics needs no key
+    loopback_names_only  answer only requests whose Host is this machine's own name for itself
+    allow_origins        origins of other sites' pages that browsers may let call this server
+    draft_tokens         drafts a round where the request does not say
+    max_prompt_tokens    of one prompt; None: what the engine takes
+    max_output_tokens    of one choice; None: what the engine takes
+    max_choices          n, and so are the prompts of a request times n, in all: `max_choices * max_prompts`
+    max_concurrent       requests in work or waiting for the engine at a time
+    request_seconds      from a request's headers to the end of its answer
+    body_seconds         until a request's body has arrived
+    drain_seconds        that running requests may go on after the signal to stop
+    log_text             write prompts and outputs to the log
+    """
+
+    model_name: str = "gemma-mtp-bundled"
+    api_keys: tuple[str, ...] = ()
+    public_metrics: bool = False
+    loopback_names_only: bool = False
+    allow_origins: tuple[str, ...] = ()
+    draft_tokens: DraftTokens = "auto"
+    max_body_bytes: int = 4 << 20
+    max_headers: int = 100
+    max_header_bytes: int = 32 << 10
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_choices: int = 16
+    max_prompts: int = 64
+    max_stop: int = 16
+    max_stop_characters: int = 1000
+    max_logit_bias: int = 1024
+    max_json_depth: int = 64
+    max_concurrent: int = 256
+    request_seconds: float = 600.0
+    body_seconds: float = 30.0
+    drain_seconds: float = 30.0
+    log_text: bool = False

@@ -1,0 +1,214 @@
+"""From OpenAI's requests to the engine's: prompts to token ids, fields to sampling parameters, limits checked."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from gemma_mtp.decoding.grammar import Grammar, GrammarKind
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.request import Request
+from gemma_mtp.errors import GemmaMtpError
+from gemma_mtp.server.errors import ApiError, from_engine
+from gemma_mtp.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Content,
+    GenerationRequest,
+    JsonSchemaFormat,
+    Message,
+)
+from gemma_mtp.server.service import Service
+from gemma_mtp.server.settings import ServerSettings
+
+#: OpenAI's default for completions
+COMPLETION_TOKENS = 16
+#: a lower temperature is greedy: logits divided by it would overflow
+LOWEST_TEMPERATURE = 1e-5
+#: shorter texts are encoded at once, longer ones in a thread, so that other requests' tokens go on
+SHORT_TEXT = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text that `echo` repeats."""
+
+    token_ids: list[int]
+    text: str = ""
+
+
+async def completion_requests(body: CompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
+    """A completion's prompts, and n requests for each of them in turn. Raises ApiError."""
+    if body.echo and body.logprobs is not None:
+        _refuse("echo", "log-probabilities of prompt tokens are not offered; leave out echo or logprobs")
+    given = _as_list(body.prompt)
+    _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
+    _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
+    prompts = [await _prompt(prompt, bool(body.echo), service) for prompt in given]
+    grammar = await _grammar(body, service)
+    params = _params(body, body.logprobs, body.max_tokens or COMPLETION_TOKENS, grammar, service)
+    return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
+
+
+async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
+    """A conversation as one prompt, and n requests for it. Raises ApiError."""
+    _at_most("n", body.n or 1, service.engine.settings.max_waiting, "choices in all")
+    text = render_chat(body.messages, service)
+    prompt = await _prompt(text, False, service)
+    room = service.engine.max_tokens - len(prompt.token_ids)
+    limit = min(room, service.settings.max_output_tokens or room)
+    max_tokens = body.max_completion_tokens or body.max_tokens or limit
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = _params(body, logprobs, max_tokens, await _grammar(body, service), service)
+    suppressed = dict.fromkeys(service.engine.pair.generation.suppress_tokens, float("-inf"))
+    params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias})
+    return [prompt], _requests(body, prompt, params, service)
+
+
+def render_chat(messages: Sequence[Message], service: Service, begin_turn: bool = True) -> str:
+    """A conversation through the checkpoint's template. Raises ApiError."""
+    rendered = [
+        {"role": "system" if message.role == "developer" else message.role, "content": content_text(message.content)}
+        for message in messages
+    ]
+    try:
+        return service.tokenizer.apply_chat_template(rendered, begin_turn)
+    except GemmaMtpError as error:
+        raise ApiError(400, str(error), param="messages") from None
+
+
+def content_text(content: Content | None) -> str:
+    """A message's text, its parts joined."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+async def encode(text: str, service: Service, special: bool = True) -> list[int]:
+    """Token ids of a text, beginning with the BOS token where the tokenizer's files ask for it and `special` is set."""
+    encoded = service.tokenizer.encode if special else _encode_bare(service)
+    return encoded(text) if len(text) < SHORT_TEXT else await asyncio.to_thread(encoded, text)
+
+
+def _encode_bare(service: Service) -> Callable[[str], list[int]]:
+    return lambda text: list(service.tokenizer.raw.encode(text, add_special_tokens=False).ids)
+
+
+async def _prompt(given: str | list[int], echo: bool, service: Service) -> Prompt:
+    token_ids = await encode(given, service) if isinstance(given, str) else given
+    if len(token_ids) > service.longest_prompt:
+        message = f"the prompt has {len(token_ids)} tokens, but at most {service.longest_prompt} are taken; shorten it."
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+    if isinstance(given, str) or not echo:
+        return Prompt(token_ids, given if isinstance(given, str) else "")
+    return Prompt(token_ids, decode(token_ids, service))
+
+
+def decode(token_ids: Sequence[int], service: Service) -> str:
+    """Text of token ids, special tokens included. Raises ApiError."""
+    vocab_size = service.engine.pair.target.config.vocab_size
+    for token_id in token_ids:
+        if token_id >= vocab_size:
+            raise ApiError(400, f"there is no token {token_id}; ids end at {vocab_size - 1}.", param="tokens")
+    return service.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _requests(body: GenerationRequest, prompt: Prompt, params: SamplingParams, service: Service) -> list[Request]:
+    drafts = service.settings.draft_tokens if body.draft_tokens is None else body.draft_tokens
+    verification = body.verification or "exact"
+    return [
+        Request(prompt.token_ids, dataclasses.replace(params, seed=(params.seed + choice) % 2**63), drafts,
+                verification, body.priority or 0)
+        for choice in range(body.n or 1)
+    ]  # fmt: skip
+
+
+def _params(
+    body: GenerationRequest, logprobs: int | None, max_tokens: int, grammar: Grammar | None, service: Service
+) -> SamplingParams:
+    stop = _check_limits(body, max_tokens, service.settings)
+    defaults = service.engine.pair.generation
+    temperature = _given(body.temperature, defaults.temperature, 1.0)
+    try:
+        return SamplingParams(
+            temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
+            top_k=int(_given(body.top_k, defaults.top_k, 0)),
+            top_p=_given(body.top_p, defaults.top_p, 1.0),
+            min_p=body.min_p or 0.0,
+            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+            max_tokens=max_tokens,
+            stop=stop,
+            stop_token_ids=body.stop_token_ids or (),
+            ignore_eos=bool(body.ignore_eos),
+            logprobs=logprobs,
+            grammar=grammar,
+        )
+    except GemmaMtpError as error:
+        raise from_engine(error) from None
+
+
+def _check_limits(body: GenerationRequest, max_tokens: int, settings: ServerSettings) -> list[str]:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    _at_most("n", body.n or 1, settings.max_choices, "choices")
+    _at_most("stop", len(stop), settings.max_stop, "stop strings")
+    _at_most("stop", max(map(len, stop), default=0), settings.max_stop_characters, "characters in a stop string")
+    _at_most("stop_token_ids", len(body.stop_token_ids or ()), settings.max_logit_bias, "stop tokens")
+    _at_most("logit_bias", len(body.logit_bias or ()), settings.max_logit_bias, "biased tokens")
+    if settings.max_output_tokens is not None:
+        _at_most("max_tokens", max_tokens, settings.max_output_tokens, "output tokens")
+    return stop
+
+
+async def _grammar(body: GenerationRequest, service: Service) -> Grammar | None:
+    """What the output must be by `response_format` or `regex`, compiled in a thread. Raises ApiError."""
+    wanted, param = body.response_format, "response_format"
+    if body.regex is not None and wanted is not None and wanted.type != "text":
+        _refuse("regex", "response_format says already what the output must be; give one of them")
+    kind: GrammarKind = "json_object"
+    source = ""
+    if body.regex is not None:
+        kind, source, param = "regex", body.regex, "regex"
+    elif isinstance(wanted, JsonSchemaFormat):
+        kind, source = "json_schema", json.dumps(wanted.json_schema.schema_)
+    elif wanted is None or wanted.type == "text":
+        return None
+    try:
+        return await asyncio.to_thread(_compiled, kind, source, service)
+    except GemmaMtpError as error:
+        raise ApiError(400, str(error), param=param) from None
+
+
+def _compiled(kind: GrammarKind, source: str, service: Service) -> Grammar:
+    grammar = Grammar(kind, source)
+    service.engine.pair.check(SamplingParams(grammar=grammar), 0, "exact")
+    return grammar
+
+
+def _given(*values: float | None) -> float:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def _at_most(param: str, value: int, most: int, what: str) -> None:
+    if value > most:
+        _refuse(param, f"{value} {what} are more than the {most} that this server allows")
+
+
+def _refuse(param: str, message: str) -> NoReturn:
+    raise ApiError(400, f"{param}: {message}.", param=param)
