@@ -39,6 +39,7 @@ from gemma_mtp.server.protocol import (
     DetokenizeResponse,
     ErrorResponse,
     Health,
+    ModelAbilities,
     ModelCard,
     ModelList,
     TokenizeChatRequest,
@@ -270,7 +271,14 @@ def _note_batch(request: Request, batch: Batch, prompts: list[Prompt], settings:
 
 
 def _card(service: Service) -> ModelCard:
-    return ModelCard(id=service.settings.model_name, created=service.created, max_model_len=service.engine.max_tokens)
+    return ModelCard(
+        id=service.settings.model_name,
+        created=service.created,
+        max_model_len=service.engine.max_tokens,
+        gemma_mtp=ModelAbilities(
+            chat=service.tokenizer.chat_template is not None, drafter=service.engine.pair.drafter is not None
+        ),
+    )
 
 
 def _check_model(name: str | None, settings: ServerSettings) -> None:
