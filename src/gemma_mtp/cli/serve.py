@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -96,6 +97,8 @@ def serve(
         max_choices=max_choices, max_prompts=max_prompts, max_concurrent=max_concurrent,
         request_seconds=request_seconds,
     )  # fmt: skip
+    if not 0 <= drain_seconds < math.inf:
+        raise ServerError(f"--drain-seconds is {drain_seconds}, but must be 0 or more.")
     try:
         from gemma_mtp.server import logs, run
         from gemma_mtp.server.service import Service

@@ -12,9 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute, APIRouter
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -24,10 +22,11 @@ from starlette.types import Receive, Scope, Send
 
 from gemma_mtp import __version__
 from gemma_mtp.server.answers import Answers, ChatAnswers, CompletionAnswers
-from gemma_mtp.server.auth import Guard, is_public
+from gemma_mtp.server.auth import Guard
 from gemma_mtp.server.errors import ApiError, from_validation, shutting_down
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.logs import RequestLog, note
+from gemma_mtp.server.openapi import BODY, describe, or_events, responses
 from gemma_mtp.server.protocol import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -37,7 +36,6 @@ from gemma_mtp.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
-    ErrorResponse,
     Health,
     ModelAbilities,
     ModelCard,
@@ -63,26 +61,11 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-MEANINGS = {
-    400: "The request is not as it must be.",
-    401: "No valid API key.",
-    403: "The Host is not this machine's own name, and there are no keys.",
-    404: "There is no such model.",
-    408: "The body did not arrive, or the answer was not ready, in time.",
-    413: "The body is too large.",
-    415: "The body is not declared as JSON.",
-    429: "Too many requests are in work or waiting; Retry-After says when to try again.",
-    431: "The headers are too many or too long.",
-    500: "The server failed.",
-    503: "The server is shutting down.",
-}
-ALWAYS = (431, 500)
-BODY = (400, 404, 408, 413, 415, 503)
 
 
-def create_app(service: Service, settings: ServerSettings | None = None) -> FastAPI:
-    """The application over a service, whose engine is started; `settings` default to the service's."""
-    settings = settings or service.settings
+def create_app(service: Service) -> FastAPI:
+    """The application over a service, whose engine is started."""
+    settings = service.settings
     app = FastAPI(
         title="gemma-mtp",
         version=__version__,
@@ -99,7 +82,7 @@ def create_app(service: Service, settings: ServerSettings | None = None) -> Fast
     page = Path(str(resources.files("gemma_mtp") / "server" / "page"))
     app.add_api_route("/", functools.partial(_index, page), include_in_schema=False)
     app.mount("/page", _PageFiles(directory=page))
-    app.openapi = functools.cache(lambda: _describe(app, settings))  # type: ignore[method-assign]
+    app.openapi = functools.cache(lambda: describe(app, service))  # type: ignore[method-assign]
     return app
 
 
@@ -164,9 +147,9 @@ def _is_json(content_type: str) -> bool:
 
 def _api(service: Service, settings: ServerSettings) -> APIRouter:
     api = APIRouter(route_class=_JsonRoute)
-    limited = _responses(*BODY, 429)
+    limited = responses(*BODY)
 
-    @api.post("/v1/completions", response_model=Completion, responses=_or_events(limited, CompletionChunk))
+    @api.post("/v1/completions", response_model=Completion, responses=or_events(limited, CompletionChunk))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         _check_model(body.model, settings)
@@ -174,7 +157,7 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         batch = service.submit(requests, request.state.deadline)
         return await _answer(CompletionAnswers(body, service, batch, prompts), request, settings)
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_or_events(limited, ChatCompletionChunk))
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=or_events(limited, ChatCompletionChunk))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         _check_model(body.model, settings)
@@ -182,18 +165,18 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         batch = service.submit(requests, request.state.deadline)
         return await _answer(ChatAnswers(body, service, batch, prompts), request, settings)
 
-    @api.get("/v1/models", responses=_responses())
+    @api.get("/v1/models", responses=responses())
     async def models() -> ModelList:
         """The served model."""
         return ModelList(data=[_card(service)])
 
-    @api.get("/v1/models/{model_id:path}", responses=_responses(404))
+    @api.get("/v1/models/{model_id:path}", responses=responses(404))
     async def model(model_id: str) -> ModelCard:
         """The served model, by its name."""
         _check_model(model_id, settings)
         return _card(service)
 
-    @api.post("/tokenize", responses=_responses(*BODY, 429))
+    @api.post("/tokenize", responses=responses(*BODY))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
         _check_model(body.model, settings)
@@ -208,7 +191,7 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
             count=len(tokens), max_model_len=service.engine.max_tokens, tokens=tokens, token_strs=strings
         )
 
-    @api.post("/detokenize", responses=_responses(*BODY, 429))
+    @api.post("/detokenize", responses=responses(*BODY))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """The text of token ids."""
         _check_model(body.model, settings)
@@ -221,20 +204,20 @@ def _operations(service: Service) -> APIRouter:
     """Routes for those who run the server."""
     api = APIRouter()
 
-    @api.get("/health", responses=_responses())
-    @api.get("/health/live", responses=_responses())
+    @api.get("/health", responses=responses())
+    @api.get("/health/live", responses=responses())
     async def live() -> Health:
         """The server answers."""
         return Health()
 
-    @api.get("/health/ready", responses=_responses(503))
+    @api.get("/health/ready", responses=responses(503))
     async def ready() -> Health:
         """The server takes requests."""
         if service.draining:
             raise shutting_down()
         return Health()
 
-    @api.get("/metrics", response_class=Response, responses={**_responses(), 200: {"content": {"text/plain": {}}}})
+    @api.get("/metrics", response_class=Response, responses={**responses(), 200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -262,8 +245,10 @@ def _note_batch(request: Request, batch: Batch, prompts: list[Prompt], settings:
         "draft_tokens": sum(result.drafted for result in results),
         "accepted_tokens": sum(result.accepted for result in results),
         "first_token_seconds": None if first is None else round(first, 6),
-        "finish": [result.finish_reason for result in results],
+        "finish": batch.reasons,
     }
+    if batch.failure is not None:
+        fields["error"] = str(batch.failure)
     if settings.log_text:
         fields["prompt_text"] = [prompt.text for prompt in prompts]
         fields["output_text"] = [result.text for result in results]
@@ -313,36 +298,3 @@ class _PageFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {
-        status: {"model": ErrorResponse, "description": MEANINGS[status]} for status in sorted((*statuses, *ALWAYS))
-    }
-
-
-def _or_events(responses: dict[int | str, dict[str, Any]], chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    description = f"The answer; with `stream`, events whose data is a {chunk.__name__}, an error, or [DONE]."
-    events = {"text/event-stream": {"schema": {"type": "string", "description": f"data: {chunk.__name__}"}}}
-    return {**responses, 200: {"description": description, "content": events}}
-
-
-def _describe(app: FastAPI, settings: ServerSettings) -> dict[str, Any]:
-    """The OpenAPI description, with this server's own limits and keys in it."""
-    described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    for path, operations in described["paths"].items():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)  # such errors are answered by 400
-            if settings.loopback_names_only:
-                operation["responses"]["403"] = _error(403)
-            if settings.api_keys and not is_public(path, settings):
-                operation["security"] = [{"key": []}]
-                operation["responses"]["401"] = _error(401)
-    if settings.api_keys:
-        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return described
-
-
-def _error(status: int) -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/ErrorResponse"}
-    return {"description": MEANINGS[status], "content": {"application/json": {"schema": schema}}}

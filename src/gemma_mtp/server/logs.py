@@ -25,6 +25,8 @@ log = logging.getLogger("gemma_mtp.server")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 #: of a client that left before its answer was whole: nginx's number
 LEFT = 499
+#: characters of a path that are logged
+LONGEST_PATH = 200
 
 
 class JsonFormatter(logging.Formatter):
@@ -96,7 +98,12 @@ class RequestLog:
         status = LEFT if left else status
         route = getattr(scope.get("route"), "path", "unknown")  # as declared: paths that clients make up are no labels
         self.metrics.http_requests.labels(route, status).inc()
-        line = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+        line = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"][:LONGEST_PATH],
+            "status": status,
+        }
         self._write(logging.INFO, "request", {**line, "seconds": round(seconds, 6), **fields})
 
     def _write(self, level: int, message: str, fields: dict[str, Any], exc_info: bool = False) -> None:

@@ -13,11 +13,14 @@ from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
 
+#: a server may allow fewer
+MAX_LOGIT_BIAS = 4096
 #: numbers that 64 and 32 bits hold
 SEEDS, PRIORITIES = 2**63, 2**31
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+#: lists end at their first fault, so that a large bad body makes no more errors than one
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, StringConstraints(min_length=1)]
 #: a token id as the key of a JSON object
 TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
@@ -42,7 +45,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
 class InputMessage(Strict):
@@ -93,7 +96,9 @@ class GenerationRequest(Strict):
     stream: bool | None = Field(None, description="Answer by server-sent events, one chunk or more a round.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, description="Choices for each prompt; default 1.")
-    stop: StopText | list[StopText] | None = Field(None, description="Text that ends the output, not part of it.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
+        None, description="Text that ends the output, not part of it."
+    )
     seed: int | None = Field(
         None, ge=-SEEDS, lt=SEEDS, description="The same seed gives the same output; choice i has the seed plus i."
     )
@@ -101,14 +106,18 @@ class GenerationRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1, description="Default: the checkpoint's, else 1 (off).")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenKey, Bias] | None = Field(None, description="Token id -> number added to its logit.")
+    logit_bias: dict[TokenKey, Bias] | None = Field(
+        None, max_length=MAX_LOGIT_BIAS, description="Token id -> number added to its logit."
+    )
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = Field(None, description="Accepted and not used: the drafter predicts.")
     top_k: int | None = Field(None, ge=0, lt=2**31, description="Extension: 0 is off; default: the checkpoint's.")
     min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off, the default.")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Extension: 1 is off, the default.")
     ignore_eos: bool | None = Field(None, description="Extension: go on after end-of-sequence tokens.")
-    stop_token_ids: list[TokenId] | None = Field(None, description="Extension: token ids that end the output.")
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
+        None, description="Extension: token ids that end the output."
+    )
     draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = Field(
         None, description="Extension: drafts a round; 0 decodes plainly; default: the server's."
     )
@@ -118,6 +127,14 @@ class GenerationRequest(Strict):
     priority: int | None = Field(
         None, ge=-PRIORITIES, lt=PRIORITIES, description="Extension: of waiting requests the lowest comes first."
     )
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _refuse_many(cls, value: object) -> object:
+        """Before the entries are looked at: each bad one would be an error of its own."""
+        if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"there are {len(value)} biased tokens, but at most {MAX_LOGIT_BIAS} are taken")
+        return value
 
     @property
     def include_usage(self) -> bool:
@@ -131,9 +148,9 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )  # fmt: skip
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default 16.")
     echo: bool | None = Field(None, description="Begin the output with the prompt; not together with logprobs.")
@@ -150,14 +167,14 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(
         None, ge=1, lt=2**31, description="Default: what the context has room for."
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives a token, with logprobs.")
-    tools: list[Any] | None = Field(None, max_length=0, description="Not offered.")
+    tools: list[Any] | None = Field(None, max_length=0, fail_fast=True, description="Not offered.")
 
 
 class TokenizeTextRequest(Strict):
@@ -173,7 +190,7 @@ class TokenizeChatRequest(Strict):
     """A conversation, rendered by the chat template first."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: bool | None = Field(None, description="Begin the model's turn; default.")
     return_token_strs: bool | None = None
 
@@ -183,7 +200,7 @@ TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class TokenizeResponse(BaseModel):

@@ -36,6 +36,12 @@ class Service:
         self.draining = False
         self.in_flight = 0
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens that a prompt may have."""
+        most = self.engine.max_tokens - 1
+        return min(most, self.settings.max_prompt_tokens or most)
+
     def submit(self, requests: Sequence[Request], deadline: float) -> Batch:
         """Queue requests, all of them or none; `deadline` is on the event loop's clock. Raises ApiError."""
         batch = Batch(self.metrics, deadline)
@@ -67,7 +73,7 @@ class _Member:
 
     generation: Generation
     first: float = 0.0
-    done: bool = False
+    reason: str | None = None  # why it ended
 
 
 @dataclass
@@ -79,10 +85,16 @@ class Batch:
     started: float = field(default_factory=time.perf_counter)
     members: list[_Member] = field(default_factory=list)
     first_token_seconds: float | None = None
+    failure: Exception | None = None
 
     @property
     def generations(self) -> list[Generation]:
         return [member.generation for member in self.members]
+
+    @property
+    def reasons(self) -> list[str | None]:
+        """Why each ended: stop, length, cancelled or error."""
+        return [member.reason for member in self.members]
 
     def add(self, generation: Generation) -> None:
         self.members.append(_Member(generation))
@@ -90,10 +102,9 @@ class Batch:
     def close(self) -> None:
         """Cancel what still runs."""
         for member in self.members:
-            if not member.done:
+            if member.reason is None:
                 member.generation.cancel()
-                self.metrics.requests.labels("cancelled").inc()
-                member.done = True
+                self._end(member, "cancelled")
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """Updates of all generations as they come, with their index. Raises ApiError (408, 500, 503)."""
@@ -123,26 +134,28 @@ class Batch:
     def _checked(self, index: int, event: Update | Exception) -> Update:
         member, now = self.members[index], time.perf_counter()
         if isinstance(event, Exception):
-            member.done = True
-            self.metrics.requests.labels("error").inc()
+            self._end(member, "error")
+            self.failure = event
             raise internal_error() from event
         if event.finish_reason == "cancelled":  # by the engine's end: after `close` nobody reads
-            member.done = True
-            self.metrics.requests.labels("cancelled").inc()
+            self._end(member, "cancelled")
             raise shutting_down()
         if not member.first:
             member.first = now
             self.metrics.first_token.observe(now - self.started)
             self.first_token_seconds = self.first_token_seconds or now - self.started
         if event.finish_reason is not None:
-            member.done = True
-            self._count(member, event.finish_reason, now)
+            self._end(member, event.finish_reason)
+            self._count(member, now)
         return event
 
-    def _count(self, member: _Member, reason: str, now: float) -> None:
+    def _end(self, member: _Member, reason: str) -> None:
+        member.reason = reason
+        self.metrics.requests.labels(reason).inc()
+
+    def _count(self, member: _Member, now: float) -> None:
         result, metrics = member.generation.result, self.metrics
         tokens = len(result.token_ids)
-        metrics.requests.labels(reason).inc()
         metrics.whole.observe(now - self.started)
         metrics.prompt_tokens.observe(len(result.prompt_token_ids))
         metrics.output_tokens.observe(tokens)

@@ -45,6 +45,7 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
         _refuse("echo", "log-probabilities of prompt tokens are not offered; leave out echo or logprobs")
     given = _as_list(body.prompt)
     _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
+    _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
     prompts = [await _prompt(prompt, bool(body.echo), service) for prompt in given]
     params = _params(body, body.logprobs, body.max_tokens or COMPLETION_TOKENS, service)
     return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
@@ -52,6 +53,7 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
 
 async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
     """A conversation as one prompt, and n requests for it. Raises ApiError."""
+    _at_most("n", body.n or 1, service.engine.settings.max_waiting, "choices in all")
     text = render_chat(body.messages, service)
     prompt = await _prompt(text, False, service)
     room = service.engine.max_tokens - len(prompt.token_ids)
@@ -95,9 +97,8 @@ def _encode_bare(service: Service) -> Callable[[str], list[int]]:
 
 async def _prompt(given: str | list[int], echo: bool, service: Service) -> Prompt:
     token_ids = await encode(given, service) if isinstance(given, str) else given
-    most = min(service.engine.max_tokens - 1, service.settings.max_prompt_tokens or service.engine.max_tokens)
-    if len(token_ids) > most:
-        message = f"the prompt has {len(token_ids)} tokens, but this server takes at most {most}; shorten it."
+    if len(token_ids) > service.longest_prompt:
+        message = f"the prompt has {len(token_ids)} tokens, but at most {service.longest_prompt} are taken; shorten it."
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
     if isinstance(given, str) or not echo:
         return Prompt(token_ids, given if isinstance(given, str) else "")

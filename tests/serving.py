@@ -1,0 +1,98 @@
+"""A real server in a thread, for the tests of `gemma_mtp.server`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.server import run
+from gemma_mtp.server.service import Service
+from gemma_mtp.server.settings import ServerSettings
+
+SECONDS = 60.0
+#: more work than any test waits for: tokens without drafts, over several choices
+LONG: dict[str, Any] = {
+    "prompt": "import", "max_tokens": 1900, "ignore_eos": True, "draft_tokens": 0, "n": 8, "temperature": 1.0,
+}  # fmt: skip
+
+
+@dataclass
+class Live:
+    """A server that answers: its parts, and a client for it."""
+
+    service: Service
+    server: run.Server
+    url: str
+    client: httpx.Client
+    loop: list[asyncio.AbstractEventLoop] = field(default_factory=list)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def post(self, path: str, body: dict[str, Any], **extra: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **extra)
+
+    def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The data of a stream's events; the last one must be [DONE]."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            return parse_events(answer.read().decode())
+
+    def stop(self) -> None:
+        """What SIGTERM does."""
+        self.loop[0].call_soon_threadsafe(self.server.stop)
+
+    def idle(self) -> bool:
+        stats = self.service.engine.stats()
+        return stats.running == stats.waiting == self.service.in_flight == 0
+
+
+def parse_events(text: str) -> list[dict[str, Any]]:
+    *events, done, rest = text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Until it holds; fails after a minute."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "the condition never held"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(pair: Pair, engine_settings: EngineSettings | None = None, **settings: Any) -> Iterator[Live]:
+    """A server of a pair on a free port, with `ServerSettings(**settings)`."""
+    with Engine(pair, engine_settings) as engine, run.listen("127.0.0.1", 0) as listener:
+        service = Service(engine, ServerSettings(**settings))
+        ready, loop = threading.Event(), list[asyncio.AbstractEventLoop]()
+
+        def started() -> None:
+            loop.append(asyncio.get_running_loop())
+            ready.set()
+
+        server = run.server_for(service, started)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert ready.wait(SECONDS)
+            url = run.url(listener)
+            with httpx.Client(base_url=url, timeout=SECONDS) as client:
+                yield Live(service, server, url, client, loop)
+        finally:
+            server.should_exit = True
+            thread.join(SECONDS)
+            assert not thread.is_alive()
