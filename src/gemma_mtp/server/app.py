@@ -58,6 +58,7 @@ from gemma_mtp.server.translate import (
 #: of the page: its own files only
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # asked for again after an upgrade, all files together
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }

@@ -80,7 +80,7 @@ async function single(options, controller) {
   say("Running.");
   await follow(lane, options, controller);
   const speed = lane.record.tokensPerSecond;
-  say(`Done: ${lane.record.tokenCount} tokens${speed === null ? "" : ` at ${formatNumber(speed)} tokens a second`}.`);
+  say(`Done: ${lane.record.tokenIds.length} tokens${speed === null ? "" : ` at ${formatNumber(speed)} tokens a second`}.`);
 }
 
 async function race(options, controller) {
@@ -93,9 +93,12 @@ async function race(options, controller) {
     say("Racing: both run together.");
     await Promise.all(runs.map((run) => follow(run.lane, run.options, controller)));
   } else {
+    const waiting = [...runs];
+    controller.signal.addEventListener("abort", () => waiting.forEach((run) => (run.lane.state = "not run")));
     runs[1].lane.state = "waiting";
     for (const [i, run] of runs.entries()) {
       say(`Racing: run ${i + 1} of 2, ${run.title.toLowerCase()}.`);
+      waiting.shift();
       await follow(run.lane, run.options, controller);
     }
   }
@@ -121,13 +124,14 @@ function showVerdict(plain, drafted, options, together) {
   const ratio = before && after ? `${(after / before).toFixed(2)}×` : "–";
   const bytes = new TextEncoder().encode(drafted.text).length;
   const notes = [
-    identical ? `${drafted.tokenCount} tokens, ${bytes} bytes: all the same.` : `The outputs part at token ${token}.`,
+    identical ? `${drafted.tokenIds.length} tokens, ${bytes} bytes: all the same.` : `The outputs part at token ${token}.`,
     ...(identical ? [] : [options.verification === "exact"
       ? "Exact verification should not let that happen."
       : `${capital(options.verification)} verification keeps the distribution, not the tokens.`]),
     ...(before && after ? [`${formatNumber(before)} tokens a second without, ${formatNumber(after)} with, after the first token and by the server's clock; run ${together ? "together, sharing the processor" : "one after the other"}.`] : []),
   ];
   element("identical").textContent = identical ? "yes" : "no";
+  element("identical").className = identical ? "good" : "bad";
   element("ratio").textContent = ratio;
   element("verdict-note").textContent = notes.join(" ");
   element("verdict").hidden = false;
@@ -165,7 +169,6 @@ async function showModel() {
     element("model").textContent = model.id + (drafter ? "" : " (no drafter)");
     element("max-tokens").max = model.max_model_len;
     element("mode-field").hidden = !chat;
-    if (chat && !choice("mode")) form.querySelector('input[value="chat"]').click();
     for (const id of ["race", "draft-tokens"]) element(id).disabled = !drafter;
     showError("");
   } catch (error) {

@@ -66,27 +66,27 @@ export class Lane {
   }
 
   #drawFigures() {
-    const { tokensPerSecond, tokensARound, firstTokenMilliseconds, tokenCount } = this.record;
+    const { tokensPerSecond, tokensARound, firstTokenMilliseconds, tokenIds } = this.record;
     const figures = {
       speed: tokensPerSecond === null ? "–" : formatNumber(tokensPerSecond),
       round: tokensARound === null ? "–" : tokensARound.toFixed(2),
       first: firstTokenMilliseconds === null ? "–" : formatMilliseconds(firstTokenMilliseconds),
-      tokens: String(tokenCount),
+      tokens: String(tokenIds.length),
     };
     for (const [name, value] of Object.entries(figures)) this.#find(`[data-figure="${name}"]`).textContent = value;
   }
 
   #drawAcceptance() {
     const bars = this.#find(".bars");
-    const acceptance = this.record.acceptance;
+    const { acceptance } = this.record;
     this.#find(".none").hidden = acceptance.length > 0;
     this.#find(".explain").hidden = acceptance.length === 0;
     while (bars.children.length < acceptance.length) bars.append(bar(bars.children.length + 1));
     acceptance.forEach(({ reached, accepted }, i) => {
-      const share = reached ? Math.round((100 * accepted) / reached) : 0;
+      const share = Math.round((100 * accepted) / reached);
       const row = bars.children[i];
       row.querySelector(".fill").style.setProperty("--share", String(share));
-      row.querySelector(".share").textContent = reached ? `${share}%` : "–";
+      row.querySelector(".share").textContent = `${share}%`;
       row.querySelector(".count").textContent = `${accepted} of ${reached}`;
     });
   }

@@ -3,8 +3,13 @@
 
 export class Record {
   text = "";
+  tokenIds = [];
   rounds = [];
   finishReason = null;
+  /** For each draft position: in how many rounds it was reached, those before it accepted, and in how many accepted. */
+  acceptance = [];
+  #decodeTokens = 0;
+  #decodeSeconds = 0;
   #started = performance.now();
   #firstToken = null;
 
@@ -15,23 +20,24 @@ export class Record {
       this.finishReason = choice.finish_reason ?? this.finishReason;
     }
     const round = chunk.gemma_mtp ?? null;
-    if (round) {
-      this.#firstToken ??= performance.now();
-      this.rounds.push(round);
-    }
+    if (round) this.#addRound(round);
     return round;
   }
 
-  get decodeRounds() {
-    return this.rounds.slice(1);
-  }
-
-  get tokenIds() {
-    return this.rounds.flatMap((round) => round.tokens.map((token) => token.id));
-  }
-
-  get tokenCount() {
-    return count(this.rounds);
+  #addRound(round) {
+    this.rounds.push(round);
+    for (const token of round.tokens) this.tokenIds.push(token.id);
+    if (this.rounds.length === 1) {
+      this.#firstToken = performance.now();
+      return;
+    }
+    this.#decodeTokens += round.tokens.length;
+    this.#decodeSeconds += round.seconds;
+    for (let position = 0; position < Math.min(round.drafted, round.accepted + 1); position++) {
+      const counts = (this.acceptance[position] ??= { reached: 0, accepted: 0 });
+      counts.reached += 1;
+      counts.accepted += position < round.accepted;
+    }
   }
 
   /** Milliseconds until the first token was here, by this browser's clock; null before. */
@@ -41,23 +47,12 @@ export class Record {
 
   /** Tokens after the first, over the time of their rounds by the server's clock; null without any. */
   get tokensPerSecond() {
-    const seconds = this.decodeRounds.reduce((sum, round) => sum + round.seconds, 0);
-    return seconds > 0 ? count(this.decodeRounds) / seconds : null;
+    return this.#decodeSeconds > 0 ? this.#decodeTokens / this.#decodeSeconds : null;
   }
 
   /** Tokens a decode round, the target's own included; null without any. */
   get tokensARound() {
-    const rounds = this.decodeRounds;
-    return rounds.length ? count(rounds) / rounds.length : null;
-  }
-
-  /** For each draft position: in how many rounds it was reached, those before it accepted, and in how many accepted. */
-  get acceptance() {
-    const longest = Math.max(0, ...this.decodeRounds.map((round) => round.drafted));
-    return Array.from({ length: longest }, (_, position) => {
-      const reached = this.decodeRounds.filter((round) => round.drafted > position && round.accepted >= position);
-      return { reached: reached.length, accepted: reached.filter((round) => round.accepted > position).length };
-    });
+    return this.rounds.length > 1 ? this.#decodeTokens / (this.rounds.length - 1) : null;
   }
 }
 
@@ -67,8 +62,4 @@ export function compare(one, other) {
   const place = a.findIndex((id, i) => id !== b[i]);
   const identical = place < 0 && a.length === b.length && one.text === other.text;
   return { identical, token: identical ? null : (place < 0 ? Math.min(a.length, b.length) : place) + 1 };
-}
-
-function count(rounds) {
-  return rounds.reduce((sum, round) => sum + round.tokens.length, 0);
 }
