@@ -4,9 +4,13 @@
 export class EventParser {
   #rest = "";
   #data = [];
+  #afterReturn = false; // a \n that comes next belongs to the \r before it
 
   *push(text) {
-    const lines = (this.#rest + text).split(/\r\n|\n|\r(?!$)/); // a last \r may be half of a \r\n
+    if (text === "") return;
+    const own = this.#afterReturn && text.startsWith("\n") ? text.slice(1) : text;
+    this.#afterReturn = text.endsWith("\r");
+    const lines = (this.#rest + own).split(/\r\n|\n|\r/);
     this.#rest = lines.pop();
     for (const line of lines) {
       if (line === "") {
