@@ -365,7 +365,7 @@ def test_the_keyboard_reaches_and_works_everything(page: Any) -> None:
         assert visible, name
         focused.append(name)
     expected = ["Skip to the output", "theme", "mode", "prompt", "Settings", "Stack", "Test case", "CSV rows",
-                "max-tokens", "temperature", "seed", "draft-tokens", "verification", "order", "run", "race", "stop",
+                "run", "race", "stop", "max-tokens", "temperature", "seed", "draft-tokens", "verification", "order",
                 "letters", "/v1/models", "Description", "metrics", "health"]  # fmt: skip
     assert focused == expected
     page.focus("#samples button:nth-child(2)")
