@@ -278,6 +278,9 @@ def test_a_key_is_asked_for_and_kept_nowhere(browser: Any, guarded: Live) -> Non
         page.keyboard.type("wrong")
         page.keyboard.press("Tab")
         expect(alert).to_have_text("The server does not know this API key.")
+        page.fill("#key", "schlüssel€")
+        page.press("#key", "Tab")
+        expect(alert).to_have_text("The API key has characters that no key can have.")
         page.fill("#key", KEY)
         page.press("#key", "Tab")
         expect(page.locator("#model")).to_have_text("gemma-mtp-bundled")
@@ -484,6 +487,15 @@ def test_axe_finds_nothing(browser: Any, live: Live, scheme: str) -> None:
         assert page.evaluate(run) == []
         page.evaluate("document.querySelector('h2').parentElement.append(document.createElement('img'))")
         assert [violation[0] for violation in page.evaluate(run)] == ["image-alt"], "it would find something"
+
+
+def test_the_api_says_what_the_page_must_know(live: Live, pair: Pair) -> None:
+    (card,) = live.client.get("/v1/models").json()["data"]
+    assert card["gemma_mtp"] == {"chat": True, "drafter": True}
+    expected = pair.generate(PROMPT, SamplingParams(max_tokens=12), draft_tokens=3)
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "draft_tokens": 3}
+    events = live.events("/v1/completions", {**body, "stream_options": {"include_rounds": True}})
+    assert [token["id"] for e in events for token in e["gemma_mtp"]["tokens"]] == expected.token_ids
 
 
 def test_files_come_with_their_types_and_from_here_only(live: Live) -> None:

@@ -79,8 +79,9 @@ async function single(options, controller) {
   const lane = newLane("Output", options);
   say("Running.");
   await follow(lane, options, controller);
-  const speed = lane.record.tokensPerSecond;
-  say(`Done: ${lane.record.tokenIds.length} tokens${speed === null ? "" : ` at ${formatNumber(speed)} tokens a second`}.`);
+  const { tokenIds, tokensPerSecond } = lane.record;
+  const speed = tokensPerSecond === null ? "" : ` at ${formatNumber(tokensPerSecond)} tokens a second`;
+  say(`Done: ${tokenIds.length} tokens${speed}.`);
 }
 
 async function race(options, controller) {
@@ -120,22 +121,36 @@ async function follow(lane, options, controller) {
 
 function showVerdict(plain, drafted, options, together) {
   const { identical, token } = compare(plain, drafted);
+  const answer = identical ? "yes" : "no";
   const [before, after] = [plain.tokensPerSecond, drafted.tokensPerSecond];
   const ratio = before && after ? `${(after / before).toFixed(2)}×` : "–";
-  const bytes = new TextEncoder().encode(drafted.text).length;
-  const notes = [
-    identical ? `${drafted.tokenIds.length} tokens, ${bytes} bytes: all the same.` : `The outputs part at token ${token}.`,
-    ...(identical ? [] : [options.verification === "exact"
-      ? "Exact verification should not let that happen."
-      : `${capital(options.verification)} verification keeps the distribution, not the tokens.`]),
-    ...(before && after ? [`${formatNumber(before)} tokens a second without, ${formatNumber(after)} with, after the first token and by the server's clock; run ${together ? "together, sharing the processor" : "one after the other"}.`] : []),
-  ];
-  element("identical").textContent = identical ? "yes" : "no";
+  const notes = [identical ? sameness(drafted) : difference(token, options.verification)];
+  if (before && after) notes.push(speeds(before, after, together));
+  element("identical").textContent = answer;
   element("identical").className = identical ? "good" : "bad";
   element("ratio").textContent = ratio;
   element("verdict-note").textContent = notes.join(" ");
   element("verdict").hidden = false;
-  say(`Race finished. Identical: ${identical ? "yes" : "no"}. Speed with the drafter: ${ratio}`);
+  say(`Race finished. Identical: ${answer}. Speed with the drafter: ${ratio}`);
+}
+
+function sameness(record) {
+  const bytes = new TextEncoder().encode(record.text).length;
+  return `${record.tokenIds.length} tokens, ${bytes} bytes: all the same.`;
+}
+
+function difference(token, verification) {
+  const why =
+    verification === "exact"
+      ? "Exact verification should not let that happen."
+      : `${capital(verification)} verification keeps the distribution, not the tokens.`;
+  return `The outputs part at token ${token}. ${why}`;
+}
+
+function speeds(before, after, together) {
+  const order = together ? "together, sharing the processor" : "one after the other";
+  const both = `${formatNumber(before)} tokens a second without, ${formatNumber(after)} with`;
+  return `${both}, after the first token and by the server's clock; run ${order}.`;
 }
 
 function capital(text) {

@@ -73,9 +73,11 @@ async function refusal(answer, key) {
     (body) => sentence(body.error.message),
     () => `The server answered ${answer.status}.`,
   );
-  if (answer.status === 401) return new Failure(key ? "The server does not know this API key." : "This server needs an API key.", 401);
-  const wait = answer.headers.get("Retry-After");
-  const later = wait ? ` Try again in ${wait} ${wait === "1" ? "second" : "seconds"}.` : "";
+  if (answer.status === 401) {
+    return new Failure(key ? "The server does not know this API key." : "This server needs an API key.", 401);
+  }
+  const wait = Number(answer.headers.get("Retry-After")); // NaN for a date, which a proxy may send
+  const later = wait > 0 ? ` Try again in ${wait} ${wait === 1 ? "second" : "seconds"}.` : "";
   return new Failure(answer.status === 429 ? `The server is busy: ${message}${later}` : message + later, answer.status);
 }
 

@@ -2,7 +2,7 @@
 
 import { Record } from "./record.js";
 
-const NAMES = { draft: "accepted draft", correction: "correction", bonus: "bonus", plain: "plain", first: "first token" };
+const NAMES = { draft: "accepted draft", first: "first token" }; // others are called as their kinds
 /** Pixels from the end of the output within which it follows the text. */
 const NEAR_END = 24;
 
@@ -17,7 +17,7 @@ export class Lane {
     const template = document.getElementById("lane");
     this.#element = template.content.firstElementChild.cloneNode(true);
     this.#find("h2").textContent = title;
-    this.#find(".output").setAttribute("aria-label", title === "Output" ? "Generated text" : `Generated text, ${title}`);
+    this.#find(".output").setAttribute("aria-label", `Generated text: ${title}`);
     this.#find(".output").append(make("span", "prompt", prompt));
     this.#find("details").addEventListener("toggle", () => this.#drawRows());
     parent.append(this.#element);
@@ -117,7 +117,7 @@ function make(tag, className, text = "") {
 function roundSpan(round, number) {
   const span = make("span", "round");
   span.append(...round.tokens.map((token) => make("span", `token ${token.kind}`, token.text)));
-  const kinds = round.tokens.map((token) => NAMES[token.kind]).join(", ");
+  const kinds = round.tokens.map((token) => NAMES[token.kind] ?? token.kind).join(", ");
   const drafts = number ? `${round.drafted} drafted, ${round.accepted} accepted` : "the prompt";
   span.title = `Round ${number}: ${drafts}; ${formatMilliseconds(round.seconds * 1000)}\n${kinds}`;
   return span;
@@ -128,7 +128,8 @@ function roundRow(round, number) {
   const cells = [number || "prompt", round.drafted, round.accepted, (round.seconds * 1000).toFixed(2)];
   row.append(...cells.map((value) => make("td", "", String(value))));
   const tokens = make("td", "");
-  tokens.append(...round.tokens.map((token) => make("span", `token ${token.kind}`, token.text.replaceAll("\n", "⏎"))));
+  const shown = round.tokens.map(({ kind, text }) => make("span", `token ${kind}`, text.replaceAll("\n", "⏎")));
+  tokens.append(...shown);
   row.append(tokens);
   return row;
 }
