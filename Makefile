@@ -10,7 +10,7 @@ SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
 
-test: $(VENV)/.dev         ## the default tests
+test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -q
 
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
@@ -51,6 +51,11 @@ peers: $(VENV)/.bench ## the same beside llama.cpp too, and a pair of 112 M para
 	$(BIN)/python benchmarks/decode.py --pair small --quantize int8 --peers llama.cpp
 	$(BIN)/python benchmarks/decode.py --pair small --quantize int4 --peers llama.cpp
 	$(BIN)/python benchmarks/decode.py --pair small --acceptance 0 --draft-tokens auto --peers
+
+# what finds faults of accessibility in the tests of the server's page
+build/axe-core:
+	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1
+	mkdir -p $@ && tar xzf build/axe-core-4.14.1.tgz -C $@
 
 clean:
 	rm -rf $(VENV) build dist

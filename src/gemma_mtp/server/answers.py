@@ -143,7 +143,10 @@ class Answers(ABC):
         report = None
         if self.body.include_rounds and update.round is not None:
             kinds = token_kinds(update.round, not choice.begun)
-            tokens = [RoundToken(text=text, kind=kind) for text, kind in zip(texts, kinds, strict=True)]
+            tokens = [
+                RoundToken(id=token_id, text=text, kind=kind)
+                for token_id, text, kind in zip(update.token_ids, texts, kinds, strict=True)
+            ]
             report = RoundReport(
                 drafted=update.round.drafted, accepted=update.round.accepted, tokens=tokens, seconds=update.seconds
             )

@@ -37,6 +37,7 @@ from gemma_mtp.server.protocol import (
     DetokenizeRequest,
     DetokenizeResponse,
     Health,
+    ModelAbilities,
     ModelCard,
     ModelList,
     TokenizeChatRequest,
@@ -57,6 +58,7 @@ from gemma_mtp.server.translate import (
 #: of the page: its own files only
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # asked for again after an upgrade, all files together
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -255,7 +257,14 @@ def _note_batch(request: Request, batch: Batch, prompts: list[Prompt], settings:
 
 
 def _card(service: Service) -> ModelCard:
-    return ModelCard(id=service.settings.model_name, created=service.created, max_model_len=service.engine.max_tokens)
+    return ModelCard(
+        id=service.settings.model_name,
+        created=service.created,
+        max_model_len=service.engine.max_tokens,
+        gemma_mtp=ModelAbilities(
+            chat=service.tokenizer.chat_template is not None, drafter=service.engine.pair.drafter is not None
+        ),
+    )
 
 
 def _check_model(name: str | None, settings: ServerSettings) -> None:

@@ -251,6 +251,7 @@ TokenKind = Literal["first", "draft", "correction", "bonus", "plain"]
 
 
 class RoundToken(BaseModel):
+    id: int
     text: str
     kind: TokenKind
 
@@ -348,12 +349,20 @@ class ChatCompletionChunk(Answer):
     gemma_mtp: RoundReport | None = None
 
 
+class ModelAbilities(BaseModel):
+    """Extension: whether the model can answer conversations, and whether there is a drafter for it."""
+
+    chat: bool
+    drafter: bool
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "gemma-mtp"
     max_model_len: int
+    gemma_mtp: ModelAbilities
 
 
 class ModelList(BaseModel):
