@@ -169,7 +169,7 @@ def test_lower_priority_numbers_go_first(pair: Pair) -> None:
         first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
         later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
         for generation in later:
-            generation.push = lambda event, g=generation: order.append(g.request.priority)  # type: ignore[method-assign]
+            generation.update = lambda *_, g=generation: order.append(g.request.priority)  # type: ignore[method-assign]
         first.wait()
         engine.stop(drain_seconds=60)
     assert order == [-5, 0, 1, 2]
@@ -182,7 +182,7 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
         forward = engine_module.forward_rows
 
         def spy(target: Any, calls: Any) -> Any:
-            played.append((sum(c.keep == len(c.token_ids_T) for c in calls), max(len(c.token_ids_T) for c in calls)))
+            played.append((sum(c.keep == len(c.tokens) for c in calls), max(len(c.tokens) for c in calls)))
             return forward(target, calls)
 
         monkeypatch.setattr(engine_module, "forward_rows", spy)
@@ -253,7 +253,7 @@ def test_a_request_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(place, "process", failing)
     seeds = (1, 666, 3)
-    drawn = [SamplingParams(max_tokens=20, temperature=1.0, seed=seed) for seed in seeds]
+    drawn = [SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, seed=seed) for seed in seeds]
     generations = [engine.submit(Request([5, 6], params, 3)) for params in drawn]
     good = [generations[i].wait() for i in (0, 2)]
     with pytest.raises(EngineError, match=r"failed inside the engine: of this request"):

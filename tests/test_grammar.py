@@ -267,7 +267,7 @@ def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, o
         drafts = propose(pair.target, pair.drafter, sequence, 5, "exact")
         fresh = pair.grammar_state(params)
         fresh.commit(tokens)
-        for draft in drafts.tokens_K.tolist():
+        for draft in drafts.on_host():
             assert fresh.allowed([])[0, draft] and not fresh.ended_after([])
             fresh.commit([draft])
         output = verify_round(pair.target, sequence, drafts, "exact")

@@ -90,7 +90,7 @@ def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids
     position = PROMPT.shape[1]
     rows = {F: sequence.cache.committed(F), S: sequence.cache.committed(S)}
     assert rows[F][0].shape[2] == position and rows[S][0].shape[2] == WINDOW - 1
-    token, our_hidden = sequence.last_token_11, sequence.hidden_11D
+    token, our_hidden = torch.tensor([[sequence.last_token]]), sequence.hidden_D[None, None]
     full = oracle(PROMPT, output_hidden_states=True)
     their_hidden = full.hidden_states[-1][:, -1:]
     close(our_hidden, their_hidden)
@@ -140,7 +140,7 @@ def test_drafted_rounds_equal_the_sequence_form(checkpoints: Checkpoints) -> Non
     for row in (0, 5, WINDOW - 1, WINDOW, 2 * WINDOW + 3, T - 1):
         sequence = open_sequence(target, row + 1, 4, 4, SamplingParams())
         prefill(target, sequence, tokens[0, : row + 1], chunk_rows=512)
-        sequence.last_token_11 = tokens[:, row + 1 : row + 2]
+        sequence.last_token = int(tokens[0, row + 1])
         steps: list[Tensor] = []
         drafter_call = drafter.forward
         drafter.forward = lambda *a, call=drafter_call, seen=steps: seen.append(call(*a)) or seen[-1]  # type: ignore

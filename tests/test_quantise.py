@@ -190,7 +190,8 @@ def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
         prefill(target, sequence, TOKENS[0, :10], chunk_rows=512)
         rope = slice_rope(sequence.rope, 10, 11)
         kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
-        embeds, hidden = target.embed(sequence.last_token_11), sequence.hidden_11D
+        embeds = target.embed(torch.tensor([[sequence.last_token]]))
+        hidden = sequence.hidden_D[None, None]
         state, projected = drafter(embeds, hidden, rope, kv)
         logits, ids = drafter.candidates(state[0])
         drafter.pack_(target.native)

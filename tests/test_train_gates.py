@@ -301,7 +301,7 @@ def test_an_exported_drafter_drafts_the_same_in_transformers(tmp_path: Path, che
 def _our_drafts(target: Target, drafter: Drafter, prompt: Tensor, count: int) -> list[int]:
     sequence = open_sequence(target, prompt.shape[1], 8, count, SamplingParams())
     prefill(target, sequence, prompt[0], 512)
-    return propose(target, drafter, [Turn(sequence, count)])[0].tokens_K.tolist()
+    return propose(target, drafter, [Turn(sequence, count)])[0].on_host()
 
 
 def _their_drafts(target, drafter, prompt: Tensor, count: int) -> list[int]:  # type: ignore[no-untyped-def]

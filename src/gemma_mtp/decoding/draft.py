@@ -26,14 +26,26 @@ NO_RULE: tuple[Sequence[float], float, float] = ((), 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Drafts:
-    """`tokens_K` int64 on the device, and what each was chosen from (one row of `Candidates` a draft).
+    """Draft tokens, where they are (int64 [K] on the device, or on the host), and what each was chosen from (one row of
+    `Candidates` a draft).
 
     `confidences`: the probability that the drafter gave to each, where a stop rule asked for it.
     """
 
-    tokens_K: Tensor
+    tokens: Tensor | list[int]
     candidates: list[Candidates] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def on_host(self) -> list[int]:
+        """May read the device."""
+        return self.tokens if isinstance(self.tokens, list) else self.tokens.tolist()
+
+    def on_device(self, device: torch.device) -> Tensor:
+        """int64 [K]."""
+        return torch.as_tensor(self.tokens, dtype=torch.int64, device=device)
 
 
 def draft_noise(coupled: bool, first_position: int, count: int, device: torch.device) -> tuple[Tensor, int]:
@@ -56,8 +68,8 @@ class Drafted(Protocol):
     history: TokenHistory | None
     grammar: GrammarState | None
     length: int
-    last_token_11: Tensor
-    hidden_11D: Tensor
+    last_token: int
+    hidden_D: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,9 @@ class _Steps:
 
     def __init__(self, drafting: Drafting) -> None:
         self.drafting = drafting
-        self.token_11, self.hidden_11D = drafting.sequence.last_token_11, drafting.sequence.hidden_11D
+        sequence = drafting.sequence
+        self.token_11 = torch.tensor([[sequence.last_token]], device=sequence.hidden_D.device)
+        self.hidden_11D = sequence.hidden_D[None, None]
         self.tokens: list[Tensor] = []
         self.candidates: list[Candidates] = []
         self.confidences: list[float] = []
@@ -174,15 +188,17 @@ class _Steps:
 def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
     """All drafts in one call, which knows the same stop rule."""
     of = [one.sequence for one in sequences]
-    hidden_RD = of[0].hidden_11D[0] if len(of) == 1 else torch.cat([sequence.hidden_11D[0] for sequence in of])
+    hidden_RD = of[0].hidden_D[None] if len(of) == 1 else torch.stack([sequence.hidden_D for sequence in of])
     rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
     tokens_RK, confidences_RK, made = drafter.draft(
-        [int(sequence.last_token_11) for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,
+        [sequence.last_token for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,
         [sequence.params.temperature for sequence in of], [one.keys for one in sequences],
     )  # fmt: skip
     return [
-        Drafts(tokens_RK[r, :n], [], [] if one.stop is None else confidences_RK[r, :n].tolist())
-        for r, (one, n) in enumerate(zip(sequences, made, strict=True))
+        Drafts(tokens[:n], [], [] if one.stop is None else confidences[:n])
+        for one, tokens, confidences, n in zip(
+            sequences, tokens_RK.tolist(), confidences_RK.tolist(), made, strict=True
+        )
     ]
 
 

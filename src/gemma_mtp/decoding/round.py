@@ -15,6 +15,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
@@ -39,11 +40,12 @@ from gemma_mtp.model.target import Target
 
 #: prompt rows of one target call, at most: enough to use the hardware, few enough to bound activations
 CHUNK_ROWS, NATIVE_CHUNK_ROWS = 512, 128
+NO_DRAFTS = Drafts([])
 
 
 @dataclass
 class Sequence:
-    """A sequence being decoded: all of its state on the device, and its length."""
+    """A sequence being decoded. `hidden_D`: the target's state that produced the last token."""
 
     params: SamplingParams
     cache: KVCache
@@ -51,8 +53,8 @@ class Sequence:
     history: TokenHistory | None
     grammar: GrammarState | None = None
     length: int = 0  # committed tokens
-    last_token_11: Tensor = field(default_factory=lambda: torch.empty(0))
-    hidden_11D: Tensor = field(default_factory=lambda: torch.empty(0))
+    last_token: int = -1
+    hidden_D: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a sequence for the target, int64 [T], of whose hidden states the last `keep` are wanted."""
+    """Rows of a sequence for the target, int64 [T] or still on the host, of whose hidden states the last `keep` are
+    wanted."""
 
     sequence: Sequence
-    token_ids_T: Tensor
+    tokens: Tensor | list[int]
     keep: int
 
 
@@ -134,9 +137,9 @@ def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None
 
 def end_prompt(target: Target, sequence: Sequence, hidden_1D: Tensor) -> RoundOutput:
     """After the last one, from its hidden state: commit the first output token."""
-    turn, nothing = Turn(sequence, 0), Drafts(torch.zeros(0, dtype=torch.int64, device=hidden_1D.device))
+    turn = Turn(sequence, 0)
     (scores,) = score_rows(target, [turn], [hidden_1D])
-    return _outcome(turn, nothing, hidden_1D, scores)
+    return _outcome(turn, NO_DRAFTS, hidden_1D, scores)
 
 
 def play_round(
@@ -154,7 +157,7 @@ def play_round(
 
 def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list[Drafts]:
     """The first half of a round: every sequence's drafts. The sequences are left as they are."""
-    drafts = [Drafts(turn.sequence.last_token_11.new_zeros(0)) for turn in turns]
+    drafts = [NO_DRAFTS] * len(turns)
     drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens]
     if drafter is not None and drafting:
         made = draft(drafter, target, [_drafting(turns[i]) for i in drafting])
@@ -172,48 +175,58 @@ def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> l
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
     """What a sequence sends through the target in a round."""
-    tokens_T = torch.cat((turn.sequence.last_token_11[0], drafts.tokens_K))
-    return Rows(turn.sequence, tokens_T, keep=tokens_T.shape[0])
+    last = turn.sequence.last_token
+    if isinstance(drafts.tokens, list):
+        return Rows(turn.sequence, [last, *drafts.tokens], keep=len(drafts) + 1)
+    return Rows(turn.sequence, F.pad(drafts.tokens, (1, 0), value=last), keep=len(drafts) + 1)
 
 
 def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
     """Begin the caches' calls; hidden states after the final norm of each sequence's wanted rows, [keep, D]."""
     for call in calls:
-        call.sequence.cache.begin(call.token_ids_T.shape[0])
+        call.sequence.cache.begin(len(call.tokens))
     if target.native is None:
         return [_forward(target, call) for call in calls]
-    tokens_R = calls[0].token_ids_T if len(calls) == 1 else torch.cat([call.token_ids_T for call in calls])
-    keep = [call.keep for call in calls]
+    tokens: list[int] = []
+    for call in calls:
+        tokens += call.tokens if isinstance(call.tokens, list) else call.tokens.tolist()
+    tokens_R, keep = torch.tensor(tokens), [call.keep for call in calls]
     hidden_RD = target.native.forward(tokens_R, [call.sequence for call in calls], keep)
     return [hidden_RD] if len(calls) == 1 else list(hidden_RD.split(keep))
 
 
 def _forward(target: Target, call: Rows) -> Tensor:
-    cache, rows = call.sequence.cache, call.token_ids_T.shape[0]
-    rope = slice_rope(call.sequence.rope, cache.length, cache.length + rows)
-    hidden: Tensor = target(call.token_ids_T[None], rope, cache, last_only=call.keep == 1)
+    cache = call.sequence.cache
+    tokens_T = torch.as_tensor(call.tokens, device=cache.device)
+    rope = slice_rope(call.sequence.rope, cache.length, cache.length + len(tokens_T))
+    hidden: Tensor = target(tokens_T[None], rope, cache, last_only=call.keep == 1)
     return hidden[0, -call.keep :]
 
 
 def _drafting(turn: Turn) -> Drafting:
-    sequence, device = turn.sequence, turn.sequence.last_token_11.device
+    sequence, device = turn.sequence, turn.sequence.hidden_D.device
     noise = draft_noise(turn.verification == "exact", sequence.length, turn.draft_tokens, device)
     return Drafting(sequence, noise, turn.stop)
 
 
-def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor]:
+def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor | list[int]]:
     """Of each turn's rows [T, D] what its tokens follow from: logits [T, V], or natively, where nothing else of them is
-    wanted, the tokens themselves, int64 [T]. All turns of a kind share one pass over the head."""
+    wanted, the T tokens themselves. All turns of a kind share one pass over the head."""
     chosen = [i for i, turn in enumerate(turns) if target.native is not None and turn.is_plain(hidden[i].shape[0])]
     others = [i for i in range(len(turns)) if i not in chosen]
-    scores: dict[int, Tensor] = {}
+    scores: dict[int, Tensor | list[int]] = {}
     if target.native is not None and chosen:
-        lengths = [hidden[i].shape[0] for i in chosen]
-        rows = [turns[i].sequence for i in chosen for _ in range(hidden[i].shape[0])]
-        temperatures = [sequence.params.temperature for sequence in rows]
-        keys = [key for i in chosen for key in _keys(turns[i].sequence, hidden[i].shape[0])]
-        tokens_R = target.native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys)
-        scores.update(zip(chosen, tokens_R.split(lengths), strict=True))
+        temperatures: list[float] = []
+        keys: list[int] = []
+        for i in chosen:
+            sequence, rows = turns[i].sequence, hidden[i].shape[0]
+            temperatures += [sequence.params.temperature] * rows
+            keys += _keys(sequence, rows)
+        tokens = target.native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys).tolist()
+        begin = 0
+        for i in chosen:
+            end = begin + hidden[i].shape[0]
+            scores[i], begin = tokens[begin:end], end
     if others:
         logits_RV = target.logits(_joined([hidden[i] for i in others]))
         scores.update(zip(others, logits_RV.split([hidden[i].shape[0] for i in others]), strict=True))
@@ -231,53 +244,51 @@ def _keys(sequence: Sequence, rows: int) -> list[int]:
     return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
 
 
-def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
+def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | list[int]) -> RoundOutput:
     """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`."""
     output = _outcome(turn, drafts, hidden_TD, scores)
     turn.sequence.cache.commit(output.accepted + 1)
     return output
 
 
-def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
+def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | list[int]) -> RoundOutput:
     """Reads the device once."""
     sequence, params = turn.sequence, turn.sequence.params
-    if scores.ndim == 1:
-        tokens = scores.tolist()
-        accepted = agreeing(tokens, drafts.tokens_K.tolist())
-        return _commit(sequence, drafts, hidden_TD, scores, tokens[: accepted + 1], None)
+    if isinstance(scores, list):
+        accepted = agreeing(scores, drafts.on_host())
+        return _commit(sequence, drafts, hidden_TD, scores[: accepted + 1], None)
     verified = _verify(scores, sequence, drafts, turn.verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
     logprobs = None
     if params.logprobs is not None:
         logprobs = top_logprobs(scores[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
-    return _commit(sequence, drafts, hidden_TD, verified.tokens, tokens[: accepted + 1], logprobs)
+    if sequence.history is not None:
+        sequence.history.commit(verified.tokens[: accepted + 1])
+    return _commit(sequence, drafts, hidden_TD, tokens[: accepted + 1], logprobs)
 
 
 def _commit(
-    sequence: Sequence, drafts: Drafts, hidden_TD: Tensor, tokens_T: Tensor, committed: list[int],
-    logprobs: TopLogprobs | None,
-) -> RoundOutput:  # fmt: skip
-    """Move the sequence on by the `committed` tokens, the first of `tokens_T`."""
+    sequence: Sequence, drafts: Drafts, hidden_TD: Tensor, committed: list[int], logprobs: TopLogprobs | None
+) -> RoundOutput:
+    """Move the sequence on by the tokens of a round."""
     accepted = len(committed) - 1
-    if sequence.history is not None:
-        sequence.history.commit(tokens_T[: accepted + 1])
     complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     sequence.length += len(committed)
-    sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
-    sequence.hidden_11D = hidden_TD[None, accepted : accepted + 1]
-    return RoundOutput(committed, drafts.tokens_K.shape[0], accepted, logprobs, drafts.confidences, complete_after)
+    sequence.last_token, sequence.hidden_D = committed[-1], hidden_TD[accepted]
+    return RoundOutput(committed, len(drafts), accepted, logprobs, drafts.confidences, complete_after)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:
-    params, drafted, device = sequence.params, drafts.tokens_K.shape[0], logits_TV.device
-    counts = None if sequence.history is None else sequence.history.rows(drafts.tokens_K)
-    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.tokens_K.tolist())
+    params, drafted, device = sequence.params, len(drafts), logits_TV.device
+    tokens_K = drafts.on_device(device)
+    counts = None if sequence.history is None else sequence.history.rows(tokens_K)
+    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.on_host())
     candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
     if verification == "exact" or drafted == 0:
         positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)
-        return verify_exact(choose(candidates, params, positions), drafts.tokens_K)
+        return verify_exact(choose(candidates, params, positions), tokens_K)
     vocab = logits_TV.shape[-1]
     verify = verify_rejection if verification == "rejection" else verify_block
     draft_probs = torch.cat([probabilities(c, params, vocab) for c in drafts.candidates])
     first_position = torch.tensor(sequence.length, device=device)
-    return verify(probabilities(candidates, params, vocab), draft_probs, drafts.tokens_K, params.seed, first_position)
+    return verify(probabilities(candidates, params, vocab), draft_probs, tokens_K, params.seed, first_position)

@@ -17,8 +17,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -232,6 +231,11 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs that plays steps."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stats(self) -> EngineStats:
         """A snapshot."""
         with self._condition:
@@ -372,8 +376,7 @@ class Engine:
             elif room > 0:
                 rows = min(room, job.rows_wanted - cache.length)
                 if self._reserve(job, rows, step):
-                    ids = torch.tensor(job.tokens[cache.length : cache.length + rows], device=self.pool.device)
-                    step.chunks[job] = Rows(job.sequence, ids, keep=1)
+                    step.chunks[job] = Rows(job.sequence, job.tokens[cache.length : cache.length + rows], keep=1)
                     room -= rows
         return step
 
@@ -433,16 +436,23 @@ class Engine:
         scores = dict(zip(step.turns, score_rows(target, turns, [hidden[job] for job in step.turns]), strict=True))
         played: dict[Job, RoundOutput | None] = {}
         for job, turn in step.turns.items():
-            with self._alone(job):
+            try:
                 played[job] = conclude(turn, drafts[job], hidden[job], scores[job])
+            except Exception as error:
+                self._fail(job, error)
         for job, chunk in step.chunks.items():
-            with self._alone(job):
+            try:
                 played[job] = self._read(job, chunk, hidden[job])
+            except Exception as error:
+                self._fail(job, error)
         seconds = time.perf_counter() - began
-        self._note(sum(len(part.token_ids_T) for part in rows.values()), seconds)
+        self._note(sum(len(part.tokens) for part in rows.values()), seconds)
         for job, output in played.items():
-            with self._alone(job):
+            try:
                 self._deliver(job, output, seconds, lone=len(rows) == 1)
+            except Exception as error:
+                self._fail(job, error)
+        self._count([output for output in played.values() if output is not None])
 
     def _drafts(self, step: Step) -> dict[Job, Drafts]:
         """Every turn's drafts; a job whose drafting fails is taken out of the step."""
@@ -452,21 +462,23 @@ class Engine:
         except Exception:  # whose it was shows when they draft one by one
             drafts: dict[Job, Drafts] = {}
             for job, turn in step.turns.items():
-                with self._alone(job):
+                try:
                     (drafts[job],) = propose(target, drafter, [turn])
+                except Exception as error:
+                    self._fail(job, error)
             step.turns = {job: step.turns[job] for job in drafts}
             return drafts
 
     def _read(self, job: Job, chunk: Rows, hidden_1D: Tensor) -> RoundOutput | None:
         """Commit a chunk's rows; the first output token where a prompt ends."""
         sequence = chunk.sequence
-        sequence.cache.commit(chunk.token_ids_T.shape[0])
+        sequence.cache.commit(len(chunk.tokens))
         if self.settings.prefix_reuse:  # at once: what slides out of the window is kept if it has a name by then
             sequence.cache.name(job.tokens)
         if job.reading:
             return None
         if job.started:  # after a preemption: all tokens are there, and now the state that produced the last one
-            sequence.hidden_11D = hidden_1D[None]
+            sequence.hidden_D = hidden_1D[0]
             return None
         return end_prompt(self.pair.target, sequence, hidden_1D)
 
@@ -486,7 +498,7 @@ class Engine:
         before = len(result.token_ids)
         text = job.output.push(played)
         token_ids = result.token_ids[before:]
-        self._count(played, len(token_ids))
+        self._stats.output_tokens += len(token_ids)
         logprobs = None if result.logprobs is None else result.logprobs[before:]
         done = job.output.done
         if done:  # before the reader knows, so that who waits for the end finds the blocks free
@@ -496,36 +508,30 @@ class Engine:
         finish = result.finish_reason if done else None
         job.generation.update(text, token_ids, result.rounds[-1], logprobs, finish)
 
-    def _count(self, played: RoundOutput, committed: int) -> None:
+    def _count(self, played: list[RoundOutput]) -> None:
+        stats = self._stats
         with self._condition:
-            stats = self._stats
-            stats.rounds += 1
-            stats.output_tokens += committed
-            stats.draft_tokens += played.drafted
-            stats.accepted_tokens += played.accepted
-            stats.drafted_at.update(range(played.drafted))
-            stats.accepted_at.update(range(played.accepted))
+            stats.rounds += len(played)
+            for output in played:
+                if output.drafted:
+                    stats.draft_tokens += output.drafted
+                    stats.accepted_tokens += output.accepted
+                    stats.drafted_at.update(range(output.drafted))
+                    stats.accepted_at.update(range(output.accepted))
 
     def _note(self, rows: int, seconds: float) -> None:
         of_one = seconds / rows
         old = self._row_seconds or of_one
         self._row_seconds = old + ROW_SECONDS_WEIGHT * (of_one - old)
 
-    @contextmanager
-    def _alone(self, job: Job) -> Iterator[None]:
-        """What is done for one job: where it fails, the job ends with an error and the others go on."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(job, error)
-
     def _fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error; the others go on."""
         log.error("a request failed inside the engine", exc_info=error)
         with self._condition:
             if job in self._running:
                 self._running.remove(job)
             self._end(job, "error")
-        job.generation.push(EngineError(f"the request failed inside the engine: {error}; others go on."))
+        job.generation.fail(EngineError(f"the request failed inside the engine: {error}; others go on."))
 
     def _end(self, job: Job, reason: str) -> None:
         """Free a job's blocks and count how it ended."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import queue
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -28,8 +32,7 @@ class Request:
     priority: int = 0
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What one round brought a request: the text that became certain, its tokens, and how the round went.
 
     The update with a `finish_reason` is the last. `seconds`: since the update before it, or since the request came.
@@ -59,16 +62,19 @@ class Generation:
         self._cancel = cancel
         self._last_update = time.perf_counter()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._wake: Callable[[], object] = lambda: None
+        self._ended = threading.Event()
+        self._failure: Exception | None = None
+        self._wake: Callable[[], object] | None = None
 
     def cancel(self) -> None:
         """End the request after the round under way and free its blocks; the last update says `cancelled`."""
         self._cancel(self)
 
     def wait(self) -> GenerationResult:
-        """Read updates to the end. Raises EngineError where the request failed."""
-        for _ in self:
-            pass
+        """Wait for the end, reading no updates. Raises EngineError where the request failed."""
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
         return self.result
 
     def __iter__(self) -> Iterator[Update]:
@@ -81,8 +87,8 @@ class Generation:
 
     async def updates(self) -> AsyncIterator[Update]:
         """The same for an event loop. Whoever leaves early should `cancel`."""
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        ready = asyncio.Event()
+        self._wake = functools.partial(_waker(asyncio.get_running_loop()).wake, ready)
         while True:
             ready.clear()  # before looking: what comes after sets it again
             try:
@@ -100,18 +106,59 @@ class Generation:
     ) -> None:  # fmt: skip
         """From the engine's thread: what a round brought."""
         before, self._last_update = self._last_update, time.perf_counter()
-        self.push(Update(text, token_ids, stats, logprobs, finish_reason, self._last_update - before))
+        self._push(Update(text, token_ids, stats, logprobs, finish_reason, self._last_update - before))
+        if finish_reason is not None:
+            self._ended.set()
 
-    def push(self, event: Event) -> None:
-        """From the engine's thread: an update, or the error that ends the request."""
+    def fail(self, error: Exception) -> None:
+        """From the engine's thread: the error that ends the request."""
+        self._failure = error
+        self._push(error)
+        self._ended.set()
+
+    def _push(self, event: Event) -> None:
         self._events.put(event)
-        try:
+        if self._wake is not None:
             self._wake()
-        except RuntimeError:  # the reader's event loop is closed: nobody listens any more
-            self._wake = lambda: None
 
     @staticmethod
     def _checked(event: Event) -> Update:
         if isinstance(event, Exception):
             raise event
         return event
+
+
+class _Waker:
+    """Wakes the readers in one event loop: all that a step has news for by one call into the loop, which is dear."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._ready: list[asyncio.Event] = []
+
+    def wake(self, ready: asyncio.Event) -> None:
+        """From any thread."""
+        with self._lock:
+            self._ready.append(ready)
+            first = len(self._ready) == 1
+        if first:
+            try:
+                self._loop.call_soon_threadsafe(self._flush)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._ready.clear()
+
+    def _flush(self) -> None:
+        with self._lock:
+            found, self._ready = self._ready, []
+        for ready in found:
+            ready.set()
+
+
+_wakers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = weakref.WeakKeyDictionary()
+
+
+def _waker(loop: asyncio.AbstractEventLoop) -> _Waker:
+    """The loop's own, made from its thread."""
+    if loop not in _wakers:
+        _wakers[loop] = _Waker(loop)
+    return _wakers[loop]
