@@ -12,22 +12,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import ray
+import yaml
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.schema import ServeDeploySchema
 
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import ServerError
+from gemma_mtp.ops.native import set_threads
 from gemma_mtp.server.ray_app import Pulse, build
 from gemma_mtp.server.ray_ingress import Door, Forwarded, is_opening, merge_metrics
 from gemma_mtp.server.ray_routing import BEGINNING, ConversationRouter, conversation_of, home_of
@@ -85,6 +89,20 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], sentence: str) -> No
     with pytest.raises(ServerError) as raised:
         build(arguments)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ray", "kuberay", "vllm"])
+def test_example_configs_are_what_serve_and_we_take(name: str) -> None:
+    config = yaml.safe_load((Path(__file__).parents[1] / f"examples/serve/{name}.yaml").read_text(encoding="utf-8"))
+    if name == "kuberay":
+        config = yaml.safe_load(config["spec"]["serveConfigV2"])
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    if name == "vllm":
+        (model,) = application.args["llm_configs"]
+        assert model["engine_kwargs"]["speculative_config"]["method"] == "mtp"
+    else:
+        assert application.import_path == f"{build.__module__}:{build.__name__}"
+        assert RaySettings.parse(application.args).max_replicas == 8
 
 
 # routing
@@ -415,15 +433,13 @@ class Heard:
 
 @pytest.fixture(scope="module")
 def cluster(pair: Pair) -> Iterator[Cluster]:
-    tokens = (24, 300)
-    expected = {
-        (prompt, n): pair.generate(
-            prompt, SamplingParams(max_tokens=n, temperature=0.8, seed=7, ignore_eos=True), draft_tokens=2
-        ).text
-        or ""
-        for prompt in PROMPTS
-        for n in tokens
-    }
+    assert pair.tokenizer is not None
+    set_threads(1)  # as the replicas; several at once leave no core for a second one
+    expected = dict[tuple[str, int], str]()
+    for prompt in PROMPTS:
+        params = SamplingParams(max_tokens=300, temperature=0.8, seed=7, ignore_eos=True)
+        token_ids = pair.generate(prompt, params, draft_tokens=2).token_ids
+        expected |= {(prompt, n): pair.tokenizer.decode(token_ids[:n]) for n in (24, 300)}
     ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, configure_logging=False)
     try:
         with socket.create_server(("127.0.0.1", 0)) as free:
