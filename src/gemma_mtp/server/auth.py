@@ -34,10 +34,11 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]
-        size = sum(len(name) + len(value) for name, value in headers)
+        size = len(scope["path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in headers)
         if len(headers) > self.settings.max_headers or size > self.settings.max_header_bytes:
-            most = f"{self.settings.max_headers} headers of {self.settings.max_header_bytes} bytes in all"
-            return ApiError(431, f"the request's headers are too many or too long; at most {most} are taken.")
+            most = f"{self.settings.max_headers} headers, and {self.settings.max_header_bytes} bytes with the path"
+            return ApiError(431, f"the request's headers are too many or too long; at most {most}, are taken.")
         if self.settings.loopback_names_only and not _is_loopback(_values(headers, b"host")):
             return ApiError(403, "this server has no API keys and so answers only as localhost; start it with keys.")
         if self._keys and not is_public(scope["path"], self.settings) and not self._has_key(headers):

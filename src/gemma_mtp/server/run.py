@@ -108,10 +108,15 @@ class _Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         error = ApiError(400, "the request is not valid HTTP, or its headers are too long.", code="invalid_http")
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        body = json.dumps(error.body).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=json.dumps(error.body).encode()),
+            h11.Data(data=body),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
