@@ -20,6 +20,7 @@ import httpx
 import pytest
 import ray
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
@@ -32,6 +33,7 @@ from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import ServerError
 from gemma_mtp.ops.native import set_threads
+from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_app import Pulse, build
 from gemma_mtp.server.ray_ingress import Door, Forwarded, is_opening, merge_metrics
 from gemma_mtp.server.ray_routing import BEGINNING, ConversationRouter, conversation_of, home_of
@@ -512,8 +514,28 @@ def test_a_cluster_answers_as_the_pair_does_and_keeps_conversations_together(clu
         assert len(set.union(*replicas.values())) == 2  # by one hash in 128 they would all share a home
         bad = client.post(COMPLETIONS, json={"prompt": 3})
         assert bad.status_code == 400 and set(bad.json()["error"]) == {"message", "type", "param", "code"}
-        metrics = client.get("/metrics").text
-        assert all(f'replica="{name}"' in metrics for name in replica_actors())
+        assert all(f'replica="{name}"' in client.get("/metrics").text for name in replica_actors())
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_frees_its_replica(cluster: Cluster) -> None:
+    with cluster.client() as client:
+        body = cluster.body(PROMPTS[0], 1000, draft_tokens=0, n=4, stream=True)
+        with client.stream("POST", COMPLETIONS, json=body) as answer:
+            next(answer.iter_lines())
+            assert _samples(client, "num_requests_running") == 4
+        wait_for(lambda: _samples(client, "num_requests_running") == 0)
+        assert _samples(client, "request_success_total", finished_reason="cancelled") == 4
+
+
+def _samples(client: httpx.Client, name: str, **labels: str) -> float:
+    """Sum over all processes."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == PREFIX + name and labels.items() <= sample.labels.items()
+    )
 
 
 @pytest.mark.slow
@@ -552,10 +574,8 @@ def test_a_killed_replica_takes_no_other_request_with_it(cluster: Cluster) -> No
         assert one.done == (one.error is None)
         assert one.text == right if one.done else right.startswith(one.text)
     with cluster.client() as client:
-        metrics = client.get("/metrics").text
-    counts = {line.split("{")[0]: float(line.split()[-1]) for line in metrics.splitlines() if line[0] != "#"}
-    assert counts["gemma_mtp:ingress_broken_answers_total"] == len(broken)
-    assert 1 <= counts["gemma_mtp:ingress_retries_total"] <= under_way
+        assert _samples(client, "ingress_broken_answers_total") == len(broken)
+        assert 1 <= _samples(client, "ingress_retries_total") <= under_way
 
 
 @pytest.mark.slow

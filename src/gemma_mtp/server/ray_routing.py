@@ -61,6 +61,9 @@ class ConversationRouter(RequestRouter):
     or takes no more. Then, and where there is no conversation, it goes to the less busy of two drawn at random.
     """
 
+    #: seconds that a replica may take to say how busy it is; Serve's 0.1 passes over one whose process has work
+    queue_len_response_deadline_s = 1.0
+
     def initialize_state(self, **kwargs: Any) -> None:
         """`room`: requests that a replica decodes together."""
         self._room: int = kwargs["room"]

@@ -15,6 +15,9 @@ from gemma_mtp.server.settings import ServerSettings
 
 Count = int | None
 
+#: seconds between looks at whether a process that is to go still has requests; each look is a log line of Serve's
+DRAIN_TICK = 0.5
+
 
 class RaySettings(BaseModel):
     """Arguments of the application; text is read as the field's type. Sizes are bytes, times seconds.
@@ -144,7 +147,7 @@ class RaySettings(BaseModel):
             "max_queued_requests": self.max_queued_requests,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "graceful_shutdown_timeout_s": self.drain_seconds,
-            "graceful_shutdown_wait_loop_s": 0.1,
+            "graceful_shutdown_wait_loop_s": DRAIN_TICK,
             "health_check_period_s": self.health_seconds,
             "health_check_timeout_s": self.stall_seconds,
             "max_surge_percent": self.max_surge_percent,
@@ -158,7 +161,7 @@ class RaySettings(BaseModel):
             "max_ongoing_requests": 2 * self.max_concurrent,
             "ray_actor_options": {"num_cpus": 0},
             "graceful_shutdown_timeout_s": self.drain_seconds + 5.0,
-            "graceful_shutdown_wait_loop_s": 0.1,
+            "graceful_shutdown_wait_loop_s": DRAIN_TICK,
             "max_surge_percent": 100,
             "max_constructor_retry_count": 3,
         }
