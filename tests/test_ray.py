@@ -297,9 +297,19 @@ def test_an_answer_comes_through_with_one_request_id_at_most() -> None:
     assert replicas.cancelled == 0
 
 
-@pytest.mark.parametrize("begun", [[], [JSON_START], [START], [START, part(OPENING), part(OPENING)]])
-def test_a_request_is_sent_again_where_nothing_was_said(begun: list[Any]) -> None:
-    replicas = Replicas([*begun, ActorDiedError()], STREAM)
+@pytest.mark.parametrize(
+    "first",
+    [
+        [ActorDiedError()],
+        [JSON_START, ActorDiedError()],
+        [START, ActorDiedError()],
+        [START, part(OPENING), part(OPENING), ActorDiedError()],
+        [START, part(OPENING)],
+        [{**JSON_START, "status": 503}, part(b"{}", more=False)],
+    ],
+)
+def test_a_request_is_sent_again_where_nothing_was_said(first: list[Any]) -> None:
+    replicas = Replicas(first, STREAM)
     answer = ask(replicas, {"prompt": "a"})
     assert answer.content == OPENING + SAYS + b"data: [DONE]\n\n"
     assert len(replicas.asked) == 2 and replicas.asked[0] == replicas.asked[1]
@@ -523,7 +533,7 @@ def test_a_client_that_leaves_frees_its_replica(cluster: Cluster) -> None:
         body = cluster.body(PROMPTS[0], 1000, draft_tokens=0, n=4, stream=True)
         with client.stream("POST", COMPLETIONS, json=body) as answer:
             next(answer.iter_lines())
-            assert _samples(client, "num_requests_running") == 4
+            wait_for(lambda: _samples(client, "num_requests_running") == 4)
         wait_for(lambda: _samples(client, "num_requests_running") == 0)
         assert _samples(client, "request_success_total", finished_reason="cancelled") == 4
 

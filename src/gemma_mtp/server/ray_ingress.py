@@ -58,7 +58,7 @@ class Forwarded:
 
 
 class ReplicaLostError(Exception):
-    """A replica that went while it answered."""
+    """A replica that went, or had to go, while it answered."""
 
 
 class Door:
@@ -78,6 +78,9 @@ class Door:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send a request whose body is read to a replica, and its answer to the client."""
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         sender = Sender(send)
         try:
@@ -117,6 +120,8 @@ class Door:
             while not complete:
                 async with asyncio.timeout_at(timeout):
                     message = await anext(response)
+                if message.get("status") == 503:  # it is to go, and its time for the requests it has is over
+                    raise ReplicaLostError
                 complete = message["type"] == "http.response.body" and not message.get("more_body", False)
                 yield message
         except TimeoutError:
