@@ -58,11 +58,10 @@ def test_chat(client: openai.OpenAI, pair: Pair) -> None:
     assert answer.choices[0].message.content == expected.text
     assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.content is not None
     assert len(answer.choices[0].logprobs.content) == len(expected.token_ids)
-    with client.chat.completions.stream(
-        model=MODEL, messages=[{"role": "user", "content": "hello"}], max_completion_tokens=10, seed=3
-    ) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content == expected.text
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hello"}], max_completion_tokens=10, seed=3, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
 
 
 def test_the_async_client_streams(live: Live, pair: Pair) -> None:

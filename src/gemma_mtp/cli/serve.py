@@ -11,6 +11,7 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.generate import parse_draft_tokens
 from gemma_mtp.cli.options import DRAFTING, MODELS, option
 from gemma_mtp.cli.progress import progress
+from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import PromptError, ServerError
@@ -123,6 +124,7 @@ def serve(
     with run.listen(host, port) as listener:
         with progress("loading"):
             pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
+        pair.check(SamplingParams(), settings.draft_tokens, "exact")
         with Engine(pair, engine_settings) as engine:
             logs.configure()
             run.run(Service(engine, settings), listener, lambda: print(

@@ -36,6 +36,8 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises ServerError where it can not."""
+    if not 0 <= port < 2**16:
+        raise ServerError(f"port {port} is none; choose one from 1 to 65535, or 0 for a free one.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
