@@ -83,6 +83,7 @@ def test_without_keys_only_localhost_is_answered() -> None:
         ({"draft_tokens": str(MAX_DRAFT_TOKENS + 1)}, "draft_tokens must be auto or 0 to "),
         ({"draft_tokens": "some"}, "draft_tokens=some: "),
         ({"drafter": "a", "no_drafter": "true"}, "drafter and no_drafter exclude each other"),
+        ({"max_queued_requests": "0"}, "max_queued_requests=0: "),
         ({"max_surge_percent": "101"}, "max_surge_percent=101: "),
         ({"request_seconds": "nan"}, "request_seconds=nan: "),
     ],
@@ -229,6 +230,7 @@ class Replicas:
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts, self.asked, self.cancelled = list(scripts), list[Forwarded](), 0
+        self.failure: Exception | None = None
 
     def options(self, **options: Any) -> Replicas:
         assert options == {"method_name": "answer", "stream": True}
@@ -236,10 +238,13 @@ class Replicas:
 
     def remote(self, request: Forwarded) -> Replicas:
         self.asked.append(request)
+        self.failure = None
         self.steps = iter(self.scripts.pop(0))
         return self
 
     def cancel(self) -> None:
+        if self.failure is not None:  # as Serve's own does
+            raise self.failure
         self.cancelled += 1
 
     async def __anext__(self) -> Any:
@@ -250,6 +255,7 @@ class Replicas:
         if step is None:
             await asyncio.Event().wait()
         if isinstance(step, Exception):
+            self.failure = step
             raise step
         return dict(step)
 
@@ -414,7 +420,7 @@ PROMPTS = ("def fibonacci(n):\n", "class Stack:\n", "import os\n", "def quicksor
 SECONDS = 120.0
 ARGUMENTS: dict[str, Any] = {
     "min_replicas": 2, "num_cpus": 0, "threads": 1, "max_running": 8, "max_tokens": 1024, "draft_tokens": 2,
-    "drain_seconds": 60, "health_seconds": 2,
+    "max_ongoing_requests": 12, "max_queued_requests": 8, "drain_seconds": 60, "health_seconds": 2,
 }  # fmt: skip
 
 
@@ -546,6 +552,22 @@ def _samples(client: httpx.Client, name: str, **labels: str) -> float:
         for sample in family.samples
         if sample.name == PREFIX + name and labels.items() <= sample.labels.items()
     )
+
+
+@pytest.mark.slow
+def test_more_requests_than_may_wait_are_told_to_come_again(cluster: Cluster) -> None:
+    def ask(i: int) -> httpx.Response:
+        with cluster.client() as client:
+            return client.post(COMPLETIONS, json=cluster.body(PROMPTS[i % 4], 24))
+
+    with ThreadPoolExecutor(48) as threads:
+        answers = list(threads.map(ask, range(48)))
+    taken = [(i, answer) for i, answer in enumerate(answers) if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(taken) + len(refused) == 48 and len(taken) >= 8 and refused
+    assert all(answer.json()["choices"][0]["text"] == cluster.expected[PROMPTS[i % 4], 24] for i, answer in taken)
+    assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
 
 
 @pytest.mark.slow

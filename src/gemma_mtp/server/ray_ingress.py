@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -141,7 +141,8 @@ class Door:
             raise _unavailable("no replica takes requests; try again later.") from None
         finally:
             if not complete:
-                response.cancel()
+                with suppress(RayError, RayServeException):  # of a request that failed, it raises why once more
+                    response.cancel()
 
     async def _answer_metrics(self, sender: Sender) -> None:
         try:

@@ -75,7 +75,7 @@ class RaySettings(BaseModel):
     max_replicas: Count = Field(None, ge=1)
     target_ongoing_requests: float | None = Field(None, gt=0)
     max_ongoing_requests: Count = Field(None, ge=1)
-    max_queued_requests: int = Field(256, ge=0)
+    max_queued_requests: int = Field(256, ge=1)
     upscale_delay: float = Field(30.0, ge=0)
     downscale_delay: float = Field(600.0, ge=0)
     ingress_replicas: int = Field(1, ge=1)
