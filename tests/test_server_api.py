@@ -254,6 +254,12 @@ def test_constrained_output_is_refused_with_a_sentence(live: Live) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format"
 
 
+def test_whole_numbers_may_be_written_with_a_point(live: Live) -> None:
+    body = b'{"prompt": [420.0, 7.27e2], "max_tokens": 3.0, "temperature": 0.0, "seed": 1e2}'
+    answer = live.client.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+
+
 def test_a_tiny_temperature_is_greedy(live: Live) -> None:
     texts = [
         live.post(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 8, "temperature": t}).json()["choices"][0]["text"]

@@ -43,7 +43,7 @@ FIELDS: dict[str, list[Any]] = {
     "model": [5, True, [], {}, "", "gpt-4", "gemma-mtp-bundled ", "../gemma-mtp-bundled", "x" * 5000, "\x00"],
     "stream": ["true", 1, [], "yes"],
     "stream_options": [True, [], "usage", {"include_usage": "yes"}, {"include_rounds": 1}],
-    "n": [0, -1, 17, 10**30, "1", 1.5, True, [1], {}],
+    "n": [0, -1, 17, 10**30, 10**4200, 2**31 - 1, "1", 1.5, True, [1], {}],
     "stop": ["", [""], [None], 5, [5], {"a": 1}, ["x"] * 17, "x" * 1001, ["ok", "y" * 1001], [["a"]], True],
     "seed": ["1", 1.5, 2**63, -(2**63) - 1, True, [], 10**400],
     "temperature": [-0.1, 2.1, "0.5", True, [], {}, NAN, INFINITY, -INFINITY, 10**400],
@@ -96,6 +96,7 @@ OTHER: list[tuple[str, Any]] = [
     (DETOKENIZE, {}), (DETOKENIZE, {"tokens": "1"}), (DETOKENIZE, {"tokens": [-1]}), (DETOKENIZE, {"tokens": [4096]}),
     (DETOKENIZE, {"tokens": [2**40]}), (DETOKENIZE, {"tokens": [1.5]}), (DETOKENIZE, {"tokens": ["1"]}),
     (DETOKENIZE, {"tokens": None}), (DETOKENIZE, {"tokens": [[1]]}), (DETOKENIZE, {"tokens": [True]}),
+    (CHAT, {"messages": [USER], "max_tokens": 501, "max_completion_tokens": 1}),
     (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}), (COMPLETIONS, {"prompt": ["a"] * 6, "n": 8}),
     (COMPLETIONS, {"prompt": "word " * 5000}), (CHAT, {"messages": [{"role": "user", "content": "word " * 5000}]}),
 ]  # fmt: skip

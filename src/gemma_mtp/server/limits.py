@@ -136,7 +136,7 @@ def parse_json(body: bytes, max_depth: int) -> Any:
     Raises ApiError for what is none, for infinite numbers, lone surrogates, and deep nesting.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number)
         if b"\\u" in body:  # half a surrogate pair is no text that could be encoded
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -154,11 +154,12 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> float:
+    """A finite number. JSON has one kind of number: 5.0 is as whole as 5."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError("a number is too large")
-    return number
+    return int(number) if number.is_integer() else number
 
 
 def _check_depth(value: Any, most: int) -> None:

@@ -95,7 +95,7 @@ class GenerationRequest(Strict):
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     stream: bool | None = Field(None, description="Answer by server-sent events, one chunk or more a round.")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, description="Choices for each prompt; default 1.")
+    n: int | None = Field(None, ge=1, lt=2**31, description="Choices for each prompt; default 1.")
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
         None, description="Text that ends the output, not part of it."
     )

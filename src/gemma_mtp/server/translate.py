@@ -47,7 +47,8 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
     _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
     _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
     prompts = [await _prompt(prompt, bool(body.echo), service) for prompt in given]
-    params = _params(body, body.logprobs, body.max_tokens or COMPLETION_TOKENS, service)
+    default = min(COMPLETION_TOKENS, service.settings.max_output_tokens or COMPLETION_TOKENS)
+    params = _params(body, body.logprobs, body.max_tokens or default, service)
     return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
 
 
@@ -132,8 +133,10 @@ def _requests(body: GenerationRequest, prompt: Prompt, params: SamplingParams, s
     ]  # fmt: skip
 
 
-def _params(body: GenerationRequest, logprobs: int | None, max_tokens: int, service: Service) -> SamplingParams:
-    stop = _check_limits(body, max_tokens, service.settings)
+def _params(
+    body: CompletionRequest | ChatCompletionRequest, logprobs: int | None, max_tokens: int, service: Service
+) -> SamplingParams:
+    stop = _check_limits(body, service.settings)
     _constrain(body.response_format)
     defaults = service.engine.pair.generation
     temperature = _given(body.temperature, defaults.temperature, 1.0)
@@ -158,15 +161,16 @@ def _params(body: GenerationRequest, logprobs: int | None, max_tokens: int, serv
         raise from_engine(error) from None
 
 
-def _check_limits(body: GenerationRequest, max_tokens: int, settings: ServerSettings) -> list[str]:
+def _check_limits(body: CompletionRequest | ChatCompletionRequest, settings: ServerSettings) -> list[str]:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     _at_most("n", body.n or 1, settings.max_choices, "choices")
     _at_most("stop", len(stop), settings.max_stop, "stop strings")
     _at_most("stop", max(map(len, stop), default=0), settings.max_stop_characters, "characters in a stop string")
     _at_most("stop_token_ids", len(body.stop_token_ids or ()), settings.max_logit_bias, "stop tokens")
     _at_most("logit_bias", len(body.logit_bias or ()), settings.max_logit_bias, "biased tokens")
-    if settings.max_output_tokens is not None:
-        _at_most("max_tokens", max_tokens, settings.max_output_tokens, "output tokens")
+    for param in ("max_tokens", "max_completion_tokens"):
+        if settings.max_output_tokens is not None:
+            _at_most(param, getattr(body, param, None) or 0, settings.max_output_tokens, "output tokens")
     return stop
 
 
