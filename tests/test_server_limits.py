@@ -20,11 +20,11 @@ import pytest
 from serving import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
-from gemma_mtp.cli.serve import read_keys
 from gemma_mtp.engine.engine import EngineSettings
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run
+from gemma_mtp.server.settings import read_keys
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT: dict[str, Any] = {"prompt": "import", "max_tokens": 3, "temperature": 0}

@@ -15,10 +15,9 @@ from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import PromptError, ServerError
+from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 
 LISTENING, ENGINE, LIMITS, LOGS = "Listening", "Engine", "Limits", "Logs"
-#: where keys may stand, beside --api-key-file: separated by commas or white space
-KEYS_VARIABLE = "GEMMA_MTP_API_KEYS"
 
 
 def serve(
@@ -103,7 +102,6 @@ def serve(
     try:
         from gemma_mtp.server import logs, run
         from gemma_mtp.server.service import Service
-        from gemma_mtp.server.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise ServerError(f"serving needs {error.name}; install it with: pip install 'gemma-mtp[serve]'.") from None
     if not keys and not no_auth and not run.is_loopback(host):
@@ -135,20 +133,6 @@ def serve(
                 f" {f'{len(keys)} API keys' if keys else 'no API keys'}",
                 flush=True,
             ))  # fmt: skip
-
-
-def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
-    """API keys of a file, one a line, and of the environment. Raises ServerError for a file without any."""
-    keys = variable.replace(",", " ").split()
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServerError(f"the API key file {file} can not be read ({error}).") from None
-        keys += (found := [line for line in lines if line and not line.startswith("#")])
-        if not found:
-            raise ServerError(f"the API key file {file} has no keys; write one a line.")
-    return tuple(dict.fromkeys(keys))
 
 
 def _check_positive(**values: float | None) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.errors import ServerError
+
+#: where keys may stand, beside a file: separated by commas or white space
+KEYS_VARIABLE = "GEMMA_MTP_API_KEYS"
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,17 @@ class ServerSettings:
     body_seconds: float = 30.0
     drain_seconds: float = 30.0
     log_text: bool = False
+
+
+def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
+    """API keys of a file, one a line, and of the environment. Raises ServerError for a file without any."""
+    keys = variable.replace(",", " ").split()
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServerError(f"the API key file {file} can not be read ({error}).") from None
+        keys += (found := [line for line in lines if line and not line.startswith("#")])
+        if not found:
+            raise ServerError(f"the API key file {file} has no keys; write one a line.")
+    return tuple(dict.fromkeys(keys))
