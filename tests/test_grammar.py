@@ -21,7 +21,7 @@ from gemma_mtp.cli import main
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
-from gemma_mtp.decoding.round import open_sequence, prefill, propose, verify_round
+from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams, process
 from gemma_mtp.decoding.verify import VERIFICATIONS
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -223,7 +223,7 @@ def test_a_state_that_does_not_move_on_is_seen(bundled: Pair, monkeypatch: pytes
 @pytest.mark.parametrize("grammar", [PERSON_SCHEMA, WORDS], ids=["schema", "words"])
 def test_every_verification_keeps_the_grammar(bundled: Pair, grammar: Grammar, verification: str) -> None:
     for seed in range(2):
-        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=100, grammar=grammar)
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=400, grammar=grammar)
         result = bundled.generate("config = ", params, draft_tokens=4, verification=verification)
         assert result.finish_reason == "stop" and matches(grammar, result.text)
 
@@ -260,17 +260,18 @@ def test_rejection_keeps_the_masked_distribution() -> None:
 def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, of: str) -> None:
     pair, params = TINY[name], SamplingParams(temperature=1.0, max_tokens=40, grammar=GRAMMARS[of])
     state = pair.grammar_state(params)
-    sequence = open_sequence(pair.target, len(PROMPT), params.max_tokens, 5, params, state)
+    sequence = open_sequence(pair.target, len(PROMPT), params.max_tokens, 5, params, grammar=state)
     tokens = prefill(pair.target, sequence, torch.tensor(PROMPT), 512).token_ids
     drafted = rejected = 0
     while len(tokens) < params.max_tokens - 6 and not state.ended_after([]):
-        drafts = propose(pair.target, pair.drafter, sequence, 5, "exact")
+        turns = [Turn(sequence, 5)]
+        (drafts,) = propose(pair.target, pair.drafter, turns)
         fresh = pair.grammar_state(params)
         fresh.commit(tokens)
         for draft in drafts.on_host():
             assert fresh.allowed([])[0, draft] and not fresh.ended_after([])
             fresh.commit([draft])
-        output = verify_round(pair.target, sequence, drafts, "exact")
+        (output,) = verify_round(pair.target, turns, [drafts])
         tokens += output.token_ids[: output.complete_after]
         drafted, rejected = drafted + output.drafted, rejected + output.drafted - output.accepted
         fresh = pair.grammar_state(params)
