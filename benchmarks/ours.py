@@ -72,10 +72,10 @@ class UnreliableNative:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
-    def greedy(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        tokens, confidences = self._native.greedy(*arguments)
+    def draft(self, *arguments: Any) -> tuple[Tensor, Tensor, list[int]]:
+        tokens, confidences, made = self._native.draft(*arguments)
         wrong = torch.rand(tokens.shape, generator=self._generator) >= self._acceptance
-        return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences
+        return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences, made
 
 
 def target_bytes(target: Target) -> int:

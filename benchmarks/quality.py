@@ -28,10 +28,8 @@ from torch import Tensor
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.checkpoint import read_generation_config, stored_tensors
-from gemma_mtp.decoding.round import open_sequence
+from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS, Rows, forward_rows, open_sequence
 from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
-from gemma_mtp.kv_cache import SLACK_ROWS
-from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module, set_threads
 from gemma_mtp.tokenizer import Tokenizer
@@ -87,15 +85,13 @@ def loss(target: Target, rows_NT: Tensor) -> float:
 
 def _row_loss(target: Target, row_T: Tensor) -> float:
     T = len(row_T)
-    sequence = open_sequence(target, T, 0, SLACK_ROWS, SamplingParams())
+    sequence = open_sequence(target, T, 0, 0, SamplingParams())
     total = 0.0
-    for start in range(0, T - 1, SLACK_ROWS):
-        stop = min(start + SLACK_ROWS, T - 1)
-        sequence.cache.begin(stop - start)
-        rope = slice_rope(sequence.rope, start, stop)
-        hidden = target(row_T[None, start:stop], rope, sequence.cache)
+    for start in range(0, T - 1, NATIVE_CHUNK_ROWS):
+        stop = min(start + NATIVE_CHUNK_ROWS, T - 1)
+        (hidden_TD,) = forward_rows(target, [Rows(sequence, row_T[start:stop], stop - start)])
         sequence.cache.commit(stop - start)
-        logits = target.logits(hidden[0]).float()
+        logits = target.logits(hidden_TD).float()
         total += float(F.cross_entropy(logits, row_T[start + 1 : stop + 1], reduction="sum"))
     return total / (T - 1)
 

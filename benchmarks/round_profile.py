@@ -53,8 +53,8 @@ def timed(pair: Pair, clock: Clock) -> None:
     assert pair.target.native is not None and pair.drafter is not None and pair.drafter.native is not None
     target, drafter = pair.target.native, pair.drafter.native
     target.forward = clock.wrap("target", target.forward)  # type: ignore[method-assign]
-    target.greedy = clock.wrap("head", target.greedy)  # type: ignore[method-assign]
-    drafter.greedy = clock.wrap("draft", drafter.greedy)  # type: ignore[method-assign]
+    target.choose = clock.wrap("head", target.choose)  # type: ignore[method-assign]
+    drafter.draft = clock.wrap("draft", drafter.draft)  # type: ignore[method-assign]
 
 
 def rounds(pair: Pair, clock: Clock, prompt: list[int], draft_tokens: int, max_tokens: int) -> list[dict[str, float]]:

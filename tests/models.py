@@ -16,7 +16,9 @@ from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.kv_cache import CommittedKeyValues
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
@@ -172,6 +174,20 @@ def play(
         played.confidences.append(output.confidences)
         after_round(sequence)
     return played
+
+
+def draft_step(
+    drafter: Drafter, target: Target, sequence: Sequence, token_11: Tensor, hidden_11D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """State for the head [1, 1, H] and projected state [1, 1, D] of a step, natively where the drafter is packed so."""
+    embeds = target.embed(token_11)
+    if drafter.native is not None:
+        state, projected = drafter.native.step(torch.cat((embeds, hidden_11D), -1)[0], [sequence])
+        return state[None], projected[None]
+    position = sequence.length - 1
+    kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
+    outputs: tuple[Tensor, Tensor] = drafter(embeds, hidden_11D, slice_rope(sequence.rope, position, position + 1), kv)
+    return outputs
 
 
 def last_row_logits(target: Target, tokens: list[int]) -> Tensor:

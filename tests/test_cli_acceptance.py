@@ -18,12 +18,11 @@ from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.acceptance import spread
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
-from gemma_mtp.measure import plot
+from gemma_mtp.measure import plot, speedup
 from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, PromptAcceptance, measure_acceptance
 from gemma_mtp.measure.acceptance import prompts_of as to_prompts
-from gemma_mtp.measure.speedup import predict
 
 TEMPLATE = "{% if enable_thinking %}HM{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 BRIEF = ["-n", "16", "-k", "3"]
@@ -70,8 +69,9 @@ def test_json_of_the_bundled_pair_is_what_was_measured(capsys: pytest.CaptureFix
         assert {name: setting[name] for name in expected} == json.loads(json.dumps(expected))
         lengths = [row["expected_length"] for row in setting["predicted"]]
         assert lengths[4] == pytest.approx(setting["mean_acceptance_length"])
-        for row, seconds in zip(setting["predicted"], read["round_seconds_by_draft_tokens"], strict=False):
-            assert row["cost"] == pytest.approx(seconds / read["round_seconds_by_draft_tokens"][0])
+        costs = setting["round_seconds_by_draft_tokens"]
+        for row, seconds in zip(setting["predicted"], costs, strict=False):
+            assert row["cost"] == pytest.approx(seconds / costs[0])
         fastest = max(row["speedup"] for row in setting["predicted"])
         assert setting["predicted"][setting["best_draft_tokens"]]["speedup"] == fastest
         assert setting["predicted"][setting["break_even_draft_tokens"]]["speedup"] >= 1
@@ -106,6 +106,37 @@ def test_conversations_are_sampled_as_the_checkpoint_says_with_and_without_think
     seen.clear()
     content(capsys, str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "1")
     assert [p for _, p in seen] == [SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True)]
+
+
+def test_each_setting_is_weighed_with_the_costs_of_its_own_rounds(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Costs made up: drafts are free where the arg max is taken, and cost a step each where tokens are drawn."""
+    dear = RoundCosts({0: 2.0, 4: 10.0})
+    made_up: dict[ChoiceKind, RoundCosts] = {"argmax": RoundCosts({0: 1.0, 4: 1.0}), "drawn": dear, "processed": dear}
+    asked: list[ChoiceKind] = []
+
+    def measure(target: object, drafter: object, choice: ChoiceKind) -> RoundCosts:
+        asked.append(choice)
+        return made_up[choice]
+
+    monkeypatch.setattr(speedup, "measure_costs", measure)
+    arguments = [str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "0", "-t", "0.5", "-t", "1"]
+    greedy, *drawn = content(capsys, *arguments)["settings"]
+    assert sorted(asked) == ["argmax"] * 5 + ["drawn"] * 5, "each kind is measured once"
+    assert [row["cost"] for row in greedy["predicted"][:5]] == [1.0] * 5
+    assert greedy["round_seconds_by_draft_tokens"][:5] == [1.0] * 5
+    for setting in drawn:
+        assert [row["cost"] for row in setting["predicted"][:5]] == [1.0, 2.0, 3.0, 4.0, 5.0]
+        assert setting["break_even_draft_tokens"] == setting["best_draft_tokens"] == 0
+    assert greedy["break_even_draft_tokens"] >= 4
+    # greedy conversations of this checkpoint choose by biased logits, and so by what processing rounds cost
+    (chat,) = content(capsys, str(tiny / "chat.jsonl"), *models(tiny), *BRIEF, "-t", "0")["settings"]
+    assert chat["predicted"][1]["cost"] == 2.0
+    assert main(["acceptance", *arguments]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (row,) = (row for row in rows if row[:2] == ["2", "1.00"])
+    assert (row[4], row[7]) == ("3.00", "3.00")
 
 
 def test_against_another_drafter_and_with_speeds(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,8 +176,7 @@ def test_long_lists_of_tasks_show_the_worst(
     monkeypatch.setattr(acceptance_report, "MOST_TASKS", 2)
     prompts = tuple(PromptAcceptance(str(i), f"task{i}", 1, 1, Acceptance((10 - i, i))) for i in range(4))
     report = AcceptanceReport(1, GREEDY, "exact", prompts)
-    predictions = predict(report.pooled, RoundCosts({0: 1.0, 1: 3.0}))
-    measured = acceptance_report.Measured("greedy", None, report, predictions, None, None)
+    measured = acceptance_report.Measured("greedy", None, report, RoundCosts({0: 1.0, 1: 3.0}), None, None)
     acceptance_report.print_report(Console(), [measured])
     out = capsys.readouterr().out
     assert "task0" in out and "task1" in out and "task2" not in out and "and 2 better ones" in out

@@ -129,7 +129,7 @@ def test_the_key_tells_pairs_and_ways_to_run_them_apart(monkeypatch: pytest.Monk
     key = cost_key(target, drafter)
     assert key == cost_key(*agreeing_pair(7)), "weights of the same geometry cost the same"
     others = [
-        cost_key(target, drafter, argmax=False),
+        cost_key(target, drafter, "drawn"),
         cost_key(target, random_drafter(centroids=True)),
         cost_key(target.bfloat16(), drafter),
         cost_key(agreeing_pair()[0], drafter.bfloat16()),
@@ -174,12 +174,14 @@ def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load_pair()
-    asked: list[bool] = []
-    monkeypatch.setattr(costs, "measure_costs", lambda target, drafter, argmax: asked.append(argmax) or COSTS)
-    for temperature in (0.0, 1.0, 0.0, 1.0):
-        pair.generate("import os", SamplingParams(max_tokens=4, temperature=temperature))
-    assert asked == [True, False]
-    assert min(measure_costs(pair.target, pair.drafter, argmax=False).seconds) > 0  # type: ignore[arg-type]
+    asked: list[str] = []
+    monkeypatch.setattr(
+        costs, "measure_costs", lambda target, drafter, choice, sequences: asked.append(choice) or COSTS
+    )
+    for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.9), (1.0, 0.9), (1.0, 1.0)):
+        pair.generate("import os", SamplingParams(max_tokens=4, temperature=temperature, top_p=top_p))
+    assert asked == ["argmax", "drawn", "processed"]
+    assert min(measure_costs(pair.target, pair.drafter, "drawn").seconds) > 0  # type: ignore[arg-type]
 
 
 def test_without_a_cache_they_are_measured_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from oracle import build_target
 
 from gemma_mtp.config import PRESETS, TargetConfig
-from gemma_mtp.kv_cache import KVCache
+from gemma_mtp.kv_cache import BLOCK_ROWS, KVCache, block_bytes, block_counts
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
 from gemma_mtp.model.target import Target
 
@@ -34,11 +34,14 @@ def test_kv_bytes_are_what_the_cache_allocates(name: str) -> None:
     sizes = kv_bytes(config)
     window = config.sliding_window
     with torch.device("meta"):
-        caches = [KVCache(config, length, 1, torch.bfloat16, "meta") for length in (window, window + 1000)]
-    allocated = [sum(2 * rows.keys.nbytes for rows in cache.layers.values()) for cache in caches]
+        caches = [KVCache(config, length, 1, torch.bfloat16, "meta") for length in (window, window + 1024)]
+    allocated = [sum(2 * rows.keys.nbytes for rows in cache.pool.layers.values()) for cache in caches]
     assert allocated[0] == window * (sizes.per_token + sizes.sliding_per_token_until_window)
-    sliding_rows = caches[1].sliding_capacity - window
-    assert allocated[1] - allocated[0] == 1000 * sizes.per_token + sliding_rows * sizes.sliding_per_token_until_window
+    # a window that begins within a block reaches into one more
+    assert allocated[1] - allocated[0] == 1024 * sizes.per_token + BLOCK_ROWS * sizes.sliding_per_token_until_window
+    assert allocated[1] == sum(
+        count * block_bytes(config, kind, 2) for kind, count in block_counts(config, window + 1024, 1).items()
+    )
     expected = window * sizes.sliding_per_token_until_window + config.max_position_embeddings * sizes.per_token
     assert sizes.at_max_context == expected
 

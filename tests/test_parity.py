@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import play
+from models import draft_step, play
 from oracle import FAMILIES, VOCAB, WINDOW, F, S, build_drafter, build_target
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.decoding.round import open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
 from gemma_mtp.model.layers import rope_for
@@ -59,10 +59,8 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, fami
     start = 40
     prefill(target, sequence, tokens[0, :start], chunk_rows=512)
     for rows in [1, 1, 5, 3, 9, 1, 8] * 3:
-        sequence.cache.begin(rows)
-        rope = {k: (c[start : start + rows], s[start : start + rows]) for k, (c, s) in sequence.rope.items()}
-        hidden = target(tokens[:, start : start + rows], rope, sequence.cache)
-        close(target.logits(hidden[0]), expected[start : start + rows])
+        (hidden_TD,) = forward_rows(target, [Rows(sequence, tokens[0, start : start + rows], rows)])
+        close(target.logits(hidden_TD), expected[start : start + rows])
         sequence.cache.commit(rows)
         start += rows
 
@@ -92,16 +90,12 @@ def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids
     position = PROMPT.shape[1]
     rows = {F: sequence.cache.committed(F), S: sequence.cache.committed(S)}
     assert rows[F][0].shape[2] == position and rows[S][0].shape[2] == WINDOW - 1
-    rope = {k: (c[position : position + 1], s[position : position + 1]) for k, (c, s) in sequence.rope.items()}
-    from gemma_mtp.kv_cache import CommittedKeyValues
-
-    kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
     token, our_hidden = sequence.last_token_11, sequence.hidden_11D
     full = oracle(PROMPT, output_hidden_states=True)
     their_hidden = full.hidden_states[-1][:, -1:]
     close(our_hidden, their_hidden)
     for _ in range(8):
-        state, our_hidden = drafter(target.embed(token), our_hidden, rope, kv)
+        state, our_hidden = draft_step(drafter, target, sequence, token, our_hidden)
         logits, token_ids = drafter.candidates(state[0])
         embeds = oracle.get_input_embeddings()(token)
         out = theirs(inputs_embeds=torch.cat((embeds, their_hidden), -1), shared_kv_states=rows,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from models import PLE, VOCAB, random_target
 
+from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
-from gemma_mtp.kv_cache import SLACK_ROWS
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.data import is_held_out
 from gemma_mtp.weight_types import parse_weight_types
@@ -22,7 +22,7 @@ def test_the_loss_is_that_of_whole_sequences(kinds: str) -> None:
     """Longer than a chunk and than the window; reference path, so that quantised weights give the same too."""
     target = random_target(config=PLE)
     target.quantise_(parse_weight_types(kinds))
-    rows = torch.randint(0, VOCAB, (3, 2 * SLACK_ROWS + 7), generator=torch.Generator().manual_seed(1))
+    rows = torch.randint(0, VOCAB, (3, 2 * NATIVE_CHUNK_ROWS + 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits = target.logits(target.forward_sequence(rows).hidden_BTD)[:, :-1].flatten(0, 1)
     assert quality.loss(target, rows) == pytest.approx(float(F.cross_entropy(logits, rows[:, 1:].flatten())), rel=1e-4)

@@ -28,7 +28,7 @@ from torch import Tensor
 from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.config import TextConfig
-from gemma_mtp.decoding.round import open_sequence, prefill
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
@@ -143,8 +143,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def native_logits(target: Target, tokens: Tensor) -> Tensor:
     rows = tokens.shape[1]
     sequence = open_sequence(target, rows, 0, rows, SamplingParams())
-    sequence.cache.begin(rows)
-    return target.logits(target(tokens, slice_rope(sequence.rope, 0, rows), sequence.cache))
+    return target.logits(forward_rows(target, [Rows(sequence, tokens[0], rows)])[0])
 
 
 @native_only
@@ -189,13 +188,14 @@ def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
         target.pack_()
         sequence = open_sequence(target, 10, 2, 8, SamplingParams())
         prefill(target, sequence, TOKENS[0, :10], chunk_rows=512)
-        rope = slice_rope(sequence.rope, 9, 10)
+        rope = slice_rope(sequence.rope, 10, 11)
         kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
         embeds, hidden = target.embed(sequence.last_token_11), sequence.hidden_11D
         state, projected = drafter(embeds, hidden, rope, kv)
         logits, ids = drafter.candidates(state[0])
         drafter.pack_(target.native)
-        native_state, native_projected = drafter(embeds, hidden, rope, kv)
+        assert drafter.native is not None
+        native_state, native_projected = drafter.native.step(torch.cat((embeds, hidden), -1)[0], [sequence])
         native_logits, native_ids = drafter.candidates(state[0])  # of the same state
         pairs = [(native_state, state), (native_projected, projected)]
         if ids is None:

@@ -1,6 +1,7 @@
 """What the routes answer: OpenAI's shapes, the engine's tokens, true usage; whole and streamed alike."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,11 +248,30 @@ def test_other_verifications_are_offered(live: Live, pair: Pair, verification: A
     assert live.post(COMPLETIONS, body).json()["choices"][0]["text"] == expected.text
 
 
-def test_constrained_output_is_refused_with_a_sentence(live: Live) -> None:
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
-    for response_format in ({"type": "json_object"}, schema):
-        answer = live.post(CHAT, {"messages": MESSAGES, "response_format": response_format})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format"
+SCHEMA = {
+    "type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "count": {"type": "integer"}},
+    "required": ["name", "count"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_output_keeps_to_its_grammar(live: Live, drafts: int) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 60, "seed": 1, "draft_tokens": drafts}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    answer = live.post(COMPLETIONS, {**body, "response_format": schema}).json()["choices"][0]
+    assert answer["finish_reason"] == "stop" and set(json.loads(answer["text"])) == {"name", "count"}
+    answer = live.post(COMPLETIONS, {**body, "regex": "[a-f]{3}-[0-9]{4}"}).json()["choices"][0]
+    assert re.fullmatch("[a-f]{3}-[0-9]{4}", answer["text"])
+    answer = live.post(COMPLETIONS, {**body, "max_tokens": 3, "response_format": {"type": "json_object"}}).json()
+    assert answer["choices"][0]["text"].startswith("{")
+
+
+def test_grammars_that_can_not_be_used(live: Live) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}
+    for extra, param in (({"response_format": schema}, "response_format"), ({"regex": "(("}, "regex"),
+                         ({"regex": "a", "response_format": {"type": "json_object"}}, "regex")):  # fmt: skip
+        answer = live.post(CHAT, {"messages": MESSAGES, **extra})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
 
 
 def test_whole_numbers_may_be_written_with_a_point(live: Live) -> None:

@@ -173,7 +173,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_engine(pair: Pair) -> Non
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", live.port))
         options = {"include_rounds": True}
-        body = {"prompt": "import", "max_tokens": 100, "n": 2, "ignore_eos": True, "logprobs": 20, "stream": True}
+        body = {"prompt": "import", "max_tokens": 60, "n": 2, "ignore_eos": True, "logprobs": 20, "stream": True}
         connection.sendall(request_bytes({**body, "stream_options": options}))
         wait_for(lambda: live.service.engine.stats().finished["length"] == 2)
         assert live.service.in_flight == 1, "its answer is too large to be on its way already"
@@ -373,6 +373,12 @@ def test_a_server_that_can_not_start_says_why(
     assert main(["serve", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and "Traceback" not in error
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; from gemma_mtp.cli import main; sys.exit(main(['serve']))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 2 and "pip install 'gemma-mtp[serve]'" in ran.stderr
 
 
 def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:

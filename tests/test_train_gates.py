@@ -14,7 +14,7 @@ from models import TINY, agreeing_pair, packed, random_drafter, random_target
 from torch import Tensor
 
 from gemma_mtp.config import SLIDING, LayerType
-from gemma_mtp.decoding.round import open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import Turn, open_sequence, play_round, prefill, propose
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
@@ -60,8 +60,8 @@ def training_logits(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType,
 def decoding_logits(target: Target, drafter: Drafter, tokens_T: Tensor) -> list[Tensor]:
     """Each step's logits [T - 1, V], drafted from every committed length in turn with the decoder's own cache."""
     T = len(tokens_T)
-    rope = rope_for(TINY, torch.arange(T + 1), torch.float64)
-    cache = KVCache(TINY, T, max_rows=1, dtype=torch.float64, device="cpu")
+    rope = rope_for(target.config, torch.arange(T + 1), target.compute_dtype)
+    cache = KVCache(target.config, T, max_rows=1, dtype=target.compute_dtype, device="cpu")
     steps: list[list[Tensor]] = [[] for _ in range(STEPS)]
     for t in range(T - 1):
         cache.begin(1)
@@ -299,11 +299,9 @@ def test_an_exported_drafter_drafts_the_same_in_transformers(tmp_path: Path, che
 
 
 def _our_drafts(target: Target, drafter: Drafter, prompt: Tensor, count: int) -> list[int]:
-    from gemma_mtp.decoding.round import _draft
-
     sequence = open_sequence(target, prompt.shape[1], 8, count, SamplingParams())
     prefill(target, sequence, prompt[0], 512)
-    return _draft(target, drafter, sequence, count, coupled=True, stop=None).tokens_K.tolist()
+    return propose(target, drafter, [Turn(sequence, count)])[0].tokens_K.tolist()
 
 
 def _their_drafts(target, drafter, prompt: Tensor, count: int) -> list[int]:  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -204,20 +205,55 @@ def test_stored_rows_are_the_computed_ones(tmp_path: Path) -> None:
             torch.testing.assert_close(stored.donor_kv[kind][1][b, :length], values[2 - b, :length])
 
 
-@pytest.mark.parametrize("ran_out", [True, False])
-def test_memory_that_runs_out_is_a_sentence(ran_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PyTorch raises on a CPU where memory runs out, and an error that has nothing to do with it."""
-    message = "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes." if ran_out else "shapes differ"
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    def failing(self: DraftStep, *args: object) -> None:
-        raise RuntimeError(message)
 
-    monkeypatch.setattr(DraftStep, "block", failing)
+def out_of_memory_in_python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fail", "ran_out"),
+    [
+        (lambda: torch.empty(10**15), True),  # what PyTorch says on this system's CPU
+        (out_of_memory_on_a_gpu, True),
+        (out_of_memory_in_python, True),
+        (lambda: torch.zeros(2) @ torch.zeros(3), False),
+    ],
+)
+@pytest.mark.parametrize("where", ["block", "unroll"])
+def test_memory_that_runs_out_is_a_sentence(
+    fail: Callable[[], object], ran_out: bool, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, and where one sequence is counted; the last error has nothing to do with memory."""
+    monkeypatch.setattr(DraftStep, where, lambda *arguments: fail())
     recipe = DrafterRecipe(Objective(steps=3), steps=1, memory_mb=64)
     trainer = DrafterTrainer(random_target(), random_drafter(), examples_of([50] * 8), recipe, tmp_path)
-    expected = (TrainingError, "lower --memory .now 64 MB., --length") if ran_out else (RuntimeError, "shapes differ")
+    advice = r"lower --memory \(now 64 MB\), --length" if where == "block" else "lower --length or --draft-steps"
+    expected = (TrainingError, f"memory ran out in .*; {advice}") if ran_out else (RuntimeError, "size")
     with RunLog(tmp_path, "drafter", quiet=True) as log, pytest.raises(expected[0], match=expected[1]):
         trainer.train(log)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_log_that_finds_the_disk_full_when_it_is_closed_says_so(failed: bool, tmp_path: Path) -> None:
+    """Unless something else failed before: that is the cause."""
+
+    def logged() -> None:
+        with RunLog(tmp_path, "drafter") as log:
+            log.row(1, 0.1, {"loss": 1.0}, "")
+            assert log._file is not None
+            log._file.close()
+            log._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+            log.row(2, 0.2, {"loss": 1.0}, "")
+            if failed:
+                raise ValueError("the cause")
+
+    expected = (ValueError, "the cause") if failed else (TrainingError, "can not be written.*No space left")
+    with pytest.raises(expected[0], match=expected[1]):
+        logged()
 
 
 # --- the centroid head

@@ -229,14 +229,19 @@ def test_tensorboard_has_the_csvs_figures(tiny: Path, tmp_path: Path) -> None:
         ('{"text": "ABCDEF"}\n', "give at least 10"),
     ],
 )
-def test_bad_data_is_named_by_file_and_line(tiny: Path, tmp_path: Path, content: str, says: str, capfd) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "start", [lambda tiny: ["--drafter", tiny / "drafter"], lambda tiny: ["--new"]], ids=["adapt", "new"]
+)
+def test_bad_data_is_named_by_file_and_line(
+    tiny: Path, tmp_path: Path, start: Callable[[Path], list[object]], content: str, says: str, capfd
+) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
-    command = arguments(tiny, tmp_path / "out", "--drafter", tiny / "drafter", "--steps", 1)
+    command = arguments(tiny, tmp_path / "out", *start(tiny), "--steps", 1)
     command[command.index("--data") + 1] = str(file)
     code, shown = main(command), capfd.readouterr().err
     assert code == 2 and says in shown
-    assert not (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_outside_the_vocabulary_are_named(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
@@ -294,7 +299,22 @@ def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path)
         (["--new", "--steps", 1, "--epochs", 1], "exclude each other"),
         (["--new", "--patience", 1], "--gate-steps"),
         (["--new", "--steps", 1, "--memory", 16], "more than --memory 16 allows"),
-        (["--new", "--steps", 1, "--length", 8], "--length is 8"),
+        (["--new", "--steps", 1, "--length", 8], "--length is 8, but must be from 16 to 4096"),
+        (["--new", "--steps", 0], "--steps is 0, but must be 1 or more"),
+        (["--new", "--batch", 0], "--batch is 0"),
+        (["--new", "--hidden", 0], "--hidden is 0"),
+        (["--new", "--layers", 0], "--layers is 0"),
+        (["--new", "--lr", -1], "--lr is -1.0, but must be a number above 0"),
+        (["--new", "--minutes", "nan"], "--minutes is nan"),
+        (["--new", "--own-tokens", 1.5], "--own-tokens is 1.5, but must be from 0 to 1"),
+        (["--new", "--draft-steps", 0], "--draft-steps is 0"),
+        (["--new", "--draft-tokens", 0], "--draft-tokens is 0"),
+        (["--new", "--gate-tokens", 5], "--gate-tokens is 5, but must be 6 or more"),
+        (["--new", "--gate-steps", 0], "--gate-steps is 0"),
+        (["--new", "--checkpoint-steps", 0], "--checkpoint-steps is 0"),
+        (["--new", "--held-out-prompts", 1], "--held-out-prompts is 1, but must be 2 or more"),
+        (["--new", "--top-p", 3], "top_p is 3.0"),
+        (["--new", "-t", -1], "temperature is -1.0"),
         (["--new", "--steps", 1, "--dtype", "int8"], "--dtype is 'int8'"),
     ],
 )
@@ -303,3 +323,4 @@ def test_options_that_can_not_work_are_refused(
 ) -> None:  # type: ignore[no-untyped-def]
     assert train(tiny, tmp_path / "out", *options) == 2
     assert says in " ".join(capfd.readouterr().err.split())
+    assert "--memory" in options or not (tmp_path / "out").exists()

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from unittest import mock
 
+from typer.main import get_command_name
+
 from gemma_mtp.cli import app, main
 
 #: so that the page does not depend on the terminal
@@ -19,14 +21,16 @@ INTRODUCTION = """# The command line
 Written by `make docs` from the commands' own help; do not edit.
 
 Exit codes: 0 done; 1 a comparison failed (`generate --compare` found different outputs under `exact` verification, or
-`inspect` a pair that does not fit); 2 bad input, with one sentence on standard error that says what to do; 3 `train`'s
-gate refused the drafter; 130 interrupted. `python -m gemma_mtp` is the same as `gemma-mtp`.
+`inspect` a pair that does not fit), or more of `bench-serve`'s requests than its limit; 2 bad input, with one sentence
+on standard error that says what to do; 3 `train`'s gate refused the drafter; 130 interrupted. `python -m gemma_mtp` is
+the same as `gemma-mtp`.
 """
 
 
 def page() -> str:
     """The page's text: every command's help, without trailing blanks."""
-    commands = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
+    commands = [get_command_name(callback.__name__) for callback in callbacks]
     parts = [INTRODUCTION]
     for command in commands:
         text = io.StringIO()

@@ -29,7 +29,8 @@ from gemma_mtp.training.drafter_trainer import DrafterRecipe
 from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.export import CARD
 from gemma_mtp.training.parallel import World
-from gemma_mtp.training.run import STATE, DataSettings, RunSettings, run_training
+from gemma_mtp.training.run import STATE, run_training
+from gemma_mtp.training.settings import DataSettings, RunSettings
 from gemma_mtp.training.shapes import BUNDLED_TARGET
 from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 

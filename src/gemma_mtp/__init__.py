@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemma_mtp.decoding.grammar import Grammar
     from gemma_mtp.decoding.sampling import SamplingParams
     from gemma_mtp.engine.pair import Pair, TextStream, load_pair
     from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Grammar": "gemma_mtp.decoding.grammar",
     "SamplingParams": "gemma_mtp.decoding.sampling",
     "Pair": "gemma_mtp.engine.pair",
     "TextStream": "gemma_mtp.engine.pair",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "GemmaMtpError",
     "GenerationResult",
+    "Grammar",
     "Pair",
     "RoundStats",
     "SamplingParams",

@@ -60,7 +60,7 @@ class Example:
             assert isinstance(self.content, str)
             return self.content
         try:
-            return tokenizer.apply_chat_template(self._conversation(), **template_variables)
+            return tokenizer.apply_chat_template(self.conversation(), **template_variables)
         except TokenizerError as error:
             raise DataError(f"{self.origin} can not be rendered as a conversation: {error}") from None
 
@@ -77,7 +77,8 @@ class Example:
         check_token_ids(ids, self.origin, vocab_size, max_tokens)
         return ids
 
-    def _conversation(self) -> list[Message]:
+    def conversation(self) -> list[Message]:
+        """The messages up to where the model speaks, of a prompt or of messages."""
         if isinstance(self.content, str):
             return [{"role": "user", "content": self.content}]
         last = self.content[-1]

@@ -10,7 +10,7 @@
     ├── SamplingError     a sampling parameter out of its range
     ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
     ├── QueueFullError    a request that came when as many were waiting as may
-    ├── ServerError       a server that can not start as it was told to
+    ├── ServerError       a server that can not be started, reached or measured
     ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
 
@@ -63,7 +63,7 @@ class QueueFullError(GemmaMtpError):
 
 
 class ServerError(GemmaMtpError):
-    """A server that can not start as it was told to."""
+    """A server that can not be started, reached or measured."""
 
 
 class DataError(GemmaMtpError):

@@ -203,7 +203,7 @@ void prepare_dense(const float* x, size_t ldx, size_t M, size_t K, Rows& out) {
 constexpr size_t FETCH_BYTES = 8 << 10;   // of weights that are on their way while others are multiplied
 constexpr size_t ROWS_BYTES = 24 << 10;   // of activations that stay in the first-level cache beside them
 constexpr size_t PART_COLUMNS = 512;      // of a row that is gone through in parts
-constexpr size_t BLOCK_ROWS = 16;         // weight rows that all tiles of rows go through before the next ones
+constexpr size_t PASS_ROWS = 16;         // weight rows that all tiles of rows go through before the next ones
 
 // Where to fetch from while a share of `size` units is gone through, `ahead` of its place: the share itself, and past its
 // end what is read after it.
@@ -252,8 +252,8 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
     static thread_local std::vector<float> waiting;
     using T = typename F::T;
     const size_t padded = padded_to(K, F::STEP);
-    const bool parts = std::min(M, BLOCK_ROWS) * padded * sizeof(typename F::X) > ROWS_BYTES && K > PART_COLUMNS;
-    const size_t part = parts ? PART_COLUMNS : K, block = parts || M > MAX_ROWS ? BLOCK_ROWS : count;
+    const bool parts = std::min(M, PASS_ROWS) * padded * sizeof(typename F::X) > ROWS_BYTES && K > PART_COLUMNS;
+    const size_t part = parts ? PART_COLUMNS : K, block = parts || M > MAX_ROWS ? PASS_ROWS : count;
     if (parts && waiting.size() < block * M * W) waiting.resize(block * M * W);
     // rows are fetched so far ahead that FETCH_BYTES are on their way; where parts are gone through, the next part
     const size_t ahead = part == K ? FETCH_BYTES / sizeof(T) : FETCH_BYTES / (PART_COLUMNS * sizeof(T)) * K;
@@ -448,7 +448,7 @@ void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t
 
 template <bool I8>
 void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
-    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : BLOCK_ROWS, bytes = w.row_bytes();
+    const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : PASS_ROWS, bytes = w.row_bytes();
     const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then};
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
@@ -669,10 +669,29 @@ inline void weigh_any(size_t Q, const float* const* weights, const float* values
     for (; q < Q; q++) weigh<1>(weights + q, values, j0, j1, d, acc + q);
 }
 
-void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, const float* keys, const float* values,
-                 int64_t origin, size_t d, float* out, size_t ldo) {
+// Positions of a chunk, counted from its beginning, whose rows lie one after the other.
+struct Run {
+    size_t begin, end;
+    size_t offset;  // of position `begin` in keys and values
+};
+
+// The runs of positions begin .. end; returns how many. Blocks side by side make one run.
+inline size_t runs_of(const HeadRows& rows, int64_t begin, int64_t end, Run* runs) {
+    size_t count = 0;
+    for (int64_t at = begin; at < end;) {
+        const int64_t stop = std::min((at / BLOCK_ROWS + 1) * BLOCK_ROWS, end);
+        const size_t offset = rows.offset(at), from = (size_t)(at - begin), to = (size_t)(stop - begin);
+        if (count && runs[count - 1].offset + (from - runs[count - 1].begin) * rows.d == offset) runs[count - 1].end = to;
+        else runs[count++] = {from, to, offset};
+        at = stop;
+    }
+    return count;
+}
+
+void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, const HeadRows& rows, float* out, size_t ldo) {
     static thread_local std::vector<float> scores;
     static thread_local Rows queries;
+    const size_t d = rows.d;
     scores.resize(MAX_QUERIES * CHUNK);
     prepare_dense<Wide>(q, ldq, Q, d, queries);
     float top[MAX_QUERIES], total[MAX_QUERIES];
@@ -689,9 +708,11 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
     for (int64_t base = first / CHUNK * CHUNK; base <= last; base += CHUNK) {
         const int64_t begin = std::max(base, first), end = std::min(base + CHUNK, last + 1);
         const size_t count = (size_t)(end - begin);
-        const float* k = keys + (size_t)(begin - origin) * d;
-        const float* v = values + (size_t)(begin - origin) * d;
-        multiply<Wide>(k, d, queries.wide.data(), Q, count, scores.data(), CHUNK, v);
+        Run runs[CHUNK / BLOCK_ROWS + 1];
+        const size_t parts = runs_of(rows, begin, end, runs);
+        for (size_t r = 0; r < parts; r++)
+            multiply<Wide>(rows.keys + runs[r].offset, d, queries.wide.data(), Q, runs[r].end - runs[r].begin,
+                           scores.data() + runs[r].begin, CHUNK, rows.values + runs[r].offset);
         const float* weights[MAX_QUERIES];
         size_t from[MAX_QUERIES], to[MAX_QUERIES], common_from = 0, common_to = count;
         for (size_t i = 0; i < Q; i++) {
@@ -720,21 +741,24 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
             if (shrink != 1.0f) scale(acc[i], shrink, d);
             top[i] = best;
         }
-        if (common_from >= common_to) {
-            for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, from[i], to[i], d, acc + i);
-            continue;
+        for (size_t r = 0; r < parts; r++) {
+            const float* v = rows.values + runs[r].offset - runs[r].begin * d;  // of the chunk's beginning, were it all one run
+            const auto within = [&](size_t j) { return std::clamp(j, runs[r].begin, runs[r].end); };
+            if (common_from >= common_to) {
+                for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(from[i]), within(to[i]), d, acc + i);
+                continue;
+            }
+            for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(from[i]), within(common_from), d, acc + i);
+            weigh_any(Q, weights, v, within(common_from), within(common_to), d, acc);
+            for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(common_to), within(to[i]), d, acc + i);
         }
-        for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, from[i], common_from, d, acc + i);
-        weigh_any(Q, weights, v, common_from, common_to, d, acc);
-        for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, common_to, to[i], d, acc + i);
     }
     for (size_t i = 0; i < Q; i++) scale(acc[i], total[i] > 0 ? 1.0f / total[i] : 0.0f, d);
 }
 
-void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const float* keys, const float* values,
-            int64_t origin, size_t d, float* out, size_t ldo) {
+void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const HeadRows& rows, float* out, size_t ldo) {
     for (size_t i = 0; i < Q; i += MAX_QUERIES)
-        attend_some(q + i * ldq, ldq, std::min(MAX_QUERIES, Q - i), visible + i, keys, values, origin, d, out + i * ldo, ldo);
+        attend_some(q + i * ldq, ldq, std::min(MAX_QUERIES, Q - i), visible + i, rows, out + i * ldo, ldo);
 }
 
 }  // namespace GEMMA_ISA

@@ -44,6 +44,19 @@ struct Visible {
     int64_t first, last;
 };
 
+// Keys and values of one head: positions in blocks of BLOCK_ROWS, [d] each; block i of a sequence lies at table[i].
+constexpr int64_t BLOCK_ROWS = 32;
+struct HeadRows {
+    const float* keys;
+    const float* values;
+    const int32_t* table;
+    size_t d;
+
+    size_t offset(int64_t position) const {
+        return ((size_t)table[position / BLOCK_ROWS] * BLOCK_ROWS + (size_t)(position % BLOCK_ROWS)) * d;
+    }
+};
+
 struct Kernels {
     const char* name;
 
@@ -66,10 +79,8 @@ struct Kernels {
     void (*softcap)(float* x, float cap, size_t n);
     // out[i] = table row as floats, times factor
     void (*gather)(const Weight& table, size_t row, float factor, float* out);
-    // Softmax attention of Q query rows [Q, d] (stride ldq) over keys and values [positions, d] of one head, which begin at
-    // position `origin`; results to out (stride ldo).
-    void (*attend)(const float* q, size_t ldq, size_t Q, const Visible* visible, const float* keys, const float* values,
-                   int64_t origin, size_t d, float* out, size_t ldo);
+    // Softmax attention of Q query rows [Q, d] (stride ldq) over one head; results to out (stride ldo).
+    void (*attend)(const float* q, size_t ldq, size_t Q, const Visible* visible, const HeadRows& rows, float* out, size_t ldo);
     void (*softmax)(float* x, size_t n);
 };
 

@@ -27,26 +27,33 @@ Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size
     return w;
 }
 
-// Caches as (keys, values, capacity, origin), rope as (cos, sin) of sliding and full layers.
+// Keys and values of the layers, in the order in which a stack's layers number them.
 struct Caches {
-    std::vector<Cache> caches;
-    Rope rope;
-    void add(uintptr_t keys, uintptr_t values, size_t capacity) {
-        caches.push_back({at<float>(keys), at<float>(values), capacity, 0});
-    }
-    void set_origin(size_t index, int64_t origin) { caches.at(index).origin = origin; }
-    void set_rope(uintptr_t sliding_cos, uintptr_t sliding_sin, uintptr_t full_cos, uintptr_t full_sin) {
-        rope.cos[0] = at<const float>(sliding_cos), rope.sin[0] = at<const float>(sliding_sin);
-        rope.cos[1] = at<const float>(full_cos), rope.sin[1] = at<const float>(full_sin);
-    }
-    Call call(size_t rows, int64_t position, bool drafting) const {
-        Call c;
-        c.rows = rows, c.position = position, c.drafting = drafting;
-        c.caches = caches.data();
-        c.rope = rope;
-        return c;
-    }
+    std::vector<Cache> layers;
 };
+using Numbers = std::vector<size_t>;
+
+// Of every sequence: its view, how many rows it has in the call and how many of them are kept, and the first one's position.
+std::vector<Segment> segments(const std::vector<const View*>& views, const Numbers& rows, const Numbers& keep,
+                              const std::vector<int64_t>& positions) {
+    std::vector<Segment> all;
+    all.reserve(views.size());
+    for (size_t i = 0; i < views.size(); i++) all.push_back({views[i], rows.at(i), keep.at(i), positions.at(i)});
+    return all;
+}
+
+std::vector<Choice> choices(const std::vector<float>& temperatures, const std::vector<uint64_t>& keys) {
+    std::vector<Choice> all;
+    all.reserve(keys.size());
+    for (size_t i = 0; i < keys.size(); i++) all.push_back({temperatures.at(i), keys[i]});
+    return all;
+}
+
+// One row of every sequence.
+std::vector<Segment> segments(const std::vector<const View*>& views, const std::vector<int64_t>& positions) {
+    const Numbers ones(views.size(), 1);
+    return segments(views, ones, ones, positions);
+}
 
 const Kernels& named(const std::string& isa) {
     const Kernels* k = kernels_named(isa.c_str());
@@ -66,6 +73,7 @@ NB_MODULE(_native, m) {
             if (kernels_named(name)) names.emplace_back(name);
         return names;
     });
+    m.attr("BLOCK_ROWS") = (int)BLOCK_ROWS;
     m.def("threads", [] { return Pool::instance().threads(); });
     m.def("set_threads", [](int n) { Pool::instance().set_threads(n); });
 
@@ -131,9 +139,16 @@ NB_MODULE(_native, m) {
 
     nb::class_<Caches>(m, "Caches")
         .def(nb::init<>())
-        .def("add", &Caches::add)
-        .def("set_origin", &Caches::set_origin)
-        .def("set_rope", &Caches::set_rope);
+        .def("add", [](Caches& c, uintptr_t keys, uintptr_t values, size_t blocks) {
+            c.layers.push_back({at<float>(keys), at<float>(values), blocks});
+        });
+
+    nb::class_<View>(m, "View").def(nb::new_([](uintptr_t sliding, uintptr_t full, uintptr_t sliding_cos, uintptr_t sliding_sin,
+                                                uintptr_t full_cos, uintptr_t full_sin) {
+        return View{{at<const int32_t>(sliding), at<const int32_t>(full)},
+                    {at<const float>(sliding_cos), at<const float>(full_cos)},
+                    {at<const float>(sliding_sin), at<const float>(full_sin)}};
+    }));
 
     nb::class_<Stack>(m, "Stack")
         .def("__init__", [](Stack* s, const Config& config, const std::vector<Layer>& layers) {
@@ -142,15 +157,16 @@ NB_MODULE(_native, m) {
             s->layers = layers;
             s->prepare();
         })
-        .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, size_t rows, int64_t position, bool last_only,
-                           uintptr_t hidden) {
-            s.forward(at<const int64_t>(tokens), caches.call(rows, position, false), last_only, at<float>(hidden));
+        .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, const std::vector<const View*>& views,
+                           const Numbers& rows, const Numbers& keep, const std::vector<int64_t>& positions, uintptr_t hidden) {
+            s.forward(at<const int64_t>(tokens), segments(views, rows, keep, positions), caches.layers.data(), at<float>(hidden));
         }, release())
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));
         }, release())
-        .def("greedy", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t choices) {
-            s.greedy(at<const float>(hidden), rows, at<int64_t>(choices));
+        .def("choose", [](Stack& s, uintptr_t hidden, const std::vector<float>& temperatures, const std::vector<uint64_t>& keys,
+                          uintptr_t tokens) {
+            s.choose(at<const float>(hidden), keys.size(), choices(temperatures, keys).data(), at<int64_t>(tokens));
         }, release());
 
     nb::class_<DraftStack>(m, "DraftStack")
@@ -167,18 +183,25 @@ NB_MODULE(_native, m) {
             d->centroids.ordering = at<const int64_t>(ordering);
         })
         .def("candidates", &DraftStack::candidates)
-        .def("step", [](DraftStack& d, uintptr_t input, const Caches& caches, int64_t position, uintptr_t state,
-                        uintptr_t projected) {
-            d.step(at<const float>(input), caches.call(1, position, true), at<float>(state), at<float>(projected));
+        .def("step", [](DraftStack& d, uintptr_t input, const Caches& caches, const std::vector<const View*>& views,
+                        const std::vector<int64_t>& positions, uintptr_t state, uintptr_t projected) {
+            d.step(at<const float>(input), segments(views, positions), caches.layers.data(), at<float>(state),
+                   at<float>(projected));
         }, release())
-        .def("score", [](DraftStack& d, uintptr_t state, uintptr_t logits, uintptr_t ids) {
-            d.score(at<const float>(state), at<float>(logits), at<int64_t>(ids));
+        .def("score", [](DraftStack& d, uintptr_t state, size_t rows, uintptr_t logits, uintptr_t ids) {
+            d.score(at<const float>(state), rows, at<float>(logits), at<int64_t>(ids));
         }, release())
-        .def("draft", [](DraftStack& d, int64_t token, uintptr_t hidden, const Caches& caches, int64_t position, size_t count,
-                         const std::vector<double>& least, double bias, double slope, uintptr_t tokens, uintptr_t confidences) {
-            return d.draft(token, at<const float>(hidden), caches.call(1, position, true), count, StopRule{least, bias, slope},
-                           at<int64_t>(tokens), at<float>(confidences));
+        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, uintptr_t hidden, const Caches& caches,
+                         const std::vector<const View*>& views, const std::vector<int64_t>& positions, const Numbers& counts,
+                         const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
+                         const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
+            d.draft(last.data(), at<const float>(hidden), segments(views, positions), caches.layers.data(), counts, stops,
+                    choices(temperatures, keys).data(), at<int64_t>(tokens), at<float>(confidences), at<int64_t>(made));
         }, release());
+
+    nb::class_<StopRule>(m, "StopRule").def(nb::new_([](const std::vector<double>& least, double bias, double slope) {
+        return StopRule{least, bias, slope};
+    }));
 
     // single operators, on the calling thread or all of them, for tests and benchmarks
     m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
@@ -209,11 +232,11 @@ NB_MODULE(_native, m) {
         named(isa).gather(table, row, factor, at<float>(out));
     });
     m.def("attend", [](const std::string& isa, uintptr_t q, size_t queries, const std::vector<int64_t>& first,
-                       const std::vector<int64_t>& last, uintptr_t keys, uintptr_t values, int64_t origin, size_t d,
-                       uintptr_t out) {
+                       const std::vector<int64_t>& last, uintptr_t keys, uintptr_t values,
+                       const std::vector<int32_t>& table, size_t d, uintptr_t out) {
         std::vector<Visible> visible;
         for (size_t i = 0; i < queries; i++) visible.push_back({first.at(i), last.at(i)});
-        named(isa).attend(at<const float>(q), d, queries, visible.data(), at<const float>(keys), at<const float>(values),
-                          origin, d, at<float>(out), d);
+        named(isa).attend(at<const float>(q), d, queries, visible.data(),
+                          {at<const float>(keys), at<const float>(values), table.data(), d}, at<float>(out), d);
     });
 }

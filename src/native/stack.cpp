@@ -71,9 +71,7 @@ T* grown(std::vector<T>& v, size_t n) {
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
     std::vector<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
-    std::vector<float> best_values;  // [threads, rows]
-    std::vector<int64_t> best_ids;
-    std::vector<float> best_totals;  // [threads]: of exp(score - best value), of a drafter's one row
+    std::vector<Best> best;  // [threads, rows]
     size_t best_rows = 0;
 };
 
@@ -103,6 +101,17 @@ struct Stack::Private {
     }
 };
 
+Batch::Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only)
+    : caches(caches), drafting(drafting) {
+    size_t source = 0;
+    for (const Segment& s : segments) {
+        const size_t first = rows.size(), skip = kept_only ? s.rows - s.keep : 0;
+        for (size_t i = skip; i < s.rows; i++) rows.push_back({s.view, s.position + (int64_t)i, source + i});
+        for (size_t m = first; m < rows.size(); m += ROW_BLOCK) blocks.emplace_back(m, std::min(rows.size(), m + ROW_BLOCK));
+        source += s.rows;
+    }
+}
+
 void Stack::prepare() {
     for (const Layer& l : layers) {
         widest_qkv_ = std::max(widest_qkv_, l.qkv.rows);
@@ -130,9 +139,7 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
             grown(all.expert_act, rows * l.moe.top_k * l.moe.width);
             grown(all.expert_out, rows * l.moe.top_k * config.hidden);
         }
-    grown(all.best_values, rows * threads);
-    grown(all.best_ids, rows * threads);
-    grown(all.best_totals, threads);
+    grown(all.best, rows * threads);
     all.best_rows = rows;
     return all;
 }
@@ -163,45 +170,46 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
     barrier.wait();
 }
 
-void Stack::attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
-                      int threads) {
-    const size_t per_group = l.heads / l.groups, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, int thread, int threads) {
+    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size();
     if (by_heads(l.heads, threads)) {
         const Part heads = part(l.heads, 1, thread, threads);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);
-            for (size_t m = 0; m < rows; m += ROW_BLOCK) attend(l, call, skip, h, count, {m, std::min(rows, m + ROW_BLOCK)}, all, own);
+            for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, all, own);
             h += count;
         }
         return;
     }
     const Part tasks = part(l.groups * blocks * per_group, 1, thread, threads);
     for (size_t t = tasks.begin; t < tasks.end;) {
-        const size_t group = t / (blocks * per_group), m = t / per_group % blocks * ROW_BLOCK, h = t % per_group;
+        const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
         const size_t count = std::min(per_group - h, tasks.end - t);
-        attend(l, call, skip, group * per_group + h, count, {m, std::min(rows, m + ROW_BLOCK)}, all, own);
+        attend(l, batch, group * per_group + h, count, block, all, own);
         t += count;
     }
 }
 
-// `count` heads of one group from `head` on, of the rows r.begin .. r.end.
-void Stack::attend(const Layer& l, const Call& call, size_t skip, size_t head, size_t count, Part r, Shared& all, Private& own) {
-    const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (r.end - r.begin);
-    const Cache& cache = call.caches[l.cache];
+// `count` heads of one group from `head` on, of a block of rows.
+void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own) {
+    const auto [begin, end] = batch.blocks[block];
+    const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (end - begin);
+    const Cache& cache = batch.caches[l.cache];
+    const size_t before = group * cache.blocks * BLOCK_ROWS * d;
     float* q = grown(own.q, 2 * queries * d);
     float* out = q + queries * d;
     own.visible.resize(queries);
     for (size_t h = 0, i = 0; h < count; h++)
-        for (size_t m = r.begin; m < r.end; m++, i++) {
+        for (size_t m = begin; m < end; m++, i++) {
             std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
-            const int64_t position = call.position + (int64_t)(skip + m), last = position - call.drafting;
+            const int64_t position = batch.rows[m].position, last = position - batch.drafting;
             const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
             own.visible[i] = {first, last};
         }
-    kernels().attend(q, d, queries, own.visible.data(), cache.keys + group * cache.capacity * d,
-                     cache.values + group * cache.capacity * d, cache.origin, d, out, d);
+    const HeadRows rows{cache.keys + before, cache.values + before, batch.rows[begin].view->table[l.sliding ? 0 : 1], d};
+    kernels().attend(q, d, queries, own.visible.data(), rows, out, d);
     for (size_t h = 0, i = 0; h < count; h++)
-        for (size_t m = r.begin; m < r.end; m++, i++)
+        for (size_t m = begin; m < end; m++, i++)
             std::copy_n(out + i * d, d, all.attended.data() + m * l.heads * d + (head + h) * d);
 }
 
@@ -285,46 +293,48 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
 }
 
 // Norm and rotation of one head of one row, in place; a key's and a value's result goes to the cache.
-void Stack::finish_head(const Layer& l, const Call& call, size_t skip, size_t m, size_t h, Shared& all) {
+void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all) {
     const Kernels& k = kernels();
-    const size_t d = l.head_dim;
-    const int64_t position = call.position + (int64_t)(skip + m);
+    const size_t d = l.head_dim, kind = l.sliding ? 0 : 1;
+    const auto& [view, position, source] = batch.rows[m];
     float* v = all.qkv.data() + m * l.qkv.rows + h * d;
-    const float* cos = call.rope.cos[l.sliding ? 0 : 1] + (skip + m) * d;
-    const float* sin = call.rope.sin[l.sliding ? 0 : 1] + (skip + m) * d;
+    const float* cos = view->cos[kind] + (size_t)position * d;
+    const float* sin = view->sin[kind] + (size_t)position * d;
     if (h < l.heads) {
         k.rms_norm(v, l.q_norm, config.eps, d, v);
         k.rotate(v, cos, sin, d);
         return;
     }
-    const Cache& cache = call.caches[l.cache];
-    const size_t g = (h - l.heads) % l.kv_heads, row = g * cache.capacity + (size_t)(position - cache.origin);
+    const Cache& cache = batch.caches[l.cache];
+    const size_t g = (h - l.heads) % l.kv_heads;
+    const HeadRows rows{cache.keys, cache.values, view->table[kind], d};
+    const size_t row = g * cache.blocks * BLOCK_ROWS * d + rows.offset(position);
     if (h < l.heads + l.kv_heads) {
-        float* key = cache.keys + row * d;
-        if (l.key_is_value) k.rms_norm(v, nullptr, config.eps, d, cache.values + row * d);
+        float* key = cache.keys + row;
+        if (l.key_is_value) k.rms_norm(v, nullptr, config.eps, d, cache.values + row);
         k.rms_norm(v, l.k_norm, config.eps, d, key);
         k.rotate(key, cos, sin, d);
     } else {
-        k.rms_norm(v, nullptr, config.eps, d, cache.values + row * d);
+        k.rms_norm(v, nullptr, config.eps, d, cache.values + row);
     }
 }
 
 // Queries, keys and values. Shares of whole heads need no barrier before their norms.
-void Stack::project(const Layer& l, const Call& call, size_t skip, const float* in, Private& own, Shared& all, int thread,
-                    int threads, Barrier& barrier) {
-    const size_t rows = call.rows - skip, d = l.head_dim, heads = l.qkv.rows / d;
+void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, int thread, int threads,
+                    Barrier& barrier) {
+    const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d;
     const bool whole = by_heads(heads, threads);
     const Part p = part(l.qkv.rows, whole ? d : UNIT, thread, threads);
     own.linear(l.qkv, in, config.hidden, rows, p, all.qkv.data() + p.begin, l.qkv.rows,
                share_of(l.o, part(config.hidden, UNIT, thread, threads)));
     if (whole) {
         for (size_t m = 0; m < rows; m++)
-            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, call, skip, m, h, all);
+            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
         return;
     }
     barrier.wait();
     const Part tasks = part(rows * heads, 1, thread, threads);
-    for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, call, skip, t / heads, t % heads, all);
+    for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
 }
 
 // Gelu(gate) * up, this thread's columns to `all.act`.
@@ -343,15 +353,15 @@ void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Sha
 }
 
 // The per-layer embedding's branch, added to the residual stream. `then`: what this thread reads after it.
-void Stack::add_ple(const Layer& l, size_t index, size_t skip, size_t rows, const void* then, Private& own, Shared& all,
-                    int thread, int threads, Barrier& barrier) {
-    const size_t P = config.ple, D = config.hidden;
+void Stack::add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, int thread,
+                    int threads, Barrier& barrier) {
+    const size_t P = config.ple, D = config.hidden, rows = batch.size();
     const bool repeated = P * l.ple_gate.row_bytes() <= REPEATED_BYTES;
     const Part gates = repeated ? Part{0, P} : part(P, UNIT, thread, threads), outputs = part(D, UNIT, thread, threads);
     float *x = own.x.data(), *gated = repeated ? grown(own.a, rows * P) : all.ple_gate.data();
     own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P, share_of(l.ple_projection, outputs));
     for (size_t m = 0; m < rows; m++) {
-        const float* ple = all.ple.data() + ((skip + m) * layers.size() + index) * P;
+        const float* ple = all.ple.data() + (batch.rows[m].source * layers.size() + index) * P;
         float* row = gated + m * P + gates.begin;
         kernels().gated(row, ple + gates.begin, gates.end - gates.begin, row);
     }
@@ -370,19 +380,19 @@ const void* Stack::after(size_t index, int thread, int threads) const {
     return share_of(l.qkv, part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, threads) ? l.head_dim : UNIT, thread, threads));
 }
 
-void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
-                  int threads, Barrier& barrier) {
+void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, int thread, int threads,
+                  Barrier& barrier) {
     const Kernels& k = kernels();
-    const size_t rows = call.rows - skip, D = config.hidden;
+    const size_t rows = batch.size(), D = config.hidden;
     const float eps = config.eps;
     const Part outputs = part(D, UNIT, thread, threads), wide = part(l.down.cols, UNIT, thread, threads);
     const void* next_layer = after(index, thread, threads);
     float *x = own.x.data(), *n = grown(own.n, rows * D);
 
     for (size_t m = 0; m < rows; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
-    project(l, call, skip, n, own, all, thread, threads, barrier);
+    project(l, batch, n, own, all, thread, threads, barrier);
     barrier.wait();
-    attention(l, call, skip, rows, all, own, thread, threads);
+    attention(l, batch, all, own, thread, threads);
     barrier.wait();
     own.linear(l.o, all.attended.data(), l.o.cols, rows, outputs, all.out.data() + outputs.begin, D, share_of(l.gate_up, wide));
     barrier.wait();
@@ -402,7 +412,7 @@ void Stack::layer(const Layer& l, size_t index, const Call& call, size_t skip, P
         mlp = own.n.data();
     }
     for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
-    if (config.ple) add_ple(l, index, skip, rows, next_layer, own, all, thread, threads, barrier);
+    if (config.ple) add_ple(l, index, batch, next_layer, own, all, thread, threads, barrier);
     if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);
 }
 
@@ -413,16 +423,86 @@ void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Priva
         for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
 }
 
-// This thread's best token of each row; the lowest id among equals. With `totals`, of one row only, also what its softmax
-// is divided by.
-void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads) {
+void Best::clear() {
+    value = score = top = -std::numeric_limits<float>::infinity();
+    id = std::numeric_limits<int64_t>::max();
+    total = 0;
+}
+
+void Best::take(float other_value, int64_t other_id, float other_score) {
+    if (other_value > value || (other_value == value && other_id < id)) value = other_value, id = other_id, score = other_score;
+}
+
+void Best::merge(const Best& other) {
+    take(other.value, other.id, other.score);
+    if (other.total > 0) {
+        const float highest = std::max(top, other.top);
+        total = (total > 0 ? total * std::exp(top - highest) : 0.0f) + other.total * std::exp(other.top - highest);
+        top = highest;
+    }
+}
+
+float Best::probability() const { return std::exp(score - top) / total; }
+
+namespace {
+
+uint64_t mixed(uint64_t word) {  // splitmix64's finaliser
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+    return word ^ (word >> 31);
+}
+
+// Standard Gumbel noise of a token, as decoding/noise.py defines it. `bits`: of its uniform number, 52 of them.
+float gumbel(uint64_t bits) {
+    const double uniform = (double)(2 * bits + 1) * 0x1p-53;
+    return (float)-std::log(-std::log(uniform));
+}
+
+// The best of `count` candidates, whose ids are `ids` or begin at `first`, taken into `best`; `scores` become scaled ones.
+void take_best(float* scores, size_t count, const int64_t* ids, int64_t first, const Choice& choice, Best& best) {
+    if (choice.temperature == 0) {
+        size_t top = 0;
+        for (size_t i = 1; i < count; i++)
+            if (scores[i] > scores[top] || (ids && scores[i] == scores[top] && ids[i] < ids[top])) top = i;
+        if (count && scores[top] > -std::numeric_limits<float>::infinity())
+            best.take(scores[top], ids ? ids[top] : first + (int64_t)top, scores[top]);
+        return;
+    }
+    for (size_t i = 0; i < count; i++) {
+        const float score = scores[i] /= choice.temperature;
+        const int64_t id = ids ? ids[i] : first + (int64_t)i;
+        const uint64_t bits = mixed(choice.key + ((uint64_t)id + 1) * 0x9E3779B97F4A7C15u) >> 12;
+        // a uniform number above 1 - 2 ** -n has a noise of at most (n + 1) ln 2: most candidates need no logarithm
+        const uint64_t below_one = ~bits & ((uint64_t(1) << 52) - 1);
+        const int n = below_one ? __builtin_clzll(below_one) - 11 : 54;
+        if (score + 0.6932f * (float)(n + 1) < best.value) continue;
+        best.take(score + gumbel(bits), id, score);
+    }
+}
+
+// Adds the block's share to the softmax of all scores; `scores` are spoilt.
+void take_total(float* scores, size_t count, Best& best) {
+    if (!count) return;
+    float top = scores[0];
+    for (size_t i = 1; i < count; i++) top = std::max(top, scores[i]);
+    if (top == -std::numeric_limits<float>::infinity()) return;
+    const size_t at = std::find(scores, scores + count, top) - scores;
+    kernels().softmax(scores, count);  // 1 / scores[at] is now the block's own total
+    Best block;
+    block.clear();
+    block.top = top, block.total = 1 / scores[at];
+    best.merge(block);
+}
+
+}  // namespace
+
+// This thread's best token of each row. With `totals` also what its softmax is divided by.
+void Stack::best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
+                 int threads) {
     const Part p = part(config.vocab, UNIT, thread, threads);
     float* scores = grown(own.b, rows * HEAD_BLOCK);
-    float* values = all.best_values.data() + thread * all.best_rows;
-    int64_t* ids = all.best_ids.data() + thread * all.best_rows;
-    std::fill_n(values, rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(ids, rows, std::numeric_limits<int64_t>::max());
-    float& total = all.best_totals[thread] = 0;
+    Best* mine = all.best.data() + thread * all.best_rows;
+    for (size_t m = 0; m < rows; m++) mine[m].clear();
     if (p.begin == p.end) return;
     own.prepare(config.head, hidden, config.hidden, rows);
     for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
@@ -431,50 +511,39 @@ void Stack::best(const float* hidden, size_t rows, bool totals, Private& own, Sh
         for (size_t m = 0; m < rows; m++) {
             float* s = scores + m * HEAD_BLOCK;
             if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
-            size_t top = 0;
-            float here = -std::numeric_limits<float>::infinity();
-            for (size_t i = 0; i < count; i++)
-                if (s[i] > here) here = s[i], top = i;
-            const float before = values[m];
-            if (here > before) values[m] = here, ids[m] = (int64_t)(n + top);
-            if (!totals) continue;
-            kernels().softmax(s, count);  // 1 / s[top] is now the block's own total
-            total = total * std::exp(before - values[m]) + std::exp(here - values[m]) / s[top];
+            take_best(s, count, nullptr, (int64_t)n, choices[m], mine[m]);
+            if (totals) take_total(s, count, mine[m]);
         }
     }
 }
 
-int64_t Stack::combined(size_t row, const Shared& all, int threads) const {
-    float value = -std::numeric_limits<float>::infinity();
-    int64_t id = std::numeric_limits<int64_t>::max();
-    for (int t = 0; t < threads; t++) {
-        const size_t i = t * all.best_rows + row;
-        if (all.best_values[i] > value || (all.best_values[i] == value && all.best_ids[i] < id))
-            value = all.best_values[i], id = all.best_ids[i];
-    }
-    return id == std::numeric_limits<int64_t>::max() ? 0 : id;  // all NaN
+Best Stack::combined(size_t row, const Shared& all, int threads) const {
+    Best best = all.best[row];
+    for (int t = 1; t < threads; t++) best.merge(all.best[t * all.best_rows + row]);
+    if (best.id == std::numeric_limits<int64_t>::max()) best.id = 0;  // all NaN
+    return best;
 }
 
-void Stack::forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden) {
+void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden) {
+    const Batch whole(segments, caches, false), kept(segments, caches, false, true);
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) shared(call.rows, threads);
+        if (thread == 0) shared(whole.size(), threads);
         barrier.wait();
         Shared& all = *shared_;
         Private& own = Private::here();
-        const size_t D = config.hidden;
-        embed(tokens, call.rows, own, all, thread, threads, barrier);
-        size_t skip = 0;
-        for (size_t i = 0; i < layers.size(); i++) {
-            if (last_only && i == config.first_shared && skip == 0) {
-                skip = call.rows - 1;
-                std::copy_n(own.x.data() + skip * D, D, own.x.data());
-            }
-            layer(layers[i], i, call, skip, own, all, thread, threads, barrier);
-        }
-        const size_t rows = last_only ? 1 : call.rows;
-        const float* x = own.x.data() + (call.rows - skip - rows) * D;
+        const size_t D = config.hidden, rows = kept.size();
+        embed(tokens, whole.size(), own, all, thread, threads, barrier);
+        const auto keep = [&] {  // rows move towards the front only
+            for (size_t m = 0; m < rows; m++)
+                if (kept.rows[m].source != m) std::copy_n(own.x.data() + kept.rows[m].source * D, D, own.x.data() + m * D);
+        };
+        // layers without keys and values of their own need no rows but those that are wanted
+        const size_t shared_from = std::min(config.first_shared, layers.size());
+        for (size_t i = 0; i < shared_from; i++) layer(layers[i], i, whole, own, all, thread, threads, barrier);
+        if (rows < whole.size()) keep();
+        for (size_t i = shared_from; i < layers.size(); i++) layer(layers[i], i, kept, own, all, thread, threads, barrier);
         float* n = grown(own.n, rows * D);
-        for (size_t m = 0; m < rows; m++) kernels().rms_norm(x + m * D, config.norm, config.eps, D, n + m * D);
+        for (size_t m = 0; m < rows; m++) kernels().rms_norm(own.x.data() + m * D, config.norm, config.eps, D, n + m * D);
         if (thread == 0) std::copy_n(n, rows * D, hidden);
     }, large_);
 }
@@ -485,29 +554,30 @@ void Stack::logits(const float* hidden, size_t rows, float* out) {
     }, large_);
 }
 
-void Stack::greedy(const float* hidden, size_t rows, int64_t* choices) {
+void Stack::choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) shared(rows, threads);
         barrier.wait();
-        best(hidden, rows, false, Private::here(), *shared_, thread, threads);
+        best(hidden, rows, choices, false, Private::here(), *shared_, thread, threads);
         barrier.wait();
         if (thread == 0)
-            for (size_t m = 0; m < rows; m++) choices[m] = combined(m, *shared_, threads);
+            for (size_t m = 0; m < rows; m++) tokens[m] = combined(m, *shared_, threads).id;
     }, large_);
 }
 
 // ------------------------------------------------------------------------------------------------------------ drafter
 
-void DraftStack::one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state,
+void DraftStack::one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state,
                           float* projected, int thread, int threads, Barrier& barrier) {
-    const size_t D = stack.config.hidden;
+    const size_t D = stack.config.hidden, rows = batch.size();
     const Part inputs = part(D, UNIT, thread, threads), outputs = part(backbone, UNIT, thread, threads);
-    own.linear(pre_projection, input, 2 * backbone, 1, inputs, all.out.data() + inputs.begin, D);
+    own.linear(pre_projection, input, 2 * backbone, rows, inputs, all.out.data() + inputs.begin, D);
     barrier.wait();
-    std::copy_n(all.out.data(), D, grown(own.x, D));
-    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, call, 0, own, all, thread, threads, barrier);
-    kernels().rms_norm(own.x.data(), stack.config.norm, stack.config.eps, D, state);
-    own.linear(post_projection, state, D, 1, outputs, projected + outputs.begin, backbone);
+    std::copy_n(all.out.data(), rows * D, grown(own.x, rows * D));
+    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, batch, own, all, thread, threads, barrier);
+    for (size_t m = 0; m < rows; m++)
+        kernels().rms_norm(own.x.data() + m * D, stack.config.norm, stack.config.eps, D, state + m * D);
+    own.linear(post_projection, state, D, rows, outputs, projected + outputs.begin, backbone);
 }
 
 size_t DraftStack::candidates() const {
@@ -536,35 +606,32 @@ void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::
     barrier.wait();
 }
 
-void DraftStack::step(const float* input, const Call& call, float* state, float* projected) {
+void DraftStack::step(const float* input, const std::vector<Segment>& segments, const Cache* caches, float* state,
+                      float* projected) {
+    const Batch batch(segments, caches, true);
+    const size_t rows = batch.size(), D = stack.config.hidden;
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) stack.shared(1, threads);
+        if (thread == 0) stack.shared(rows, threads);
         barrier.wait();
         Stack::Private& own = Stack::Private::here();
-        float* in = grown(own.gathered, 2 * backbone + stack.config.hidden);
-        std::copy_n(input, 2 * backbone, in);
-        float* here = in + 2 * backbone;
-        one_step(call, own, *stack.shared_, in, here, projected, thread, threads, barrier);
-        if (thread == 0) std::copy_n(here, stack.config.hidden, state);
+        float* in = grown(own.gathered, rows * (2 * backbone + D));
+        std::copy_n(input, rows * 2 * backbone, in);
+        float* here = in + rows * 2 * backbone;
+        one_step(batch, own, *stack.shared_, in, here, projected, thread, threads, barrier);
+        if (thread == 0) std::copy_n(here, rows * D, state);
     }, stack.large_);
 }
 
-void DraftStack::score(const float* state, float* logits, int64_t* ids) {
+void DraftStack::score(const float* state, size_t rows, float* logits, int64_t* ids) {
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         Stack::Private& own = Stack::Private::here();
-        if (!centroids.clusters) return stack.head(state, 1, logits, stack.config.vocab, own, thread, threads);
+        if (!centroids.clusters) return stack.head(state, rows, logits, stack.config.vocab, own, thread, threads);
         if (thread == 0) grown(stack.shared_->clusters, centroids.clusters);
         barrier.wait();
-        scores(state, logits, ids, own, stack.shared_->clusters, thread, threads, barrier);
+        for (size_t m = 0; m < rows; m++)
+            scores(state + m * stack.config.hidden, logits + m * candidates(), ids + m * candidates(), own,
+                   stack.shared_->clusters, thread, threads, barrier);
     }, stack.large_);
-}
-
-float DraftStack::confidence(const Stack::Shared& all, int threads) {
-    float best = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int t = 0; t < threads; t++) best = std::max(best, all.best_values[t * all.best_rows]);
-    for (int t = 0; t < threads; t++)
-        if (all.best_totals[t] > 0) total += all.best_totals[t] * std::exp(all.best_values[t * all.best_rows] - best);
-    return 1 / total;
 }
 
 // decoding/early_stop.py is the reference
@@ -577,58 +644,86 @@ bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
     return made < least.size() && reach >= least[made];
 }
 
-size_t DraftStack::draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop,
-                         int64_t* tokens, float* confidences) {
-    const bool stops = !stop.least.empty();
-    std::vector<float> logits(centroids.clusters ? candidates() : 0);
-    std::vector<int64_t> ids(logits.size());
-    size_t made = 0;
+void DraftStack::draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
+                       const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices,
+                       int64_t* tokens, float* confidences, int64_t* made) {
+    const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
+    std::vector<float> logits(C);
+    std::vector<int64_t> ids(C);
     Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
         if (thread == 0) {
-            Stack::Shared& all = stack.shared(1, threads);
-            grown(all.projected, backbone);
+            Stack::Shared& all = stack.shared(segments.size(), threads);
+            grown(all.projected, segments.size() * backbone);
             grown(all.clusters, centroids.clusters);
         }
         barrier.wait();
         Stack::Shared& all = *stack.shared_;
         Stack::Private& own = Stack::Private::here();
-        float* input = grown(own.gathered, 2 * backbone + stack.config.hidden);
-        float* state = input + 2 * backbone;
-        int64_t last = token;
-        double reach = 1;
-        for (size_t i = 0; i < count; i++) {
-            float confidence = 0;
-            kernels().gather(target_table, (size_t)last, target_scale, input);
-            std::copy_n(i == 0 ? hidden : all.projected.data(), backbone, input + backbone);
-            one_step(call, own, all, input, state, all.projected.data(), thread, threads, barrier);
-            if (centroids.clusters) {
-                scores(state, logits.data(), ids.data(), own, all.clusters, thread, threads, barrier);
-                size_t at = 0;
-                for (size_t j = 1; j < logits.size(); j++)
-                    if (logits[j] > logits[at] || (logits[j] == logits[at] && ids[j] < ids[at])) at = j;
-                last = ids[at];
-                if (stops) {
-                    float* probabilities = grown(own.b, logits.size());
-                    std::copy(logits.begin(), logits.end(), probabilities);
-                    kernels().softmax(probabilities, logits.size());
-                    confidence = probabilities[at];
-                }
-                barrier.wait();  // nobody scores the next step while another still compares
-            } else {
-                stack.best(state, 1, stops, own, all, thread, threads);
+        struct Draft {  // of one sequence that still drafts; every thread comes to the same
+            size_t sequence, row;  // its row in the step before
+            int64_t token;
+            double reach;
+        };
+        std::vector<Draft> going;
+        for (size_t s = 0; s < segments.size(); s++)
+            if (counts[s]) going.push_back({s, s, last[s], 1.0});
+        std::vector<Segment> rows;
+        std::vector<Choice> chosen_by;
+        for (size_t step = 0; step < most && !going.empty(); step++) {
+            rows.clear(), chosen_by.clear();
+            for (const Draft& d : going) {
+                rows.push_back(segments[d.sequence]);
+                chosen_by.push_back(choices[d.sequence * most + step]);
+            }
+            const Batch batch(rows, caches, true);
+            float* input = grown(own.gathered, rows.size() * (2 * backbone + stack.config.hidden));
+            float* state = input + rows.size() * 2 * backbone;
+            bool stop = false;
+            for (size_t m = 0; m < going.size(); m++) {
+                Draft& d = going[m];
+                float* to = input + m * 2 * backbone;
+                kernels().gather(target_table, (size_t)d.token, target_scale, to);
+                std::copy_n(step == 0 ? hidden + d.sequence * backbone : all.projected.data() + d.row * backbone, backbone,
+                            to + backbone);
+                d.row = m;
+                stop |= !stops[d.sequence].least.empty();
+            }
+            one_step(batch, own, all, input, state, all.projected.data(), thread, threads, barrier);
+            if (!C) {
+                stack.best(state, rows.size(), chosen_by.data(), stop, own, all, thread, threads);
                 barrier.wait();
-                last = stack.combined(0, all, threads);
-                if (stops) confidence = DraftStack::confidence(all, threads);
             }
-            if (thread == 0) {
-                tokens[i] = last;
-                confidences[i] = confidence;
-                made = i + 1;
+            for (Draft& d : going) {
+                const StopRule& rule = stops[d.sequence];
+                Best best;
+                if (C) {
+                    scores(state + d.row * stack.config.hidden, logits.data(), ids.data(), own, all.clusters, thread, threads,
+                           barrier);
+                    best.clear();
+                    float* scaled = grown(own.b, C);
+                    std::copy(logits.begin(), logits.end(), scaled);
+                    take_best(scaled, C, ids.data(), 0, chosen_by[d.row], best);
+                    if (!rule.least.empty()) take_total(scaled, C, best);
+                    barrier.wait();  // nobody scores the next one while another still compares
+                } else {
+                    best = stack.combined(d.row, all, threads);
+                }
+                d.token = best.id;
+                const float confidence = rule.least.empty() ? 0.0f : best.probability();
+                const size_t place = d.sequence * most + step;
+                if (thread == 0) {
+                    tokens[place] = d.token;
+                    confidences[place] = confidence;
+                    made[d.sequence] = (int64_t)step + 1;
+                }
+                const bool goes_on = step + 1 < counts[d.sequence] &&
+                                     (rule.least.empty() || rule.goes_on(step + 1, d.reach, confidence));
+                if (!goes_on) d.sequence = segments.size();
             }
-            if (stops && !stop.goes_on(i + 1, reach, confidence)) break;  // the same in every thread
+            going.erase(std::remove_if(going.begin(), going.end(),
+                                       [&](const Draft& d) { return d.sequence == segments.size(); }), going.end());
         }
     }, stack.large_);
-    return made;
 }
 
 }  // namespace gemma

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -41,18 +42,43 @@ struct Part {
     size_t begin, end;
 };
 
-// Keys and values of one layer, [groups, capacity, d] each; row 0 holds position `origin`.
+// Keys and values of one layer, [groups, blocks, BLOCK_ROWS, d] each.
 struct Cache {
     float* keys = nullptr;
     float* values = nullptr;
-    size_t capacity = 0;
-    int64_t origin = 0;
+    size_t blocks = 0;
 };
 
-// cos and signed sin [rows, d] of the sliding and of the full layers, at the call's positions
-struct Rope {
+// Where a sequence's rows are: the block of every BLOCK_ROWS positions in sliding and in full layers, and cos and signed
+// sin [positions, d] of both. The caller keeps the addresses valid.
+struct View {
+    const int32_t* table[2] = {};
     const float* cos[2] = {};
     const float* sin[2] = {};
+};
+
+// Rows of one sequence in a call, at positions `position`, `position` + 1, ...; of the hidden states only the last `keep`
+// are wanted.
+struct Segment {
+    const View* view = nullptr;
+    size_t rows = 1, keep = 1;
+    int64_t position = 0;
+};
+
+// The rows of all segments, one after the other. A drafter's rows see committed rows only.
+struct Batch {
+    struct Row {
+        const View* view;
+        int64_t position;
+        size_t source;  // its place among all the call's rows
+    };
+    std::vector<Row> rows;
+    std::vector<std::pair<size_t, size_t>> blocks;  // rows of one sequence whose queries share a pass over the cache
+    const Cache* caches = nullptr;
+    bool drafting = false;
+
+    Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only = false);
+    size_t size() const { return rows.size(); }
 };
 
 struct Config {
@@ -63,13 +89,24 @@ struct Config {
     const float *norm = nullptr, *ple_model_norm = nullptr;
 };
 
-// A call's rows stand at positions `position`, `position` + 1, ...; a drafter's one row sees committed rows only.
-struct Call {
-    size_t rows = 1;
-    int64_t position = 0;
-    bool drafting = false;
-    const Cache* caches = nullptr;
-    Rope rope;
+// How a row's token is chosen: the arg max of its logits at temperature 0, else of logits / temperature + Gumbel noise
+// (decoding/noise.py). `key` is what noise.py calls the row's key.
+struct Choice {
+    float temperature = 0.0f;
+    uint64_t key = 0;
+};
+
+// The best token of a part of a row's candidates, the lowest id among equals, and what its softmax needs.
+struct Best {
+    float value;  // what was compared: score, and noise
+    int64_t id;
+    float score;  // its logit / temperature
+    float top, total;  // the highest score, and the sum of exp(score - top)
+
+    void clear();
+    void take(float other_value, int64_t other_id, float other_score);
+    void merge(const Best& other);
+    float probability() const;
 };
 
 class Stack {
@@ -79,11 +116,12 @@ class Stack {
 
     void prepare();  // once all layers are there
 
-    // Target: hidden states after the final norm, [rows, hidden], or [1, hidden] with last_only.
-    void forward(const int64_t* tokens, const Call& call, bool last_only, float* hidden);
+    // Target: hidden states after the final norm of the rows that are kept, [rows, hidden].
+    void forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden);
     // Soft-capped logits [rows, vocab].
     void logits(const float* hidden, size_t rows, float* out);
-    void greedy(const float* hidden, size_t rows, int64_t* choices);
+    // The token of each row, by its own choice; no logits are stored.
+    void choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens);
 
    private:
     friend class DraftStack;
@@ -91,22 +129,22 @@ class Stack {
     struct Private;
 
     void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
-    void layer(const Layer& l, size_t index, const Call& call, size_t skip, Private& own, Shared& all, int thread,
-               int threads, Barrier& barrier);
-    void project(const Layer& l, const Call& call, size_t skip, const float* in, Private& own, Shared& all, int thread,
-                 int threads, Barrier& barrier);
-    void finish_head(const Layer& l, const Call& call, size_t skip, size_t m, size_t h, Shared& all);
-    void attention(const Layer& l, const Call& call, size_t skip, size_t rows, Shared& all, Private& own, int thread,
-                   int threads);
-    void attend(const Layer& l, const Call& call, size_t skip, size_t head, size_t count, Part r, Shared& all, Private& own);
+    void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, int thread, int threads,
+               Barrier& barrier);
+    void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, int thread, int threads,
+                 Barrier& barrier);
+    void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
+    void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, int thread, int threads);
+    void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own);
     void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads);
-    void add_ple(const Layer& l, size_t index, size_t skip, size_t rows, const void* then, Private& own, Shared& all,
-                 int thread, int threads, Barrier& barrier);
+    void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, int thread,
+                 int threads, Barrier& barrier);
     const void* after(size_t index, int thread, int threads) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
-    void best(const float* hidden, size_t rows, bool totals, Private& own, Shared& all, int thread, int threads);
-    int64_t combined(size_t row, const Shared& all, int threads) const;
+    void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
+              int threads);
+    Best combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
     std::shared_ptr<Shared> shared_;
@@ -120,7 +158,7 @@ struct Centroids {
     const int64_t* ordering = nullptr;  // token ids, cluster by cluster
 };
 
-// When greedy drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
+// When drafting ends before the count that was asked for; never, and nothing is computed for it, without `least`.
 struct StopRule {
     std::vector<double> least;  // the chance that all drafts so far are accepted which one more needs, by their number
     double bias = 0, slope = 1;  // log-odds of a draft's acceptance from those of its confidence
@@ -138,19 +176,21 @@ class DraftStack {
     Centroids centroids;
     size_t backbone = 0;
 
-    // One step: concat(embedding, hidden) [2 * backbone] in, the state for the head and the projected state out.
-    void step(const float* input, const Call& call, float* state, float* projected);
-    // At most `count` greedy steps from the last token and the target's hidden state; returns how many. With a stop rule,
-    // `confidences` are the drafts' probabilities among the drafter's candidates.
-    size_t draft(int64_t token, const float* hidden, const Call& call, size_t count, const StopRule& stop, int64_t* tokens,
-                 float* confidences);
+    // One step of several sequences: concat(embedding, hidden) [rows, 2 * backbone] in, the states for the head and the
+    // projected states out.
+    void step(const float* input, const std::vector<Segment>& segments, const Cache* caches, float* state, float* projected);
+    // Drafts of several sequences, each from its last token and the target's hidden state [sequences, backbone] and at most
+    // `counts` of them; `made` says how many. `choices`, `tokens` and `confidences` are [sequences, the highest count]; a
+    // draft's confidence is its probability among the drafter's candidates, and known where there is a stop rule.
+    void draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
+               const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices, int64_t* tokens,
+               float* confidences, int64_t* made);
     size_t candidates() const;
-    // Logits of the candidates, and their ids where there is a centroid head.
-    void score(const float* state, float* logits, int64_t* ids);
+    // Logits of the candidates of each row, and their ids where there is a centroid head, [rows, candidates].
+    void score(const float* state, size_t rows, float* logits, int64_t* ids);
 
    private:
-    static float confidence(const Stack::Shared& all, int threads);
-    void one_step(const Call& call, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
+    void one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   int thread, int threads, Barrier& barrier);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
                 int thread, int threads, Barrier& barrier);

@@ -13,6 +13,7 @@ import typer
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
+from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
@@ -40,6 +41,7 @@ app.command()(train)
 app.command()(quantize)
 app.command()(acceptance)
 app.command()(serve)
+app.command()(bench_serve)
 
 
 def _version(wanted: bool) -> None:

@@ -19,12 +19,12 @@ from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example, read_examples
 from gemma_mtp.decoding.draft_length import RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.plot import check_plot, plot_acceptance
-from gemma_mtp.measure.speedup import measure_speedup, predict, steady_costs
+from gemma_mtp.measure.speedup import measure_speedup, steady_costs
 from gemma_mtp.tokenizer import Tokenizer
 
 #: names that chat templates give to the switch for thinking text, Gemma's first
@@ -158,7 +158,7 @@ def acceptance(
             Setting(replace(base, temperature=t), on)
             for on, t in itertools.product(THINKING[thinking], temperature or TEMPERATURES)
         ]
-        costs = functools.cache(lambda: steady_costs(pair))  # first asked for after prompts were decoded
+        costs = functools.cache(functools.partial(steady_costs, pair))  # first asked for after prompts were decoded
         measured = []
         for setting in settings:
             say(setting.label)
@@ -168,8 +168,7 @@ def acceptance(
     if plot is not None:
         plot_acceptance({m.label: m.report for m in measured}, plot, {m.label: m.predictions for m in measured})
     if as_json:
-        content = shown.to_json(measured, costs().seconds)
-        print(json.dumps({"data": [str(path) for path in sources], **content}))
+        print(json.dumps({"data": [str(path) for path in sources], **shown.to_json(measured)}))
     else:
         shown.print_report(Console(), measured)
 
@@ -235,7 +234,7 @@ def _measure(
     draft_tokens: int,
     verification: Any,
     prompt_tokens: int,
-    costs: Callable[[], RoundCosts],
+    costs: Callable[[ChoiceKind], RoundCosts],
     speed: bool,
     say: Any,
 ) -> shown.Measured:
@@ -258,4 +257,4 @@ def _measure(
     measured = None
     if speed:
         measured = measure_speedup(pair, prompts, draft_tokens, setting.params, verification)
-    return shown.Measured(setting.label, setting.thinking, own, predict(own.pooled, costs()), measured, comparison)
+    return shown.Measured(setting.label, setting.thinking, own, costs(setting.params.choice), measured, comparison)

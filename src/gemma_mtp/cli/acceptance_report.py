@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,29 +10,37 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gemma_mtp.decoding.draft_length import RoundCosts
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
-from gemma_mtp.measure.speedup import MeasuredSpeedup, Prediction, best, break_even
+from gemma_mtp.measure.speedup import MeasuredSpeedup, Prediction, best, break_even, predict
 
 #: tasks or files shown in the table; JSON has all
 MOST_TASKS = 30
 LENGTHS = "the length counts the target's own token of every round (correction or bonus), accepted drafts do not"
-PREDICTED = "predicted from round costs measured on this machine: mean acceptance length, speed-up"
+PREDICTED = (
+    "predicted from round costs measured on this machine: length that breaks even, mean acceptance length, speed-up"
+)
 EXTRAPOLATED = "* positions beyond those measured are taken to be as good as the last"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that is known of one setting. `comparison` is from the other drafter to this one."""
+    """All that is known of one setting. `costs` are those of rounds that choose as the setting does; `comparison` is
+    from the other drafter to this one."""
 
     label: str
     thinking: bool | None
     report: AcceptanceReport
-    predictions: list[Prediction]
+    costs: RoundCosts
     speedup: MeasuredSpeedup | None
     comparison: Comparison | None
 
+    @functools.cached_property
+    def predictions(self) -> list[Prediction]:
+        return predict(self.report.pooled, self.costs)
 
-def to_json(measured: Sequence[Measured], cost_seconds: Sequence[float]) -> dict[str, Any]:
+
+def to_json(measured: Sequence[Measured]) -> dict[str, Any]:
     """The object `--json` prints, beside the data's name."""
     return {
         "draft_tokens": measured[0].report.draft_tokens,
@@ -41,7 +50,6 @@ def to_json(measured: Sequence[Measured], cost_seconds: Sequence[float]) -> dict
             "acceptance_histogram": "rounds by accepted drafts, without it (0 to K)",
             "acceptance_length_histogram": "rounds by tokens committed, with it (1 to K + 1)",
         },
-        "round_seconds_by_draft_tokens": list(cost_seconds),
         "settings": [_setting(m) for m in measured],
     }
 
@@ -51,6 +59,7 @@ def _setting(m: Measured) -> dict[str, Any]:
         "label": m.label,
         "thinking": m.thinking,
         **m.report.to_dict(),
+        "round_seconds_by_draft_tokens": list(m.costs.seconds),
         "predicted": [asdict(prediction) for prediction in m.predictions],
         "best_draft_tokens": best(m.predictions).draft_tokens,
         "break_even_draft_tokens": break_even(m.predictions),
@@ -121,11 +130,12 @@ def _by_task(measured: Sequence[Measured]) -> Table:
 
 
 def _paying(measured: Sequence[Measured]) -> Table:
-    """A round's cost is the length at which it breaks even; beside it, what lengths and speed-ups to expect."""
-    table = _table(["drafts a round", "breaks even at", *(m.label for m in measured)])
+    """A round's cost is the length at which it breaks even; beside it, what length and speed-up to expect."""
+    table = _table(["drafts a round", *(m.label for m in measured)])
     for rows in zip(*(m.predictions for m in measured), strict=True):
-        cells = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '} {p.speedup:.2f}x" for p in rows)
-        table.add_row(str(rows[0].draft_tokens), f"{rows[0].cost:.2f}", *cells)
+        lengths = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '}" for p in rows)
+        cells = (f"{p.cost:.2f} {length} {p.speedup:.2f}x" for p, length in zip(rows, lengths, strict=True))
+        table.add_row(str(rows[0].draft_tokens), *cells)
     return table
 
 

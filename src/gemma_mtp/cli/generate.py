@@ -12,14 +12,15 @@ import typer
 from rich.console import Console
 
 from gemma_mtp.cli import options, render
-from gemma_mtp.cli.options import DRAFTING, OUTPUT, SAMPLING, option
+from gemma_mtp.cli.options import DRAFTING, GRAMMAR, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
+from gemma_mtp.errors import GemmaMtpError, PromptError, SamplingError, TokenizerError
 
 INPUT = "Prompt"
 
@@ -113,6 +114,15 @@ def generate(
     ignore_eos: Annotated[
         bool, option("--ignore-eos", help="Go on after the checkpoint's end-of-sequence tokens.", panel=SAMPLING)
     ] = False,
+    json_schema: Annotated[
+        Path | None,
+        option("--json-schema", help="Write JSON that the schema in this file accepts.", metavar="FILE", panel=GRAMMAR),
+    ] = None,
+    json_object: Annotated[bool, option("--json-object", help="Write a JSON object.", panel=GRAMMAR)] = False,
+    regex: Annotated[
+        str | None,
+        option("--regex", help="Write text that this regular expression matches as a whole.", panel=GRAMMAR),
+    ] = None,
     logprobs: Annotated[
         int | None,
         option("--logprobs", help="With --json: log-probabilities, and of so many alternatives.", panel=OUTPUT),
@@ -137,6 +147,7 @@ def generate(
         raise SamplingError(f"--repeats is {repeats}, but must be 1 or more.")
     options.use_threads(threads)
     given = _prompt(prompt, file, token_ids, chat)
+    grammar = _grammar(json_schema, json_object, regex)
     if no_drafter and drafter is not None:
         raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
     if compare and (no_drafter or (target is not None and drafter is None)):
@@ -160,6 +171,7 @@ def generate(
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        grammar=grammar,
     )
     text = _chat_text(pair, given, system) if chat else given
     run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
@@ -186,7 +198,7 @@ def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: 
             raise PromptError("--chat needs a text prompt, not --token-ids.")
         return _parse_token_ids(token_ids)
     if file is not None:
-        return _read(file)
+        return _read(file, "prompt file", PromptError)
     if prompt is not None:
         return prompt
     if sys.stdin.isatty():
@@ -194,13 +206,26 @@ def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: 
     return sys.stdin.read()
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, what: str, error_type: type[GemmaMtpError]) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise PromptError(f"the prompt file {file} can not be read: {error.strerror}.") from None
+        raise error_type(f"the {what} {file} can not be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise PromptError(f"the prompt file {file} is not UTF-8 text; convert it.") from None
+        raise error_type(f"the {what} {file} is not UTF-8 text; convert it.") from None
+
+
+def _grammar(json_schema: Path | None, json_object: bool, regex: str | None) -> Grammar | None:
+    """The grammar from the one option that was given, if any."""
+    given = {"--json-schema": json_schema is not None, "--json-object": json_object, "--regex": regex is not None}
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise SamplingError(f"{' and '.join(names)} exclude each other; give one of them.")
+    if json_schema is not None:
+        return Grammar("json_schema", _read(json_schema, "schema file", SamplingError))
+    if regex is not None:
+        return Grammar("regex", regex)
+    return Grammar("json_object") if json_object else None
 
 
 def parse_draft_tokens(text: str) -> DraftTokens:

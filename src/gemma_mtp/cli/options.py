@@ -10,7 +10,8 @@ import typer
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.ops.native import set_threads
 
-DATA, MODELS, DRAFTING, SAMPLING, OUTPUT = "Data", "Models", "Drafting", "Sampling and stopping", "Output"
+DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
+GRAMMAR, OUTPUT = "Constrained output", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:

@@ -127,7 +127,10 @@ def serve(
         with progress("loading"):
             pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
-        with Engine(pair, engine_settings) as engine:
+        engine = Engine(pair, engine_settings)
+        with progress("measuring what rounds cost"):
+            engine.warm_up()
+        with engine:
             logs.configure()
             run.run(Service(engine, settings), listener, lambda: print(
                 f"serving {settings.model_name} at {run.url(listener)}: {engine.max_tokens} tokens a request,"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from gemma_mtp.cli import options
 from gemma_mtp.cli.options import DATA, MODELS, option, use_threads
 from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import TrainingError
@@ -16,9 +17,11 @@ from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.gate import setting
 from gemma_mtp.training.losses import LOSSES
 from gemma_mtp.training.parallel import joined_world
-from gemma_mtp.training.run import DataSettings, Outcome, RunSettings, run_training
+from gemma_mtp.training.run import Outcome, run_training
+from gemma_mtp.training.settings import DataSettings, RunSettings
 from gemma_mtp.training.shapes import DrafterShape
 from gemma_mtp.training.step import Objective
+from gemma_mtp.weight_types import parse_weight_types
 
 WRITING, LEARNING, RUNNING, GATE = "What decoding will use", "Learning", "Running", "The gate"
 #: exit code where the gate refuses what was trained
@@ -40,6 +43,7 @@ def train(
     drafter: Annotated[
         Path | None, option("--drafter", help="Drafter to adapt; else give --new.", panel=MODELS)
     ] = None,
+    quantize: options.Quantize = None,
     new: Annotated[
         bool, option("--new", help="Make a new drafter of the official shape for the target.", panel=MODELS)
     ] = False,
@@ -200,7 +204,8 @@ def train(
         recipe=DrafterRecipe(objective, steps, epochs, minutes, batch, lr, matrix_lr, warmup, clip, memory,
                              checkpoint_steps, gate_steps, patience, seed, compile),
         temperatures=tuple(temperature or (0.0, 1.0)), draft_tokens=draft_tokens, gate_tokens=gate_tokens,
-        dtype=dtype, device=device, force=force, resume=resume, tensorboard=tensorboard,
+        dtype=dtype, device=device, quantize=parse_weight_types(quantize or "none"), force=force, resume=resume,
+        tensorboard=tensorboard,
     )  # fmt: skip
     keep_freed_memory()
     console = Console(stderr=True, highlight=False)

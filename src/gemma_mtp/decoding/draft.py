@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
-from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters
+from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters, row_key
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, TokenHistory, choose, process
-from gemma_mtp.kv_cache import CommittedKeyValues
+from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import Rope
+from gemma_mtp.model.layers import Rope, slice_rope
 from gemma_mtp.model.native import NativeDrafter
 from gemma_mtp.model.target import Target
+
+#: for the native operators: draft all that are asked for
+NO_RULE: tuple[Sequence[float], float, float] = ((), 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -42,61 +47,143 @@ def draft_noise(coupled: bool, first_position: int, count: int, device: torch.de
     return round_counters(torch.tensor(first_position, device=device), count), STREAM_DRAFT
 
 
-def draft(
-    drafter: Drafter,
-    target: Target,
-    last_token_11: Tensor,
-    hidden_11D: Tensor,
-    rope: Mapping[LayerType, Rope],
-    kv: CommittedKeyValues,
-    params: SamplingParams,
-    history: TokenHistory | None,
-    noise: tuple[Tensor, int],
-    stop: StopRule | None = None,
-) -> Drafts:
-    """Draft one token for each noise counter, or fewer where `stop` says so.
+class Drafted(Protocol):
+    """What drafting needs to know of a sequence."""
 
-    Without a stop rule there is no host synchronisation; with one there is one a draft.
-    `rope` holds the one position of the last committed token, which every step keeps; `hidden_11D` is the target's
-    state that produced that token. Each step feeds back its own token and projected state.
+    params: SamplingParams
+    cache: KVCache
+    rope: Mapping[LayerType, Rope]
+    history: TokenHistory | None
+    grammar: GrammarState | None
+    length: int
+    last_token_11: Tensor
+    hidden_11D: Tensor
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A sequence to draft for: a token for each noise counter, or fewer where `stop` or its grammar says so."""
+
+    sequence: Drafted
+    noise: tuple[Tensor, int]
+    stop: StopRule | None = None
+
+    @property
+    def count(self) -> int:
+        return self.noise[0].shape[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether drafts are chosen by logits and the target's own noise alone."""
+        choice = self.sequence.params.choice
+        return choice == "argmax" or (choice == "drawn" and self.noise[1] == STREAM_CHOICE)
+
+    @property
+    def keys(self) -> list[int]:
+        """Noise keys of the drafts, for the native operators; 0 where they use none."""
+        counters_K, stream = self.noise
+        if self.sequence.params.greedy:
+            return [0] * self.count
+        return [row_key(self.sequence.params.seed, counter, stream) for counter in counters_K.tolist()]
+
+
+def draft(drafter: Drafter, target: Target, sequences: Sequence[Drafting]) -> list[Drafts]:
+    """Draft for several sequences: together where the drafter runs natively, else one after another.
+
+    Without a stop rule and a grammar there is no host synchronisation; with one there is one a draft. Every step of a
+    sequence keeps the one position of its last committed token, and feeds back its own token and projected state.
     """
-    counters_K, stream = noise
-    if params.is_argmax and drafter.native is not None:
-        return _native_drafts(drafter.native, int(last_token_11), hidden_11D[0, 0], rope, kv, counters_K.shape[0], stop)
-    token, hidden = last_token_11, hidden_11D
-    tokens: list[Tensor] = []
-    candidates: list[Candidates] = []
-    confidences: list[float] = []
-    reach = 1.0
-    for step in range(counters_K.shape[0]):
-        if stop is not None and step > 0 and not stop.goes_on(step, reach):
-            break
-        state, hidden = drafter(target.embed(token), hidden, rope, kv)
-        logits, token_ids = drafter.candidates(state[0])
-        counts = None if history is None else history.rows(_stack(tokens, token), first=step)
-        candidates.append(process(logits, params, token_ids, counts))
-        tokens.append(choose(candidates[-1], params, counters_K[step : step + 1], stream))
-        token = tokens[-1].unsqueeze(0)
+    native = drafter.native
+    if native is None:
+        return [_Steps(one).run(drafter, target) for one in sequences]
+    drafts: dict[int, Drafts] = {}
+    together = [i for i, one in enumerate(sequences) if one.is_plain]
+    if together:
+        drafts.update(zip(together, _native_drafts(native, [sequences[i] for i in together]), strict=True))
+    drawn = {i: _Steps(one) for i, one in enumerate(sequences) if i not in drafts}
+    while going := [steps for steps in drawn.values() if steps.goes_on()]:
+        inputs_R2D = torch.cat([steps.inputs(target)[0] for steps in going]).float()
+        states_RH, projected_RD = native.step(inputs_R2D, [steps.drafting.sequence for steps in going])
+        logits_RC, ids_RC = drafter.candidates(states_RH)
+        for r, steps in enumerate(going):
+            ids_1C = None if ids_RC is None else ids_RC[r : r + 1]
+            steps.take(projected_RD[r].view(1, 1, -1), logits_RC[r : r + 1], ids_1C)
+    drafts.update((i, steps.drafts()) for i, steps in drawn.items())
+    return [drafts[i] for i in range(len(sequences))]
+
+
+class _Steps:
+    """Drafting for one sequence under way."""
+
+    def __init__(self, drafting: Drafting) -> None:
+        self.drafting = drafting
+        self.token_11, self.hidden_11D = drafting.sequence.last_token_11, drafting.sequence.hidden_11D
+        self.tokens: list[Tensor] = []
+        self.candidates: list[Candidates] = []
+        self.confidences: list[float] = []
+        self.token_ids: list[int] = []  # on the host, for the grammar
+        self.reach = 1.0
+        self.ended = False
+
+    def goes_on(self) -> bool:
+        step, stop, grammar = len(self.tokens), self.drafting.stop, self.drafting.sequence.grammar
+        if self.ended or step == self.drafting.count:
+            return False
+        if grammar is not None and grammar.ended_after(self.token_ids):
+            return False
+        return stop is None or step == 0 or stop.goes_on(step, self.reach)
+
+    def inputs(self, target: Target) -> Tensor:
+        """concat(embedding, hidden) [1, 1, 2 D] of the next step."""
+        return torch.cat((target.embed(self.token_11), self.hidden_11D), dim=-1)
+
+    def take(self, projected_11D: Tensor, logits_1C: Tensor, token_ids_1C: Tensor | None) -> None:
+        """Choose a step's token, and go on from it and the projected state."""
+        sequence, step, stop = self.drafting.sequence, len(self.tokens), self.drafting.stop
+        counters_K, stream = self.drafting.noise
+        history, grammar = sequence.history, sequence.grammar
+        counts = None if history is None else history.rows(_stack(self.tokens, self.token_11), first=step)
+        allowed = None if grammar is None else grammar.allowed(self.token_ids, first=step)
+        candidates = process(logits_1C, sequence.params, token_ids_1C, counts, allowed)
+        if grammar is not None and not candidates.any_possible():
+            self.ended = True  # a centroid head scores a part of the vocabulary, in which there may be nothing allowed
+            return
+        self.candidates.append(candidates)
+        self.tokens.append(choose(self.candidates[-1], sequence.params, counters_K[step : step + 1], stream))
+        self.token_11, self.hidden_11D = self.tokens[-1].unsqueeze(0), projected_11D
+        if grammar is not None:
+            self.token_ids.append(int(self.token_11))
         if stop is not None:
-            confidences.append(candidates[-1].probability(tokens[-1]))
-            reach *= chance(confidences[-1], stop.bias, stop.slope)
-    return Drafts(_stack(tokens, token), candidates, confidences)
+            self.confidences.append(self.candidates[-1].probability(self.tokens[-1]))
+            self.reach *= chance(self.confidences[-1], stop.bias, stop.slope)
+
+    def run(self, drafter: Drafter, target: Target) -> Drafts:
+        """All steps, by PyTorch's operators."""
+        sequence, position = self.drafting.sequence, self.drafting.sequence.length - 1
+        rope = slice_rope(sequence.rope, position, position + 1)
+        kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
+        while self.goes_on():
+            state, projected = drafter(target.embed(self.token_11), self.hidden_11D, rope, kv)
+            self.take(projected, *drafter.candidates(state[0]))
+        return self.drafts()
+
+    def drafts(self) -> Drafts:
+        return Drafts(_stack(self.tokens, self.token_11), self.candidates, self.confidences)
 
 
-def _native_drafts(
-    drafter: NativeDrafter,
-    token: int,
-    hidden_D: Tensor,
-    rope: Mapping[LayerType, Rope],
-    kv: CommittedKeyValues,
-    count: int,
-    stop: StopRule | None,
-) -> Drafts:
-    """Greedy drafts, all in one call, which knows the same stop rule."""
-    if stop is None:
-        return Drafts(drafter.greedy(token, hidden_D, rope, kv, count)[0])
-    tokens_K, confidences_K = drafter.greedy(token, hidden_D, rope, kv, count, stop.least, stop.bias, stop.slope)
-    return Drafts(tokens_K, [], confidences_K.tolist())
+def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
+    """All drafts in one call, which knows the same stop rule."""
+    of = [one.sequence for one in sequences]
+    hidden_RD = of[0].hidden_11D[0] if len(of) == 1 else torch.cat([sequence.hidden_11D[0] for sequence in of])
+    rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
+    tokens_RK, confidences_RK, made = drafter.draft(
+        [int(sequence.last_token_11) for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,
+        [sequence.params.temperature for sequence in of], [one.keys for one in sequences],
+    )  # fmt: skip
+    return [
+        Drafts(tokens_RK[r, :n], [], [] if one.stop is None else confidences_RK[r, :n].tolist())
+        for r, (one, n) in enumerate(zip(sequences, made, strict=True))
+    ]
 
 
 def _stack(tokens: list[Tensor], like: Tensor) -> Tensor:

@@ -151,6 +151,11 @@ class DraftLength:
     planned: int = -1  # how many of them there were when the plan was made
     pause: int = 0  # plain rounds to play before the next look
 
+    def use(self, costs: RoundCosts) -> None:
+        """Go on with other costs, as where more sequences or fewer play a round together."""
+        if costs is not self.costs:
+            self.costs, self.planned = costs, -1
+
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
         chances: list[float] = []

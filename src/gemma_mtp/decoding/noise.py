@@ -9,6 +9,8 @@ Shapes: `...` any leading dimensions (usually R rows), C candidates.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -57,11 +59,20 @@ def uniform(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Ten
 
     `positions` int64 [...]; `token_ids` int64 [C] or [..., C].
     """
-    stream_key = _mix_word(_mix_word(seed) + (stream + 1) * _GOLDEN)
-    row_keys = _mix_(positions * _signed(_GOLDEN) + _signed(stream_key))
+    row_keys = _mix_(positions * _signed(_GOLDEN) + _signed(_stream_key(seed, stream)))
     words = _mix_(row_keys.unsqueeze(-1) + (token_ids + 1) * _signed(_GOLDEN))
     bits = (words >> 12).bitwise_and_((1 << 52) - 1)
     return bits.mul_(2).add_(1).to(torch.float64).mul_(2.0**-53)  # odd numbers below 2**53: exact, never 0 or 1
+
+
+def row_key(seed: int, position: int, stream: int) -> int:
+    """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/stack.cpp` does too."""
+    return _mix_word(position * _GOLDEN + _stream_key(seed, stream))
+
+
+@functools.lru_cache(maxsize=4096)
+def _stream_key(seed: int, stream: int) -> int:
+    return _mix_word(_mix_word(seed) + (stream + 1) * _GOLDEN)
 
 
 def gumbel(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Tensor:

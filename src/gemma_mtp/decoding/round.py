@@ -2,18 +2,26 @@
 
 Between rounds a sequence of L committed tokens has L-1 rows in its cache (the last token has not been through the
 target yet) and the target's state that produced the last token. A round with K = 0 is plain decoding.
+
+Several sequences may play a round together, each as it would alone: the native operators take all of their rows in
+one call, and no row's result depends on the rows beside it. PyTorch's operators, which do not promise that, take the
+sequences one after another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
-from gemma_mtp.decoding.draft import Drafts, draft, draft_noise
+from gemma_mtp.decoding.draft import Drafting, Drafts, draft, draft_noise
 from gemma_mtp.decoding.early_stop import StopRule
+from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.sampling import (
     SamplingParams,
     TokenHistory,
@@ -24,10 +32,13 @@ from gemma_mtp.decoding.sampling import (
     top_logprobs,
 )
 from gemma_mtp.decoding.verify import Verification, Verified, agreeing, verify_block, verify_exact, verify_rejection
-from gemma_mtp.kv_cache import SLACK_ROWS, CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
 from gemma_mtp.model.target import Target
+
+#: prompt rows of one target call, at most: enough to use the hardware, few enough to bound activations
+CHUNK_ROWS, NATIVE_CHUNK_ROWS = 512, 128
 
 
 @dataclass
@@ -36,8 +47,9 @@ class Sequence:
 
     params: SamplingParams
     cache: KVCache
-    rope: dict[LayerType, Rope]
+    rope: Mapping[LayerType, Rope]
     history: TokenHistory | None
+    grammar: GrammarState | None = None
     length: int = 0  # committed tokens
     last_token_11: Tensor = field(default_factory=lambda: torch.empty(0))
     hidden_11D: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -52,31 +64,79 @@ class RoundOutput:
     accepted: int
     logprobs: TopLogprobs | None
     confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
+    complete_after: int | None = None  # so many tokens end the output: the grammar allows none after them
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A sequence's part in a round: `draft_tokens` drafts, or fewer where `stop` says so; 0 without a drafter."""
+
+    sequence: Sequence
+    draft_tokens: int
+    verification: Verification = "exact"
+    stop: StopRule | None = None
+
+    def is_plain(self, rows: int) -> bool:
+        """Whether `rows` tokens are chosen by logits and noise alone."""
+        choice = self.sequence.params.choice
+        return choice == "argmax" or (choice == "drawn" and (self.verification == "exact" or rows == 1))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a sequence for the target, int64 [T], of whose hidden states the last `keep` are wanted."""
+
+    sequence: Sequence
+    token_ids_T: Tensor
+    keep: int
 
 
 def open_sequence(
-    target: Target, prompt_length: int, max_tokens: int, max_drafts: int, params: SamplingParams
+    target: Target,
+    prompt_length: int,
+    max_tokens: int,
+    max_drafts: int,
+    params: SamplingParams,
+    pool: KVPool | None = None,
+    rope: Mapping[LayerType, Rope] | None = None,
+    grammar: GrammarState | None = None,
 ) -> Sequence:
-    """Allocate the cache and rotary tables for a prompt, its output and one round's drafts."""
+    """A sequence of room for a prompt, its output and one round's drafts: with blocks of `pool`, or of its own.
+
+    `rope`: tables of as many positions, where there are some already. `grammar`: the state to start from, needed if and
+    only if there is a `params.grammar`.
+    """
+    assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
     table = target.embed_tokens.weight
     max_length = prompt_length + max_tokens + max_drafts
-    cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device)
-    rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
-    return Sequence(params, cache, rope, None)
+    chunk_rows = min(prompt_length, CHUNK_ROWS if target.native is None else NATIVE_CHUNK_ROWS)
+    cache = KVCache(target.config, max_length, max_drafts + 1, target.compute_dtype, table.device, chunk_rows, pool)
+    if rope is None:
+        rope = rope_for(target.config, torch.arange(max_length, device=table.device), target.compute_dtype)
+    return Sequence(params, cache, rope, None, grammar)
 
 
-def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int) -> RoundOutput:
+def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: int = CHUNK_ROWS) -> RoundOutput:
     """Run the prompt [P] through the target in chunks and commit the first output token."""
+    begin_prompt(target, sequence, prompt_ids)
+    for chunk in prompt_ids.split(min(chunk_rows, sequence.cache.chunk_rows)):
+        (hidden_1D,) = forward_rows(target, [Rows(sequence, chunk, keep=1)])
+        sequence.cache.commit(chunk.shape[0])
+    return end_prompt(target, sequence, hidden_1D)
+
+
+def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None:
+    """Before the first rows of a prompt."""
     if sequence.params.uses_history:
         sequence.history = TokenHistory(prompt_ids, target.config.vocab_size, prompt_ids.device)
-    if target.native is not None:
-        chunk_rows = min(chunk_rows, SLACK_ROWS)  # the room that sliding buffers have beside the window
-    for chunk in prompt_ids.unsqueeze(0).split(chunk_rows, dim=1):
-        hidden_11D = _forward(target, sequence, chunk, last_only=True)
-        sequence.cache.commit(chunk.shape[1])
     sequence.length = prompt_ids.shape[0]
-    drafts = Drafts(prompt_ids.new_zeros(0))
-    return _commit(target, sequence, drafts, hidden_11D, "exact")
+
+
+def end_prompt(target: Target, sequence: Sequence, hidden_1D: Tensor) -> RoundOutput:
+    """After the last one, from its hidden state: commit the first output token."""
+    turn, nothing = Turn(sequence, 0), Drafts(torch.zeros(0, dtype=torch.int64, device=hidden_1D.device))
+    (scores,) = score_rows(target, [turn], [hidden_1D])
+    return _outcome(turn, nothing, hidden_1D, scores)
 
 
 def play_round(
@@ -87,90 +147,132 @@ def play_round(
     verification: Verification,
     stop: StopRule | None = None,
 ) -> RoundOutput:
-    """Draft, verify, commit. `draft_tokens` may be 0, and must be without a drafter; `stop` may make it fewer."""
-    drafts = propose(target, drafter, sequence, draft_tokens, verification, stop)
-    return verify_round(target, sequence, drafts, verification)
+    """Draft, verify, commit."""
+    turns = [Turn(sequence, draft_tokens, verification, stop)]
+    return verify_round(target, turns, propose(target, drafter, turns))[0]
 
 
-def propose(
-    target: Target,
-    drafter: Drafter | None,
-    sequence: Sequence,
-    draft_tokens: int,
-    verification: Verification,
-    stop: StopRule | None = None,
-) -> Drafts:
-    """The first half of a round: its drafts. The sequence is left as it is."""
-    if drafter is None or draft_tokens == 0:
-        return Drafts(sequence.last_token_11.new_zeros(0))
-    return _draft(target, drafter, sequence, draft_tokens, verification == "exact", stop)
+def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list[Drafts]:
+    """The first half of a round: every sequence's drafts. The sequences are left as they are."""
+    drafts = [Drafts(turn.sequence.last_token_11.new_zeros(0)) for turn in turns]
+    drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens]
+    if drafter is not None and drafting:
+        made = draft(drafter, target, [_drafting(turns[i]) for i in drafting])
+        for i, of_one in zip(drafting, made, strict=True):
+            drafts[i] = of_one
+    return drafts
 
 
-def verify_round(target: Target, sequence: Sequence, drafts: Drafts, verification: Verification) -> RoundOutput:
-    """The second half: the target's call over the last token and the drafts, and what follows from it."""
-    rows = torch.cat((sequence.last_token_11, drafts.tokens_K.unsqueeze(0)), dim=1)
-    hidden_1TD = _forward(target, sequence, rows, last_only=False)
-    output = _commit(target, sequence, drafts, hidden_1TD, verification)
-    sequence.cache.commit(output.accepted + 1)
+def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
+    """The second half: one target call over each sequence's last token and drafts, and what follows from it."""
+    hidden = forward_rows(target, [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)])
+    scores = score_rows(target, turns, hidden)
+    return [conclude(*one) for one in zip(turns, drafts, hidden, scores, strict=True)]
+
+
+def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
+    """What a sequence sends through the target in a round."""
+    tokens_T = torch.cat((turn.sequence.last_token_11[0], drafts.tokens_K))
+    return Rows(turn.sequence, tokens_T, keep=tokens_T.shape[0])
+
+
+def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
+    """Begin the caches' calls; hidden states after the final norm of each sequence's wanted rows, [keep, D]."""
+    for call in calls:
+        call.sequence.cache.begin(call.token_ids_T.shape[0])
+    if target.native is None:
+        return [_forward(target, call) for call in calls]
+    tokens_R = calls[0].token_ids_T if len(calls) == 1 else torch.cat([call.token_ids_T for call in calls])
+    keep = [call.keep for call in calls]
+    hidden_RD = target.native.forward(tokens_R, [call.sequence for call in calls], keep)
+    return [hidden_RD] if len(calls) == 1 else list(hidden_RD.split(keep))
+
+
+def _forward(target: Target, call: Rows) -> Tensor:
+    cache, rows = call.sequence.cache, call.token_ids_T.shape[0]
+    rope = slice_rope(call.sequence.rope, cache.length, cache.length + rows)
+    hidden: Tensor = target(call.token_ids_T[None], rope, cache, last_only=call.keep == 1)
+    return hidden[0, -call.keep :]
+
+
+def _drafting(turn: Turn) -> Drafting:
+    sequence, device = turn.sequence, turn.sequence.last_token_11.device
+    noise = draft_noise(turn.verification == "exact", sequence.length, turn.draft_tokens, device)
+    return Drafting(sequence, noise, turn.stop)
+
+
+def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor]:
+    """Of each turn's rows [T, D] what its tokens follow from: logits [T, V], or natively, where nothing else of them is
+    wanted, the tokens themselves, int64 [T]. All turns of a kind share one pass over the head."""
+    chosen = [i for i, turn in enumerate(turns) if target.native is not None and turn.is_plain(hidden[i].shape[0])]
+    others = [i for i in range(len(turns)) if i not in chosen]
+    scores: dict[int, Tensor] = {}
+    if target.native is not None and chosen:
+        lengths = [hidden[i].shape[0] for i in chosen]
+        rows = [turns[i].sequence for i in chosen for _ in range(hidden[i].shape[0])]
+        temperatures = [sequence.params.temperature for sequence in rows]
+        keys = [key for i in chosen for key in _keys(turns[i].sequence, hidden[i].shape[0])]
+        tokens_R = target.native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys)
+        scores.update(zip(chosen, tokens_R.split(lengths), strict=True))
+    if others:
+        logits_RV = target.logits(_joined([hidden[i] for i in others]))
+        scores.update(zip(others, logits_RV.split([hidden[i].shape[0] for i in others]), strict=True))
+    return [scores[i] for i in range(len(turns))]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _keys(sequence: Sequence, rows: int) -> list[int]:
+    """Noise keys of a sequence's next positions; 0 where none are used."""
+    if sequence.params.greedy:
+        return [0] * rows
+    return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
+
+
+def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
+    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`."""
+    output = _outcome(turn, drafts, hidden_TD, scores)
+    turn.sequence.cache.commit(output.accepted + 1)
     return output
 
 
-def _forward(target: Target, sequence: Sequence, token_ids_1T: Tensor, last_only: bool) -> Tensor:
-    cache, rows = sequence.cache, token_ids_1T.shape[1]
-    cache.begin(rows)
-    rope = slice_rope(sequence.rope, cache.length, cache.length + rows)
-    hidden: Tensor = target(token_ids_1T, rope, cache, last_only)
-    return hidden
-
-
-def _draft(
-    target: Target, drafter: Drafter, sequence: Sequence, count: int, coupled: bool, stop: StopRule | None
-) -> Drafts:
-    position = sequence.length - 1
-    return draft(
-        drafter,
-        target,
-        sequence.last_token_11,
-        sequence.hidden_11D,
-        slice_rope(sequence.rope, position, position + 1),
-        CommittedKeyValues(sequence.cache, drafter.config.text.layer_types),
-        sequence.params,
-        sequence.history,
-        draft_noise(coupled, sequence.length, count, sequence.last_token_11.device),
-        stop,
-    )
+def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor) -> RoundOutput:
+    """Reads the device once."""
+    sequence, params = turn.sequence, turn.sequence.params
+    if scores.ndim == 1:
+        tokens = scores.tolist()
+        accepted = agreeing(tokens, drafts.tokens_K.tolist())
+        return _commit(sequence, drafts, hidden_TD, scores, tokens[: accepted + 1], None)
+    verified = _verify(scores, sequence, drafts, turn.verification)
+    accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = top_logprobs(scores[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+    return _commit(sequence, drafts, hidden_TD, verified.tokens, tokens[: accepted + 1], logprobs)
 
 
 def _commit(
-    target: Target, sequence: Sequence, drafts: Drafts, hidden_1TD: Tensor, verification: Verification
-) -> RoundOutput:
-    """Choose at every row, count the accepted drafts, and move the sequence on; reads the device once."""
-    params, drafted = sequence.params, drafts.tokens_K.shape[0]
-    if params.is_argmax and target.native is not None:
-        tokens_T = target.native.greedy(hidden_1TD[0])
-        tokens = tokens_T.tolist()
-        accepted = agreeing(tokens, drafts.tokens_K.tolist())
-    else:
-        logits_TV = target.logits(hidden_1TD[0])
-        verified = _verify(logits_TV, sequence, drafts, verification)
-        tokens_T = verified.tokens
-        accepted, *tokens = torch.cat((verified.n_accepted.view(1), tokens_T)).tolist()
-    committed = tokens[: accepted + 1]
+    sequence: Sequence, drafts: Drafts, hidden_TD: Tensor, tokens_T: Tensor, committed: list[int],
+    logprobs: TopLogprobs | None,
+) -> RoundOutput:  # fmt: skip
+    """Move the sequence on by the `committed` tokens, the first of `tokens_T`."""
+    accepted = len(committed) - 1
     if sequence.history is not None:
         sequence.history.commit(tokens_T[: accepted + 1])
-    logprobs = None
-    if params.logprobs is not None:
-        logprobs = top_logprobs(logits_TV[: accepted + 1], tokens_T[: accepted + 1], params.logprobs)
+    complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     sequence.length += len(committed)
     sequence.last_token_11 = tokens_T[accepted : accepted + 1].unsqueeze(0)
-    sequence.hidden_11D = hidden_1TD[:, accepted : accepted + 1]
-    return RoundOutput(committed, drafted, accepted, logprobs, drafts.confidences)
+    sequence.hidden_11D = hidden_TD[None, accepted : accepted + 1]
+    return RoundOutput(committed, drafts.tokens_K.shape[0], accepted, logprobs, drafts.confidences, complete_after)
 
 
 def _verify(logits_TV: Tensor, sequence: Sequence, drafts: Drafts, verification: Verification) -> Verified:
     params, drafted, device = sequence.params, drafts.tokens_K.shape[0], logits_TV.device
     counts = None if sequence.history is None else sequence.history.rows(drafts.tokens_K)
-    candidates = process(logits_TV, params, counts=counts)
+    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.tokens_K.tolist())
+    candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
     if verification == "exact" or drafted == 0:
         positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)
         return verify_exact(choose(candidates, params, positions), drafts.tokens_K)

@@ -1,12 +1,15 @@
 """The choice of a token: a pure function of (logits, sampling parameters, history, seed, position).
 
-The order is: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k, top-p, min-p, then
-the arg max of log-probability plus Gumbel noise keyed by (seed, position, token id), which draws from the filtered
-distribution exactly (the Gumbel-max trick). Temperature 0 is the arg max without noise. Ties go to the lowest id.
+The order is: the grammar's mask, repetition penalty, frequency and presence penalties, logit bias, temperature, top-k,
+top-p, min-p, then the arg max of log-probability plus Gumbel noise keyed by (seed, position, token id), which draws
+from the filtered distribution exactly (the Gumbel-max trick). Temperature 0 is the arg max without noise. Ties go to
+the lowest id.
 
 Definitions are those of Hugging Face and vLLM. Penalties: vLLM's. Filters: Hugging Face's order (vLLM applies min-p
 before top-k and top-p); top-p counts mass among what top-k left; at a tie for the k-th place the lower id stays, where
-both libraries keep all tied tokens and so more than k. The bias comes after the penalties, so that it is the last word.
+both libraries keep all tied tokens and so more than k. The bias comes after the penalties, so that it is the last word;
+only in a row where it forbids all that the grammar allows, it is left out. What the grammar forbids has no chance, so
+filters count masses and places among what it allows.
 
 No step reduces floating-point numbers across rows or in an order that could depend on the number of rows.
 
@@ -19,14 +22,17 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.noise import STREAM_CHOICE, gumbel
 from gemma_mtp.errors import SamplingError
 
 MAX_LOGPROBS = 20
+ChoiceKind = Literal["argmax", "drawn", "processed"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -60,6 +66,7 @@ class SamplingParams:
     stop_token_ids       token ids that end the output, beside the checkpoint's own
     ignore_eos           do not end at the checkpoint's end-of-sequence ids
     logprobs             report log-probabilities of the chosen token and of this many alternatives; None reports none
+    grammar              what the output must be: JSON by a schema, any JSON object, or what an expression matches
     """
 
     temperature: float = 0.0
@@ -76,6 +83,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -112,15 +120,21 @@ class SamplingParams:
             _require(_is_integer(token_id) and token_id >= 0, "a stop token id", token_id, "0 or more")
         logprobs_ok = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
         _require(logprobs_ok, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}, or none")
+        grammar_ok = self.grammar is None or isinstance(self.grammar, Grammar)
+        _require(grammar_ok, "grammar", self.grammar, "a Grammar, or none")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
     @property
-    def is_argmax(self) -> bool:
-        """Whether a token is chosen by its logit alone and nothing else of the logits is wanted."""
-        return self.greedy and not self.uses_history and not self.logit_bias and self.logprobs is None
+    def choice(self) -> ChoiceKind:
+        """By what a token is chosen: logits alone, logits and noise alone, or more, or where logits are reported."""
+        shifted = self.uses_history or bool(self.logit_bias) or self.grammar is not None
+        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        if shifted or self.logprobs is not None or (filtered and not self.greedy):
+            return "processed"
+        return "argmax" if self.greedy else "drawn"
 
     @property
     def uses_history(self) -> bool:
@@ -184,6 +198,10 @@ class Candidates:
         """Normalised log-probabilities, float32 [R, C]."""
         return self.scores_RC.float().log_softmax(-1)
 
+    def any_possible(self) -> bool:
+        """Whether a token is left in the one row there is; reads the device."""
+        return bool((self.scores_RC > -math.inf).any())
+
     def probability(self, token_ids_R: Tensor) -> float:
         """Of a token of the one row there is; reads the device."""
         probs_C = self.scores_RC[0].float().softmax(-1)
@@ -191,23 +209,38 @@ class Candidates:
 
 
 def process(
-    logits_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None = None, counts: TokenCounts | None = None
+    logits_RC: Tensor,
+    params: SamplingParams,
+    token_ids_RC: Tensor | None = None,
+    counts: TokenCounts | None = None,
+    allowed_RV: Tensor | None = None,
 ) -> Candidates:
-    """Penalties, bias, temperature and filters. `logits_RC` (any float dtype) is left as it is.
+    """Mask, penalties, bias, temperature and filters. `logits_RC` (any float dtype) is left as it is.
 
     `token_ids_RC`: int64 ids of the columns, distinct within a row ([R, C] or [1, C]); None where column = id.
     `counts`: R rows from `TokenHistory.rows`, needed if and only if `params.uses_history`.
+    `allowed_RV`: R rows from `GrammarState.allowed`, needed if and only if there is a `params.grammar`.
     Raises SamplingError if a biased token id is beyond the vocabulary.
     """
-    scores_RC = logits_RC
+    assert (allowed_RV is None) == (params.grammar is None), "a grammar needs a GrammarState"
+    scores_RC = logits_RC if allowed_RV is None else _mask(logits_RC.float(), allowed_RV, token_ids_RC)
     if params.uses_history:
         assert counts is not None, "penalties need a TokenHistory"
         scores_RC = _penalise(scores_RC.float(), params, counts if token_ids_RC is None else counts.at(token_ids_RC))
     if params.logit_bias:
-        scores_RC = _add_bias(scores_RC.float(), params, token_ids_RC)
+        biased_RC = _add_bias(scores_RC.float(), params, token_ids_RC)
+        if params.grammar is not None:  # the output is of the grammar, whatever the bias
+            biased_RC = torch.where(biased_RC.amax(-1, keepdim=True) > -math.inf, biased_RC, scores_RC)
+        scores_RC = biased_RC
     if params.greedy:
         return Candidates(scores_RC, token_ids_RC)
     return _filter(scores_RC.float() / params.temperature, params, token_ids_RC)
+
+
+def _mask(scores_RC: Tensor, allowed_RV: Tensor, token_ids_RC: Tensor | None) -> Tensor:
+    if token_ids_RC is not None:
+        allowed_RV = allowed_RV.gather(-1, token_ids_RC.expand(allowed_RV.shape[0], -1))
+    return scores_RC.masked_fill(~allowed_RV, -math.inf)
 
 
 def _penalise(scores_RC: Tensor, params: SamplingParams, counts: TokenCounts) -> Tensor:

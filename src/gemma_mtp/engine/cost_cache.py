@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module
@@ -46,13 +47,14 @@ def cache_directory() -> Path | None:
     return None
 
 
-def cost_key(target: Target, drafter: Drafter, argmax: bool = True) -> Key:
+def cost_key(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> Key:
     """What the costs depend on: the machine, how it is used, and both models' geometry and weight types."""
     device = target.embed_tokens.weight.device
     return {
         "processor": processor(device),
         "operators": "torch" if target.native is None else f"native {module().isa()}",
-        "choice": "arg max" if argmax else "drawn",
+        "choice": choice,
+        "sequences": sequences,
         "threads": torch.get_num_threads() if target.native is None else module().threads(),
         "torch": torch.__version__,
         "target": _digest(target, target.config),

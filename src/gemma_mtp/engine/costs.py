@@ -8,9 +8,10 @@ import time
 import torch
 
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
-from gemma_mtp.decoding.round import Sequence, open_sequence, prefill, propose, verify_round
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.round import Sequence, Turn, open_sequence, prefill, propose, verify_round
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
+from gemma_mtp.kv_cache import KVPool, block_counts
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
@@ -19,28 +20,34 @@ BUDGET_SECONDS = 0.2
 #: lengths in the order they are measured: the ends and the middle first; costs of the others lie between
 ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
 CONTEXT_ROWS, REPEATS = 32, 12
+#: what stands for all parameters that choose in one way
+CHOICES: dict[ChoiceKind, SamplingParams] = {
+    "argmax": SamplingParams(), "drawn": SamplingParams(temperature=1.0),
+    "processed": SamplingParams(temperature=1.0, top_p=0.95),
+}  # fmt: skip
 
 
-def round_costs(target: Target, drafter: Drafter, argmax: bool = True) -> RoundCosts:
+def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
     """Costs from the cache if it has them, else measured, and then kept there.
 
-    `argmax`: of rounds that choose by logits alone (`SamplingParams.is_argmax`), else of rounds that draw.
+    `choice`: of rounds that choose so (`SamplingParams.choice`). `sequences`: that many play each round together.
     """
     directory = cache_directory()
     if directory is None:
-        return measure_costs(target, drafter, argmax)
-    key = cost_key(target, drafter, argmax)
+        return measure_costs(target, drafter, choice, sequences)
+    key = cost_key(target, drafter, choice, sequences)
     costs = load_costs(directory, key)
     if costs is None:
-        costs = measure_costs(target, drafter, argmax)
+        costs = measure_costs(target, drafter, choice, sequences)
         store_costs(directory, key, costs)
     return costs
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter, argmax: bool = True) -> RoundCosts:
-    """Play rounds of every length after the same made-up prompt; the least of up to twelve times each."""
-    prompt = _made_up_sequence(target, SamplingParams(temperature=0.0 if argmax else 1.0))
+def measure_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
+    """Play rounds of every length of so many sequences after the same made-up prompt; the least of up to twelve times
+    each, of all the sequences' rounds together."""
+    prompts = _made_up_sequences(target, CHOICES[choice], sequences)
     rounds: dict[int, float] = {}
     steps: list[float] = []
     started = time.perf_counter()
@@ -48,26 +55,31 @@ def measure_costs(target: Target, drafter: Drafter, argmax: bool = True) -> Roun
         for drafts in ORDER:
             if len(rounds) >= 2 and time.perf_counter() - started > BUDGET_SECONDS:
                 return RoundCosts(rounds, min(steps))
-            drafting, took = _round_seconds(target, drafter, prompt, drafts)
+            drafting, took = _round_seconds(target, drafter, prompts, drafts)
             rounds[drafts] = took if repeat <= 1 else min(took, rounds[drafts])
             steps += [drafting / drafts] if drafts else []
     return RoundCosts(rounds, min(steps))
 
 
-def _made_up_sequence(target: Target, params: SamplingParams) -> Sequence:
-    """A short prompt, with room for a round of any length."""
-    sequence = open_sequence(target, CONTEXT_ROWS, 1, LONGEST, params)
-    ids = torch.arange(3, 3 + CONTEXT_ROWS, device=sequence.cache.device) % target.config.vocab_size
-    prefill(target, sequence, ids, CONTEXT_ROWS)
-    return sequence
+def _made_up_sequences(target: Target, params: SamplingParams, count: int) -> list[Sequence]:
+    """Short prompts, with room for a round of any length."""
+    rows = CONTEXT_ROWS + 1 + LONGEST
+    counts = {kind: count * blocks for kind, blocks in block_counts(target.config, rows, CONTEXT_ROWS).items()}
+    pool = KVPool(target.config, counts, target.compute_dtype, target.embed_tokens.weight.device)
+    sequences = [open_sequence(target, CONTEXT_ROWS, 1, LONGEST, params, pool) for _ in range(count)]
+    ids = torch.arange(3, 3 + CONTEXT_ROWS, device=pool.device) % target.config.vocab_size
+    for sequence in sequences:
+        prefill(target, sequence, ids)
+    return sequences
 
 
-def _round_seconds(target: Target, drafter: Drafter, prompt: Sequence, drafts: int) -> tuple[float, float]:
-    """Of drafting, and of the whole of a round after the prompt, which is left as it was."""
+def _round_seconds(target: Target, drafter: Drafter, prompts: list[Sequence], drafts: int) -> tuple[float, float]:
+    """Of drafting, and of the whole of a round after the prompts, which are left as they were."""
     started = time.perf_counter()
-    proposed = propose(target, drafter, prompt, drafts, "exact")
+    proposed = propose(target, drafter, [Turn(prompt, drafts) for prompt in prompts])
     drafted = time.perf_counter()
-    verify_round(target, dataclasses.replace(prompt), proposed, "exact")  # ends with a read of the device
-    took = time.perf_counter() - started
-    prompt.cache.length = CONTEXT_ROWS  # the round's rows are garbage again
+    verify_round(target, [Turn(dataclasses.replace(prompt), drafts) for prompt in prompts], proposed)
+    took = time.perf_counter() - started  # it ended with a read of the device
+    for prompt in prompts:
+        prompt.cache.length = CONTEXT_ROWS  # the round's rows are garbage again
     return drafted - started, took

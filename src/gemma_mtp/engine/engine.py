@@ -1,30 +1,62 @@
 """Continuous batching: many requests decode together, one round of all of them at a time.
 
-A thread of the engine's own plays steps while there is work. Requests come from any thread and are answered by
-`Generation`s.
+A thread of the engine's own plays steps while there is work. A step is one round of every running sequence, each with
+drafts, seed and parameters of its own, and a chunk of the prompts that are being read, in one call of the target.
+Requests come from any thread and are answered by `Generation`s.
+
+Every output is that of a lone run, bit for bit on a CPU: no row depends on the rows beside it, and blocks of keys and
+values that are shared, or computed again after a preemption, hold the same bits.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
 import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
+from torch import Tensor
 
+from gemma_mtp.config import FULL, SLIDING, LayerType
+from gemma_mtp.decoding.draft import Drafts
 from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, Plan
-from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import (
+    CHUNK_ROWS,
+    NATIVE_CHUNK_ROWS,
+    RoundOutput,
+    Rows,
+    Sequence,
+    Turn,
+    begin_prompt,
+    conclude,
+    end_prompt,
+    forward_rows,
+    open_sequence,
+    propose,
+    score_rows,
+    verify_rows,
+)
+from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.output import OutputBuilder
-from gemma_mtp.engine.pair import PREFILL_CHUNK_ROWS, Pair
-from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import EngineError, QueueFullError
+from gemma_mtp.errors import EngineError, PromptError, QueueFullError
+from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, OutOfBlocksError, block_bytes, block_counts
+from gemma_mtp.model.layers import Rope, rope_for
 
 log = logging.getLogger(__name__)
+
+#: weight of a step against the ones before it, in what a row of a step takes
+ROW_SECONDS_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,7 +75,7 @@ class EngineSettings:
     max_running: int = 16
     max_waiting: int = 256
     max_tokens: int | None = None
-    kv_memory_mb: int | None = None
+    kv_memory_mb: float | None = None
     max_stall_seconds: float = 0.05
     prefix_reuse: bool = True
 
@@ -71,30 +103,71 @@ class EngineStats:
 
 
 @dataclass(eq=False)
-class Running:
-    """A request and what decoding it needs."""
+class Job:
+    """A request that waits or runs. Its sequence outlives a preemption, without its keys and values."""
 
     generation: Generation
+    order: tuple[int, int]  # priority, arrival: who comes first
     output: OutputBuilder
+    tokens: list[int]  # prompt and committed output
     policy: DraftLength | None
     fixed: Plan
     sequence: Sequence | None = None
+    admitted: bool = False  # whether it has run at all
+    started: bool = False  # whether the first output token is there
+
+    def __lt__(self, other: Job) -> bool:
+        return self.order < other.order
+
+    @property
+    def result(self) -> GenerationResult:
+        return self.generation.result
+
+    @property
+    def rows_wanted(self) -> int:
+        """Rows that must be in the cache before rounds are played: the last committed token's comes with a round."""
+        return len(self.tokens) - self.started
+
+    @property
+    def reading(self) -> bool:
+        assert self.sequence is not None
+        return self.sequence.cache.length < self.rows_wanted
+
+
+@dataclass
+class Step:
+    """What is played together: jobs with a round to play, and jobs with a chunk of their tokens to read."""
+
+    turns: dict[Job, Turn] = field(default_factory=dict)
+    chunks: dict[Job, Rows] = field(default_factory=dict)
+
+    def drop(self, job: Job) -> None:
+        self.turns.pop(job, None)
+        self.chunks.pop(job, None)
 
 
 class Engine:
-    """Decodes requests of one pair together. Thread-safe; start it with `start` or as a context manager."""
+    """Decodes requests of one pair together. Thread-safe; start it with `start` or as a context manager.
+
+    Raises EngineError where the memory for keys and values does not hold one request.
+    """
 
     def __init__(self, pair: Pair, settings: EngineSettings | None = None) -> None:
         self.pair = pair
         self.settings = settings or EngineSettings()
         context = pair.target.config.max_position_embeddings
         self.max_tokens = min(context, self.settings.max_tokens or context)
-        self._condition = threading.Condition()
-        self._order = itertools.count()
-        self._waiting: list[tuple[int, int, Generation]] = []
-        self._running: list[Running] = []
+        self._chunk_rows = CHUNK_ROWS if pair.target.native is None else NATIVE_CHUNK_ROWS
+        self.pool = self._make_pool()
+        self._rope: Mapping[LayerType, Rope] = {}
+        self._rope_rows = 0
+        self._condition = threading.Condition()  # of a lock that its owner may take again
+        self._arrivals = itertools.count()
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
         self._cancelled: set[Generation] = set()
         self._stats = EngineStats()
+        self._row_seconds = 0.0
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -111,6 +184,13 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="gemma-mtp-engine", daemon=True)
         self._thread.start()
 
+    def warm_up(self) -> None:
+        """Measure what rounds of every number of sequences cost, which the first requests would wait for."""
+        if self.pair.drafter is not None:
+            for choice in get_args(ChoiceKind):
+                for count in {_batch_size(n) for n in range(1, self.settings.max_running + 1)}:
+                    self.pair.round_costs(choice, count)
+
     def submit(self, request: Request) -> Generation:
         """Queue a request.
 
@@ -118,9 +198,17 @@ class Engine:
         the engine is stopping.
         """
         prompt = self.pair.encode(request.prompt_token_ids)
+        if len(prompt) >= self.max_tokens:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens, but a request may have at most {self.max_tokens}, output"
+                " included; shorten it."
+            )
         self.pair.check(request.params, request.draft_tokens, request.verification)
         drafts = request.draft_tokens if self.pair.drafter is not None else 0
         generation = Generation(request, GenerationResult(prompt, drafts, request.verification), self._cancel)
+        limit = min(request.params.max_tokens, self.max_tokens - len(prompt))
+        output = OutputBuilder(generation.result, request.params, limit, self.pair.eos_token_ids, self.pair.tokenizer)
+        fixed = Plan(LONGEST) if drafts == "auto" else Plan(drafts)
         with self._condition:
             if self._stopping:
                 raise EngineError("the engine is stopping and takes no more requests; send it to another one.")
@@ -128,7 +216,8 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting already, which is as many as may; try again later."
                 )
-            heapq.heappush(self._waiting, (request.priority, next(self._order), generation))
+            order = request.priority, next(self._arrivals)
+            heapq.heappush(self._waiting, Job(generation, order, output, list(prompt), None, fixed))
             self._condition.notify_all()
         return generation
 
@@ -138,8 +227,7 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
             self._condition.wait_for(lambda: not self._running and not self._waiting, drain_seconds)
-            self._cancelled.update(entry[2] for entry in self._waiting)
-            self._cancelled.update(running.generation for running in self._running)
+            self._cancelled.update(job.generation for job in (*self._waiting, *self._running))
             self._condition.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -147,111 +235,307 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot."""
         with self._condition:
-            self._stats.running, self._stats.waiting = len(self._running), len(self._waiting)
-            return self._stats
+            stats = copy.deepcopy(self._stats)
+            stats.running, stats.waiting = len(self._running), len(self._waiting)
+            for blocks in self.pool.blocks.values():
+                stats.kv_blocks += blocks.count
+                stats.kv_blocks_used += blocks.count - blocks.available
+                stats.kv_blocks_kept += blocks.kept
+            return stats
 
     def _cancel(self, generation: Generation) -> None:
         with self._condition:
             self._cancelled.add(generation)
             self._condition.notify_all()
 
+    def _make_pool(self) -> KVPool:
+        target, settings = self.pair.target, self.settings
+        config, element = target.config, target.compute_dtype.itemsize
+
+        def counts(tokens: int, sequences: int) -> dict[LayerType, int]:
+            of_one = block_counts(config, tokens + LONGEST + 1, self._chunk_rows)
+            return {kind: sequences * count for kind, count in of_one.items()}
+
+        def size(blocks: Mapping[LayerType, int]) -> int:
+            return sum(count * block_bytes(config, kind, element) for kind, count in blocks.items())
+
+        least, wanted = counts(self.max_tokens, 1), counts(-(-self.max_tokens // 4), settings.max_running)
+        if settings.kv_memory_mb is not None:
+            room = settings.kv_memory_mb * 2**20
+            if room < size(least):
+                raise EngineError(
+                    f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {self.max_tokens}"
+                    f" tokens, which take {size(least) / 2**20:.3g} MB; give more memory, or lower the most tokens."
+                )
+            share = room / size(wanted)
+            wanted = {kind: int(share * count) for kind, count in wanted.items()}
+            if any(wanted[kind] < least[kind] for kind in least):  # what one request needs, and the rest for the others
+                spare = (room - size(least)) / size(wanted)
+                wanted = {kind: least[kind] + int(spare * count) for kind, count in wanted.items()}
+        blocks = {kind: max(wanted[kind], least[kind]) for kind in (SLIDING, FULL)}
+        return KVPool(config, blocks, target.compute_dtype, target.embed_tokens.weight.device)
+
+    # What follows runs in the engine's thread.
+
     def _loop(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._running or self._stopping)
-                if self._stopping and not self._waiting and not self._running:
-                    return
-            self._step()
+        with torch.inference_mode():
+            while True:
+                with self._condition:
+                    self._condition.wait_for(lambda: self._waiting or self._running or self._stopping)
+                    if self._stopping and not self._waiting and not self._running:
+                        return
+                    self._take_cancellations()
+                    self._admit()
+                try:
+                    self._play(self._plan())
+                except Exception as error:  # of the call that all share: who is in it can not go on
+                    for job in list(self._running):
+                        self._fail(job, error)
+                with self._condition:
+                    self._stats.steps += 1
+                    if not self._running:
+                        self._condition.notify_all()
 
-    def _step(self) -> None:
-        """Take in cancellations and new requests, then one round of every running sequence."""
-        self._take_in()
-        for running in list(self._running):
+    def _take_cancellations(self) -> None:
+        if not self._cancelled:
+            return
+        for jobs in (self._waiting, self._running):
+            for job in [job for job in jobs if job.generation in self._cancelled]:
+                jobs.remove(job)
+                self._end(job, "cancelled")
+                job.result.finish_reason = "cancelled"
+                job.generation.update("", [], None, None, "cancelled")
+        heapq.heapify(self._waiting)
+        self._cancelled.clear()
+
+    def _admit(self) -> None:
+        """Let waiting jobs run while there are places and blocks."""
+        while self._waiting and len(self._running) < self.settings.max_running:
+            job = self._waiting[0]
             try:
-                with torch.inference_mode():
-                    self._play(running)
+                if not self._has_room_for(job):
+                    return
             except Exception as error:
-                log.exception("a request failed")
-                failure = EngineError(f"the request failed inside the engine ({error}); others go on.")
-                self._finish(running, "error", failure)
+                heapq.heappop(self._waiting)
+                self._fail(job, error)
+                continue
+            self._running.append(heapq.heappop(self._waiting))
+            self._running.sort()
+
+    def _has_room_for(self, job: Job) -> bool:
+        """Whether the blocks that a job needs to be read and to play a round are there; opens its sequence."""
+        self._open(job)
+        assert job.sequence is not None
+        cache, blocks = job.sequence.cache, self.pool.blocks
+        hit = cache.adopt(job.tokens[: job.rows_wanted]) if self.settings.prefix_reuse else 0
+        needed = block_counts(self.pool.config, job.rows_wanted - hit + LONGEST + 1, self._chunk_rows)
+        # a block for each running sequence, lest the newcomer sends one away at once
+        if self._running and any(blocks[k].available < count + len(self._running) for k, count in needed.items()):
+            cache.release()
+            return False
+        if not job.admitted:
+            job.admitted = True
+            self._stats.prompt_tokens += len(job.tokens)
+            self._stats.prefix_hit_tokens += hit
+            job.generation.cached_tokens = hit
+        return True
+
+    def _open(self, job: Job) -> None:
+        if job.sequence is not None:
+            return
+        request, prompt = job.generation.request, torch.tensor(job.tokens, device=self.pool.device)
+        rows = len(job.tokens) + job.output.max_tokens + LONGEST + 1
+        if rows > self._rope_rows:  # sequences keep the tables they began with
+            self._rope_rows = min(2 * rows, self.max_tokens + LONGEST + 1)
+            positions = torch.arange(max(rows, self._rope_rows), device=self.pool.device)
+            self._rope = rope_for(self.pool.config, positions, self.pair.target.compute_dtype)
+            self._rope_rows = len(positions)
+        job.sequence = open_sequence(
+            self.pair.target, len(job.tokens), job.output.max_tokens, job.fixed.longest, request.params, self.pool,
+            self._rope, self.pair.grammar_state(request.params),
+        )  # fmt: skip
+        begin_prompt(self.pair.target, job.sequence, prompt)
+
+    def _plan(self) -> Step:
+        """Every running sequence's part in the next step, with the blocks for it."""
+        step, playing = Step(), sum(not job.reading for job in self._running)
+        room = self._chunk_room(playing > 0)
+        for job in list(self._running):
+            assert job.sequence is not None
+            cache = job.sequence.cache
+            if job not in self._running:  # sent away for one before it
+                continue
+            if not job.reading:
+                turn = self._turn(job, job.sequence, playing)
+                if self._reserve(job, turn.draft_tokens + 1, step):
+                    step.turns[job] = turn
+            elif room > 0:
+                rows = min(room, job.rows_wanted - cache.length)
+                if self._reserve(job, rows, step):
+                    ids = torch.tensor(job.tokens[cache.length : cache.length + rows], device=self.pool.device)
+                    step.chunks[job] = Rows(job.sequence, ids, keep=1)
+                    room -= rows
+        return step
+
+    def _chunk_room(self, others_wait: bool) -> int:
+        """Rows of prompts that the next step may read."""
+        if not others_wait or not self._row_seconds:
+            return self._chunk_rows
+        rows = int(self.settings.max_stall_seconds / self._row_seconds)
+        return max(BLOCK_ROWS, min(self._chunk_rows, rows))
+
+    def _turn(self, job: Job, sequence: Sequence, playing: int) -> Turn:
+        plan = job.fixed
+        if job.result.draft_tokens == "auto":
+            costs = self.pair.round_costs(sequence.params.choice, _batch_size(playing))
+            if job.policy is None:  # on a GPU, looking at every draft would make the host wait for each
+                job.policy = DraftLength(costs, early_stop=self.pool.device.type == "cpu")
+            job.policy.use(costs)
+            plan = job.policy.choose()
+        drafts = min(plan.longest, job.output.remaining - 1)
+        return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
+
+    def _reserve(self, job: Job, rows: int, step: Step) -> bool:
+        """Take the blocks for a job's rows; those who came last lose theirs where there are too few."""
+        assert job.sequence is not None
+        while True:
+            try:
+                job.sequence.cache.reserve(rows)
+                return True
+            except OutOfBlocksError:
+                last = self._running[-1]
+                self._send_away(last)
+                step.drop(last)
+                if last is job:
+                    return False
+
+    def _send_away(self, job: Job) -> None:
+        """Preempt: free the blocks and let the job wait; what it lost is computed again."""
+        assert job.sequence is not None
+        if self.settings.prefix_reuse:
+            job.sequence.cache.name(job.tokens)
+        job.sequence.cache.release()
         with self._condition:
-            self._stats.steps += 1
-            self._condition.notify_all()
+            self._running.remove(job)
+            self._stats.preemptions += 1
+            heapq.heappush(self._waiting, job)
 
-    def _take_in(self) -> None:
-        with self._condition:
-            for entry in [entry for entry in self._waiting if entry[2] in self._cancelled]:
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
-                self._end(entry[2])
-            for running in [running for running in self._running if running.generation in self._cancelled]:
-                self._running.remove(running)
-                self._end(running.generation)
-            self._cancelled.clear()
-            while self._waiting and len(self._running) < self.settings.max_running:
-                self._running.append(self._admit(heapq.heappop(self._waiting)[2]))
+    def _play(self, step: Step) -> None:
+        """One call of the target for all, then each job's own outcome; one that fails ends alone."""
+        began = time.perf_counter()
+        target = self.pair.target
+        drafts = self._drafts(step)
+        rows = {job: verify_rows(turn, drafts[job]) for job, turn in step.turns.items()} | step.chunks
+        if not rows:
+            return
+        hidden = dict(zip(rows, forward_rows(target, list(rows.values())), strict=True))
+        turns = list(step.turns.values())
+        scores = dict(zip(step.turns, score_rows(target, turns, [hidden[job] for job in step.turns]), strict=True))
+        played: dict[Job, RoundOutput | None] = {}
+        for job, turn in step.turns.items():
+            with self._alone(job):
+                played[job] = conclude(turn, drafts[job], hidden[job], scores[job])
+        for job, chunk in step.chunks.items():
+            with self._alone(job):
+                played[job] = self._read(job, chunk, hidden[job])
+        seconds = time.perf_counter() - began
+        self._note(sum(len(part.token_ids_T) for part in rows.values()), seconds)
+        for job, output in played.items():
+            with self._alone(job):
+                self._deliver(job, output, seconds, lone=len(rows) == 1)
 
-    def _end(self, generation: Generation) -> None:
-        generation.result.finish_reason = "cancelled"
-        self._stats.finished["cancelled"] += 1
-        generation.push(Update("", [], None, None, "cancelled"))
+    def _drafts(self, step: Step) -> dict[Job, Drafts]:
+        """Every turn's drafts; a job whose drafting fails is taken out of the step."""
+        target, drafter = self.pair.target, self.pair.drafter
+        try:
+            return dict(zip(step.turns, propose(target, drafter, list(step.turns.values())), strict=True))
+        except Exception:  # whose it was shows when they draft one by one
+            drafts: dict[Job, Drafts] = {}
+            for job, turn in step.turns.items():
+                with self._alone(job):
+                    (drafts[job],) = propose(target, drafter, [turn])
+            step.turns = {job: step.turns[job] for job in drafts}
+            return drafts
 
-    def _admit(self, generation: Generation) -> Running:
-        request, result = generation.request, generation.result
-        limit = min(request.params.max_tokens, self.max_tokens - len(result.prompt_token_ids))
-        output = OutputBuilder(result, request.params, limit, self.pair.eos_token_ids, self.pair.tokenizer)
-        if result.draft_tokens == "auto":
-            policy = DraftLength(self.pair.round_costs(request.params.is_argmax))
-            return Running(generation, output, policy, Plan(LONGEST))
-        return Running(generation, output, None, Plan(result.draft_tokens))
+    def _read(self, job: Job, chunk: Rows, hidden_1D: Tensor) -> RoundOutput | None:
+        """Commit a chunk's rows; the first output token where a prompt ends."""
+        sequence = chunk.sequence
+        sequence.cache.commit(chunk.token_ids_T.shape[0])
+        if self.settings.prefix_reuse:  # at once: what slides out of the window is kept if it has a name by then
+            sequence.cache.name(job.tokens)
+        if job.reading:
+            return None
+        if job.started:  # after a preemption: all tokens are there, and now the state that produced the last one
+            sequence.hidden_11D = hidden_1D[None]
+            return None
+        return end_prompt(self.pair.target, sequence, hidden_1D)
 
-    def _play(self, running: Running) -> None:
-        pair, generation, output = self.pair, running.generation, running.output
-        started = time.perf_counter()
-        if running.sequence is None:
-            prompt = generation.result.prompt_token_ids
-            sequence = open_sequence(
-                pair.target, len(prompt), output.max_tokens, running.fixed.longest, generation.request.params
-            )
-            device = pair.target.embed_tokens.weight.device
-            played = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
-            running.sequence = sequence
-            self._stats.prompt_tokens += len(prompt)
-        else:
-            plan = running.fixed if running.policy is None else running.policy.choose()
-            drafts = min(plan.longest, output.remaining - 1)
-            played = play_round(
-                pair.target, pair.drafter, running.sequence, drafts, generation.request.verification, plan.stop
-            )
-        before = len(generation.result.token_ids)
-        text = output.push(played)
-        seconds = time.perf_counter() - started
-        result = generation.result
-        if len(result.rounds) == 1:
-            result.prefill_seconds = seconds
+    def _deliver(self, job: Job, played: RoundOutput | None, seconds: float, lone: bool) -> None:
+        """Hand a job's tokens out, and end it where it is done."""
+        result = job.result
+        if not job.started:
+            result.prefill_seconds += seconds
         else:
             result.decode_seconds += seconds
-            if running.policy is not None:
-                running.policy.record(played.drafted, played.accepted, played.confidences, seconds)
-        self._count(played.drafted, played.accepted, len(result.token_ids) - before)
+        if played is None:
+            return
+        if job.started and job.policy is not None:
+            job.policy.record(played.drafted, played.accepted, played.confidences, seconds if lone else 0.0)
+        job.started = True
+        job.tokens += played.token_ids
+        before = len(result.token_ids)
+        text = job.output.push(played)
+        token_ids = result.token_ids[before:]
+        self._count(played, len(token_ids))
         logprobs = None if result.logprobs is None else result.logprobs[before:]
-        finish = result.finish_reason if output.done else None
-        generation.push(Update(text, result.token_ids[before:], result.rounds[-1], logprobs, finish))
-        if output.done:
-            self._finish(running, result.finish_reason, None)
+        done = job.output.done
+        if done:  # before the reader knows, so that who waits for the end finds the blocks free
+            with self._condition:
+                self._running.remove(job)
+                self._end(job, result.finish_reason)
+        finish = result.finish_reason if done else None
+        job.generation.update(text, token_ids, result.rounds[-1], logprobs, finish)
 
-    def _count(self, drafted: int, accepted: int, committed: int) -> None:
-        stats = self._stats
-        stats.rounds += 1
-        stats.output_tokens += committed
-        stats.draft_tokens += drafted
-        stats.accepted_tokens += accepted
-        stats.drafted_at.update(range(drafted))
-        stats.accepted_at.update(range(accepted))
-
-    def _finish(self, running: Running, reason: str, failure: Exception | None) -> None:
+    def _count(self, played: RoundOutput, committed: int) -> None:
         with self._condition:
-            self._running.remove(running)
-            self._stats.finished[reason] += 1
-        if failure is not None:
-            running.generation.push(failure)
+            stats = self._stats
+            stats.rounds += 1
+            stats.output_tokens += committed
+            stats.draft_tokens += played.drafted
+            stats.accepted_tokens += played.accepted
+            stats.drafted_at.update(range(played.drafted))
+            stats.accepted_at.update(range(played.accepted))
+
+    def _note(self, rows: int, seconds: float) -> None:
+        of_one = seconds / rows
+        old = self._row_seconds or of_one
+        self._row_seconds = old + ROW_SECONDS_WEIGHT * (of_one - old)
+
+    @contextmanager
+    def _alone(self, job: Job) -> Iterator[None]:
+        """What is done for one job: where it fails, the job ends with an error and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        log.error("a request failed inside the engine", exc_info=error)
+        with self._condition:
+            if job in self._running:
+                self._running.remove(job)
+            self._end(job, "error")
+        job.generation.push(EngineError(f"the request failed inside the engine: {error}; others go on."))
+
+    def _end(self, job: Job, reason: str) -> None:
+        """Free a job's blocks and count how it ended."""
+        if job.sequence is not None:
+            if self.settings.prefix_reuse:
+                job.sequence.cache.name(job.tokens)
+            job.sequence.cache.release()
+        self._stats.finished[reason] += 1
+
+
+def _batch_size(sequences: int) -> int:
+    """The number of sequences whose costs stand for so many: the next power of two."""
+    return 1 << (sequences - 1).bit_length()

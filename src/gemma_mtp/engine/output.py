@@ -39,10 +39,10 @@ class OutputBuilder:
         """Take a round's tokens up to the one that ends the output; returns the text that became certain."""
         assert len(output.token_ids) <= self.remaining, "the round was asked for fewer drafts than tokens remain"
         text, taken = "", 0
-        for piece in self._pieces(output.token_ids):
+        for piece in self._pieces(output):
             self.result.token_ids += piece
             taken += len(piece)
-            text += self._push_text(piece)
+            text += self._push_text(piece, taken == output.complete_after)
             if self.done:
                 break
         if not self.done and self.remaining == 0:
@@ -54,17 +54,18 @@ class OutputBuilder:
             self.result.text += text
         return text
 
-    def _pieces(self, token_ids: list[int]) -> list[list[int]]:
+    def _pieces(self, output: RoundOutput) -> list[list[int]]:
         """The tokens up to the first that ends the output; one by one where a stop string may end it at any of them."""
+        token_ids = output.token_ids[: output.complete_after]
         stops = [i for i, token_id in enumerate(token_ids) if token_id in self.stop_token_ids]
         kept = token_ids[: stops[0] + 1] if stops else token_ids
         return [[token_id] for token_id in kept] if self.matcher.stop else [kept]
 
-    def _push_text(self, token_ids: list[int]) -> str:
+    def _push_text(self, token_ids: list[int], complete: bool) -> str:
         text = "" if self.decoder is None else self.matcher.push(self.decoder.push(token_ids))
         if self.matcher.stopped:
             self._stop()
-        elif token_ids[-1] in self.stop_token_ids:
+        elif complete or token_ids[-1] in self.stop_token_ids:
             self._stop()
             text += self._flush_text()
         return text

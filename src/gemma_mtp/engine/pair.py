@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ import torch
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
+from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.round import open_sequence, play_round, prefill
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
@@ -28,8 +30,8 @@ from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
-#: prompt rows per target call: enough to use the hardware, few enough to bound activations
-PREFILL_CHUNK_ROWS = 512
+#: prompt rows of one target call; `decoding.round` has a bound of its own
+PREFILL_CHUNK_ROWS = CHUNK_ROWS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +43,7 @@ class Pair:
     drafter: Drafter | None
     tokenizer: Tokenizer | None
     generation: checkpoint.GenerationDefaults
-    _costs: dict[bool, RoundCosts] = field(default_factory=dict, repr=False)
+    _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
 
     def generate(
         self,
@@ -98,19 +100,36 @@ class Pair:
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
 
-    def round_costs(self, argmax: bool = True) -> RoundCosts:
+    def grammar_state(self, params: SamplingParams) -> GrammarState | None:
+        """The state that a sequence with a grammar starts from. Raises SamplingError, TokenizerError."""
+        if params.grammar is None:
+            return None
+        ends = () if params.ignore_eos else self.eos_token_ids
+        return self._grammars.start(params.grammar, ends, self.target.embed_tokens.weight.device)
+
+    def round_costs(self, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
         """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
 
-        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.is_argmax`).
+        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.choice`), and those of
+        several `sequences` together another than those of one.
         """
-        if argmax not in self._costs:
+        key = choice, sequences
+        if key not in self._costs:
             assert self.drafter is not None
-            self._costs[argmax] = round_costs(self.target, self.drafter, argmax)
-        return self._costs[argmax]
+            self._costs[key] = round_costs(self.target, self.drafter, choice, sequences)
+        return self._costs[key]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.generation.eos_token_ids
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "a grammar needs a tokenizer, and the target's directory has none; add the tokenizer's files."
+            )
+        return GrammarCompiler(self.tokenizer, self.target.config.vocab_size)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         config = self.target.config
@@ -139,6 +158,8 @@ class Pair:
                     raise SamplingError(
                         f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}."
                     )
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
 
 
 class TextStream(Iterator[str]):
@@ -162,12 +183,13 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     device = pair.target.embed_tokens.weight.device
     policy, fixed = None, Plan(LONGEST)
     if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
-        policy = DraftLength(pair.round_costs(params.is_argmax), early_stop=device.type == "cpu")
+        policy = DraftLength(pair.round_costs(params.choice), early_stop=device.type == "cpu")
     else:
         fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
     with torch.inference_mode():
-        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params)
+        grammar = pair.grammar_state(params)
+        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params, grammar=grammar)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
     text = output.push(first)
     result.prefill_seconds = time.perf_counter() - started

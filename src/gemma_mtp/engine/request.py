@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -58,7 +57,7 @@ class Generation:
         self.result = result
         self.cached_tokens = 0
         self._cancel = cancel
-        self._last_event = time.perf_counter()
+        self._last_update = time.perf_counter()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake: Callable[[], object] = lambda: None
 
@@ -95,12 +94,16 @@ class Generation:
             if update.finish_reason is not None:
                 return
 
+    def update(
+        self, text: str, token_ids: list[int], stats: RoundStats | None, logprobs: list[TokenLogprob] | None,
+        finish_reason: FinishReason | None,
+    ) -> None:  # fmt: skip
+        """From the engine's thread: what a round brought."""
+        before, self._last_update = self._last_update, time.perf_counter()
+        self.push(Update(text, token_ids, stats, logprobs, finish_reason, self._last_update - before))
+
     def push(self, event: Event) -> None:
         """From the engine's thread: an update, or the error that ends the request."""
-        now = time.perf_counter()
-        if isinstance(event, Update):
-            event = dataclasses.replace(event, seconds=now - self._last_event)
-        self._last_event = now
         self._events.put(event)
         try:
             self._wake()

@@ -14,6 +14,7 @@ from gemma_mtp.measure.speedup import Prediction
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -37,7 +38,7 @@ def plot_acceptance(
     title: str = "",
 ) -> None:
     """Draw labelled reports of one K: conditional and joint acceptance by position, the histogram of acceptance
-    lengths, and the predicted speed-ups where given. Written under a temporary name, then renamed."""
+    lengths, and the predicted speed-ups where given."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 4.2) if predictions is None else (10, 8.4), layout="constrained")
@@ -49,6 +50,11 @@ def plot_acceptance(
     _histogram(axes[2], reports)
     if predictions is not None:
         _speedups(axes[3], predictions)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write under a temporary name, then rename. Raises DataError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format=path.suffix[1:], dpi=150)

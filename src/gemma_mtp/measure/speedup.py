@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma_mtp.decoding.draft_length import RoundCosts, expected_tokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.pair import Pair
@@ -36,7 +36,8 @@ class Prediction:
 def predict(acceptance: Acceptance, costs: RoundCosts) -> list[Prediction]:
     """For 0 (plain decoding) to 8 drafts a round, or to as many as were measured where those are more.
 
-    (1 + a_1 + a_1 a_2 + ... ) / (round's cost), as `decoding.draft_length` weighs it. Costs are those of greedy rounds.
+    (1 + a_1 + a_1 a_2 + ... ) / (round's cost), as `decoding.draft_length` weighs it. `costs` are to be those of rounds
+    that choose as the measured ones did (`Pair.round_costs`).
     """
     longest = min(len(costs.seconds) - 1, max(LONGEST_PREDICTED, acceptance.draft_tokens))
     chances = acceptance.by_position
@@ -58,10 +59,13 @@ def break_even(predictions: Sequence[Prediction]) -> int:
     return max(p.draft_tokens for p in predictions if p.speedup >= 1)
 
 
-def steady_costs(pair: Pair, repeats: int = 5) -> RoundCosts:
-    """Round costs for a report: the fastest of several measurements, which other work disturbed least."""
+def steady_costs(pair: Pair, choice: ChoiceKind, repeats: int = 5) -> RoundCosts:
+    """Round costs for a report: the fastest of several measurements, which other work disturbed least.
+
+    `choice`: of rounds that choose so (`SamplingParams.choice`).
+    """
     assert pair.drafter is not None
-    measured = [measure_costs(pair.target, pair.drafter) for _ in range(repeats)]
+    measured = [measure_costs(pair.target, pair.drafter, choice) for _ in range(repeats)]
     return min(measured, key=lambda costs: sum(costs.seconds))
 
 

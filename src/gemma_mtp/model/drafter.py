@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
-from gemma_mtp.kv_cache import CommittedKeyValues
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices
 from gemma_mtp.model.native import NativeDrafter, NativeTarget
 from gemma_mtp.ops import native, quantise
@@ -72,9 +71,6 @@ class Drafter(nn.Module):
         projected state [B, T, D] for the next step.
         """
         inputs = torch.cat((embeds_BTD, hidden_BTD), dim=-1)
-        if self.native is not None and isinstance(kv, CommittedKeyValues):
-            state, projected = self.native.step(inputs[0, 0].float(), rope, kv)
-            return state[None, None], projected[None, None]
         x = self.pre_projection(inputs)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope[self.config.text.layer_types[i]], kv)
@@ -90,8 +86,7 @@ class Drafter(nn.Module):
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
         if self.native is not None:
-            logits, ids = self.native.candidates(state_RH[0])
-            return logits[None], None if ids is None else ids[None]
+            return self.native.candidates(state_RH)
         if self.masked_embedding is None:
             return self.logits(state_RH), None
         return self.masked_embedding.candidates(state_RH, self.head_table)

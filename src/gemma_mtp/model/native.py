@@ -1,20 +1,20 @@
 """Targets and drafters run by the native CPU operators, over the tensors of the reference modules.
 
-A whole call (target), or a whole run of greedy drafts (drafter), is one piece of work for all threads. Keys, values,
-rotary tables and activations are float32 whatever the weights are.
+A whole call (target), or a whole run of drafts (drafter), is one piece of work for all threads, over the rows of
+one or several sequences: a row's result does not depend on the rows beside it. Keys, values, rotary tables and
+activations are float32 whatever the weights are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
-from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import KVCache, KVPool
 from gemma_mtp.ops.native import Memory, module
 
 if TYPE_CHECKING:
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from gemma_mtp.model.layers import DecoderLayer, MoE
     from gemma_mtp.model.target import Target
 
-Rope = Mapping[LayerType, tuple[Tensor, Tensor]]
+#: least, bias and slope of `decoding.early_stop.StopRule`
+StopRule = tuple[Sequence[float], float, float]
+
+
+class Placed(Protocol):
+    """A sequence: its cache, and rotary tables of all its positions, from 0 on."""
+
+    cache: KVCache
+    rope: Mapping[LayerType, tuple[Tensor, Tensor]]
 
 
 class NativeTarget:
@@ -52,13 +60,18 @@ class NativeTarget:
         ]
         self._stack = native.Stack(stack, layers)
 
-    def forward(self, token_ids_1T: Tensor, rope: Rope, cache: KVCache, last_only: bool) -> Tensor:
-        """Hidden states after the final norm, float32 [1, T, D], or [1, 1, D] of the last row with `last_only`."""
-        rows = token_ids_1T.shape[1]
-        ids = token_ids_1T.contiguous()
-        hidden = torch.empty(1, 1 if last_only else rows, self.hidden_size)
-        handle = _handle(cache, rope)
-        self._stack.forward(ids.data_ptr(), handle, rows, cache.length, last_only, hidden.data_ptr())
+    def forward(self, token_ids_R: Tensor, sequences: Sequence[Placed], keep: Sequence[int]) -> Tensor:
+        """Hidden states after the final norm, float32 [sum of keep, D]: of each sequence's rows the last `keep`.
+
+        `token_ids_R`, int64: the rows of the calls that the sequences' caches have begun, one after the other; the
+        caches are of one pool.
+        """
+        caches, ids = [sequence.cache for sequence in sequences], token_ids_R.contiguous()
+        hidden = torch.empty(sum(keep), self.hidden_size)
+        self._stack.forward(
+            ids.data_ptr(), _layers(caches[0].pool), [_view(sequence) for sequence in sequences],
+            [cache.rows for cache in caches], keep, [cache.length for cache in caches], hidden.data_ptr(),
+        )  # fmt: skip
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -68,11 +81,15 @@ class NativeTarget:
         self._stack.logits(flat.data_ptr(), flat.shape[0], out.data_ptr())
         return out.view(*hidden.shape[:-1], self.vocab_size)
 
-    def greedy(self, hidden_RD: Tensor) -> Tensor:
-        """The arg max of each row's logits, the lowest id among equals, int64 [R]; no logits are stored."""
+    def choose(self, hidden_RD: Tensor, temperatures: Sequence[float], keys: Sequence[int]) -> Tensor:
+        """Each row's token, int64 [R], the lowest id among equals; no logits are stored.
+
+        At temperature 0 the arg max of its logits; else of logits / temperature and Gumbel noise of that key
+        (`decoding.noise.row_key`).
+        """
         flat = hidden_RD.contiguous()
         out = torch.empty(flat.shape[0], dtype=torch.int64)
-        self._stack.greedy(flat.data_ptr(), flat.shape[0], out.data_ptr())
+        self._stack.choose(flat.data_ptr(), temperatures, keys, out.data_ptr())
         return out
 
 
@@ -97,43 +114,56 @@ class NativeDrafter:
             table = table[self._ordering]  # cluster by cluster, so that a cluster is one block
         stack.head = memory.matrix(table)
         layers = [_layer(memory, cast("DecoderLayer", layer), text, i, i) for i, layer in enumerate(drafter.layers)]
+        self._layer_types = text.layer_types
         self._stack = native.DraftStack(
             stack, layers, memory.matrix(drafter.pre_projection.stored), memory.matrix(drafter.post_projection.stored),
             self.backbone, target.table, target.embed_scale, clusters, top_k, centroids, self._ordering.data_ptr(),
         )  # fmt: skip
         self.candidate_count: int = self._stack.candidates()
 
-    def step(self, inputs_2D: Tensor, rope: Rope, kv: CommittedKeyValues) -> tuple[Tensor, Tensor]:
-        """One step from concat(embedding, hidden): the state for the head [H], the projected state [D]."""
-        inputs = inputs_2D.contiguous()
-        state, projected = torch.empty(self.hidden_size), torch.empty(self.backbone)
-        handle = _drafter_handle(kv, rope)
-        self._stack.step(inputs.data_ptr(), handle, kv.cache.length, state.data_ptr(), projected.data_ptr())
+    def step(self, inputs_R2D: Tensor, sequences: Sequence[Placed]) -> tuple[Tensor, Tensor]:
+        """One step of each sequence from concat(embedding, hidden), float32: states for the head [R, H] and projected
+        states [R, D]."""
+        inputs = inputs_R2D.contiguous()
+        state, projected = torch.empty(len(inputs), self.hidden_size), torch.empty(len(inputs), self.backbone)
+        self._stack.step(inputs.data_ptr(), *self._places(sequences), state.data_ptr(), projected.data_ptr())
         return state, projected
 
-    def candidates(self, state_H: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [C] to choose from, and their token ids [C], or None where every token is a candidate."""
-        logits = torch.empty(self.candidate_count)
-        ids = torch.empty(self.candidate_count if self._ordering.numel() else 0, dtype=torch.int64)
-        self._stack.score(state_H.contiguous().data_ptr(), logits.data_ptr(), ids.data_ptr())
+    def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [R, C] to choose from, and their token ids [R, C], or None where every token is a candidate."""
+        rows = len(state_RH)
+        logits = torch.empty(rows, self.candidate_count)
+        ids = torch.empty(rows if self._ordering.numel() else 0, self.candidate_count, dtype=torch.int64)
+        self._stack.score(state_RH.contiguous().data_ptr(), rows, logits.data_ptr(), ids.data_ptr())
         return logits, ids if self._ordering.numel() else None
 
-    def greedy(
-        self, token: int, hidden_D: Tensor, rope: Rope, kv: CommittedKeyValues, count: int,
-        least: Sequence[float] = (), bias: float = 0.0, slope: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Greedy drafts in one call, int64 [made], and how sure the drafter was of each, float32 [made].
+    def draft(
+        self, tokens: Sequence[int], hidden_RD: Tensor, sequences: Sequence[Placed], counts: Sequence[int],
+        stops: Sequence[StopRule], temperatures: Sequence[float], keys: Sequence[Sequence[int]],
+    ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
+        """Drafts of all sequences in one call, chosen as `NativeTarget.choose` does, draft i by `keys[sequence][i]`.
 
-        `count` of them, or fewer where `least` has numbers (`decoding/early_stop.py`); without, confidences are 0.
+        Each from its last token and the target's state that produced it, `counts` of them, or fewer where its rule says
+        so; a rule without numbers is none. Returns int64 [R, most], how sure the drafter was of each, float32 [R, most]
+        (0 without a rule), and how many were made.
         """
-        out, confidences = torch.empty(count, dtype=torch.int64), torch.empty(count)
-        hidden = hidden_D.contiguous()
-        handle = _drafter_handle(kv, rope)
-        made = self._stack.draft(
-            token, hidden.data_ptr(), handle, kv.cache.length, count, least, bias, slope,
-            out.data_ptr(), confidences.data_ptr(),
+        most, rows = max(counts), len(tokens)
+        out, confidences = torch.empty(rows, most, dtype=torch.int64), torch.empty(rows, most)
+        made, hidden = torch.zeros(rows, dtype=torch.int64), hidden_RD.contiguous()
+        self._stack.draft(
+            tokens, hidden.data_ptr(), *self._places(sequences), counts, [module().StopRule(*stop) for stop in stops],
+            [temperature for temperature in temperatures for _ in range(most)],
+            [key for row in keys for key in (*row, *[0] * (most - len(row)))],
+            out.data_ptr(), confidences.data_ptr(), made.data_ptr(),
         )  # fmt: skip
-        return out[:made], confidences[:made]
+        return out, confidences, made.tolist()
+
+    def _places(self, sequences: Sequence[Placed]) -> tuple[Any, list[Any], list[int]]:
+        """The donor layers in the order of the drafter's layers, and where each sequence is in them."""
+        pool = sequences[0].cache.pool
+        layers = [pool.config.donor_layers[kind] for kind in self._layer_types]
+        views = [_view(sequence) for sequence in sequences]
+        return _layers(pool, layers), views, [sequence.cache.length for sequence in sequences]
 
 
 def _stack_config(text: TextConfig) -> Any:
@@ -175,47 +205,29 @@ def _moe(memory: Memory, moe: MoE) -> Any:
     return out
 
 
-@dataclass
-class Handle:
-    """Addresses of a cache's buffers, in the order of the layers that own them."""
-
-    caches: Any
-    sliding: Sequence[int]
-    origin: int = 0
-
-    def at(self, origin: int, rope: Rope) -> Any:
-        if origin != self.origin:
-            for index in self.sliding:
-                self.caches.set_origin(index, origin)
-            self.origin = origin
-        sliding, full = (rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
-        addresses = [0 if table is None else table.data_ptr() for table in (*sliding, *full)]
-        self.caches.set_rope(*addresses)
-        return self.caches
+def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> Any:
+    """Addresses of the pool's layers, of all or of some in their order; made once."""
+    key = tuple(pool.layers if layers is None else layers)
+    if key not in pool.handles:
+        caches = module().Caches()
+        for layer in key:
+            rows = pool.layers[layer]
+            assert rows.keys.dtype == torch.float32
+            caches.add(rows.keys.data_ptr(), rows.values.data_ptr(), rows.keys.shape[1])
+        pool.handles[key] = caches
+    return pool.handles[key]
 
 
-def _new_handle(cache: KVCache, layers: Sequence[int]) -> Handle:
-    caches = module().Caches()
-    for layer in layers:
-        rows = cache.layers[layer]
-        assert rows.keys.dtype == torch.float32
-        caches.add(rows.keys.data_ptr(), rows.values.data_ptr(), rows.keys.shape[2])
-    return Handle(caches, [i for i, layer in enumerate(layers) if cache.config.is_sliding(layer)])
-
-
-def _handle(cache: KVCache, rope: Rope) -> Any:
-    """The cache's own handle, made at its first call."""
+def _view(sequence: Placed) -> Any:
+    """Addresses of a sequence's block tables and rotary tables, made at its first call."""
+    cache = sequence.cache
     if cache.handle is None:
-        cache.handle = _new_handle(cache, list(cache.layers))
-    return cache.handle.at(cache.sliding_start, rope)
-
-
-def _drafter_handle(kv: CommittedKeyValues, rope: Rope) -> Any:
-    """The donor layers' buffers in the order of the drafter's layers, kept with the cache between rounds."""
-    cache = kv.cache
-    if cache.donor_handle is None:
-        cache.donor_handle = _new_handle(cache, [cache.config.donor_layers[kind] for kind in kv.layer_types])
-    return cache.donor_handle.at(cache.sliding_start, rope)
+        sliding, full = (sequence.rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
+        cache.handle = module().View(
+            *(cache.tables[kind].buffer_info()[0] for kind in (SLIDING, FULL)),
+            *(0 if table is None else table.data_ptr() for table in (*sliding, *full)),
+        )
+    return cache.handle
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
-from gemma_mtp.kv_cache import KVCache
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices, rope_for
 from gemma_mtp.model.native import NativeTarget
 from gemma_mtp.ops import native, quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Embedding, Linear, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Embedding, Linear, Matrix, can_pack, pack, packed_linear
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
 
@@ -76,8 +75,6 @@ class Target(nn.Module):
         `rope` holds this call's positions. With `last_only` (prefill), only the last row goes through the KV-shared
         layers: they store nothing, so no later row needs the others.
         """
-        if self.native is not None and isinstance(kv, KVCache):
-            return self.native.forward(token_ids_BT, rope, kv, last_only)
         config = self.config
         x = self.embed(token_ids_BT)
         per_layer = self.per_layer_inputs(token_ids_BT, x)
@@ -119,6 +116,14 @@ class Target(nn.Module):
         quantise_matrices(self.layers.modules(), types.target)
         if self.config.hidden_size_per_layer_input:
             quantise_matrices([self.per_layer_model_projection], types.target)
+
+    def dequantise_(self) -> None:
+        """Make what is quantised dense again, in the dtype of the rest. Whole rows of training then cost what they do
+        with a dense target, and are what decoding computes but for how the native operators round activations."""
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                module.dequantise_()
+        self.weight_types = WeightTypes()
 
     def pack_(self) -> None:
         """Make ready to decode on this device: natively on a CPU (`model.native`), else with weights packed for PyTorch

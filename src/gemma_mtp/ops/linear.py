@@ -77,6 +77,12 @@ class Matrix(nn.Module):
             self.quantised = Quantised(matrix if self.weight.is_meta else matrix.copy_(self.weight))
             self._drop_weight()
 
+    def dequantise_(self) -> None:
+        """Make a quantised weight dense again: of the values that it is multiplied as, rounded to `weight`'s dtype."""
+        if self.quantised is not None:
+            self.weight = nn.Parameter(self.quantised.matrix.dense(self.weight.dtype), requires_grad=False)
+            self.quantised = None
+
     def _drop_weight(self) -> None:
         weight = self.weight
         self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)

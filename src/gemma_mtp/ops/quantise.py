@@ -72,11 +72,15 @@ class QuantisedMatrix:
             self.kind, self.data.view(-1, self.data.shape[-1]), self.scales.view(-1, self.scales.shape[-1])
         )
 
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece."""
+        return max(1, PIECE_ELEMENTS // self.shape[-1])
+
     def pieces(self) -> list[QuantisedMatrix]:
         """Ranges of the rows of [N, K], of at most `PIECE_ELEMENTS` each."""
-        N, K = self.shape
-        step = max(1, PIECE_ELEMENTS // K)
-        return [self[i : i + step] for i in range(0, N, step)]
+        step = self.piece_rows
+        return [self[i : i + step] for i in range(0, len(self.data), step)]
 
     def copy_(self, weight: Tensor) -> QuantisedMatrix:
         """Quantise a weight of the same shape into this, piece by piece."""
@@ -88,6 +92,14 @@ class QuantisedMatrix:
             piece.scales.copy_(fresh.scales)
             start = stop
         return self
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole matrix in `dtype`, made piece by piece."""
+        flat = self.flat()
+        dense = torch.empty(flat.shape, dtype=dtype, device=self.data.device)
+        for rows, piece in zip(dense.split(flat.piece_rows), flat.pieces(), strict=True):
+            rows.copy_(piece.dequantise())
+        return dense.view(self.shape)
 
     def dequantise(self) -> Tensor:
         """The values the operators compute with, float32 [..., K]."""

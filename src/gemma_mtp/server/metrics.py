@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter as Counts
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -25,6 +25,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self.registry)
         self.http_requests = self._counter("http_requests", "Answered HTTP requests.", "route", "status")
         self.requests = self._counter("request_success", "Finished choices, by why they ended.", "finished_reason")
         self.log_failures = self._counter("log_write_failures", "Log lines that could not be written.")
@@ -32,12 +33,14 @@ class Metrics:
             f"{PREFIX}http_requests_in_flight", "Requests in work or waiting for the engine.", registry=self.registry
         )
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's coming to its first token.", FIRST_TOKEN
+            "time_to_first_token_seconds", "From a choice's queueing to its first token.", FIRST_TOKEN
         )
         self.each_token = self._histogram(
             "time_per_output_token_seconds", "Between a choice's tokens after the first, its mean.", EACH_TOKEN
         )
-        self.whole = self._histogram("e2e_request_latency_seconds", "From a request's coming to its last token.", WHOLE)
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds", "From a choice's queueing to its last token.", WHOLE
+        )
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request's choice.", TOKENS)
         self.output_tokens = self._histogram("request_generation_tokens", "Output tokens of a choice.", TOKENS)
 

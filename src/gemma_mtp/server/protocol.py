@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
@@ -112,6 +113,9 @@ class GenerationRequest(Strict):
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = Field(None, description="Accepted and not used: the drafter predicts.")
     top_k: int | None = Field(None, ge=0, lt=2**31, description="Extension: 0 is off; default: the checkpoint's.")
+    regex: str | None = Field(
+        None, min_length=1, max_length=MAX_SOURCE_LENGTH, description="Extension: what the whole output must match."
+    )
     min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off, the default.")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Extension: 1 is off, the default.")
     ignore_eos: bool | None = Field(None, description="Extension: go on after end-of-sequence tokens.")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import GemmaMtpError
@@ -17,8 +19,8 @@ from gemma_mtp.server.protocol import (
     CompletionRequest,
     Content,
     GenerationRequest,
+    JsonSchemaFormat,
     Message,
-    ResponseFormat,
 )
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
@@ -48,7 +50,8 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
     _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
     prompts = [await _prompt(prompt, bool(body.echo), service) for prompt in given]
     default = min(COMPLETION_TOKENS, service.settings.max_output_tokens or COMPLETION_TOKENS)
-    params = _params(body, body.logprobs, body.max_tokens or default, service)
+    grammar = await _grammar(body, service)
+    params = _params(body, body.logprobs, body.max_tokens or default, grammar, service)
     return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
 
 
@@ -61,7 +64,7 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[
     limit = min(room, service.settings.max_output_tokens or room)
     max_tokens = body.max_completion_tokens or body.max_tokens or limit
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(body, logprobs, max_tokens, service)
+    params = _params(body, logprobs, max_tokens, await _grammar(body, service), service)
     suppressed = dict.fromkeys(service.engine.pair.generation.suppress_tokens, float("-inf"))
     params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias})
     return [prompt], _requests(body, prompt, params, service)
@@ -134,10 +137,13 @@ def _requests(body: GenerationRequest, prompt: Prompt, params: SamplingParams, s
 
 
 def _params(
-    body: CompletionRequest | ChatCompletionRequest, logprobs: int | None, max_tokens: int, service: Service
+    body: CompletionRequest | ChatCompletionRequest,
+    logprobs: int | None,
+    max_tokens: int,
+    grammar: Grammar | None,
+    service: Service,
 ) -> SamplingParams:
     stop = _check_limits(body, service.settings)
-    _constrain(body.response_format)
     defaults = service.engine.pair.generation
     temperature = _given(body.temperature, defaults.temperature, 1.0)
     try:
@@ -156,6 +162,7 @@ def _params(
             stop_token_ids=body.stop_token_ids or (),
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
+            grammar=grammar,
         )
     except GemmaMtpError as error:
         raise from_engine(error) from None
@@ -174,10 +181,29 @@ def _check_limits(body: CompletionRequest | ChatCompletionRequest, settings: Ser
     return stop
 
 
-def _constrain(response_format: ResponseFormat | None) -> None:
-    """What the output must be by `response_format`. Raises ApiError for what can not be enforced."""
-    if response_format is not None and response_format.type != "text":
-        _refuse("response_format", "this server does not constrain the output yet; only the type text is offered")
+async def _grammar(body: GenerationRequest, service: Service) -> Grammar | None:
+    """What the output must be by `response_format` or `regex`, compiled in a thread. Raises ApiError."""
+    wanted, param = body.response_format, "response_format"
+    if body.regex is not None and wanted is not None and wanted.type != "text":
+        _refuse("regex", "response_format says already what the output must be; give one of them")
+    kind: GrammarKind = "json_object"
+    source = ""
+    if body.regex is not None:
+        kind, source, param = "regex", body.regex, "regex"
+    elif isinstance(wanted, JsonSchemaFormat):
+        kind, source = "json_schema", json.dumps(wanted.json_schema.schema_)
+    elif wanted is None or wanted.type == "text":
+        return None
+    try:
+        return await asyncio.to_thread(_compiled, kind, source, service)
+    except GemmaMtpError as error:
+        raise ApiError(400, str(error), param=param) from None
+
+
+def _compiled(kind: GrammarKind, source: str, service: Service) -> Grammar:
+    grammar = Grammar(kind, source)
+    service.engine.pair.check(SamplingParams(grammar=grammar), 0, "exact")
+    return grammar
 
 
 def _given(*values: float | None) -> float:

@@ -17,7 +17,7 @@ from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.training.examples import PAD_MULTIPLE, BatchOrder, ExampleSet, padded_length
 from gemma_mtp.training.log import RunLog
-from gemma_mtp.training.memory import MEGABYTE, BlockPlan, plan_blocks
+from gemma_mtp.training.memory import MEGABYTE, BlockPlan, memory_reported, plan_blocks
 from gemma_mtp.training.optim import Masters, Optimiser, cosine
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.state import load_state, save_state
@@ -132,14 +132,14 @@ class DrafterTrainer:
         """
         recipe = self.recipe
         limit = recipe.memory_mb * MEGABYTE
-        plan = plan_blocks(self.draft_step, self.length, recipe.batch_size, limit)
+        advice = f"lower --memory (now {recipe.memory_mb} MB), --length or --draft-steps"
+        with memory_reported(f"in one sequence of {self.length} tokens", "lower --length or --draft-steps"):
+            plan = plan_blocks(self.draft_step, self.length, recipe.batch_size, limit)
         log.say(plan.describe(self.length, limit))
         clock = time.monotonic() - self.seconds
         while (progress := self._progress(clock)) < 1 and not self._stopped_early():
-            try:
+            with memory_reported(f"in a block of {plan.sequences} sequences", advice):
                 values = self._one_step(plan, progress)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                raise _out_of_memory(error, plan, recipe) from None
             self.seconds = time.monotonic() - clock
             values["tokens_per_second"] = self.tokens / self.seconds
             log.row(self.step, self._progress(clock), values, self._shown(values))
@@ -233,14 +233,3 @@ class DrafterTrainer:
         for name in ("memory_mb", "checkpoint_steps"):
             settings.pop(name)
         return {**settings, "target": self.target_name, "data": self.batches.examples.digest()}
-
-
-def _out_of_memory(error: BaseException, plan: BlockPlan, recipe: DrafterRecipe) -> BaseException:
-    """The error to raise: a sentence where memory ran out, else the error itself."""
-    ran_out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-    if not ran_out:
-        return error
-    return TrainingError(
-        f"memory ran out in a block of {plan.sequences} sequences; lower --memory (now {recipe.memory_mb} MB), --length"
-        " or --draft-steps."
-    )

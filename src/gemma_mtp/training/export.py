@@ -21,8 +21,8 @@ def export_drafter(
 ) -> None:
     """Weights in bf16, config and generation config, as transformers reads them. The token ids and sampling defaults
     are those of the target in `target`."""
-    write_json(directory / GENERATION_CONFIG, _generation_config(target, draft_tokens))
     save_drafter(drafter, config, directory)
+    write_json(directory / GENERATION_CONFIG, _generation_config(target, draft_tokens))
 
 
 def _generation_config(target: Path, draft_tokens: int) -> dict[str, Any]:

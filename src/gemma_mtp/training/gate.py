@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison, Prompt, compare, measure_acceptance
 from gemma_mtp.measure.speedup import MeasuredSpeedup, best, measure_speedup, predict
+from gemma_mtp.weight_types import WeightTypes
 
 #: prompts whose decoding is timed, plain and drafted
 TIMED_PROMPTS = 4
@@ -37,7 +38,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class EngineGate:
-    """What is measured: `prompts` gone on from for `max_tokens` tokens, at each of `temperatures`."""
+    """What is measured: `prompts` gone on from for `max_tokens` tokens, at each of `temperatures`. Of `weight_types`,
+    those of the drafter's parts say how it is quantised while loading."""
 
     pair: Pair
     prompts: Sequence[Prompt]
@@ -46,11 +48,12 @@ class EngineGate:
     max_tokens: int
     top_k: int = 0
     top_p: float = 1.0
+    weight_types: WeightTypes = field(default_factory=WeightTypes)
 
     def with_drafter(self, directory: Path) -> Pair:
         """The pair with the drafter of a checkpoint directory, ready to decode."""
         table = self.pair.target.embed_tokens.weight
-        drafter = load_drafter(directory, table.dtype, table.device)
+        drafter = load_drafter(directory, table.dtype, table.device, self.weight_types.of_drafter())
         drafter.pack_(self.pair.target.native)
         return replace(self.pair, drafter=drafter, _costs={})
 

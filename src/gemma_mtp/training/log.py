@@ -51,10 +51,9 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for opened in filter(None, (self._file, self._writer)):
+            with self._reported() if error is None else contextlib.suppress(OSError):  # the first error is the cause
+                opened.close()
 
     def row(self, step: int, share_done: float, values: Mapping[str, float], text: str) -> None:
         """One step's figures, and what to show of them."""
@@ -98,7 +97,7 @@ class RunLog:
             yield
         except OSError as error:
             raise TrainingError(
-                f"{self.path} can not be written: {error}; make room, then go on with --resume."
+                f"the log in {self.path.parent} can not be written: {error}; make room, then go on with --resume."
             ) from None
 
 

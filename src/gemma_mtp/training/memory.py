@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +16,8 @@ from gemma_mtp.training.step import SLAB_LOGITS, DraftStep
 #: fp32 buffers of a slab that are alive at once: logits, log q, q, p, gradient and what the operators need between
 SLAB_BUFFERS = 8
 MEGABYTE = 1 << 20
+#: what PyTorch's CPU allocator says, on Linux and macOS and on Windows, in a plain RuntimeError
+ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ class BlockPlan:
 
     def _megabytes(self, each: int) -> str:
         return f"{self.sequences * each / MEGABYTE:.1f} MB"
+
+
+@contextmanager
+def memory_reported(where: str, advice: str) -> Iterator[None]:
+    """Turn an allocation that fails inside into a TrainingError: "memory ran out {where}; {advice}."."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not typed and not any(words in str(error) for words in ALLOCATION_FAILED):
+            raise
+        raise TrainingError(f"memory ran out {where}; {advice}.") from None
 
 
 def plan_blocks(step: DraftStep, length: int, batch_size: int, limit: int) -> BlockPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from gemma_mtp import checkpoint
-from gemma_mtp.checkpoint import replace_file, write_json
-from gemma_mtp.config import TargetConfig
+from gemma_mtp.checkpoint import write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
-from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.errors import TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
@@ -23,56 +22,22 @@ from gemma_mtp.ops import native
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
-from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe, DrafterResult, DrafterTrainer
+from gemma_mtp.training.drafter_trainer import DrafterResult, DrafterTrainer
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
 from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
 from gemma_mtp.training.log import RunLog
-from gemma_mtp.training.material import HELD_OUT_PROMPTS, Material, gather, hold_out
+from gemma_mtp.training.material import Material, gather, hold_out
+from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.parallel import World
-from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
+from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
+from gemma_mtp.training.shapes import initialise, new_drafter_config
 from gemma_mtp.training.target_store import TargetStore
 from gemma_mtp.training.written import Writing, fingerprint, write_texts
+from gemma_mtp.weight_types import WeightTypes, merge
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is trained on: `paths` (files and directories), `regenerate` and `as_is` of it, in rows of `length`."""
-
-    paths: tuple[Path, ...]
-    pattern: str = "*"
-    held_out: Path | None = None
-    held_out_prompts: int = HELD_OUT_PROMPTS
-    length: int = 512
-    regenerate: bool = True
-    as_is: bool = False
-    max_new_tokens: int = 256
-    written_tokens: int = 400_000
-    cache: Path | None = None
-    store_target: bool = False
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made."""
-
-    target: Path
-    out: Path
-    data: DataSettings
-    drafter: Path | None = None
-    new: DrafterShape = field(default_factory=DrafterShape)
-    recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
-    temperatures: tuple[float, ...] = (0.0, 1.0)
-    draft_tokens: int = 4
-    gate_tokens: int = 128
-    dtype: str = "auto"
-    device: str = "auto"
-    force: bool = False
-    resume: bool = False
-    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +61,7 @@ class Run:
         self.settings, self.world, self.say = settings, world, say
         self.state = settings.out / STATE
         target_config = checkpoint.read_target_config(settings.target)
-        _check_settings(settings, target_config)
+        check_settings(settings, target_config)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         if settings.drafter is not None:
@@ -104,22 +69,26 @@ class Run:
         else:
             self.config = new_drafter_config(target_config, settings.new)
         check_pair(target_config, self.config)
-        for directory in (settings.target, settings.drafter):
-            _check_unquantised(directory)
+        self.weight_types = merge(checkpoint.read_weight_types(settings.target), settings.quantize)
+        if settings.drafter is not None:
+            check_unquantised(settings.drafter)
         # training scores the whole vocabulary; a centroid head is made when it is done
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
         self.tokenizer = Tokenizer.from_dir(settings.target)
         if world.leads:  # one process alone, or two would move the same probe
-            _check_output(settings, self.state)
-        self.target = checkpoint.load_target(settings.target, self.dtype, self.device)
+            check_output(settings, self.state)
+        self.target = checkpoint.load_target(settings.target, self.dtype, self.device, settings.quantize)
+        self.target.dequantise_()
+        self.target_name = _target_name(settings)
         self.pair = self._engine_pair()
 
     def _engine_pair(self) -> Pair:
         """The target again, as the engine runs it, sharing the weights where the engine leaves them as they are."""
         settings = self.settings
-        if not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu":
-            return load_pair(settings.target, device=self.device)
+        packed_anew = not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu"
+        if packed_anew or self.weight_types.of_target():
+            return load_pair(settings.target, device=self.device, quantize=settings.quantize)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
@@ -158,7 +127,7 @@ class Run:
         if settings.drafter is not None:
             pair = self.gate([]).with_drafter(starting)
         beginnings = material.beginnings(data.length, data.max_new_tokens)
-        cache, name = data.cache or self.state / "cache", fingerprint(settings.target)
+        cache, name = data.cache or self.state / "cache", self.target_name
         with RunLog(self.state, "writing", console_only=True) as log:
 
             def show(tokens: int) -> None:
@@ -169,7 +138,7 @@ class Run:
     def gate(self, prompts: list[Prompt]) -> EngineGate:
         objective, settings = self.settings.recipe.objective, self.settings
         return EngineGate(self.pair, prompts, settings.temperatures, settings.draft_tokens, settings.gate_tokens,
-                          objective.top_k, objective.top_p)  # fmt: skip
+                          objective.top_k, objective.top_p, self.weight_types)  # fmt: skip
 
     def start(self) -> tuple[Drafter, Path]:
         """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
@@ -190,7 +159,8 @@ class Run:
         """What the card says of this run."""
         settings = self.settings
         data = {"texts": len(examples), "tokens": len(examples.tokens), "written_tokens": examples.written_tokens}
-        recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype}
+        recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype,
+                  "quantised": _listed(self.weight_types) or None}  # fmt: skip
         return CardFacts(
             settings.target.resolve().name,
             "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
@@ -211,14 +181,15 @@ class Run:
         return recall
 
 
+@memory_reported("outside of training's blocks", "take --dtype bfloat16, a smaller target or a shorter --length")
 def run_training(settings: RunSettings, world: World, say: Callable[[str], None]) -> Outcome | None:
     """Run `settings`; the outcome in rank 0, None in the others. `say` is called with lines for the user.
 
     Raises DataError, TrainingError, CheckpointError, ConfigError, PairError, TokenizerError.
     """
     run = Run(settings, world, say if world.leads else lambda text: None)
-    drafter, starting = run.start()
     material = run.material()
+    drafter, starting = run.start()
     prepared = run.state / "examples.safetensors"
     if world.leads:
         run.examples(material, starting).save(prepared)
@@ -239,10 +210,10 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
         run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
         return mean_length(reports)
 
-    name = fingerprint(settings.target)
-    rows = run.state / "target-rows" / f"{name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
+    rows = run.state / "target-rows" / f"{run.target_name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
     stored = TargetStore(rows) if settings.data.store_target else None
-    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored, name)
+    trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored,
+                             run.target_name)  # fmt: skip
     trainer.resume()
     with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
         result = trainer.train(log, measured)
@@ -266,8 +237,8 @@ def _conclude(
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
     if exported:
-        write_card(settings.out / CARD, facts, start, now, verdict, recall)
         run.export(drafter, settings.out)
+        write_card(settings.out / CARD, facts, start, now, verdict, recall)
     return outcome
 
 
@@ -294,26 +265,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def _check_settings(settings: RunSettings, target: TargetConfig) -> None:
-    context, length = target.text.max_position_embeddings, settings.data.length
-    if not 16 <= length <= context:
-        raise TrainingError(f"--length is {length}, but must be from 16 to the target's context, {context}.")
-
-
-def _check_output(settings: RunSettings, state: Path) -> None:
-    """Raise TrainingError where the output can not be written, or another run's state lies there."""
-    if (state / CHECKPOINT).exists() and not settings.resume:
-        raise TrainingError(
-            f"{state} holds an unfinished or finished run; go on with it by --resume, or give another --out."
-        )
-    probe = state / "writable"
-    try:
-        replace_file(probe, lambda partial: partial.write_text("yes", encoding="utf-8"))
-        probe.unlink()
-    except (CheckpointError, OSError) as error:
-        raise TrainingError(f"the output directory {settings.out} can not be written: {error}") from None
-
-
 def _lengths(reports: Reports) -> str:
     return ", ".join(f"{report.pooled.mean_length:.3f} ({setting(report)})" for report in reports)
 
@@ -326,9 +277,11 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}
 
 
-def _check_unquantised(directory: Path | None) -> None:
-    """Raises TrainingError for a checkpoint that `gemma-mtp quantize` wrote."""
-    if directory is not None and checkpoint.read_weight_types(directory):
-        raise TrainingError(
-            f"{directory} holds quantised weights, which can not be trained with; give the checkpoint it was made from."
-        )
+def _target_name(settings: RunSettings) -> str:
+    """What tells the target that is trained for from others: its file's weights, and how they are quantised then."""
+    quantised = _listed(settings.quantize.of_target(), "-")
+    return "-".join(filter(None, (fingerprint(settings.target), quantised)))
+
+
+def _listed(types: WeightTypes, separator: str = ", ") -> str:
+    return separator.join(f"{part}={kind}" for part, kind in types.quantised.items())

@@ -1,0 +1,118 @@
+"""What benchmarks/serving.py measures with: the engine as the other side of a load, and mixed requests."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from dataclasses import replace
+
+import pytest
+import serving
+from engine_load import body, greedy, mixed, serve_options, to_engine
+from models import VOCAB, agreeing_pair, packed
+
+from gemma_mtp.checkpoint import GenerationDefaults
+from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.measure.load import ClosedLoop, Extent, run_load
+
+PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(*packed(*agreeing_pair(3)), None, GenerationDefaults(()))
+
+
+def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
+    outputs: dict[int, list[int]] = {}
+    requests = greedy(PROMPTS, 12, 3)
+    with Engine(pair) as engine:
+        send = to_engine(engine, requests, outputs.__setitem__)
+        records = asyncio.run(run_load(ClosedLoop(2), send, Extent(3, warmup=1)))
+    expected = [pair.generate(PROMPTS[i % 2], requests(i).params, draft_tokens=3) for i in range(4)]
+    assert [outputs[i] for i in range(4)] == [result.token_ids for result in expected]
+    for record, result in zip(records, expected[1:], strict=True):
+        reply = record.reply
+        assert (reply.prompt_tokens, reply.output_tokens) == (len(result.prompt_token_ids), 12)
+        assert (reply.accepted_drafts, reply.rejected_drafts) == (result.accepted, result.drafted - result.accepted)
+        assert len(record.chunks) == len(result.rounds)
+
+
+def test_cancelled_requests_end_early(pair: Pair) -> None:
+    with Engine(pair) as engine:
+        send = to_engine(engine, greedy(PROMPTS, 4000, 0), cancelled=lambda number: True)
+        (record,) = asyncio.run(run_load(ClosedLoop(1), send, Extent(1)))
+    assert record.completed and record.reply.output_tokens < 4000
+
+
+def test_mixed_requests_are_of_all_kinds_and_a_function_of_their_number() -> None:
+    requests = [mixed(PROMPTS)(number) for number in range(300)]
+    assert requests == [mixed(PROMPTS)(number) for number in range(300)]
+    assert {request.draft_tokens for request in requests} == {"auto", 0, 3}
+    assert {request.params.greedy for request in requests} == {True, False}
+    assert {bool(request.params.stop) for request in requests} == {True, False}
+    assert {request.params.max_tokens for request in requests} == set(range(1, 9))
+    assert {len(request.prompt_token_ids) for request in requests} == {1, 2, 3, 4, 5}
+
+
+def test_a_request_says_the_same_to_a_server() -> None:
+    request = greedy(PROMPTS, 12, "auto")(0)
+    said = {"prompt": PROMPTS[0], "draft_tokens": "auto", "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0,
+            "max_tokens": 12, "ignore_eos": True}  # fmt: skip
+    assert body(request) == said
+    stopping = replace(request, params=replace(request.params, stop=("a",), logprobs=2))
+    assert body(stopping) == {**said, "stop": ["a"], "logprobs": 2}
+    options = argparse.Namespace(target="T", drafter="D", quantize=None, threads=2)
+    assert serve_options(options) == ["--target", "T", "--drafter", "D", "--threads", "2"]
+
+
+def test_the_prefix_measurement_sends_what_it_says(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[list[int]] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda engine, request: prompts.append(list(request.prompt_token_ids))
+                        or submit(engine, request))  # fmt: skip
+    content = serving.measure_prefix(pair, serving.parse(["prefix", "--prefix-tokens", "40", "--repeats", "2"]))
+    assert {name: len(seconds) for name, seconds in content["seconds"].items()} == {
+        "first": 2, "same beginning": 2, "another beginning": 2
+    }  # fmt: skip
+    assert len(prompts) == 9 and {len(prompt) for prompt in prompts} == {40 + serving.PREFIX_TAIL}
+    beginnings = [tuple(prompt[:40]) for prompt in prompts]
+    for turn in (beginnings[:3], beginnings[3:6], beginnings[6:]):
+        assert len(set(turn)) == 2
+    assert len(set(beginnings)) == 6 and len({tuple(prompt[40:]) for prompt in prompts}) == 9
+    assert max(map(max, prompts)) < VOCAB
+    with pytest.raises(SystemExit, match="--prefix-tokens is 9999"):
+        serving.measure_prefix(pair, serving.parse(["prefix", "--prefix-tokens", "9999"]))
+
+
+def test_memory_is_read_after_the_warmup_and_in_equal_steps(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "held_out", lambda pair: PROMPTS)
+    monkeypatch.setattr(serving, "mixed", lambda prompts: greedy(prompts, 2, 0))
+    monkeypatch.setattr(serving, "READINGS", 4)
+    readings = iter(range(1000, 100_000, 1000))
+    monkeypatch.setattr(serving, "resident_bytes", lambda process: next(readings))
+    content = serving.measure_memory(pair, serving.parse(["memory", "--requests", "40", "--warmup", "5"]))
+    assert [number for number, _ in content["readings"]] == [5, 15, 25, 35, 45]
+    assert content["growth_bytes"] == 4_000
+    assert content["slope_bytes_per_request"] == pytest.approx(100.0)
+
+
+def test_resident_memory_is_that_of_the_process() -> None:
+    before = serving.resident_bytes(os.getpid())
+    held = b"x" * (64 << 20)
+    assert serving.resident_bytes(os.getpid()) - before > len(held) // 2
+
+
+def test_the_engine_measurement_compares_outputs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "held_out", lambda pair: PROMPTS)
+    arguments = ["engine", "--sequences", "1", "2", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
+    content = serving.measure_engine(pair, serving.parse(arguments))
+    assert content["same_outputs"] == {"1": True, "2": True}
+    assert [level["clients"] for level in content["levels"]] == [1, 2]
+    for level in content["levels"]:
+        assert list(level["sides"]) == ["no drafts", "auto"]
+        assert [side["completed"] for side in level["sides"].values()] == [4 * level["clients"]] * 2
+        assert level["sides"]["no drafts"]["acceptance"] is None
+    assert EngineSettings().prefix_reuse  # the prefix measurement is of the default

@@ -1,0 +1,324 @@
+"""Continuous batching: whatever runs beside a request, its output is that of a lone run."""
+
+import asyncio
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from engine_load import play, requests
+from models import VOCAB, agreeing_pair, letters, packed, random_drafter, random_target
+
+from gemma_mtp.checkpoint import GenerationDefaults
+from gemma_mtp.datasets import read_examples
+from gemma_mtp.decoding import draft as draft_module
+from gemma_mtp.decoding import round as round_module
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.engine import engine as engine_module
+from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
+from gemma_mtp.ops.native import module
+
+native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
+LONG = [(7 * i * i + i) % VOCAB for i in range(300)]
+OTHER = [(5 * i + 3) % VOCAB for i in range(200)]
+
+
+def tiny_pair(directory: Path, centroids: bool = False, native: bool = True) -> Pair:
+    models = (random_target(3), random_drafter(seed=4, centroids=True)) if centroids else agreeing_pair(3)
+    target, drafter = packed(*models) if native else models
+    return Pair(target, drafter, letters(directory), GenerationDefaults(eos_token_ids=()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Pair:
+    return load_pair()
+
+
+def bundled_load(pair: Pair, count: int) -> list[Request]:
+    prompts = [pair.encode(example.content) for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]  # type: ignore[arg-type]
+    return requests(prompts[:6], count, seed=count, longest=24)
+
+
+#: room for little more than one request of the longest kind, so that a load of eight at a time sends some away
+CRAMPED = EngineSettings(max_running=8, max_tokens=420, kv_memory_mb=0.4, max_stall_seconds=0.002)
+
+
+@native_only
+@pytest.mark.parametrize("centroids", [False, True])
+def test_a_mixed_load_gives_what_lone_runs_give(tmp_path: Path, centroids: bool) -> None:
+    pair = tiny_pair(tmp_path, centroids)
+    loaded = play(pair, requests([LONG, OTHER], 150, seed=1, longest=60), CRAMPED)
+    assert loaded.mismatches == []
+    assert loaded.completed + loaded.cancelled == 150 and loaded.cancelled > 3
+    assert loaded.stats.preemptions > 5 and loaded.stats.prefix_hit_tokens > 1000
+    assert loaded.stats.accepted_tokens > 100 or centroids
+    assert (loaded.stats.running, loaded.stats.waiting, loaded.stats.kv_blocks_used) == (0, 0, 0)
+
+
+@native_only
+@pytest.mark.parametrize("count", [80, pytest.param(2000, marks=pytest.mark.slow)])
+def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
+    settings = EngineSettings(max_running=8, max_tokens=250, kv_memory_mb=3, max_stall_seconds=0.002)
+    loaded = play(bundled, bundled_load(bundled, count), settings)
+    assert loaded.mismatches == []
+    assert loaded.cancelled > count / 40
+    assert loaded.stats.preemptions > count / 40 and loaded.stats.prefix_hit_tokens > 10 * count
+    assert loaded.stats.accepted_tokens > 2 * count
+    assert loaded.stats.kv_blocks_used == 0
+
+
+CONTROL = """
+from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.ops.native import module
+from engine_load import play
+from test_engine import EngineSettings, bundled_load
+assert module().isa() == "control"
+pair = load_pair()
+print(len(play(pair, bundled_load(pair, 40), EngineSettings(max_running=8, max_tokens=250)).mismatches))
+"""
+
+
+@native_only
+def test_another_order_of_sums_is_seen() -> None:
+    """Operators that sum several rows in another order than one must fail the test above."""
+    run = subprocess.run(
+        [sys.executable, "-c", CONTROL],
+        env={**os.environ, "GEMMA_MTP_ISA": "control", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(run.stdout) > 0
+
+
+@native_only
+def test_a_shared_block_of_other_tokens_is_seen(bundled: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control for prefix reuse: blocks named by fewer tokens than they depend on must fail the test above."""
+    from gemma_mtp import kv_cache
+
+    right = kv_cache._names
+    monkeypatch.setattr(kv_cache, "_names", lambda ids, before=b"": [n[:1] for n in right(ids, before)])
+    loaded = play(bundled, bundled_load(bundled, 40), EngineSettings(max_running=8, max_tokens=250))
+    assert loaded.mismatches
+
+
+def test_pytorchs_operators_take_sequences_one_by_one(tmp_path: Path) -> None:
+    pair = tiny_pair(tmp_path, native=False)
+    load = [Request(LONG[:n], SamplingParams(max_tokens=12), 3) for n in (1, 40, 70, 40)]
+    with Engine(pair, EngineSettings(max_running=3, max_tokens=120, prefix_reuse=False)) as engine:
+        results = [generation.wait() for generation in [engine.submit(request) for request in load]]
+    assert [r.token_ids for r in results] == [pair.generate(r.prompt_token_ids, r.params).token_ids for r in load]
+
+
+@pytest.fixture
+def engine(pair: Pair) -> Iterator[Engine]:
+    with Engine(pair, EngineSettings(max_running=4, max_waiting=8, max_tokens=400)) as engine:
+        yield engine
+
+
+def updates(generation: Generation) -> list[Update]:
+    return list(generation)
+
+
+def test_updates_make_up_the_result(engine: Engine) -> None:
+    generation = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30, logprobs=1), 4))
+    seen = updates(generation)
+    result = generation.result
+    assert "".join(update.text for update in seen) == result.text
+    assert [token for update in seen for token in update.token_ids] == result.token_ids
+    assert [update.round for update in seen] == result.rounds
+    assert [entry for update in seen for entry in update.logprobs or []] == result.logprobs
+    assert [update.finish_reason for update in seen] == [None] * (len(seen) - 1) + ["length"]
+    assert result.prefill_seconds > 0 and result.decode_seconds > 0
+
+
+def test_counters(engine: Engine) -> None:
+    result = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()
+    again = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()
+    stats = engine.stats()
+    assert again.token_ids == result.token_ids
+    assert (stats.output_tokens, stats.prompt_tokens) == (60, 100)
+    assert stats.prefix_hit_tokens == 32, "one whole block, and never the last row"
+    assert (stats.draft_tokens, stats.accepted_tokens) == (2 * result.drafted, 2 * result.accepted)
+    assert sum(stats.drafted_at.values()) == stats.draft_tokens
+    assert stats.finished == {"length": 2} and stats.kv_blocks_kept > 0
+    stats.finished["length"] = 7
+    assert engine.stats().finished == {"length": 2}, "a snapshot"
+
+
+def test_a_request_says_how_long_it_drafts(engine: Engine) -> None:
+    for drafts in (0, 3, 8):
+        result = engine.submit(Request([5, 6, 7], SamplingParams(max_tokens=20), drafts)).wait()
+        assert {r.drafted for r in result.decode_rounds[:-1]} <= {drafts, 20 - 1}
+        assert max(r.drafted for r in result.decode_rounds) == min(drafts, 18)
+
+
+def test_lower_priority_numbers_go_first(pair: Pair) -> None:
+    with Engine(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
+        order: list[int] = []
+        first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
+        later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
+        for generation in later:
+            generation.push = lambda event, g=generation: order.append(g.request.priority)  # type: ignore[method-assign]
+        first.wait()
+        engine.stop(drain_seconds=60)
+    assert order == [-5, 0, 1, 2]
+
+
+def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds go on between its chunks."""
+    with Engine(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
+        played: list[tuple[int, int]] = []
+        forward = engine_module.forward_rows
+
+        def spy(target: Any, calls: Any) -> Any:
+            played.append((sum(c.keep == len(c.token_ids_T) for c in calls), max(len(c.token_ids_T) for c in calls)))
+            return forward(target, calls)
+
+        monkeypatch.setattr(engine_module, "forward_rows", spy)
+        running = engine.submit(Request([5, 6], SamplingParams(max_tokens=390, ignore_eos=True), 0))
+        next(iter(running))
+        engine.submit(Request(LONG * 2, SamplingParams(max_tokens=2), 0)).wait()
+        running.cancel()
+    with_chunk = [(rounds, rows) for rounds, rows in played if rows > 1]
+    assert len(with_chunk) >= 600 // 32
+    assert all(rounds == 1 and rows <= 32 for rounds, rows in with_chunk[1:-1])
+
+
+def test_cancelling_frees_everything(engine: Engine) -> None:
+    generations = [engine.submit(Request(LONG, SamplingParams(max_tokens=90))) for _ in range(8)]
+    next(iter(generations[0]))
+    for generation in generations:
+        generation.cancel()
+    assert [generation.wait().finish_reason for generation in generations[1:]] == ["cancelled"] * 7
+    assert updates(generations[0])[-1].finish_reason == "cancelled"
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.finished["cancelled"]) == (0, 0, 0, 8)
+    generations[0].cancel()  # once more does nothing
+    assert len(engine.submit(Request([5], SamplingParams(max_tokens=3))).wait().token_ids) == 3
+
+
+def test_too_many_waiting_are_refused(pair: Pair) -> None:
+    with Engine(pair, EngineSettings(max_running=1, max_waiting=2, max_tokens=400)) as engine:
+        running = engine.submit(Request(LONG, SamplingParams(max_tokens=90)))
+        next(iter(running))
+        for _ in range(2):
+            engine.submit(Request([5], SamplingParams(max_tokens=2)))
+        with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
+            engine.submit(Request([5], SamplingParams(max_tokens=2)))
+        assert caught.value.retry_after > 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "match"),
+    [
+        (Request([], SamplingParams()), PromptError, "empty"),
+        (Request([VOCAB]), PromptError, f"token id {VOCAB}"),
+        (Request([1] * 400), PromptError, "at most 400"),
+        (Request([1], draft_tokens=-1), SamplingError, "draft_tokens"),
+        (Request([1], verification="maybe"), SamplingError, "verification"),  # type: ignore[arg-type]
+        (Request([1], SamplingParams(stop_token_ids=[VOCAB])), SamplingError, "stop_token_ids"),
+    ],
+)
+def test_bad_requests_are_refused(engine: Engine, request_: Request, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        engine.submit(request_)
+    assert engine.stats().waiting == 0
+
+
+def test_memory_that_holds_no_request(pair: Pair) -> None:
+    with pytest.raises(EngineError, match=r"0.001 MB do not hold .* of 400 tokens, which take .* MB"):
+        Engine(pair, EngineSettings(max_tokens=400, kv_memory_mb=0.001))
+
+
+@pytest.mark.parametrize("where", ["drafting", "concluding"])
+def test_a_request_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    place = draft_module if where == "drafting" else round_module
+    process = place.process
+
+    def failing(logits: Any, params: SamplingParams, *rest: Any, **named: Any) -> Any:
+        if params.seed == 666:
+            raise ValueError("of this request")
+        return process(logits, params, *rest, **named)
+
+    monkeypatch.setattr(place, "process", failing)
+    seeds = (1, 666, 3)
+    drawn = [SamplingParams(max_tokens=20, temperature=1.0, seed=seed) for seed in seeds]
+    generations = [engine.submit(Request([5, 6], params, 3)) for params in drawn]
+    good = [generations[i].wait() for i in (0, 2)]
+    with pytest.raises(EngineError, match=r"failed inside the engine: of this request"):
+        generations[1].wait()
+    stats = engine.stats()
+    assert stats.finished == {"length": 2, "error": 1} and stats.kv_blocks_used == 0
+    for result, params in zip(good, drawn[::2], strict=True):
+        assert result.token_ids == engine.pair.generate([5, 6], params, draft_tokens=0).token_ids
+
+
+def test_after_a_call_that_fails_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "forward_rows", lambda *_: 1 / 0)
+    with pytest.raises(EngineError, match="division by zero"):
+        engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait()
+    monkeypatch.undo()
+    assert len(engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait().token_ids) == 20
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_stopping_drains_or_cancels(pair: Pair) -> None:
+    engine = Engine(pair, EngineSettings(max_running=2, max_tokens=4000))
+    engine.start()
+    short = [engine.submit(Request([5, 6], SamplingParams(max_tokens=20))) for _ in range(4)]
+    engine.stop(drain_seconds=60)
+    assert [generation.wait().finish_reason for generation in short] == ["length"] * 4
+    with pytest.raises(EngineError, match="stopping"):
+        engine.submit(Request([5, 6]))
+    engine = Engine(pair, EngineSettings(max_running=2, max_tokens=4000))
+    engine.start()
+    long = [engine.submit(Request([5, 6], SamplingParams(max_tokens=3900), 0)) for _ in range(4)]
+    engine.stop()
+    assert [generation.wait().finish_reason for generation in long] == ["cancelled"] * 4
+
+
+def test_updates_in_an_event_loop(engine: Engine) -> None:
+    async def run() -> list[str]:
+        async def text(seed: int) -> str:
+            generation = engine.submit(Request([5, 6], SamplingParams(max_tokens=15, temperature=1.0, seed=seed)))
+            return "".join([update.text async for update in generation.updates()])
+
+        return list(await asyncio.gather(*map(text, range(6))))
+
+    expected = [
+        engine.pair.generate([5, 6], SamplingParams(max_tokens=15, temperature=1.0, seed=s)).text for s in range(6)
+    ]
+    assert asyncio.run(run()) == expected
+
+
+def test_a_reader_that_left_does_no_harm(engine: Engine) -> None:
+    async def leave() -> None:
+        async for _ in engine.submit(Request([5, 6], SamplingParams(max_tokens=200), 0)).updates():
+            return
+
+    asyncio.run(leave())  # the loop is closed while the engine still pushes
+    assert len(engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait().token_ids) == 20
+
+
+def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[tuple[ChoiceKind, int]] = set()
+    measured = Pair.round_costs
+    monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.add(key) or measured(self, *key))
+    with Engine(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
+        for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
+            generation.wait()
+    assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
+    asked.clear()
+    Engine(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
+    assert asked == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}
