@@ -61,7 +61,7 @@ FIELDS: dict[str, list[Any]] = {
                    {"type": "content", "content": 5}, {"type": "content", "content": []}],
     "top_k": [-1, 1.5, "5", True, 2**31, []],
     "min_p": [-0.1, 1.1, "0", NAN, []],
-    "repetition_penalty": [0, -1, "1", NAN, INFINITY, 101, {}],
+    "repetition_penalty": [0, -1, 0.009, 5e-324, "1", NAN, INFINITY, 101, {}],
     "ignore_eos": ["no", 0, [], {}],
     "stop_token_ids": [5, "5", ["5"], [-1], [1.5], [4096], [2**31], [None], [True], [[1]], {"a": 1}, [1] * 1025],
     "draft_tokens": [-1, 256, 1.5, "4", "AUTO", "", True, [], {}, 10**30],
