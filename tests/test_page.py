@@ -445,6 +445,9 @@ def test_it_fits_narrow_screens_and_large_print(page: Any) -> None:
         && !e.closest(".scroll, .output")).map(e => e.outerHTML)"""
     page.set_viewport_size({"width": 320, "height": 720})
     assert page.evaluate(outside) == []
+    page.fill("#max-tokens", "4")
+    finish(page)
+    expect(page.locator("#status")).to_be_in_viewport()
 
 
 @browser_test

@@ -69,6 +69,7 @@ function prepare() {
   element("verdict").hidden = true;
   element("empty").hidden = true;
   element("lanes").replaceChildren();
+  if (matchMedia("(max-width: 60rem)").matches) element("results").scrollIntoView(); // it is below the options there
 }
 
 function newLane(title, options) {
