@@ -44,7 +44,7 @@ class Live:
         return self.client.post(path, json=body, **extra)
 
     def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The data of a stream's events; the last one must be [DONE]."""
+        """The data of a stream's events; the last one must be [DONE], or an error."""
         with self.client.stream("POST", path, json={**body, "stream": True}) as answer:
             assert answer.status_code == 200, answer.read()
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -60,9 +60,12 @@ class Live:
 
 
 def parse_events(text: str) -> list[dict[str, Any]]:
-    *events, done, rest = text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    """The data of a stream that ended well with [DONE], or with an error and nothing after it."""
+    *events, rest = text.split("\n\n")
+    ended_well = events[-1] == "data: [DONE]"
+    found = [json.loads(event.removeprefix("data: ")) for event in (events[:-1] if ended_well else events)]
+    assert rest == "" and ended_well == ("error" not in found[-1])
+    return found
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import Live, serving
+from serving import Live, serving, wait_for
 
 from gemma_mtp.cli.render import token_kinds as rendered_kinds
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -356,6 +356,7 @@ def test_metrics_count_what_happened(pair: Pair) -> None:
         body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "draft_tokens": 3}
         usage = live.post(COMPLETIONS, body).json()["usage"]
         live.post(COMPLETIONS, {"prompt": ""[:0], "temperature": -1})
+        wait_for(lambda: 'status="400"' in live.client.get("/metrics").text)  # it is counted once it is sent
         answer = live.client.get("/metrics")
         lines = [line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#")]
         values = {name: float(value) for name, value in lines}

@@ -210,8 +210,7 @@ def test_draining_ends_what_runs_and_refuses_what_comes(pair: Pair) -> None:
                 error_of(other.post(COMPLETIONS, json=SHORT), 503)
                 assert other.get("/health/live").status_code == 200
             lines = [line for line in coming if line]
-            assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
-            assert lines[-1] == "data: [DONE]"
+            assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         wait_for(lambda: live.server.should_exit)
 
 
@@ -421,3 +420,10 @@ def test_many_clients_at_once_get_their_own_answers(pair: Pair) -> None:
             thread.join()
         assert [answers[i] for i in range(8)] == [choice["text"] for choice in expected]
         assert time.time() > live.service.created > 0
+
+
+def test_a_server_whose_engine_ended_says_so(pair: Pair) -> None:
+    with serving(pair) as live:
+        assert live.client.get("/health/live").status_code == 200
+        live.service.engine.stop()
+        assert "engine has stopped" in error_of(live.client.get("/health/live"), 503)["message"]

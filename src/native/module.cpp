@@ -64,6 +64,7 @@ const Kernels& named(const std::string& isa) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // of a process that ends while a thread still holds models
     using release = nb::call_guard<nb::gil_scoped_release>;
 
     m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");

@@ -103,7 +103,10 @@ class SamplingParams:
 
     def _check_penalties(self) -> None:
         repetition = self.repetition_penalty
-        _require(_is_number(repetition) and repetition > 0, "repetition_penalty", repetition, "above 0 (1 is off)")
+        usable = (
+            _is_number(repetition) and 0.01 <= repetition <= 100
+        )  # beyond, float32 logits may become 0 times infinity
+        _require(usable, "repetition_penalty", repetition, "from 0.01 to 100 (1 is off)")
         for name, value in (("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)):
             _require(_is_number(value) and -2 <= value <= 2, name, value, "between -2 and 2")
         for token_id, bias in self.logit_bias.items():

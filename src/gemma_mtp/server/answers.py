@@ -122,7 +122,7 @@ class Answers(ABC):
         return self._whole({**self.head, "usage": usage(self.batch, self.prompts)})
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; an error after the first is an event, too."""
+        """The answer as server-sent events. An error after the first is the last event: no [DONE] follows."""
         try:
             for chunk in self._opening():
                 yield self._event(chunk)
@@ -134,7 +134,8 @@ class Answers(ABC):
                 yield self._event(self._chunk([], usage=usage(self.batch, self.prompts)))
         except ApiError as error:
             yield b"data: " + error.response().body + b"\n\n"
-        yield END
+        else:
+            yield END
 
     def _update(self, index: int, update: Update) -> Answer | None:
         """The chunk that says what an update brought; None where it brought nothing to say yet."""

@@ -205,10 +205,12 @@ def _operations(service: Service) -> APIRouter:
     """Routes for those who run the server."""
     api = APIRouter()
 
-    @api.get("/health", responses=responses())
-    @api.get("/health/live", responses=responses())
+    @api.get("/health", responses=responses(503))
+    @api.get("/health/live", responses=responses(503))
     async def live() -> Health:
-        """The server answers."""
+        """The server answers and its engine runs."""
+        if not (service.engine.alive or service.draining):
+            raise ApiError(503, "the engine has stopped; start the server anew.")
         return Health()
 
     @api.get("/health/ready", responses=responses(503))
