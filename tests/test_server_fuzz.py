@@ -1,0 +1,67 @@
+"""Requests made up from the server's own description: no server error, no answer that it does not describe."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from serving import Live, serving, wait_for
+
+from gemma_mtp.engine.pair import load_pair
+
+#: short outputs, so that the time goes into requests
+LIMITS = {"max_output_tokens": 6, "max_choices": 2, "request_seconds": 20.0}
+#: of each operation; the fuzzing of a release is `GEMMA_MTP_FUZZ=500 pytest tests/test_server_fuzz.py`
+CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "12"))
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+MANY = settings(
+    max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+POSTED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with serving(load_pair(), **LIMITS) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def schema(live: Live) -> Any:
+    return schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_made_up_requests(live: Live, schema: Any, mode: GenerationMode) -> None:
+    """Such as the description allows, and such as it does not."""
+    played: Counter[str] = Counter()
+    for operation in (found.ok() for found in schema.get_all_operations()):
+
+        @given(operation.as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        )
+        def play(case: Any) -> None:
+            response = case.call(base_url=live.url, timeout=60)
+            played[f"{case.method} {case.path}"] += 1
+            streamed = "event-stream" in response.headers.get("content-type", [""])[0]
+            case.validate_response(response, checks=CHECKS[:2] if streamed else CHECKS)
+
+        try:
+            play()
+        except Unsatisfiable:  # nothing can be wrong with a request without parameters
+            assert mode is GenerationMode.NEGATIVE
+    assert min(played[f"POST {path}"] for path in POSTED) >= CASES
+
+
+def test_afterwards_the_server_is_idle_and_well(live: Live) -> None:
+    wait_for(live.idle)
+    assert live.service.engine.stats().kv_blocks_used == 0
+    assert live.post("/v1/completions", {"prompt": "import", "max_tokens": 3}).status_code == 200
