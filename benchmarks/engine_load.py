@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -23,10 +24,12 @@ from gemma_mtp.measure.load_requests import Ask
 Requests = Callable[[int], Request]
 
 
-def held_out(pair: Pair) -> list[list[int]]:
+def held_out(pair: Pair, longest: int | None = None) -> list[list[int]]:
+    """The bundled held-out prompts, or their first tokens."""
     assert pair.tokenizer is not None, "needs a target with a tokenizer"
     examples = read_examples(bundled_directory() / "heldout_prompts.jsonl")
-    return [example.token_ids(pair.tokenizer, vocab_size=pair.target.config.vocab_size) for example in examples]
+    vocab_size = pair.target.config.vocab_size
+    return [example.token_ids(pair.tokenizer, vocab_size=vocab_size)[:longest] for example in examples]
 
 
 def greedy(prompts: Sequence[list[int]], max_tokens: int, draft_tokens: Any) -> Requests:
@@ -62,16 +65,24 @@ def to_engine(
     finished: Callable[[int, list[int]], object] = lambda number, token_ids: None,
     cancelled: Callable[[int], bool] = lambda number: False,
 ) -> Send:
-    """Submit to the engine. `finished` gets the output of every request; those `cancelled` are so after a round."""
+    """Submit to the engine. `finished` gets the output of every request; those `cancelled` are so after a round.
+
+    Readers wait in threads for the end, and read then when each update came: an event loop that is woken for every
+    round would share the interpreter with the engine's thread.
+    """
+    readers = ThreadPoolExecutor(max_workers=256)
 
     async def send(number: int) -> Reply:
-        generation = engine.submit(requests(number))
+        loop = asyncio.get_running_loop()
+        generation, now = engine.submit(requests(number)), loop.time()
         result, times = generation.result, []
-        async for update in generation.updates():
-            if update.token_ids:
-                times.append(asyncio.get_running_loop().time())
-            if cancelled(number):
-                generation.cancel()
+        if cancelled(number):
+            await loop.run_in_executor(readers, next, iter(generation))
+            generation.cancel()
+        await loop.run_in_executor(readers, generation.wait)
+        for update in generation:
+            now += update.seconds
+            times += [now] if update.token_ids else []
         finished(number, result.token_ids)
         return Reply(
             tuple(times), len(result.prompt_token_ids), len(result.token_ids),

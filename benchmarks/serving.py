@@ -53,7 +53,7 @@ Content = dict[str, Any]
 
 def measure_engine(pair: Pair, args: argparse.Namespace) -> Content:
     """Tokens a second without drafts and with `auto`, by running sequences; the outputs must be the same."""
-    prompts, results, same = held_out(pair), list[LevelResult](), {}
+    prompts, results, same = held_out(pair, args.prompt_tokens), list[LevelResult](), {}
     for sequences in args.sequences:
         # prompts come again, and are to be read anew
         with Engine(pair, EngineSettings(max_running=sequences, prefix_reuse=False)) as engine:
@@ -75,7 +75,7 @@ def _side(engine: Engine, requests: Requests, outputs: dict[int, list[int]]) -> 
 
 def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
     """Tokens a second of one load on the engine in this process and on a server, which is another process."""
-    prompts = held_out(pair)
+    prompts = held_out(pair, args.prompt_tokens)
     options = [*serve_options(args), "--no-prefix-reuse", "--max-running", str(max(args.sequences))]
     requests = greedy(prompts, args.max_tokens, "auto")
 
@@ -273,6 +273,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, parents=[common])
         command.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16])
         command.add_argument("--requests", type=int, default=8, help="of each client")
+        command.add_argument("--prompt-tokens", type=int, default=32, help="of a prompt, at most")
         command.add_argument("--max-tokens", type=int, default=128)
         command.add_argument("--repeats", type=int, default=5)
     command = commands.add_parser("prefix", parents=[common])

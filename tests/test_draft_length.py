@@ -207,3 +207,8 @@ def test_stopping_early_gains_where_confidence_says_something(confusion: float) 
     """Also where confidence is far too low or too high: the sequence's own record puts it right."""
     with_stop, without = (informed(CHEAP, 20_000, early_stop, confusion) for early_stop in (True, False))
     assert with_stop > 1.08 * without
+
+
+def test_the_best_that_drafting_could_gain() -> None:
+    assert RoundCosts({0: 1.0, 4: 2.0}).best_gain() == pytest.approx(17 / 5)  # 16 drafts, at a quarter of a round each
+    assert RoundCosts({0: 1.0, 4: 5.5}).best_gain() == 1.0

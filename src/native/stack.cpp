@@ -172,7 +172,8 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
 
 void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, int thread, int threads) {
     const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size();
-    if (by_heads(l.heads, threads)) {
+    // few blocks are shared out by heads, which is even; many by blocks, so that one thread reads a sequence's rows once
+    if (by_heads(l.heads, threads) && blocks < 4 * (size_t)threads) {
         const Part heads = part(l.heads, 1, thread, threads);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);

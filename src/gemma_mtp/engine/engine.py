@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gemma_mtp.config import FULL, SLIDING, LayerType
 from gemma_mtp.decoding.draft import Drafts
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, Plan
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, PLAIN, DraftLength, Plan, RoundCosts
 from gemma_mtp.decoding.round import (
     CHUNK_ROWS,
     NATIVE_CHUNK_ROWS,
@@ -391,12 +391,16 @@ class Engine:
         plan = job.fixed
         if job.result.draft_tokens == "auto":
             costs = self.pair.round_costs(sequence.params.choice, _batch_size(playing))
-            if job.policy is None:  # on a GPU, looking at every draft would make the host wait for each
-                job.policy = DraftLength(costs, early_stop=self.pool.device.type == "cpu")
-            job.policy.use(costs)
-            plan = job.policy.choose()
+            hopeless = playing > 1 and costs.best_gain() < LEAST_GAIN
+            plan = PLAIN if hopeless else self._policy(job, costs).choose()
         drafts = min(plan.longest, job.output.remaining - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
+
+    def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
+        if job.policy is None:  # on a GPU, looking at every draft would make the host wait for each
+            job.policy = DraftLength(costs, early_stop=self.pool.device.type == "cpu")
+        job.policy.use(costs)
+        return job.policy
 
     def _reserve(self, job: Job, rows: int, step: Step) -> bool:
         """Take the blocks for a job's rows; those who came last lose theirs where there are too few."""
