@@ -92,11 +92,18 @@ def to_engine(
     return send
 
 
-def to_server(client: httpx.AsyncClient, model: str, requests: Requests) -> Send:
-    """Post to a server's /v1/completions, prompts as token ids."""
+def to_server(client: httpx.AsyncClient, model: str, requests: Requests, whole: bool = False) -> Send:
+    """Post to a server's /v1/completions, prompts as token ids, and read a stream, or the `whole` answer at once."""
 
     async def send(number: int) -> Reply:
-        return await stream(client, Ask("/v1/completions", {"model": model, **body(requests(number))}))
+        ask = Ask("/v1/completions", {"model": model, **body(requests(number))})
+        if not whole:
+            return await stream(client, ask)
+        answer = await client.post(ask.path, json=ask.body)
+        answer.raise_for_status()
+        usage = answer.json()["usage"]
+        times = (asyncio.get_running_loop().time(),)
+        return Reply(times, usage["prompt_tokens"], usage["completion_tokens"])
 
     return send
 

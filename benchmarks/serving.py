@@ -84,7 +84,7 @@ def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
             model = await first_model(client)
             sides = {
                 "engine": lambda run: to_engine(engine, requests),
-                "server": lambda run: to_server(client, model, requests),
+                "server": lambda run: to_server(client, model, requests, args.whole),
             }
             found = []
             for sequences in args.sequences:
@@ -276,6 +276,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--prompt-tokens", type=int, default=32, help="of a prompt, at most")
         command.add_argument("--max-tokens", type=int, default=128)
         command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--whole", action="store_true", help="read answers at once, not as streams")
     command = commands.add_parser("prefix", parents=[common])
     command.add_argument("--prefix-tokens", type=int, default=1500)
     command.add_argument("--repeats", type=int, default=9)

@@ -27,7 +27,9 @@ def serve(
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     device: options.Device = "auto",
-    threads: options.Threads = None,
+    threads: Annotated[
+        int | None, option("--threads", help="CPU threads; default: all cores but one, which HTTP needs.", panel=MODELS)
+    ] = None,
     model_name: Annotated[
         str | None,
         option("--model-name", help="What clients call the model; default: the target directory's name.", panel=MODELS),
@@ -88,7 +90,7 @@ def serve(
 ) -> None:
     """Serve the pair over HTTP, as OpenAI's API. Without --target, the bundled pair."""
     keys = read_keys(api_key_file, os.environ.get(KEYS_VARIABLE, ""))
-    options.use_threads(threads)
+    options.use_threads(max(1, (os.cpu_count() or 1) - 1) if threads is None else threads)
     if no_drafter and drafter is not None:
         raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
     _check_positive(

@@ -46,6 +46,18 @@ class Update(NamedTuple):
     seconds: float = 0.0
 
 
+def merged(updates: Sequence[Update]) -> Update:
+    """Updates of one request that came one after the other, as one; the round is that of the last."""
+    if len(updates) == 1:
+        return updates[0]
+    first, last = updates[0], updates[-1]
+    logprobs = None if first.logprobs is None else [entry for update in updates for entry in update.logprobs or []]
+    token_ids = [token_id for update in updates for token_id in update.token_ids]
+    seconds = sum(update.seconds for update in updates)
+    text = "".join([update.text for update in updates])
+    return Update(text, token_ids, last.round, logprobs, last.finish_reason, seconds)
+
+
 Event = Update | Exception
 
 
@@ -65,6 +77,7 @@ class Generation:
         self._ended = threading.Event()
         self._failure: Exception | None = None
         self._wake: Callable[[], object] | None = None
+        self._at_end = False
 
     def cancel(self) -> None:
         """End the request after the round under way and free its blocks; the last update says `cancelled`."""
@@ -88,17 +101,29 @@ class Generation:
     async def updates(self) -> AsyncIterator[Update]:
         """The same for an event loop. Whoever leaves early should `cancel`."""
         ready = asyncio.Event()
-        self._wake = functools.partial(_waker(asyncio.get_running_loop()).wake, ready)
+        self.subscribe(ready)
         while True:
+            await ready.wait()
             ready.clear()  # before looking: what comes after sets it again
+            for update in self.take():
+                yield update
+                if update.finish_reason is not None:
+                    return
+
+    def subscribe(self, ready: asyncio.Event, at_end: bool = False) -> None:
+        """Have `ready` set, in the running event loop: now, and when there are updates, or the last one."""
+        self._at_end = at_end
+        self._wake = functools.partial(_waker(asyncio.get_running_loop()).wake, ready)
+        ready.set()
+
+    def take(self) -> Iterator[Update]:
+        """The updates that have come and were not read yet. Raises EngineError where the request failed."""
+        while True:
             try:
-                update = self._checked(self._events.get_nowait())
+                event = self._events.get_nowait()
             except queue.Empty:
-                await ready.wait()
-                continue
-            yield update
-            if update.finish_reason is not None:
                 return
+            yield self._checked(event)
 
     def update(
         self, text: str, token_ids: list[int], stats: RoundStats | None, logprobs: list[TokenLogprob] | None,
@@ -118,7 +143,8 @@ class Generation:
 
     def _push(self, event: Event) -> None:
         self._events.put(event)
-        if self._wake is not None:
+        last = not isinstance(event, Update) or event.finish_reason is not None
+        if self._wake is not None and (last or not self._at_end):
             self._wake()
 
     @staticmethod

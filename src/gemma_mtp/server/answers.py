@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mtp import __version__
-from gemma_mtp.engine.request import Generation, Update
+from gemma_mtp.engine.request import Generation, Update, merged
 from gemma_mtp.engine.result import RoundStats, TokenLogprob
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.protocol import (
@@ -116,9 +116,9 @@ class Answers(ABC):
 
     async def whole(self) -> Answer:
         """The answer, when all choices have ended. Raises ApiError."""
-        async for index, update in self.batch.updates():
+        async for index, updates in self.batch.updates(at_end=True):
             if self.wants_texts:
-                self.choices[index].push(update)
+                self.choices[index].push(merged(updates))
         return self._whole({**self.head, "usage": usage(self.batch, self.prompts)})
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -126,10 +126,12 @@ class Answers(ABC):
         try:
             for chunk in self._opening():
                 yield self._event(chunk)
-            async for index, update in self.batch.updates():
-                made = self._update(index, update)
-                if made is not None:
-                    yield self._event(made)
+            async for index, updates in self.batch.updates():
+                # rounds that came while others were being sent are sent together, unless each is asked for
+                for update in updates if self.body.include_rounds else [merged(updates)]:
+                    made = self._update(index, update)
+                    if made is not None:
+                        yield self._event(made)
             if self.body.include_usage:
                 yield self._event(self._chunk([], usage=usage(self.batch, self.prompts)))
         except ApiError as error:

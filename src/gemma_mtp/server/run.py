@@ -8,6 +8,7 @@ import ipaddress
 import json
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -52,8 +53,13 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+#: how long one thread may keep the interpreter from another: the engine's asks for it after every native call
+SWITCH_SECONDS = 0.0002
+
+
 def run(service: Service, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until a signal; the first one drains, the second ends at once. `ready` is called when it serves."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     server_for(service, ready).run(sockets=[listener])
 
 

@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.request import Generation, Request, Update
-from gemma_mtp.errors import GemmaMtpError, TokenizerError
+from gemma_mtp.errors import EngineError, GemmaMtpError, TokenizerError
 from gemma_mtp.server.errors import ApiError, from_engine, internal_error, shutting_down
 from gemma_mtp.server.metrics import Metrics
 from gemma_mtp.server.settings import ServerSettings
 
 #: seconds between looks at whether the last request has ended
 DRAIN_TICK = 0.02
-
-#: which generation it comes from, and what it says
-_Event = tuple[int, Update | Exception]
 
 
 class Service:
@@ -106,48 +103,62 @@ class Batch:
                 member.generation.cancel()
                 self._end(member, "cancelled")
 
-    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
-        """Updates of all generations as they come, with their index. Raises ApiError (408, 500, 503)."""
-        events: asyncio.Queue[_Event] = asyncio.Queue()
-        readers = [asyncio.create_task(_read(i, member, events)) for i, member in enumerate(self.members)]
-        left = len(readers)
-        try:
-            while left:
-                index, event = await self._next(events)
-                update = self._checked(index, event)
-                left -= update.finish_reason is not None
-                yield index, update
-        finally:
-            for reader in readers:
-                reader.cancel()
+    async def updates(self, at_end: bool = False) -> AsyncIterator[tuple[int, list[Update]]]:
+        """Updates of all generations, with their index: as they come, each time all that have come by then; or, which
+        is cheaper, each generation's when it has ended. Raises ApiError (408, 500, 503)."""
+        ready = asyncio.Event()
+        for member in self.members:
+            member.generation.subscribe(ready, at_end)
+        going = dict(enumerate(self.members))
+        while going:
+            await self._wait(ready)
+            ready.clear()  # before looking: what comes after sets it again
+            for index, member in list(going.items()):
+                taken, failure = self._taken(member)
+                if taken:
+                    yield index, taken
+                if failure is not None:
+                    raise failure
+                if member.reason is not None:
+                    del going[index]
 
-    async def _next(self, events: asyncio.Queue[_Event]) -> _Event:
-        """The next event, where it comes in time; the timeout must not span a `yield`, where others' code runs."""
+    async def _wait(self, ready: asyncio.Event) -> None:
+        """In time; the timeout must not span a `yield`, where others' code runs."""
         try:
             if asyncio.get_running_loop().time() < self.deadline:
                 async with asyncio.timeout_at(self.deadline):
-                    return await events.get()
+                    await ready.wait()
+                    return
         except TimeoutError:
             pass
         raise ApiError(408, "the request took longer than this server allows; ask for fewer tokens.")
 
-    def _checked(self, index: int, event: Update | Exception) -> Update:
-        member, now = self.members[index], time.perf_counter()
-        if isinstance(event, Exception):
+    def _taken(self, member: _Member) -> tuple[list[Update], ApiError | None]:
+        """A generation's updates, and why there are no more, where it failed."""
+        taken: list[Update] = []
+        try:
+            for update in member.generation.take():
+                self._note(member, update)
+                taken.append(update)
+        except EngineError as error:
             self._end(member, "error")
-            self.failure = event
-            raise internal_error() from event
-        if event.finish_reason == "cancelled":  # by the engine's end: after `close` nobody reads
+            self.failure = error
+            return taken, internal_error()
+        except ApiError as error:
+            return taken, error
+        return taken, None
+
+    def _note(self, member: _Member, update: Update) -> None:
+        if update.finish_reason == "cancelled":  # by the engine's end: after `close` nobody reads
             self._end(member, "cancelled")
             raise shutting_down()
         if not member.first:
-            member.first = now
-            self.metrics.first_token.observe(now - self.started)
-            self.first_token_seconds = self.first_token_seconds or now - self.started
-        if event.finish_reason is not None:
-            self._end(member, event.finish_reason)
-            self._count(member, now)
-        return event
+            member.first = self.started + update.seconds
+            self.metrics.first_token.observe(update.seconds)
+            self.first_token_seconds = self.first_token_seconds or update.seconds
+        if update.finish_reason is not None:
+            self._end(member, update.finish_reason)
+            self._count(member, time.perf_counter())
 
     def _end(self, member: _Member, reason: str) -> None:
         member.reason = reason
@@ -161,11 +172,3 @@ class Batch:
         metrics.output_tokens.observe(tokens)
         if tokens > 1:
             metrics.each_token.observe((now - member.first) / (tokens - 1))
-
-
-async def _read(index: int, member: _Member, events: asyncio.Queue[_Event]) -> None:
-    try:
-        async for update in member.generation.updates():
-            events.put_nowait((index, update))
-    except Exception as error:
-        events.put_nowait((index, error))
