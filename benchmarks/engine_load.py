@@ -80,7 +80,7 @@ def to_engine(
             await loop.run_in_executor(readers, next, iter(generation))
             generation.cancel()
         await loop.run_in_executor(readers, generation.wait)
-        for update in generation:
+        for update in generation.take():
             now += update.seconds
             times += [now] if update.token_ids else []
         finished(number, result.token_ids)

@@ -106,7 +106,7 @@ def test_resident_memory_is_that_of_the_process() -> None:
 
 
 def test_the_engine_measurement_compares_outputs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "held_out", lambda pair: PROMPTS)
+    monkeypatch.setattr(serving, "held_out", lambda pair, longest: PROMPTS)
     arguments = ["engine", "--sequences", "1", "2", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
     content = serving.measure_engine(pair, serving.parse(arguments))
     assert content["same_outputs"] == {"1": True, "2": True}

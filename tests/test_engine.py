@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from engine_load import play, requests
+from mixed_load import play, requests
 from models import VOCAB, agreeing_pair, letters, packed, random_drafter, random_target
 
 from gemma_mtp.checkpoint import GenerationDefaults
@@ -82,7 +82,7 @@ def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
 CONTROL = """
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.ops.native import module
-from engine_load import play
+from mixed_load import play
 from test_engine import EngineSettings, bundled_load
 assert module().isa() == "control"
 pair = load_pair()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import LONG, Live, serving, wait_for
+from live_server import LONG, Live, serving, wait_for
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -139,6 +139,7 @@ def test_figures_are_the_results_own(page: Any, pair: Pair) -> None:
     widths = page.locator(".bars .fill").evaluate_all("bars => bars.map(bar => bar.style.getPropertyValue('--share'))")
     assert [f"{width}%" for width in widths] == page.locator(".bars .share").all_text_contents()
     page.click("summary")
+    page.wait_for_selector("tbody tr")
     rows = page.locator("tbody tr").evaluate_all(
         "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import Live, serving, wait_for
+from live_server import Live, serving, wait_for
 
 from gemma_mtp.cli.render import token_kinds as rendered_kinds
 from gemma_mtp.decoding.sampling import SamplingParams

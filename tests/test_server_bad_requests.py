@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import SECONDS, Live, serving
+from live_server import SECONDS, Live, serving
 
 from gemma_mtp.engine.engine import EngineSettings
 from gemma_mtp.engine.pair import load_pair

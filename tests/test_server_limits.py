@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import LONG, SECONDS, Live, parse_events, serving, wait_for
+from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
 from gemma_mtp.engine.engine import EngineSettings

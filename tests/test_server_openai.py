@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import SECONDS, Live, serving
+from live_server import SECONDS, Live, serving
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair

@@ -14,7 +14,7 @@ from models import TINY, agreeing_pair, packed, random_drafter, random_target
 from torch import Tensor
 
 from gemma_mtp.config import SLIDING, LayerType
-from gemma_mtp.decoding.round import Turn, open_sequence, play_round, prefill, propose
+from gemma_mtp.decoding.round import Rows, Sequence, Turn, forward_rows, open_sequence, play_round, prefill, propose
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
@@ -62,10 +62,11 @@ def decoding_logits(target: Target, drafter: Drafter, tokens_T: Tensor) -> list[
     T = len(tokens_T)
     rope = rope_for(target.config, torch.arange(T + 1), target.compute_dtype)
     cache = KVCache(target.config, T, max_rows=1, dtype=target.compute_dtype, device="cpu")
+    sequence = Sequence(SamplingParams(), cache, rope, None)
     steps: list[list[Tensor]] = [[] for _ in range(STEPS)]
     for t in range(T - 1):
-        cache.begin(1)
-        hidden = target(tokens_T[None, t : t + 1], slice_rope(rope, t, t + 1), cache)
+        (hidden_1D,) = forward_rows(target, [Rows(sequence, tokens_T[t : t + 1], keep=1)])
+        hidden = hidden_1D[None]
         cache.commit(1)
         committed = CommittedKeyValues(cache, drafter.config.text.layer_types)
         for i in range(STEPS):

@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_autograds(kind: LossKind, temperature: float, see
     (gradient,) = torch.autograd.grad(expected.sum(), z)
     result = slab_loss(kind, z.detach(), aim, tokens, choice)
     torch.testing.assert_close(result.loss_N, expected.detach(), rtol=1e-5, atol=1e-5)  # p comes in float32
-    torch.testing.assert_close(result.grad_NV, gradient, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(result.grad_NV, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("choice", [choice_at(0.7), choice_at(1.0, top_k=4), choice_at(1.0, top_p=0.8)])

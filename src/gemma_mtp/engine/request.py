@@ -91,8 +91,8 @@ class Generation:
         return self.result
 
     def __iter__(self) -> Iterator[Update]:
-        """Updates as they come, blocking. Raises EngineError where the request failed."""
-        while True:
+        """Updates as they come, blocking; none once the last was read. Raises EngineError where the request failed."""
+        while not (self._ended.is_set() and self._events.empty()):
             update = self._checked(self._events.get())
             yield update
             if update.finish_reason is not None:
