@@ -115,7 +115,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(path, body, id=f"{path}-other-{i}")
 
 
-@pytest.mark.parametrize(("path", "body"), cases())
+@pytest.mark.parametrize(("path", "body"), list(cases()))
 def test_bad_fields(live: Live, path: str, body: Any) -> None:
     content = json.dumps(body).encode()  # with NaN and Infinity, as Python writes them
     answer = live.client.post(path, content=content, headers={"Content-Type": "application/json"})

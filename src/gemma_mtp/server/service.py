@@ -106,32 +106,27 @@ class Batch:
     async def updates(self, at_end: bool = False) -> AsyncIterator[tuple[int, list[Update]]]:
         """Updates of all generations, with their index: as they come, each time all that have come by then; or, which
         is cheaper, each generation's when it has ended. Raises ApiError (408, 500, 503)."""
-        ready = asyncio.Event()
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
         for member in self.members:
             member.generation.subscribe(ready, at_end)
         going = dict(enumerate(self.members))
-        while going:
-            await self._wait(ready)
-            ready.clear()  # before looking: what comes after sets it again
-            for index, member in list(going.items()):
-                taken, failure = self._taken(member)
-                if taken:
-                    yield index, taken
-                if failure is not None:
-                    raise failure
-                if member.reason is not None:
-                    del going[index]
-
-    async def _wait(self, ready: asyncio.Event) -> None:
-        """In time; the timeout must not span a `yield`, where others' code runs."""
+        alarm = loop.call_at(self.deadline, ready.set)
         try:
-            if asyncio.get_running_loop().time() < self.deadline:
-                async with asyncio.timeout_at(self.deadline):
-                    await ready.wait()
-                    return
-        except TimeoutError:
-            pass
-        raise ApiError(408, "the request took longer than this server allows; ask for fewer tokens.")
+            while going:
+                await ready.wait()
+                ready.clear()  # before looking: what comes after sets it again
+                if loop.time() >= self.deadline:
+                    raise ApiError(408, "the request took longer than this server allows; ask for fewer tokens.")
+                for index, member in list(going.items()):
+                    taken, failure = self._taken(member)
+                    if taken:
+                        yield index, taken
+                    if failure is not None:
+                        raise failure
+                    if member.reason is not None:
+                        del going[index]
+        finally:
+            alarm.cancel()
 
     def _taken(self, member: _Member) -> tuple[list[Update], ApiError | None]:
         """A generation's updates, and why there are no more, where it failed."""
