@@ -255,8 +255,11 @@ def test_each_request_is_a_line_without_its_text(pair: Pair) -> None:
         answer = live.post(COMPLETIONS, body, headers=headers)
         assert answer.headers["x-request-id"] == "mine-1"
         usage, output = answer.json()["usage"], answer.json()["choices"][0]["text"]
+        wait_for(lambda: len(handler.lines) == 1)  # a line is written when its answer has been sent
         live.post(COMPLETIONS, {**body, "stream": True}, headers=headers)
+        wait_for(lambda: len(handler.lines) == 2)
         live.post(COMPLETIONS, {"prompt": ["zebra", 1]}, headers=headers)
+        wait_for(lambda: len(handler.lines) == 3)
         live.client.get("/nothing?zebra", headers={"X-Request-Id": 'bad"\\id' + "x" * 200})
     first, streamed, refused, unknown = handler.lines
     for line in (first, streamed):
