@@ -109,8 +109,8 @@ class Job:
     order: tuple[int, int]  # priority, arrival: who comes first
     output: OutputBuilder
     tokens: list[int]  # prompt and committed output
-    policy: DraftLength | None
     fixed: Plan
+    policy: DraftLength | None = None
     sequence: Sequence | None = None
     admitted: bool = False  # whether it has run at all
     started: bool = False  # whether the first output token is there
@@ -216,7 +216,7 @@ class Engine:
                     f"{len(self._waiting)} requests are waiting already, which is as many as may; try again later."
                 )
             order = request.priority, next(self._arrivals)
-            heapq.heappush(self._waiting, Job(generation, order, output, list(prompt), None, fixed))
+            heapq.heappush(self._waiting, Job(generation, order, output, list(prompt), fixed))
             self._condition.notify_all()
         return generation
 
@@ -351,9 +351,8 @@ class Engine:
         rows = len(job.tokens) + job.output.max_tokens + LONGEST + 1
         if rows > self._rope_rows:  # sequences keep the tables they began with
             self._rope_rows = min(2 * rows, self.max_tokens + LONGEST + 1)
-            positions = torch.arange(max(rows, self._rope_rows), device=self.pool.device)
+            positions = torch.arange(self._rope_rows, device=self.pool.device)
             self._rope = rope_for(self.pool.config, positions, self.pair.target.compute_dtype)
-            self._rope_rows = len(positions)
         job.sequence = open_sequence(
             self.pair.target, len(job.tokens), job.output.max_tokens, job.fixed.longest, request.params, self.pool,
             self._rope, self.pair.grammar_state(request.params),
@@ -439,14 +438,12 @@ class Engine:
         turns = list(step.turns.values())
         scores = dict(zip(step.turns, score_rows(target, turns, [hidden[job] for job in step.turns]), strict=True))
         played: dict[Job, RoundOutput | None] = {}
-        for job, turn in step.turns.items():
+        for job, part in rows.items():
             try:
-                played[job] = conclude(turn, drafts[job], hidden[job], scores[job])
-            except Exception as error:
-                self._fail(job, error)
-        for job, chunk in step.chunks.items():
-            try:
-                played[job] = self._read(job, chunk, hidden[job])
+                if job in step.turns:
+                    played[job] = conclude(step.turns[job], drafts[job], hidden[job], scores[job])
+                else:
+                    played[job] = self._read(job, part, hidden[job])
             except Exception as error:
                 self._fail(job, error)
         seconds = time.perf_counter() - began
