@@ -163,6 +163,16 @@ def test_a_request_says_how_long_it_drafts(engine: Engine) -> None:
         assert max(r.drafted for r in result.decode_rounds) == min(drafts, 18)
 
 
+def test_more_drafts_than_a_lone_request_has_blocks_for(pair: Pair) -> None:
+    params = SamplingParams(max_tokens=300)
+    engine = Engine(pair, EngineSettings(max_running=1, max_tokens=400))
+    engine.start()
+    generation = engine.submit(Request([5, 6], params, 250))
+    engine.stop(drain_seconds=30)  # and cancels what never comes to an end
+    assert generation.wait().finish_reason == "length"
+    assert generation.result.token_ids == pair.generate([5, 6], params, draft_tokens=0).token_ids
+
+
 def test_lower_priority_numbers_go_first(pair: Pair) -> None:
     with Engine(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
         order: list[int] = []

@@ -392,7 +392,8 @@ class Engine:
             costs = self.pair.round_costs(sequence.params.choice, _batch_size(playing))
             hopeless = playing > 1 and costs.best_gain() < LEAST_GAIN
             plan = PLAIN if hopeless else self._policy(job, costs).choose()
-        drafts = min(plan.longest, job.output.remaining - 1)
+        # no more rows at once than the pool has blocks for, whatever one request asks for
+        drafts = min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
     def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
