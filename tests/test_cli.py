@@ -212,7 +212,7 @@ def test_every_token_has_its_kind() -> None:
         RoundStats(3, 2, 2),  # cut by a stop condition on an accepted draft
     ]
     kinds = ["first", *["accepted"] * 3, "bonus", "accepted", "corrected", "corrected", "accepted", "accepted"]
-    assert list(render.token_kinds(result)) == kinds
+    assert list(render.shown_kinds(result)) == kinds
 
 
 def test_drafts_are_coloured_on_a_terminal(tiny: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from live_server import Live, serving, wait_for
 
-from gemma_mtp.cli.render import token_kinds as rendered_kinds
+from gemma_mtp.cli.render import shown_kinds as rendered_kinds
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest

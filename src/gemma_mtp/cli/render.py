@@ -10,18 +10,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.engine.result import GenerationResult, TokenKind, token_kinds
 from gemma_mtp.tokenizer import Tokenizer
 
-TokenKind = Literal["first", "accepted", "corrected", "bonus"]
+ShownKind = Literal["first", "accepted", "corrected", "bonus"]
+#: what is shown of how a token came about
+SHOWN: dict[TokenKind, ShownKind] = {
+    "first": "first", "draft": "accepted", "correction": "corrected", "plain": "corrected", "bonus": "bonus",
+}  # fmt: skip
 #: style, and the marks that stand in for it where there are no colours
-KINDS: dict[TokenKind, tuple[str, str, str]] = {
+KINDS: dict[ShownKind, tuple[str, str, str]] = {
     "first": ("dim", "", ""),
     "accepted": ("green", "", ""),
     "corrected": ("bold red", "[", "]"),
     "bonus": ("bold cyan", "{", "}"),
 }
-EXPLANATIONS: dict[TokenKind, str] = {
+EXPLANATIONS: dict[ShownKind, str] = {
     "first": "from the prefill",
     "accepted": "drafted, and what the target would have said",
     "corrected": "the target's own token where it refused a draft, or where none was made",
@@ -29,14 +33,11 @@ EXPLANATIONS: dict[TokenKind, str] = {
 }
 
 
-def token_kinds(result: GenerationResult) -> Iterator[TokenKind]:
+def shown_kinds(result: GenerationResult) -> Iterator[ShownKind]:
     """How each output token came about, in order."""
     for i, round_ in enumerate(result.rounds):
-        for _ in range(min(round_.accepted, round_.committed)):
-            yield "accepted"
-        if round_.committed > round_.accepted:
-            full = round_.drafted > 0 and round_.accepted == round_.drafted
-            yield "first" if i == 0 else "bonus" if full else "corrected"
+        for kind in token_kinds(round_, first=i == 0):
+            yield SHOWN[kind]
 
 
 def token_texts(result: GenerationResult, tokenizer: Tokenizer | None) -> list[str]:
@@ -51,7 +52,7 @@ def token_texts(result: GenerationResult, tokenizer: Tokenizer | None) -> list[s
 def print_drafts(console: Console, result: GenerationResult, tokenizer: Tokenizer | None) -> None:
     """The output with every token coloured by its kind, and a legend with counts."""
     coloured = console.color_system is not None
-    kinds = list(token_kinds(result))
+    kinds = list(shown_kinds(result))
     text = Text()
     for kind, piece in zip(kinds, token_texts(result, tokenizer), strict=True):
         style, before, after = KINDS[kind]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+#: how an output token came about: by the prefill, as an accepted draft, or as the target's own token after a refused
+#: draft, after accepted ones, or where none was made
+TokenKind = Literal["first", "draft", "correction", "bonus", "plain"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class RoundStats:
     drafted: int
     accepted: int
     committed: int
+
+
+def token_kinds(round_: RoundStats, first: bool) -> list[TokenKind]:
+    """How a round's tokens came about: accepted drafts, then the target's own token unless the output ended before.
+
+    `first`: of the prefill.
+    """
+    own: TokenKind = "correction" if round_.accepted < round_.drafted else "bonus" if round_.drafted else "plain"
+    drafts: list[TokenKind] = ["draft"] * min(round_.accepted, round_.committed)
+    return [*drafts, "first" if first else own][: round_.committed]
 
 
 @dataclass

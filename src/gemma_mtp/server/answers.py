@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_mtp import __version__
 from gemma_mtp.engine.request import Generation, Update, merged
-from gemma_mtp.engine.result import RoundStats, TokenLogprob
+from gemma_mtp.engine.result import TokenLogprob, token_kinds
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.protocol import (
     Answer,
@@ -33,7 +33,6 @@ from gemma_mtp.server.protocol import (
     PromptTokensDetails,
     RoundReport,
     RoundToken,
-    TokenKind,
     TopLogprob,
     Usage,
 )
@@ -62,13 +61,6 @@ def usage(batch: Batch, prompts: Sequence[Prompt]) -> Usage:
             accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted
         ),
     )
-
-
-def token_kinds(round_: RoundStats, first: bool) -> list[TokenKind]:
-    """How a round's tokens came about: accepted drafts, then the target's own token unless the output ended before."""
-    own: TokenKind = "correction" if round_.accepted < round_.drafted else "bonus" if round_.drafted else "plain"
-    drafts: list[TokenKind] = ["draft"] * min(round_.accepted, round_.committed)
-    return [*drafts, "first" if first else own][: round_.committed]
 
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> str:

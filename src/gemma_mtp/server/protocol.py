@@ -13,6 +13,7 @@ from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.result import TokenKind
 
 #: a server may allow fewer
 MAX_LOGIT_BIAS = 4096
@@ -247,7 +248,6 @@ class Usage(BaseModel):
 
 
 FinishReason = Literal["stop", "length"]
-TokenKind = Literal["first", "draft", "correction", "bonus", "plain"]
 
 
 class RoundToken(BaseModel):
