@@ -140,10 +140,6 @@ class Step:
     turns: dict[Job, Turn] = field(default_factory=dict)
     chunks: dict[Job, Rows] = field(default_factory=dict)
 
-    def drop(self, job: Job) -> None:
-        self.turns.pop(job, None)
-        self.chunks.pop(job, None)
-
 
 class Engine:
     """Decodes requests of one pair together. Thread-safe; start it with `start` or as a context manager.
@@ -370,11 +366,11 @@ class Engine:
                 continue
             if not job.reading:
                 turn = self._turn(job, job.sequence, playing)
-                if self._reserve(job, turn.draft_tokens + 1, step):
+                if self._reserve(job, turn.draft_tokens + 1):
                     step.turns[job] = turn
             elif room > 0:
                 rows = min(room, job.rows_wanted - cache.length)
-                if self._reserve(job, rows, step):
+                if self._reserve(job, rows):
                     step.chunks[job] = Rows(job.sequence, job.tokens[cache.length : cache.length + rows], keep=1)
                     room -= rows
         return step
@@ -402,8 +398,9 @@ class Engine:
         job.policy.use(costs)
         return job.policy
 
-    def _reserve(self, job: Job, rows: int, step: Step) -> bool:
-        """Take the blocks for a job's rows; those who came last lose theirs where there are too few."""
+    def _reserve(self, job: Job, rows: int) -> bool:
+        """Take the blocks for a job's rows; where there are too few, who comes last, and so has no part in the step yet,
+        loses theirs."""
         assert job.sequence is not None
         while True:
             try:
@@ -412,7 +409,6 @@ class Engine:
             except OutOfBlocksError:
                 last = self._running[-1]
                 self._send_away(last)
-                step.drop(last)
                 if last is job:
                     return False
 
