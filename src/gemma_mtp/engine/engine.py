@@ -399,8 +399,8 @@ class Engine:
         return job.policy
 
     def _reserve(self, job: Job, rows: int) -> bool:
-        """Take the blocks for a job's rows; where there are too few, who comes last, and so has no part in the step yet,
-        loses theirs."""
+        """Take the blocks for a job's rows. Where there are too few, the job that comes last, which has no part in the
+        step yet, loses its own."""
         assert job.sequence is not None
         while True:
             try:
