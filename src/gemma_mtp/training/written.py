@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from gemma_mtp.checkpoint import read_headers
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
+from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.examples import ExampleSet, TokenExample
 from gemma_mtp.training.material import Beginning
 
 #: samples of a weight file that its fingerprint is made of, and their bytes
 SAMPLES, SAMPLE_BYTES = 64, 65536
+#: texts looked up or submitted before the first of them is read
+LONGEST_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -43,31 +49,61 @@ def write_texts(
     store = WrittenStore(cache / f"written-{fingerprint}.jsonl")
     examples: list[TokenExample] = []
     tokens = 0
-    for beginning, params in _plan(beginnings, writing):
-        if tokens >= writing.max_tokens:
-            break
-        key = _key(beginning, params)
-        ids = store.get(key)
-        if ids is None:
-            result = pair.generate(beginning.ids, params, draft_tokens=0 if pair.drafter is None else "auto")
-            ids = result.token_ids
-            store.put(key, ids)
-        tokens += len(ids)
-        sequence = np.array([*beginning.ids, *ids], np.int32)
-        examples.append(TokenExample(sequence, len(beginning.ids) - 1, params.temperature))
-        on_text(tokens)
+    with Engine(pair, _engine_settings(pair, beginnings)) as engine:
+        for beginning, params, ids in _written(engine, store, _plan(beginnings, writing)):
+            tokens += len(ids)
+            sequence = np.array([*beginning.ids, *ids], np.int32)
+            examples.append(TokenExample(sequence, len(beginning.ids) - 1, params.temperature))
+            on_text(tokens)
+            if tokens >= writing.max_tokens:
+                break
     return ExampleSet.of(examples)
 
 
+def _engine_settings(pair: Pair, beginnings: Sequence[Beginning]) -> EngineSettings:
+    context = pair.target.config.max_position_embeddings
+    longest = max((beginning.limit for beginning in beginnings), default=context)
+    return EngineSettings(max_tokens=min(context, longest + 1), prefix_reuse=False)
+
+
+def _written(
+    engine: Engine, store: WrittenStore, plan: Iterator[tuple[Beginning, SamplingParams]]
+) -> Iterator[tuple[Beginning, SamplingParams, list[int]]]:
+    """The plan's texts in its order, from the store or written: several at once, which changes no text. Those that are
+    under way when the reader leaves are cancelled as the engine stops."""
+    drafts: DraftTokens = 0 if engine.pair.drafter is None else "auto"
+    ahead: deque[tuple[Beginning, SamplingParams, str, list[int] | Generation]] = deque()
+    under_way, left = 0, True
+    while True:
+        while left and under_way < 2 * engine.settings.max_running and len(ahead) < LONGEST_AHEAD:
+            entry = next(plan, None)
+            if left := entry is not None:
+                beginning, params = entry
+                key = _key(beginning, params)
+                text: list[int] | Generation | None = store.get(key)
+                if text is None:
+                    under_way += 1
+                    text = engine.submit(Request(beginning.ids, params, drafts))
+                ahead.append((beginning, params, key, text))
+        if not ahead:
+            return
+        beginning, params, key, text = ahead.popleft()
+        if isinstance(text, Generation):
+            text, under_way = text.wait().token_ids, under_way - 1
+            store.put(key, text)
+        yield beginning, params, text
+
+
 def _plan(beginnings: Sequence[Beginning], writing: Writing) -> Iterator[tuple[Beginning, SamplingParams]]:
-    """Every beginning once, at the temperatures in turn, in a seeded order; then all again, each at its next one."""
+    """Every beginning once, at the temperatures in turn, in a seeded order; then all again, each at its next one and
+    with another seed, lest a temperature that is given twice brings the same text twice."""
     order = np.random.default_rng(writing.seed).permutation(len(beginnings)).tolist()
     for shift in range(len(writing.temperatures)):
         for place, index in enumerate(order):
             beginning = beginnings[index]
             yield beginning, SamplingParams(
                 temperature=writing.temperatures[(place + shift) % len(writing.temperatures)],
-                top_k=writing.top_k, top_p=writing.top_p, seed=writing.seed + index,
+                top_k=writing.top_k, top_p=writing.top_p, seed=writing.seed + index + shift * len(beginnings),
                 max_tokens=beginning.limit - len(beginning.ids), ignore_eos=beginning.past_end,
             )  # fmt: skip
 
