@@ -589,7 +589,7 @@ void softcap(float* x, float cap, size_t n) {
     each(n, [&](size_t i, int w) { put(x + i, mul(tanh(div(take(x + i, w), set1(cap))), set1(cap)), w); });
 }
 
-inline float largest(const float* x, size_t n) {
+float largest(const float* x, size_t n) {
     V best = set1(x[0]);
     size_t i = 0;
     for (; i + W <= n; i += W) best = max(best, load(x + i));
@@ -646,17 +646,39 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
 constexpr int64_t CHUNK = 256;  // positions whose scores are held at once; chunks begin at multiples of it
 constexpr size_t MAX_QUERIES = 32;
 
+// Vectors of a value that MQ queries take at once: as many sums under way as hide their latency and fit into registers.
+#if defined(GEMMA_AVX512)
+constexpr int vectors_for(int queries) { return queries == 8 ? 2 : 4; }
+#else
+constexpr int vectors_for(int queries) { return queries == 8 ? 1 : queries == 4 ? 2 : 4; }
+#endif
+
 // acc[q] += weights[q][j] * values[j] for j0 <= j < j1, in order of j
 template <int MQ>
 inline void weigh(const float* const* weights, const float* values, size_t j0, size_t j1, size_t d, float* const* acc) {
-    each(d, [&](size_t i, int w) {
-        V sums[MQ];
-        for (int q = 0; q < MQ; q++) sums[q] = take(acc[q] + i, w);
+    constexpr int NV = vectors_for(MQ);
+    size_t begin = 0;
+    for (; begin + NV * W <= d; begin += NV * W) {
+        V sums[MQ * NV];
+        UNROLL for (int i = 0; i < MQ * NV; i++) sums[i] = load(acc[i / NV] + begin + i % NV * W);
         for (size_t j = j0; j < j1; j++) {
-            V v = take(values + j * d + i, w);
-            for (int q = 0; q < MQ; q++) sums[q] = fma(set1(weights[q][j]), v, sums[q]);
+            V v[NV];
+            UNROLL for (int n = 0; n < NV; n++) v[n] = load(values + j * d + begin + n * W);
+            UNROLL for (int q = 0; q < MQ; q++) {
+                const V weight = held(set1(weights[q][j]));
+                UNROLL for (int n = 0; n < NV; n++) sums[q * NV + n] = fma(weight, v[n], sums[q * NV + n]);
+            }
         }
-        for (int q = 0; q < MQ; q++) put(acc[q] + i, sums[q], w);
+        UNROLL for (int i = 0; i < MQ * NV; i++) store(acc[i / NV] + begin + i % NV * W, sums[i]);
+    }
+    each(d - begin, [&](size_t i, int w) {
+        V sums[MQ];
+        UNROLL for (int q = 0; q < MQ; q++) sums[q] = take(acc[q] + begin + i, w);
+        for (size_t j = j0; j < j1; j++) {
+            V v = take(values + j * d + begin + i, w);
+            UNROLL for (int q = 0; q < MQ; q++) sums[q] = fma(set1(weights[q][j]), v, sums[q]);
+        }
+        UNROLL for (int q = 0; q < MQ; q++) put(acc[q] + begin + i, sums[q], w);
     });
 }
 
@@ -771,7 +793,7 @@ void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const 
 const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
     using namespace GEMMA_ISA;
     static const Kernels all{GEMMA_TEXT(GEMMA_ISA), prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
-                             softcap, gather, attend, softmax};
+                             softcap, gather, attend, softmax, largest};
     return all;
 }
 

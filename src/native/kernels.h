@@ -82,6 +82,7 @@ struct Kernels {
     // Softmax attention of Q query rows [Q, d] (stride ldq) over one head; results to out (stride ldo).
     void (*attend)(const float* q, size_t ldq, size_t Q, const Visible* visible, const HeadRows& rows, float* out, size_t ldo);
     void (*softmax)(float* x, size_t n);
+    float (*largest)(const float* x, size_t n);
 };
 
 const Kernels& kernels_portable();

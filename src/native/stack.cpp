@@ -462,6 +462,7 @@ float gumbel(uint64_t bits) {
 // The best of `count` candidates, whose ids are `ids` or begin at `first`, taken into `best`; `scores` become scaled ones.
 void take_best(float* scores, size_t count, const int64_t* ids, int64_t first, const Choice& choice, Best& best) {
     if (choice.temperature == 0) {
+        if (!ids && count && !(kernels().largest(scores, count) > best.value)) return;  // of equals the first stays
         size_t top = 0;
         for (size_t i = 1; i < count; i++)
             if (scores[i] > scores[top] || (ids && scores[i] == scores[top] && ids[i] < ids[top])) top = i;
