@@ -90,7 +90,7 @@ def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids
     position = PROMPT.shape[1]
     rows = {F: sequence.cache.committed(F), S: sequence.cache.committed(S)}
     assert rows[F][0].shape[2] == position and rows[S][0].shape[2] == WINDOW - 1
-    token, our_hidden = torch.tensor([[sequence.last_token]]), sequence.hidden_D[None, None]
+    token, our_hidden = torch.tensor([[sequence.last_token]]), sequence.last_state[None, None]
     full = oracle(PROMPT, output_hidden_states=True)
     their_hidden = full.hidden_states[-1][:, -1:]
     close(our_hidden, their_hidden)

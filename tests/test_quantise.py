@@ -191,7 +191,7 @@ def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
         rope = slice_rope(sequence.rope, 10, 11)
         kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
         embeds = target.embed(torch.tensor([[sequence.last_token]]))
-        hidden = sequence.hidden_D[None, None]
+        hidden = sequence.last_state[None, None]
         state, projected = drafter(embeds, hidden, rope, kv)
         logits, ids = drafter.candidates(state[0])
         drafter.pack_(target.native)

@@ -154,6 +154,7 @@ class KVCache:
         self.rows = 0  # rows of the call under way
         self.tables = {kind: array("i", [-1]) * _blocks_of(max_length) for kind in (SLIDING, FULL)}
         self._held = {kind: [0, 0] for kind in (SLIDING, FULL)}  # first block held, first one not held yet
+        self._room = 0  # rows that the blocks held so far have places for
         self._named = 0  # leading blocks whose names are known
         self._name = b""  # of the last of them
         self.handle: Any = None  # the native operators' view of the tables
@@ -163,6 +164,8 @@ class KVCache:
     def reserve(self, rows: int) -> None:
         """Take the blocks that the next `rows` rows need. Raises OutOfBlocksError."""
         assert 0 < rows and self.length + rows <= self.max_length, "the caller sizes the cache for its sequence"
+        if self.length + rows <= self._room:
+            return
         self._let_slide()
         end = _blocks_of(self.length + rows)
         for kind, table in self.tables.items():
@@ -170,6 +173,7 @@ class KVCache:
             while held[1] < end:
                 table[held[1]] = self.pool.blocks[kind].take()
                 held[1] += 1
+        self._room = end * BLOCK_ROWS
 
     def begin(self, rows: int) -> None:
         """Announce a call whose rows take the positions length .. length + rows - 1."""
@@ -189,7 +193,7 @@ class KVCache:
             for i in reversed(range(first, end)):
                 self.pool.blocks[kind].release(self.tables[kind][i])
             self._held[kind] = [0, 0]
-        self.length, self._named, self._name = 0, 0, b""
+        self.length, self._room, self._named, self._name = 0, 0, 0, b""
 
     def adopt(self, token_ids: Sequence[int]) -> int:
         """Share the blocks of an earlier sequence that began with the same tokens; returns the rows that it gives.
@@ -218,7 +222,8 @@ class KVCache:
                 blocks[kind].share(block)
                 self.tables[kind][i] = block
             self._held[kind] = [begin, count]
-        self.length, self._named, self._name = count * BLOCK_ROWS, count, names[count - 1]
+        self._named, self._name = count, names[count - 1]
+        self.length = self._room = count * BLOCK_ROWS
         return self.length
 
     def name(self, token_ids: Sequence[int]) -> None:

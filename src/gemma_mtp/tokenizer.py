@@ -17,8 +17,9 @@ from gemma_mtp.errors import TokenizerError
 
 #: what an incomplete UTF-8 sequence decodes to
 REPLACEMENT = "\ufffd"
-#: tokens of context a piece of text is decoded with: decoders look at most one token back (leading spaces, bytes)
-CONTEXT_TOKENS = 4
+#: tokens of context a piece of text is decoded with, at least: decoders look at most one token back (leading spaces,
+#: bytes); and when it is cut to that again
+CONTEXT_TOKENS, LONGEST_CONTEXT = 4, 12
 
 
 class Tokenizer:
@@ -106,18 +107,21 @@ class TextDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._decode = tokenizer.raw.decode  # without special tokens
         self._ids: list[int] = []  # context, then what is not given out yet
-        self._given = 0  # tokens of _ids that are context
+        self._context = ""  # the text of the context
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
         self._ids.extend(token_ids)
-        text = self._pending()
-        if text and not text.endswith(REPLACEMENT):
-            self._ids = self._ids[-CONTEXT_TOKENS:]
-            self._given = len(self._ids)
-            return text
+        text = self._decode(self._ids)
+        if len(text) > len(self._context) and not text.endswith(REPLACEMENT):
+            piece = text[len(self._context) :]
+            if len(self._ids) > LONGEST_CONTEXT:
+                self._ids = self._ids[-CONTEXT_TOKENS:]
+                text = self._decode(self._ids)
+            self._context = text
+            return piece
         if len(token_ids) <= 1:
             return ""
         del self._ids[-len(token_ids) :]  # the last ones are half a character: give out what comes before it
@@ -125,13 +129,10 @@ class TextDecoder:
 
     def flush(self) -> str:
         """Text still held back, when no more tokens come: the replacement character of a broken sequence."""
-        text = self._pending()
-        self._given = len(self._ids)
-        return text
-
-    def _pending(self) -> str:
-        context = self._tokenizer.decode(self._ids[: self._given])
-        return self._tokenizer.decode(self._ids)[len(context) :]
+        text = self._decode(self._ids)
+        piece = text[len(self._context) :]
+        self._context = text
+        return piece
 
 
 class StopMatcher:
@@ -144,6 +145,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Text that is certain to come before any stop string; nothing more once one was found."""
+        if not self.stop:
+            return text
         if self.stopped:
             return ""
         self._held += text

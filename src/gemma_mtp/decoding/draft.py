@@ -69,7 +69,9 @@ class Drafted(Protocol):
     grammar: GrammarState | None
     length: int
     last_token: int
-    hidden_D: Tensor
+
+    @property
+    def last_state(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ class _Steps:
     def __init__(self, drafting: Drafting) -> None:
         self.drafting = drafting
         sequence = drafting.sequence
-        self.token_11 = torch.tensor([[sequence.last_token]], device=sequence.hidden_D.device)
-        self.hidden_11D = sequence.hidden_D[None, None]
+        self.token_11 = torch.tensor([[sequence.last_token]], device=sequence.last_state.device)
+        self.hidden_11D = sequence.last_state[None, None]
         self.tokens: list[Tensor] = []
         self.candidates: list[Candidates] = []
         self.confidences: list[float] = []
@@ -188,7 +190,7 @@ class _Steps:
 def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
     """All drafts in one call, which knows the same stop rule."""
     of = [one.sequence for one in sequences]
-    hidden_RD = of[0].hidden_D[None] if len(of) == 1 else torch.stack([sequence.hidden_D for sequence in of])
+    hidden_RD = of[0].last_state[None] if len(of) == 1 else torch.stack([sequence.last_state for sequence in of])
     rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
     tokens_RK, confidences_RK, made = drafter.draft(
         [sequence.last_token for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ NO_DRAFTS = Drafts([])
 
 @dataclass
 class Sequence:
-    """A sequence being decoded. `hidden_D`: the target's state that produced the last token."""
+    """A sequence being decoded. `states_TD`: the last call's states, of which row `state` produced the last token."""
 
     params: SamplingParams
     cache: KVCache
@@ -54,23 +55,27 @@ class Sequence:
     grammar: GrammarState | None = None
     length: int = 0  # committed tokens
     last_token: int = -1
-    hidden_D: Tensor = field(default_factory=lambda: torch.empty(0))
+    states_TD: Tensor = field(default_factory=lambda: torch.empty(1, 0))
+    state: int = 0
+
+    @property
+    def last_state(self) -> Tensor:
+        """The target's state that produced the last token, [D]."""
+        return self.states_TD[self.state]
 
 
-@dataclass(frozen=True)
-class RoundOutput:
+class RoundOutput(NamedTuple):
     """What a round committed: `accepted` drafts and one token of the target's own."""
 
     token_ids: list[int]
     drafted: int
     accepted: int
     logprobs: TopLogprobs | None
-    confidences: list[float] = field(default_factory=list)  # in each draft, where a stop rule asked for them
+    confidences: Items[float] = ()  # in each draft, where a stop rule asked for them
     complete_after: int | None = None  # so many tokens end the output: the grammar allows none after them
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A sequence's part in a round: `draft_tokens` drafts, or fewer where `stop` says so; 0 without a drafter."""
 
     sequence: Sequence
@@ -84,8 +89,7 @@ class Turn:
         return choice == "argmax" or (choice == "drawn" and (self.verification == "exact" or rows == 1))
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows of a sequence for the target, int64 [T] or still on the host, of whose hidden states the last `keep` are
     wanted."""
 
@@ -175,10 +179,10 @@ def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> l
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
     """What a sequence sends through the target in a round."""
-    last = turn.sequence.last_token
-    if isinstance(drafts.tokens, list):
-        return Rows(turn.sequence, [last, *drafts.tokens], keep=len(drafts) + 1)
-    return Rows(turn.sequence, F.pad(drafts.tokens, (1, 0), value=last), keep=len(drafts) + 1)
+    sequence, tokens = turn.sequence, drafts.tokens
+    if isinstance(tokens, list):
+        return Rows(sequence, [sequence.last_token, *tokens], len(tokens) + 1)
+    return Rows(sequence, F.pad(tokens, (1, 0), value=sequence.last_token), len(tokens) + 1)
 
 
 def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
@@ -204,7 +208,7 @@ def _forward(target: Target, call: Rows) -> Tensor:
 
 
 def _drafting(turn: Turn) -> Drafting:
-    sequence, device = turn.sequence, turn.sequence.hidden_D.device
+    sequence, device = turn.sequence, turn.sequence.last_state.device
     noise = draft_noise(turn.verification == "exact", sequence.length, turn.draft_tokens, device)
     return Drafting(sequence, noise, turn.stop)
 
@@ -212,24 +216,25 @@ def _drafting(turn: Turn) -> Drafting:
 def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor | list[int]]:
     """Of each turn's rows [T, D] what its tokens follow from: logits [T, V], or natively, where nothing else of them is
     wanted, the T tokens themselves. All turns of a kind share one pass over the head."""
-    chosen = [i for i, turn in enumerate(turns) if target.native is not None and turn.is_plain(hidden[i].shape[0])]
-    others = [i for i in range(len(turns)) if i not in chosen]
+    native, rows = target.native, [states_TD.shape[0] for states_TD in hidden]
     scores: dict[int, Tensor | list[int]] = {}
-    if target.native is not None and chosen:
+    chosen = [i for i, turn in enumerate(turns) if native is not None and turn.is_plain(rows[i])]
+    if native is not None and chosen:
         temperatures: list[float] = []
         keys: list[int] = []
         for i in chosen:
-            sequence, rows = turns[i].sequence, hidden[i].shape[0]
-            temperatures += [sequence.params.temperature] * rows
-            keys += _keys(sequence, rows)
-        tokens = target.native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys).tolist()
-        begin = 0
+            sequence = turns[i].sequence
+            temperatures += [sequence.params.temperature] * rows[i]
+            keys += _keys(sequence, rows[i])
+        tokens = native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys).tolist()
+        end = 0
         for i in chosen:
-            end = begin + hidden[i].shape[0]
-            scores[i], begin = tokens[begin:end], end
-    if others:
+            begin, end = end, end + rows[i]
+            scores[i] = tokens[begin:end]
+    if len(chosen) < len(turns):
+        others = [i for i in range(len(turns)) if i not in scores]
         logits_RV = target.logits(_joined([hidden[i] for i in others]))
-        scores.update(zip(others, logits_RV.split([hidden[i].shape[0] for i in others]), strict=True))
+        scores.update(zip(others, logits_RV.split([rows[i] for i in others]), strict=True))
     return [scores[i] for i in range(len(turns))]
 
 
@@ -255,7 +260,7 @@ def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | lis
     """Reads the device once."""
     sequence, params = turn.sequence, turn.sequence.params
     if isinstance(scores, list):
-        accepted = agreeing(scores, drafts.on_host())
+        accepted = agreeing(scores, drafts.on_host()) if len(drafts) else 0
         return _commit(sequence, drafts, hidden_TD, scores[: accepted + 1], None)
     verified = _verify(scores, sequence, drafts, turn.verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
@@ -274,7 +279,7 @@ def _commit(
     accepted = len(committed) - 1
     complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     sequence.length += len(committed)
-    sequence.last_token, sequence.hidden_D = committed[-1], hidden_TD[accepted]
+    sequence.last_token, sequence.states_TD, sequence.state = committed[-1], hidden_TD, accepted
     return RoundOutput(committed, len(drafts), accepted, logprobs, drafts.confidences, complete_after)
 
 

@@ -130,7 +130,7 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
+    @functools.cached_property
     def choice(self) -> ChoiceKind:
         """By what a token is chosen: logits alone, logits and noise alone, or more, or where logits are reported."""
         shifted = self.uses_history or bool(self.logit_bias) or self.grammar is not None

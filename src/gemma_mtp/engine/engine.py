@@ -357,14 +357,15 @@ class Engine:
 
     def _plan(self) -> Step:
         """Every running sequence's part in the next step, with the blocks for it."""
-        step, playing = Step(), sum(not job.reading for job in self._running)
+        step, reading = Step(), [job for job in self._running if job.reading]
+        playing = len(self._running) - len(reading)
         room = self._chunk_room(playing > 0)
         for job in list(self._running):
             assert job.sequence is not None
             cache = job.sequence.cache
             if job not in self._running:  # sent away for one before it
                 continue
-            if not job.reading:
+            if job not in reading:
                 turn = self._turn(job, job.sequence, playing)
                 if self._reserve(job, turn.draft_tokens + 1):
                     step.turns[job] = turn
@@ -389,7 +390,7 @@ class Engine:
             hopeless = playing > 1 and costs.best_gain() < LEAST_GAIN
             plan = PLAIN if hopeless else self._policy(job, costs).choose()
         # no more rows at once than the pool has blocks for, whatever one request asks for
-        drafts = min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
+        drafts = plan.longest and min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
     def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
@@ -476,7 +477,7 @@ class Engine:
         if job.reading:
             return None
         if job.started:  # after a preemption: all tokens are there, and now the state that produced the last one
-            sequence.hidden_D = hidden_1D[0]
+            sequence.states_TD, sequence.state = hidden_1D, 0
             return None
         return end_prompt(self.pair.target, sequence, hidden_1D)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gemma_mtp.decoding.round import RoundOutput
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import SamplingParams, TopLogprobs
 from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
 from gemma_mtp.tokenizer import StopMatcher, Tokenizer
 
@@ -37,26 +37,31 @@ class OutputBuilder:
 
     def push(self, output: RoundOutput) -> str:
         """Take a round's tokens up to the one that ends the output; returns the text that became certain."""
-        assert len(output.token_ids) <= self.remaining, "the round was asked for fewer drafts than tokens remain"
+        result, remaining = self.result, self.remaining
+        assert len(output.token_ids) <= remaining, "the round was asked for fewer drafts than tokens remain"
         text, taken = "", 0
         for piece in self._pieces(output):
-            self.result.token_ids += piece
+            result.token_ids += piece
             taken += len(piece)
             text += self._push_text(piece, taken == output.complete_after)
             if self.done:
                 break
-        if not self.done and self.remaining == 0:
+        if taken == remaining and not self.done:
             self.done = True
             text += self._flush_text()
-        self.result.rounds.append(RoundStats(output.drafted, min(output.accepted, taken), taken))
-        self._push_logprobs(output, taken)
-        if self.result.text is not None:
-            self.result.text += text
+        result.rounds.append(RoundStats(output.drafted, min(output.accepted, taken), taken))
+        if output.logprobs is not None:
+            self._push_logprobs(output, output.logprobs, taken)
+        if result.text is not None:
+            result.text += text
         return text
 
     def _pieces(self, output: RoundOutput) -> list[list[int]]:
         """The tokens up to the first that ends the output; one by one where a stop string may end it at any of them."""
-        token_ids = output.token_ids[: output.complete_after]
+        token_ids = output.token_ids
+        if not self.matcher.stop and self.stop_token_ids.isdisjoint(token_ids):
+            return [token_ids[: output.complete_after]]
+        token_ids = token_ids[: output.complete_after]
         stops = [i for i, token_id in enumerate(token_ids) if token_id in self.stop_token_ids]
         kept = token_ids[: stops[0] + 1] if stops else token_ids
         return [[token_id] for token_id in kept] if self.matcher.stop else [kept]
@@ -80,11 +85,9 @@ class OutputBuilder:
         self.done = True
         self.result.finish_reason = "stop"
 
-    def _push_logprobs(self, output: RoundOutput, taken: int) -> None:
-        if self.result.logprobs is None or output.logprobs is None:
-            return
-        chosen, ids, tops = (t.tolist() for t in (output.logprobs.chosen_R, output.logprobs.token_ids_RN,
-                                                  output.logprobs.top_RN))  # fmt: skip
+    def _push_logprobs(self, output: RoundOutput, found: TopLogprobs, taken: int) -> None:
+        assert self.result.logprobs is not None
+        chosen, ids, tops = (t.tolist() for t in (found.chosen_R, found.token_ids_RN, found.top_RN))
         for row in range(taken):
             top = tuple(zip(ids[row], tops[row], strict=True))
             self.result.logprobs.append(TokenLogprob(output.token_ids[row], chosen[row], top))

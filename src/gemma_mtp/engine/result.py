@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled"]
 #: how an output token came about: by the prefill, as an accepted draft, or as the target's own token after a refused
@@ -21,8 +21,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class RoundStats:
+class RoundStats(NamedTuple):
     """One round: draft tokens proposed, draft tokens accepted, and tokens committed to the output.
 
     `committed` is `accepted` + 1 (a correction if a draft was refused, else a bonus token), or fewer where a stop
