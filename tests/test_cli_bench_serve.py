@@ -209,9 +209,11 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert message in refused(capsys, ["bench-serve", *(a.replace("{here}", str(tmp_path)) for a in arguments)])
 
 
-def test_it_needs_httpx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'gemma-mtp[bench-serve]'" in refused(capsys, ["bench-serve"])
+@pytest.mark.parametrize("missing", ["httpx", "httpx_aiohttp"])
+def test_it_needs_a_client(missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+    message = f"needs {missing}, which is not installed; pip install 'gemma-mtp[bench-serve]'"
+    assert message in refused(capsys, ["bench-serve"])
 
 
 @pytest.mark.parametrize(

@@ -244,8 +244,10 @@ def bench_serve(
         shared_prefix_tokens=shared_prefix_tokens,
         fresh=fresh,
     )
-    if importlib.util.find_spec("httpx") is None:
-        raise ServerError("bench-serve needs httpx, which is not installed; pip install 'gemma-mtp[bench-serve]'.")
+    if missing := [name for name in ("httpx", "httpx_aiohttp") if importlib.util.find_spec(name) is None]:
+        raise ServerError(
+            f"bench-serve needs {missing[0]}, which is not installed; pip install 'gemma-mtp[bench-serve]'."
+        )
     with contextlib.ExitStack() as stack, progress("starting the server") as say:
         if url is None:
             from gemma_mtp.measure.load_server import own_server
