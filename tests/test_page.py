@@ -186,6 +186,22 @@ def test_chat_is_offered_where_there_is_a_template(page: Any, browser: Any, live
 
 
 @browser_test
+def test_it_works_below_a_path_that_a_proxy_takes_off(browser: Any, live: Live) -> None:
+    with browser.new_context() as context:
+        page, requested = context.new_page(), list[str]()
+        page.set_default_timeout(MILLISECONDS)
+        page.on("request", lambda request: requested.append(request.url))
+        page.route("**/llm/**", lambda route: route.continue_(url=route.request.url.replace("/llm/", "/")))
+        page.goto(f"{live.url}/llm/")
+        expect(page.locator("#model")).not_to_have_text("…")
+        set_options(page, tokens=6)
+        finish(page)
+        assert len(shown(page)) == 6
+        assert {url.rpartition("/")[2] for url in requested} >= {"", "app.js", "style.css", "models", "completions"}
+        assert all(url.startswith(f"{live.url}/llm/") for url in requested)
+
+
+@browser_test
 def test_without_a_drafter_nothing_is_raced(browser: Any) -> None:
     with serving(load_pair(use_drafter=False)) as live, opened(browser, live) as page:
         expect(page.locator("#model")).to_have_text("gemma-mtp-bundled (no drafter)")

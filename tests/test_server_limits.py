@@ -20,8 +20,10 @@ import pytest
 from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
-from gemma_mtp.engine.engine import EngineSettings
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run
 from gemma_mtp.server.settings import read_keys
@@ -290,7 +292,8 @@ def test_a_log_that_can_not_be_written_fails_no_request(pair: Pair) -> None:
     with logged(Full()), serving(pair) as live:
         assert live.post(COMPLETIONS, SHORT).status_code == 200
         assert len(live.events(COMPLETIONS, SHORT)) >= 1
-        assert "gemma_mtp:log_write_failures_total 2.0" in live.client.get("/metrics").text
+        # a line is written when its answer has been read already
+        wait_for(lambda: "gemma_mtp:log_write_failures_total 2.0" in live.client.get("/metrics").text)
 
 
 def test_what_leaves_and_what_fails_is_logged(pair: Pair) -> None:
@@ -430,3 +433,19 @@ def test_a_server_whose_engine_ended_says_so(pair: Pair) -> None:
         assert live.client.get("/health/live").status_code == 200
         live.service.engine.stop()
         assert "engine has stopped" in error_of(live.client.get("/health/live"), 503)["message"]
+
+
+def test_a_server_whose_engine_hangs_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, play = threading.Event(), Engine._play
+    monkeypatch.setattr(Engine, "_play", lambda self, step: (go_on.wait(SECONDS), play(self, step)))
+    with serving(pair, request_seconds=0.2) as live:
+        assert live.client.get("/health/live").status_code == 200
+        try:
+            generation = live.service.engine.submit(Request([5], SamplingParams(max_tokens=2)))
+            wait_for(lambda: live.service.engine.step_seconds > 0.2)
+            assert "engine hangs" in error_of(live.client.get("/health/live"), 503)["message"]
+        finally:
+            go_on.set()
+        generation.wait()
+        wait_for(lambda: live.service.engine.step_seconds == 0)
+        assert live.client.get("/health/live").status_code == 200

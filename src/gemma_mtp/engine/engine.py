@@ -163,6 +163,7 @@ class Engine:
         self._cancelled: set[Generation] = set()
         self._stats = EngineStats()
         self._row_seconds = 0.0
+        self._step_began: float | None = None  # seconds of `time.monotonic`
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -232,6 +233,12 @@ class Engine:
         """Whether the thread runs that plays steps."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step under way has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def stats(self) -> EngineStats:
         """A snapshot."""
         with self._condition:
@@ -286,11 +293,13 @@ class Engine:
                         return
                     self._take_cancellations()
                     self._admit()
+                self._step_began = time.monotonic()
                 try:
                     self._play(self._plan())
                 except Exception as error:  # of the call that all share: who is in it can not go on
                     for job in list(self._running):
                         self._fail(job, error)
+                self._step_began = None
                 with self._condition:
                     self._stats.steps += 1
                     if not self._running:

@@ -211,6 +211,8 @@ def _operations(service: Service) -> APIRouter:
         """The server answers and its engine runs."""
         if not (service.engine.alive or service.draining):
             raise ApiError(503, "the engine has stopped; start the server anew.")
+        if service.engine.step_seconds > service.settings.request_seconds:
+            raise ApiError(503, "the engine hangs: a step takes longer than a request may; start the server anew.")
         return Health()
 
     @api.get("/health/ready", responses=responses(503))

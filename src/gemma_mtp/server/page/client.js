@@ -12,7 +12,7 @@ export class Failure extends Error {
 
 /** The served model: its id, max_model_len, and what it can (`gemma_mtp`). Throws Failure. */
 export async function servedModel(key) {
-  const answer = await send("/v1/models", key, {});
+  const answer = await send("v1/models", key, {});
   return (await answer.json()).data[0];
 }
 
@@ -34,7 +34,7 @@ export function requestBody(options) {
 
 /** The chunks of a generation as they come. Throws Failure, and AbortError where `signal` ends it. */
 export async function* generate(options, key, signal) {
-  const path = options.chat ? "/v1/chat/completions" : "/v1/completions";
+  const path = options.chat ? "v1/chat/completions" : "v1/completions";
   const headers = { "Content-Type": "application/json" };
   const answer = await send(path, key, { method: "POST", headers, body: JSON.stringify(requestBody(options)), signal });
   try {
