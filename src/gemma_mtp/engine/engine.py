@@ -403,8 +403,8 @@ class Engine:
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
     def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
-        if job.policy is None:  # on a GPU, looking at every draft would make the host wait for each
-            job.policy = DraftLength(costs, early_stop=self.pool.device.type == "cpu")
+        if job.policy is None:
+            job.policy = self.pair.draft_length(costs)
         job.policy.use(costs)
         return job.policy
 

@@ -119,6 +119,10 @@ class Pair:
             self._costs[key] = round_costs(self.target, self.drafter, choice, sequences)
         return self._costs[key]
 
+    def draft_length(self, costs: RoundCosts) -> DraftLength:
+        """A new sequence's policy. On a GPU, looking at every draft would make the host wait for each."""
+        return DraftLength(costs, early_stop=self.target.embed_tokens.weight.device.type == "cpu")
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.generation.eos_token_ids
@@ -182,8 +186,8 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
     device = pair.target.embed_tokens.weight.device
     policy, fixed = None, Plan(LONGEST)
-    if result.draft_tokens == "auto":  # on a GPU, looking at every draft would make the host wait for each
-        policy = DraftLength(pair.round_costs(params.choice), early_stop=device.type == "cpu")
+    if result.draft_tokens == "auto":
+        policy = pair.draft_length(pair.round_costs(params.choice))
     else:
         fixed = Plan(result.draft_tokens)
     started = time.perf_counter()
