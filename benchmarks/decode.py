@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import CpuClock, read_bandwidth
+from machine import read_bandwidth
 from ours import our_side, unreliable, useless_drafter
 from pairs import cache_directory, written_pair
 from peers import Peer, llama_cpp_peer, transformers_peer
@@ -35,6 +35,7 @@ from report import report, show
 from sides import Side, measure
 
 from gemma_mtp import load_pair
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
 from gemma_mtp.ops.native import set_threads

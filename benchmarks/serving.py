@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from engine_load import Requests, greedy, held_out, mixed, serve_options, to_engine, to_server
-from machine import CpuClock, describe
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request

@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import agreeing_pair, packed, random_drafter, random_target
 
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
@@ -27,6 +28,7 @@ COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021})
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GEMMA_MTP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: 0.0)
     return tmp_path / "cache"
 
 
@@ -170,6 +172,23 @@ def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert the_file(cache).is_file()
     monkeypatch.setattr(costs, "measure_costs", lambda *pair: pytest.fail("measured again"))
     assert round_costs(target, drafter).seconds == first.seconds
+
+
+@pytest.mark.parametrize(("share", "kept"), [(None, True), (0.05, True), (0.4, False)])
+def test_costs_of_a_busy_machine_are_not_kept(
+    share: float | None, kept: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: share)
+    round_costs(*packed(*agreeing_pair()))
+    assert kept == (cache.exists() and len(list(cache.iterdir())) == 1)
+
+
+def test_others_work_is_seen() -> None:
+    clock = CpuClock([os.getpid()])
+    script = "import time; t = time.monotonic()\nwhile time.monotonic() < t + 0.5: pass"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    share = clock.share_elsewhere()
+    assert share is None or share > 0.2 / (os.cpu_count() or 1)
 
 
 def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

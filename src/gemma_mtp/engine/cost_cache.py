@@ -29,7 +29,7 @@ from gemma_mtp.ops.native import module
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
 VERSION = 1
-#: costs older than a day are measured anew: the machine may have been busy then
+#: costs older than a day are measured anew: the machine may have been slower then
 MAX_AGE_SECONDS = 24 * 3600.0
 
 log = logging.getLogger(__name__)

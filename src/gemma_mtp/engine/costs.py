@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 
 import torch
 
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
 from gemma_mtp.decoding.round import Sequence, Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
@@ -20,6 +22,8 @@ BUDGET_SECONDS = 0.2
 #: lengths in the order they are measured: the ends and the middle first; costs of the others lie between
 ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
 CONTEXT_ROWS, REPEATS = 32, 12
+#: share of the cores' time that other processes may take while costs are measured that are kept
+MOST_ELSEWHERE = 0.1
 #: what stands for all parameters that choose in one way
 CHOICES: dict[ChoiceKind, SamplingParams] = {
     "argmax": SamplingParams(), "drawn": SamplingParams(temperature=1.0),
@@ -28,7 +32,7 @@ CHOICES: dict[ChoiceKind, SamplingParams] = {
 
 
 def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
-    """Costs from the cache if it has them, else measured, and then kept there.
+    """Costs from the cache if it has them, else measured, and then kept there, unless the machine was busy meanwhile.
 
     `choice`: of rounds that choose so (`SamplingParams.choice`). `sequences`: that many play each round together.
     """
@@ -38,8 +42,10 @@ def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax",
     key = cost_key(target, drafter, choice, sequences)
     costs = load_costs(directory, key)
     if costs is None:
+        clock = CpuClock([os.getpid()])
         costs = measure_costs(target, drafter, choice, sequences)
-        store_costs(directory, key, costs)
+        if (clock.share_elsewhere() or 0.0) <= MOST_ELSEWHERE:
+            store_costs(directory, key, costs)
     return costs
 
 
