@@ -36,7 +36,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pair: $(VENV)/.core        ## train the bundled pair from scratch (about two hours on two cores; see docs/training.md)
+pair: $(VENV)/.core        ## train the bundled pair from scratch (about three hours on two cores; see docs/training.md)
 	$(BIN)/python tools/make_pair.py
 
 example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/adapting.md)

@@ -1,6 +1,6 @@
 """Reproduce the bundled pair: corpus, tokenizer, target, drafter, evaluation, model card.
 
-    python tools/make_pair.py --minutes-target 80 --minutes-drafter 55 --out src/gemma_mtp/bundled
+    python tools/make_pair.py --minutes-target 80 --minutes-drafter 55 --minutes-adapted 40 --out src/gemma_mtp/bundled
 
 Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and a stage broken
 off goes on from its last checkpoint. The corpus takes a minute, the text that the target writes itself a few.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 
 #: what the drafter is to be good at: greedy, and drawn at these temperatures
 TEMPERATURES = (0.0, 0.7, 1.0)
+#: the same when it is adapted, the temperature that is hardest to draft at twice
+ADAPTED_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
+#: the stages of the drafter, in turn
+DRAFTERS = ("drafter", "adapted")
 #: text of the corpus that the drafter sees as it stands, and that the target goes on from
 DRAFTER_CORPUS_BYTES = 4 << 20
 
@@ -48,13 +53,17 @@ def main(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     target_recipe = TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads)
     drafter_recipe = DrafterRecipe(minutes=arguments.minutes_drafter, lr=3e-3, matrix_lr=6e-3, compile=True)
+    adapted_recipe = DrafterRecipe(minutes=arguments.minutes_adapted, lr=1e-3, matrix_lr=2e-3, seed=2, compile=True)
     if not (resume and (work / "corpus.json").exists()):
         prepare_corpus(work)
     if not (resume and (work / "target.json").exists()):
         make_target(target_recipe, work, resume)
+    run = partial(make_drafter, row_length=target_recipe.row_length, work=work, resume=resume)
     if not (resume and (work / "drafter.json").exists()):
-        make_drafter(drafter_recipe, target_recipe.row_length, arguments.written_tokens, work, resume)
-    write_bundle(target_recipe, drafter_recipe, work, arguments.out)
+        run("drafter", drafter_recipe, TEMPERATURES, arguments.written_tokens)
+    if not (resume and (work / "adapted.json").exists()):
+        run("adapted", adapted_recipe, ADAPTED_TEMPERATURES, arguments.adapted_tokens, start=work / "drafter")
+    write_bundle({"target": target_recipe, "drafter": drafter_recipe, "adapted": adapted_recipe}, work, arguments.out)
 
 
 def prepare_corpus(work: Path) -> None:
@@ -93,13 +102,18 @@ def make_target(recipe: TargetRecipe, work: Path, resume: bool) -> None:
     })  # fmt: skip
 
 
-def make_drafter(recipe: DrafterRecipe, row_length: int, written_tokens: int, work: Path, resume: bool) -> None:
-    """What `gemma-mtp train --new` does, on corpus text as it stands and gone on from by the target."""
-    out = work / "drafter"
+def make_drafter(
+    name: str, recipe: DrafterRecipe, temperatures: tuple[float, ...], written_tokens: int, *, row_length: int,
+    work: Path, resume: bool, start: Path | None = None,
+) -> None:  # fmt: skip
+    """What `gemma-mtp train` does with --drafter `start` or --new, on corpus text as it stands and gone on from by the
+    target."""
+    out = work / name
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     settings = RunSettings(
-        target=work / "target", out=out, recipe=recipe, temperatures=TEMPERATURES, resume=resume, force=True,
+        target=work / "target", drafter=start, out=out, recipe=recipe, temperatures=temperatures, resume=resume,
+        force=start is None,  # a new drafter's start is random weights; an adapted one must not be worse than its start
         data=DataSettings(
             (work / "drafter_corpus.jsonl",), held_out=work / "heldout_prompts.jsonl", length=row_length,
             regenerate=True, as_is=True, written_tokens=written_tokens, cache=work / "cache",
@@ -107,32 +121,38 @@ def make_drafter(recipe: DrafterRecipe, row_length: int, written_tokens: int, wo
     )  # fmt: skip
     outcome = run_training(settings, World(), print)
     assert outcome is not None
-    write_json(work / "drafter.json", {
-        "drafter_parameters": outcome.facts.parameters, "drafter_steps": outcome.result.steps,
-        "drafter_tokens": outcome.result.tokens, "drafter_seconds": outcome.result.seconds,
-        "written_tokens": outcome.facts.data["written_tokens"],
+    print("\n".join(outcome.verdict.lines()))
+    if not outcome.exported:
+        raise SystemExit(f"{out} is worse than what it started from and was not exported")
+    write_json(work / f"{name}.json", {
+        "parameters": outcome.facts.parameters, "steps": outcome.result.steps, "tokens": outcome.result.tokens,
+        "seconds": outcome.result.seconds, "written_tokens": outcome.facts.data["written_tokens"],
     })  # fmt: skip
 
 
-def write_bundle(target_recipe: TargetRecipe, drafter_recipe: DrafterRecipe, work: Path, out: Path) -> None:
+def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], work: Path, out: Path) -> None:
     """Measure acceptance in the engine, then copy the pair and write its card."""
-    pair = load_pair(work / "target", work / "drafter", dtype="float32", device="cpu")
+    pair = load_pair(work / "target", work / "adapted", dtype="float32", device="cpu")
     prompts = prompts_of(pair, read_examples(work / "heldout_prompts.jsonl"))
     acceptances = {
         (temperature, max_tokens): measure_acceptance(
-            pair, prompts, params=replace(GREEDY, temperature=temperature, max_tokens=max_tokens)
+            pair,
+            prompts * (bundle.SEEDS if temperature else 1),  # each prompt in its turn has a seed of its own
+            params=replace(GREEDY, temperature=temperature, max_tokens=max_tokens),
         )
         for temperature, max_tokens in bundle.CONDITIONS
     }
-    parts = {name: read_json(work / f"{name}.json") for name in ("corpus", "target", "drafter")}
-    record = bundle.TrainingRecord(**parts["corpus"], **parts["target"], **parts["drafter"])
-    recipes = {"target": asdict(target_recipe), "drafter": asdict(drafter_recipe)}
-    for part in ("target", "drafter"):
-        copy_directory(work / part, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
+    corpus, target, *drafters = (read_json(work / f"{name}.json") for name in ("corpus", "target", *DRAFTERS))
+    stages = tuple(bundle.DrafterStage(**stage) for stage in drafters)
+    record = bundle.TrainingRecord(**corpus, **target, drafter_stages=stages)
+    for part, source in {"target": "target", "drafter": DRAFTERS[-1]}.items():
+        # the pair has a card of its own
+        copy_directory(work / source, out / part, leave_out=(STATE, CARD))
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
         data.write_text((work / name).read_text(encoding="utf-8"), out / name)
     bundle.write_record(record, acceptances, out)
-    card = bundle.model_card(record, acceptances, read_json(work / "sources.json"), recipes)
+    shown = {name: asdict(recipe) for name, recipe in recipes.items()}
+    card = bundle.model_card(record, acceptances, read_json(work / "sources.json"), shown)
     data.write_text(card, out / "MODEL_CARD.md")
     lengths = ", ".join(f"{t:g}/{n}: {measured.pooled.mean_length:.2f}" for (t, n), measured in acceptances.items())
     print(f"wrote {out}: held-out loss {record.held_out_nats_per_token:.3f} nats a token, mean acceptance length by"
@@ -153,6 +173,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes-target", type=float, default=80, help="wall time of the target's training")
     parser.add_argument("--minutes-drafter", type=float, default=55, help="wall time of the drafter's training")
     parser.add_argument("--written-tokens", type=int, default=800_000, help="tokens that the target writes")
+    parser.add_argument("--minutes-adapted", type=float, default=40, help="wall time of adapting the drafter")
+    parser.add_argument("--adapted-tokens", type=int, default=2_400_000, help="tokens that the target writes for that")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, default=Path("build/pair"), help="intermediate files and logs")
     parser.add_argument("--out", type=Path, default=Path("src/gemma_mtp/bundled"))

@@ -102,7 +102,10 @@ def train(
     temperature: Annotated[
         list[float] | None,
         option(
-            "--temperature", "-t", help="Of the decoding to come; may be repeated. [default: 0 and 1]", panel=WRITING
+            "--temperature",
+            "-t",
+            help="Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]",
+            panel=WRITING,
         ),
     ] = None,
     top_k: Annotated[int, option("--top-k", help="Of the decoding to come; 0: all.", panel=WRITING)] = 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def export_target(target: Target, config: TargetConfig, tokenizer: Tokenizer, di
 
 
 @dataclass(frozen=True)
+class DrafterStage:
+    """What one run of the drafter's training reports."""
+
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    written_tokens: int
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """What the trainers report, for the card. Times are wall seconds."""
 
@@ -42,15 +53,13 @@ class TrainingRecord:
     held_out_bytes: int
     held_out_nats_per_token: float
     held_out_bits_per_byte: float
-    drafter_parameters: int
-    drafter_steps: int
-    drafter_tokens: int
-    drafter_seconds: float
-    written_tokens: int
+    drafter_stages: tuple[DrafterStage, ...]
 
 
 #: what acceptance is reported for: temperature and tokens written for each prompt. The first is the main figure.
 CONDITIONS = ((0.0, 128), (0.0, 32), (0.7, 128), (1.0, 128))
+#: seeds that sampled acceptance is measured with, so that its figure is certain to about 0.02
+SEEDS = 8
 #: a report for each of them
 Acceptances = Mapping[tuple[float, int], AcceptanceReport]
 
@@ -58,6 +67,8 @@ Acceptances = Mapping[tuple[float, int], AcceptanceReport]
 def write_record(record: TrainingRecord, acceptances: Acceptances, directory: Path) -> None:
     """The figures of the card for programs to read: `training.json`."""
     measured = [report.to_dict() for report in acceptances.values()]
+    for report in measured:
+        del report["prompts"]  # one a file: the same as by file
     write_json(directory / "training.json", {**asdict(record), "acceptance": measured})
 
 
@@ -73,11 +84,13 @@ def model_card(
     )
     acceptance = acceptances[CONDITIONS[0]]
     conditions = "\n".join(
-        f"| {'greedy' if temperature == 0 else f'temperature {temperature}'} | {max_tokens} | {pooled.rounds} |"
+        f"| {'greedy' if temperature == 0 else f'temperature {temperature}, {SEEDS} seeds'} | {max_tokens} |"
+        f" {pooled.rounds} |"
         f" {', '.join(f'{share:.2f}' for share in pooled.by_position)} | {pooled.mean_length:.2f} |"
         for (temperature, max_tokens), pooled in ((key, report.pooled) for key, report in acceptances.items())
     )
     files = "\n".join(f"| `{name}` | {own.mean_length:.2f} |" for name, own in sorted(acceptance.by_task.items()))
+    stages = record.drafter_stages
     settings = "\n".join(f"- {name}: `{recipe}`" for name, recipe in recipes.items())
     return f"""# The bundled pair
 
@@ -87,12 +100,13 @@ anything else. The weights are Apache-2.0. No Gemma weights or outputs were used
 
 | | target | drafter |
 |---|---|---|
-| parameters | {record.target_parameters:,} | {record.drafter_parameters:,} |
+| parameters | {record.target_parameters:,} | {stages[-1].parameters:,} |
 | architecture | 15 layers (4 sliding + 1 full) x 3, the last 5 KV-shared with double-wide MLP, hidden 256, per-layer \
 embeddings of 32, softcap 30 | 4 layers (3 sliding + 1 full) without KV of their own, hidden 128 |
-| steps | {record.target_steps:,} | {record.drafter_steps:,} |
-| tokens seen | {record.target_tokens:,} | {record.drafter_tokens:,} |
-| wall minutes on two CPU cores | {record.target_seconds / 60:.0f} | {record.drafter_seconds / 60:.0f} |
+| steps | {record.target_steps:,} | {_stages(f"{stage.steps:,}" for stage in stages)} |
+| tokens seen | {record.target_tokens:,} | {_stages(f"{stage.tokens:,}" for stage in stages)} |
+| wall minutes on two CPU cores | {record.target_seconds / 60:.0f} | \
+{_stages(f"{stage.seconds / 60:.0f}" for stage in stages)} |
 
 Tokenizer: byte-level BPE of 4096 tokens with Gemma's special ids, trained on the same text. Context: trained on rows
 of 512 tokens; positions beyond are untrained.
@@ -115,8 +129,10 @@ arithmetic with fp32 master weights, learning rate up, flat, then linearly to ze
 Drafter: by `gemma-mtp train --new`. The target is frozen. Row t pairs the target's hidden state after token t with the
 embedding of token t + 1, sees the target's keys and values up to row t only (within the sliding window counted from
 position t + 1), and is unrolled five steps at that one position, fed its own projected state. It saw corpus text as it
-stands and text that the target wrote itself ({record.written_tokens:,} tokens, greedy and at temperatures 0.7 and 1.0),
-each at the temperature it is to be drafted at, and later drafts counted as often as decoding would reach them.
+stands and text that the target wrote itself ({_stages(f"{stage.written_tokens:,}" for stage in stages)} tokens), each \
+at the temperature it is to be
+drafted at: greedy, 0.7 and 1.0. Later drafts counted as often as decoding would reach them. Then it was adapted, as
+`gemma-mtp train --drafter` does it, on fresh text of the target, half of it at temperature 1.0, and passed the gate.
 
 {settings}
 
@@ -139,3 +155,7 @@ sampled rows say more about drafting than the greedy row of 128 tokens. That row
 |---|---|
 {files}
 """
+
+
+def _stages(figures: Iterable[str]) -> str:
+    return " + ".join(figures)

@@ -137,7 +137,8 @@ class Run:
 
     def gate(self, prompts: list[Prompt]) -> EngineGate:
         objective, settings = self.settings.recipe.objective, self.settings
-        return EngineGate(self.pair, prompts, settings.temperatures, settings.draft_tokens, settings.gate_tokens,
+        temperatures = tuple(dict.fromkeys(settings.temperatures))  # one given twice is trained more, measured once
+        return EngineGate(self.pair, prompts, temperatures, settings.draft_tokens, settings.gate_tokens,
                           objective.top_k, objective.top_p, self.weight_types)  # fmt: skip
 
     def start(self) -> tuple[Drafter, Path]:
