@@ -36,13 +36,8 @@ class Intake:
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        self.service.in_flight += 1
-        self.service.metrics.in_flight.inc()
-        try:
+        with self.service.in_work():
             await self._serve(scope, receive, send)
-        finally:
-            self.service.in_flight -= 1
-            self.service.metrics.in_flight.dec()
 
     def _admit(self) -> None:
         if self.service.draining:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gemma_mtp.engine.engine import Engine
@@ -32,12 +32,28 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.in_flight = 0
+        #: called with the number of requests in work whenever it changes, in the event loop
+        self.on_load: Callable[[int], object] = lambda in_flight: None
 
     @property
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have."""
         most = self.engine.max_tokens - 1
         return min(most, self.settings.max_prompt_tokens or most)
+
+    @contextlib.contextmanager
+    def in_work(self) -> Iterator[None]:
+        """Count a request while it is in work."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        self.in_flight += more
+        self.metrics.in_flight.inc(more)
+        self.on_load(self.in_flight)
 
     def submit(self, requests: Sequence[Request], deadline: float) -> Batch:
         """Queue requests, all of them or none; `deadline` is on the event loop's clock. Raises ApiError."""
