@@ -292,8 +292,9 @@ def test_a_log_that_can_not_be_written_fails_no_request(pair: Pair) -> None:
     with logged(Full()), serving(pair) as live:
         assert live.post(COMPLETIONS, SHORT).status_code == 200
         assert len(live.events(COMPLETIONS, SHORT)) >= 1
-        # a line is written when its answer has been read already
-        wait_for(lambda: "gemma_mtp:log_write_failures_total 2.0" in live.client.get("/metrics").text)
+        # a line is written when its answer has been read already, and that of /metrics fails, too
+        wait_for(lambda: live.service.metrics.log_failures._value.get() == 2)
+        assert "gemma_mtp:log_write_failures_total 2.0" in live.client.get("/metrics").text
 
 
 def test_what_leaves_and_what_fails_is_logged(pair: Pair) -> None:

@@ -25,7 +25,7 @@ from gemma_mtp.server.errors import ApiError, internal_error, retry_later
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_routing import conversation_of
-from gemma_mtp.server.service import Service
+from gemma_mtp.server.service import InWork, Service
 from gemma_mtp.server.settings import ServerSettings
 
 #: replicas that a request is sent to before it fails, each after the loss of the one before
@@ -61,16 +61,17 @@ class ReplicaLostError(Exception):
     """A replica that went, or had to go, while it answered."""
 
 
-class Door:
+class Door(InWork):
     """The ingress as an ASGI application: keys and limits, then a replica, and words for what may befall it.
 
-    It has what `Intake` asks of a service: settings, a count of requests, and a gauge of it.
+    It has what `Intake` asks of a service: settings, and a count of requests.
     """
 
     draining = False  # Serve sends nothing more to a process that is to end
 
     def __init__(self, settings: ServerSettings, replicas: DeploymentHandle[Any], name: str) -> None:
-        self.settings, self.in_flight, self.metrics = settings, 0, IngressMetrics()
+        self.settings, self.metrics = settings, IngressMetrics()
+        super().__init__(self.metrics.in_flight)
         self._name, self._all = name, replicas
         self._replicas = replicas.options(method_name="answer", stream=True)
         intake = Intake(self._pass_on, cast(Service, self))

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from prometheus_client import Gauge
+
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.errors import EngineError, GemmaMtpError, TokenizerError
@@ -19,7 +21,30 @@ from gemma_mtp.server.settings import ServerSettings
 DRAIN_TICK = 0.02
 
 
-class Service:
+class InWork:
+    """Counts requests in work, in the event loop. `on_load` is called with their number whenever it changes."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self.in_flight = 0
+        self.on_load: Callable[[int], object] = lambda in_flight: None
+        self._gauge = gauge
+
+    @contextlib.contextmanager
+    def in_work(self) -> Iterator[None]:
+        """Count a request while it is in work."""
+        self._count_request(1)
+        try:
+            yield
+        finally:
+            self._count_request(-1)
+
+    def _count_request(self, more: int) -> None:
+        self.in_flight += more
+        self._gauge.inc(more)
+        self.on_load(self.in_flight)
+
+
+class Service(InWork):
     """What requests share. Raises TokenizerError for a checkpoint without a tokenizer."""
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
@@ -29,31 +54,15 @@ class Service:
         self.settings = settings
         self.tokenizer = engine.pair.tokenizer
         self.metrics = Metrics(engine)
+        super().__init__(self.metrics.in_flight)
         self.created = int(time.time())
         self.draining = False
-        self.in_flight = 0
-        #: called with the number of requests in work whenever it changes, in the event loop
-        self.on_load: Callable[[int], object] = lambda in_flight: None
 
     @property
     def longest_prompt(self) -> int:
         """Tokens that a prompt may have."""
         most = self.engine.max_tokens - 1
         return min(most, self.settings.max_prompt_tokens or most)
-
-    @contextlib.contextmanager
-    def in_work(self) -> Iterator[None]:
-        """Count a request while it is in work."""
-        self._count(1)
-        try:
-            yield
-        finally:
-            self._count(-1)
-
-    def _count(self, more: int) -> None:
-        self.in_flight += more
-        self.metrics.in_flight.inc(more)
-        self.on_load(self.in_flight)
 
     def submit(self, requests: Sequence[Request], deadline: float) -> Batch:
         """Queue requests, all of them or none; `deadline` is on the event loop's clock. Raises ApiError."""
