@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from sides import Side
-from torch import Tensor
 
 from gemma_mtp import SamplingParams
 from gemma_mtp.engine.pair import DraftTokens, Pair
@@ -72,10 +71,11 @@ class UnreliableNative:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
-    def draft(self, *arguments: Any) -> tuple[Tensor, Tensor, list[int]]:
-        tokens, confidences, made = self._native.draft(*arguments)
+    def draft(self, *arguments: Any) -> tuple[list[list[int]], list[list[float]], list[int]]:
+        drafts, confidences, made = self._native.draft(*arguments)
+        tokens = torch.tensor(drafts)
         wrong = torch.rand(tokens.shape, generator=self._generator) >= self._acceptance
-        return torch.where(wrong, (tokens + 1) % self._vocab, tokens), confidences, made
+        return torch.where(wrong, (tokens + 1) % self._vocab, tokens).tolist(), confidences, made
 
 
 def target_bytes(target: Target) -> int:

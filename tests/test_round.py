@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, S, agreeing_pair, packed, play, random_drafter, random_target, slow_decode
 
-from gemma_mtp.decoding import round as round_module
+from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding.draft import draft_noise
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS
@@ -107,7 +107,7 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
         return sum(sum(r.accepted) for r in runs) / sum(sum(r.drafted) for r in runs)
 
     coupled = accepted()
-    monkeypatch.setattr(round_module, "draft_noise", lambda coupled, *rest: draft_noise(False, *rest))
+    monkeypatch.setattr(draft_module, "draft_noise", lambda coupled, *rest: draft_noise(False, *rest))
     assert coupled > 2 * accepted()
 
 

@@ -76,29 +76,27 @@ class Drafted(Protocol):
 
 @dataclass(frozen=True)
 class Drafting:
-    """A sequence to draft for: a token for each noise counter, or fewer where `stop` or its grammar says so."""
+    """A sequence to draft for: `count` tokens, or fewer where `stop` or its grammar says so. `coupled`: drawn with the
+    target's own noise."""
 
     sequence: Drafted
-    noise: tuple[Tensor, int]
+    count: int
+    coupled: bool
     stop: StopRule | None = None
-
-    @property
-    def count(self) -> int:
-        return self.noise[0].shape[0]
 
     @property
     def is_plain(self) -> bool:
         """Whether drafts are chosen by logits and the target's own noise alone."""
         choice = self.sequence.params.choice
-        return choice == "argmax" or (choice == "drawn" and self.noise[1] == STREAM_CHOICE)
+        return choice == "argmax" or (choice == "drawn" and self.coupled)
 
     @property
     def keys(self) -> list[int]:
-        """Noise keys of the drafts, for the native operators; 0 where they use none."""
-        counters_K, stream = self.noise
-        if self.sequence.params.greedy:
+        """Noise keys of plain drafts, for the native operators; 0 where they use none."""
+        params, first = self.sequence.params, self.sequence.length
+        if params.greedy:
             return [0] * self.count
-        return [row_key(self.sequence.params.seed, counter, stream) for counter in counters_K.tolist()]
+        return [row_key(params.seed, position, STREAM_CHOICE) for position in range(first, first + self.count)]
 
 
 def draft(drafter: Drafter, target: Target, sequences: Sequence[Drafting]) -> list[Drafts]:
@@ -134,6 +132,7 @@ class _Steps:
         sequence = drafting.sequence
         self.token_11 = torch.tensor([[sequence.last_token]], device=sequence.last_state.device)
         self.hidden_11D = sequence.last_state[None, None]
+        self.noise = draft_noise(drafting.coupled, sequence.length, drafting.count, self.token_11.device)
         self.tokens: list[Tensor] = []
         self.candidates: list[Candidates] = []
         self.confidences: list[float] = []
@@ -156,7 +155,7 @@ class _Steps:
     def take(self, projected_11D: Tensor, logits_1C: Tensor, token_ids_1C: Tensor | None) -> None:
         """Choose a step's token, and go on from it and the projected state."""
         sequence, step, stop = self.drafting.sequence, len(self.tokens), self.drafting.stop
-        counters_K, stream = self.drafting.noise
+        counters_K, stream = self.noise
         history, grammar = sequence.history, sequence.grammar
         counts = None if history is None else history.rows(_stack(self.tokens, self.token_11), first=step)
         allowed = None if grammar is None else grammar.allowed(self.token_ids, first=step)
@@ -190,17 +189,15 @@ class _Steps:
 def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
     """All drafts in one call, which knows the same stop rule."""
     of = [one.sequence for one in sequences]
-    hidden_RD = of[0].last_state[None] if len(of) == 1 else torch.stack([sequence.last_state for sequence in of])
+    hidden = of[0].last_state if len(of) == 1 else torch.stack([sequence.last_state for sequence in of])
     rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
-    tokens_RK, confidences_RK, made = drafter.draft(
-        [sequence.last_token for sequence in of], hidden_RD, of, [one.count for one in sequences], rules,
+    tokens, confidences, made = drafter.draft(
+        [sequence.last_token for sequence in of], hidden, of, [one.count for one in sequences], rules,
         [sequence.params.temperature for sequence in of], [one.keys for one in sequences],
     )  # fmt: skip
     return [
-        Drafts(tokens[:n], [], [] if one.stop is None else confidences[:n])
-        for one, tokens, confidences, n in zip(
-            sequences, tokens_RK.tolist(), confidences_RK.tolist(), made, strict=True
-        )
+        Drafts(tokens[i][:n], [], [] if one.stop is None else confidences[i][:n])
+        for i, (one, n) in enumerate(zip(sequences, made, strict=True))
     ]
 
 

@@ -58,6 +58,7 @@ class RoundCosts:
         verify = list(itertools.accumulate(reversed(verify), min))[::-1]
         self.seconds = [_interpolated(known, verify, k) + k * step for k in range(LONGEST + 1)]
         self._last: tuple[int, float] | None = None
+        self._best_gain: float | None = None
 
     def note(self, drafts: int, seconds: float) -> None:
         """Take a played round into account, by its ratio to the one before it.
@@ -68,13 +69,16 @@ class RoundCosts:
         if last is None or last[0] == drafts:
             return
         change = math.log(seconds * self.seconds[last[0]] / (last[1] * self.seconds[drafts]))
+        self._best_gain = None
         factor = math.exp(NOTE_WEIGHT / 2 * max(-NOTE_LIMIT, min(NOTE_LIMIT, change)))
         self.seconds[drafts] *= factor
         self.seconds[last[0]] /= factor
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        return max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
+        if self._best_gain is None:  # asked for by every sequence at every round
+            self._best_gain = max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
+        return self._best_gain
 
     def loss(self, drafts: int) -> float:
         """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
@@ -86,12 +90,16 @@ class RoundCosts:
         A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
         makes possible, and noise in the measurements evens out.
         """
-        slopes: list[float] = []
-        while (here := len(slopes)) < LONGEST:
-            rates = [(self.seconds[k] - self.seconds[here]) / (k - here) for k in range(here + 1, LONGEST + 1)]
-            slope = min(rates)
-            slopes += [max(slope, 0.0)] * (rates.index(slope) + 1)
-        return slopes
+        seconds, hull, slopes = self.seconds, [0], list[float]()
+        for k in range(1, LONGEST + 1):  # Andrew's monotone chain
+            rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
+            while slopes and slopes[-1] >= rate:
+                slopes.pop()
+                hull.pop()
+                rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
+            slopes.append(rate)
+            hull.append(k)
+        return [max(rate, 0.0) for rate, a, b in zip(slopes, hull, hull[1:], strict=False) for _ in range(a, b)]
 
 
 def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:

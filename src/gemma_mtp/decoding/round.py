@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_mtp.config import LayerType
-from gemma_mtp.decoding.draft import Drafting, Drafts, draft, draft_noise
+from gemma_mtp.decoding.draft import Drafting, Drafts, draft
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
@@ -194,8 +194,8 @@ def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
     tokens: list[int] = []
     for call in calls:
         tokens += call.tokens if isinstance(call.tokens, list) else call.tokens.tolist()
-    tokens_R, keep = torch.tensor(tokens), [call.keep for call in calls]
-    hidden_RD = target.native.forward(tokens_R, [call.sequence for call in calls], keep)
+    keep = [call.keep for call in calls]
+    hidden_RD = target.native.forward(tokens, [call.sequence for call in calls], keep)
     return [hidden_RD] if len(calls) == 1 else list(hidden_RD.split(keep))
 
 
@@ -208,9 +208,7 @@ def _forward(target: Target, call: Rows) -> Tensor:
 
 
 def _drafting(turn: Turn) -> Drafting:
-    sequence, device = turn.sequence, turn.sequence.last_state.device
-    noise = draft_noise(turn.verification == "exact", sequence.length, turn.draft_tokens, device)
-    return Drafting(sequence, noise, turn.stop)
+    return Drafting(turn.sequence, turn.draft_tokens, turn.verification == "exact", turn.stop)
 
 
 def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor | list[int]]:

@@ -7,6 +7,7 @@ activations are float32 whatever the weights are.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -60,16 +61,16 @@ class NativeTarget:
         ]
         self._stack = native.Stack(stack, layers)
 
-    def forward(self, token_ids_R: Tensor, sequences: Sequence[Placed], keep: Sequence[int]) -> Tensor:
+    def forward(self, token_ids: Sequence[int], sequences: Sequence[Placed], keep: Sequence[int]) -> Tensor:
         """Hidden states after the final norm, float32 [sum of keep, D]: of each sequence's rows the last `keep`.
 
-        `token_ids_R`, int64: the rows of the calls that the sequences' caches have begun, one after the other; the
+        `token_ids`: the rows of the calls that the sequences' caches have begun, one after the other; the
         caches are of one pool.
         """
-        caches, ids = [sequence.cache for sequence in sequences], token_ids_R.contiguous()
+        caches, ids = [sequence.cache for sequence in sequences], array("q", token_ids)
         hidden = torch.empty(sum(keep), self.hidden_size)
         self._stack.forward(
-            ids.data_ptr(), _layers(caches[0].pool), [_view(sequence) for sequence in sequences],
+            ids.buffer_info()[0], _layers(caches[0].pool), [_view(sequence) for sequence in sequences],
             [cache.rows for cache in caches], keep, [cache.length for cache in caches], hidden.data_ptr(),
         )  # fmt: skip
         return hidden
@@ -138,25 +139,28 @@ class NativeDrafter:
         return logits, ids if self._ordering.numel() else None
 
     def draft(
-        self, tokens: Sequence[int], hidden_RD: Tensor, sequences: Sequence[Placed], counts: Sequence[int],
+        self, tokens: Sequence[int], hidden: Tensor, sequences: Sequence[Placed], counts: Sequence[int],
         stops: Sequence[StopRule], temperatures: Sequence[float], keys: Sequence[Sequence[int]],
-    ) -> tuple[Tensor, Tensor, list[int]]:  # fmt: skip
+    ) -> tuple[list[list[int]], list[list[float]], list[int]]:  # fmt: skip
         """Drafts of all sequences in one call, chosen as `NativeTarget.choose` does, draft i by `keys[sequence][i]`.
 
         Each from its last token and the target's state that produced it, `counts` of them, or fewer where its rule says
-        so; a rule without numbers is none. Returns int64 [R, most], how sure the drafter was of each, float32 [R, most]
-        (0 without a rule), and how many were made.
+        so; a rule without numbers is none. `hidden`: float32, R times D. Returns of each sequence its tokens and how
+        sure the drafter was of each (0 without a rule), as many as the highest count, and how many were made.
         """
         most, rows = max(counts), len(tokens)
-        out, confidences = torch.empty(rows, most, dtype=torch.int64), torch.empty(rows, most)
-        made, hidden = torch.zeros(rows, dtype=torch.int64), hidden_RD.contiguous()
+        out, made = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
+        confidences = array("f", bytes(4 * rows * most))
+        hidden = hidden.contiguous()
         self._stack.draft(
             tokens, hidden.data_ptr(), *self._places(sequences), counts, [module().StopRule(*stop) for stop in stops],
             [temperature for temperature in temperatures for _ in range(most)],
             [key for row in keys for key in (*row, *[0] * (most - len(row)))],
-            out.data_ptr(), confidences.data_ptr(), made.data_ptr(),
+            *(place.buffer_info()[0] for place in (out, confidences, made)),
         )  # fmt: skip
-        return out, confidences, made.tolist()
+        starts = range(0, rows * most, most)
+        return ([out[i : i + most].tolist() for i in starts], [confidences[i : i + most].tolist() for i in starts],
+                made.tolist())  # fmt: skip
 
     def _places(self, sequences: Sequence[Placed]) -> tuple[Any, list[Any], list[int]]:
         """The donor layers in the order of the drafter's layers, and where each sequence is in them."""
