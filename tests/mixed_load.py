@@ -1,8 +1,10 @@
 """A mixed load for the engine, each request with what a lone run of it gives."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.engine import Engine, EngineSettings, EngineStats
@@ -62,9 +64,11 @@ def play(pair: Pair, load: Sequence[Request], settings: EngineSettings, seed: in
         pending: list[Generation] = []
         for request in load:
             pending.append(engine.submit(request))
+            if rng.random() < 0.25:
+                _cancel_after(pending[-1], rng.randint(1, 4))
             if len(pending) >= 24:
-                finished += [_finish(pending.pop(rng.randrange(len(pending))), rng) for _ in range(12)]
-        finished += [_finish(one, rng) for one in pending]
+                finished += [_finish(pending.pop(rng.randrange(len(pending)))) for _ in range(12)]
+        finished += [_finish(one) for one in pending]
         stats = engine.stats()
     expected: dict[int, GenerationResult] = {}
     loaded = Loaded([], 0, 0, stats)
@@ -75,10 +79,20 @@ def play(pair: Pair, load: Sequence[Request], settings: EngineSettings, seed: in
     return loaded
 
 
-def _finish(generation: Generation, rng: random.Random) -> tuple[Request, GenerationResult]:
-    """Read to the end, or leave after the first updates."""
-    leave = rng.randint(0, 3) if rng.random() < 0.25 else -1
-    for seen, _ in enumerate(generation):
-        if seen == leave:
+def _cancel_after(generation: Generation, updates: int) -> None:
+    """Cancel it when so many more updates have come, in the engine's thread: a reader may come too late to."""
+    push, left = generation._push, itertools.count(updates - 1, -1)
+
+    def counted(event: Any) -> None:
+        push(event)
+        if next(left) == 0:
             generation.cancel()
+
+    generation._push = counted  # type: ignore[method-assign]
+
+
+def _finish(generation: Generation) -> tuple[Request, GenerationResult]:
+    """Read to the end."""
+    for _ in generation:
+        pass
     return generation.request, generation.result

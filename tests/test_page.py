@@ -110,9 +110,9 @@ def shown(page: Any, lane: int = 0) -> list[tuple[str, str]]:
 @browser_test
 @pytest.mark.parametrize("drafts", [0, 4, "auto"])
 def test_a_run_shows_the_tokens_that_the_api_gives(page: Any, live: Live, drafts: int | str) -> None:
-    set_options(page, drafts=drafts)
+    set_options(page, tokens=60, drafts=drafts, temperature=1)  # a text with accepted drafts and refused ones
     finish(page)
-    body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "seed": 1, "draft_tokens": drafts}
+    body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 1, "seed": 1, "draft_tokens": drafts}
     whole = live.post("/v1/completions", body).json()
     assert "".join(text for _, text in shown(page)) == whole["choices"][0]["text"]
     assert page.locator(".output").text_content() == PROMPT + whole["choices"][0]["text"]
