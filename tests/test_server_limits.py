@@ -345,7 +345,8 @@ def test_the_second_signal_ends_at_once() -> None:
     process, url = start("--drain-seconds", "1000", "--request-seconds", "1000")
     body = {**LONG, "n": 16, "stream": True}
     with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=SECONDS) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: httpx hangs up when they are forgotten
+        next(lines)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
         process.send_signal(signal.SIGTERM)
