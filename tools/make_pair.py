@@ -132,7 +132,7 @@ def make_drafter(
 
 def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], work: Path, out: Path) -> None:
     """Measure acceptance in the engine, then copy the pair and write its card."""
-    pair = load_pair(work / "target", work / "adapted", dtype="float32", device="cpu")
+    pair = load_pair(work / "target", work / DRAFTERS[-1], dtype="float32", device="cpu")
     prompts = prompts_of(pair, read_examples(work / "heldout_prompts.jsonl"))
     acceptances = {
         (temperature, max_tokens): measure_acceptance(
@@ -146,8 +146,7 @@ def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], work: Path
     stages = tuple(bundle.DrafterStage(**stage) for stage in drafters)
     record = bundle.TrainingRecord(**corpus, **target, drafter_stages=stages)
     for part, source in {"target": "target", "drafter": DRAFTERS[-1]}.items():
-        # the pair has a card of its own
-        copy_directory(work / source, out / part, leave_out=(STATE, CARD))
+        copy_directory(work / source, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
         data.write_text((work / name).read_text(encoding="utf-8"), out / name)
     bundle.write_record(record, acceptances, out)

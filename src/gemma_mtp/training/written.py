@@ -24,8 +24,8 @@ from gemma_mtp.training.material import Beginning
 
 #: samples of a weight file that its fingerprint is made of, and their bytes
 SAMPLES, SAMPLE_BYTES = 64, 65536
-#: texts looked up or submitted before the first of them is read
-LONGEST_AHEAD = 256
+#: texts that are looked up or submitted before the first of them is waited for: twice what the engine runs at once
+TEXTS_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,23 @@ def _written(
     """The plan's texts in its order, from the store or written: several at once, which changes no text. Those that are
     under way when the reader leaves are cancelled as the engine stops."""
     drafts: DraftTokens = 0 if engine.pair.drafter is None else "auto"
-    ahead: deque[tuple[Beginning, SamplingParams, str, list[int] | Generation]] = deque()
-    under_way, left = 0, True
-    while True:
-        while left and under_way < 2 * engine.settings.max_running and len(ahead) < LONGEST_AHEAD:
-            entry = next(plan, None)
-            if left := entry is not None:
-                beginning, params = entry
-                key = _key(beginning, params)
-                text: list[int] | Generation | None = store.get(key)
-                if text is None:
-                    under_way += 1
-                    text = engine.submit(Request(beginning.ids, params, drafts))
-                ahead.append((beginning, params, key, text))
-        if not ahead:
-            return
-        beginning, params, key, text = ahead.popleft()
+    ahead: deque[tuple[Beginning, SamplingParams, list[int] | Generation]] = deque()
+
+    def first() -> tuple[Beginning, SamplingParams, list[int]]:
+        beginning, params, text = ahead.popleft()
         if isinstance(text, Generation):
-            text, under_way = text.wait().token_ids, under_way - 1
-            store.put(key, text)
-        yield beginning, params, text
+            text = text.wait().token_ids
+            store.put(_key(beginning, params), text)
+        return beginning, params, text
+
+    for beginning, params in plan:
+        kept = store.get(_key(beginning, params))
+        text = engine.submit(Request(beginning.ids, params, drafts)) if kept is None else kept
+        ahead.append((beginning, params, text))
+        if len(ahead) == TEXTS_AHEAD:
+            yield first()
+    while ahead:
+        yield first()
 
 
 def _plan(beginnings: Sequence[Beginning], writing: Writing) -> Iterator[tuple[Beginning, SamplingParams]]:
