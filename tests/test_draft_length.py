@@ -86,6 +86,18 @@ def test_a_length_measured_wrong_is_put_right_by_playing_it() -> None:
     assert [costs.seconds[k] / costs.seconds[0] for k in true] == pytest.approx(list(true.values()), rel=0.02)
 
 
+def test_the_best_gain_follows_the_costs() -> None:
+    costs = RoundCosts({0: 1.0, LONGEST: 2.0})
+    assert costs.best_gain() == pytest.approx((LONGEST + 1) / 2)
+    for _ in range(500):
+        costs.note(0, 1.0)
+        costs.note(LONGEST, 20.0)
+    assert costs.best_gain() == pytest.approx(
+        max((k + 1) * costs.seconds[0] / costs.seconds[k] for k in range(LONGEST + 1))
+    )
+    assert costs.best_gain() < (LONGEST + 1) / 2
+
+
 def test_a_machine_that_gets_slower_changes_no_ratio() -> None:
     """With plain rounds alone, and with drafts among them; a single slow round is no news."""
     costs = RoundCosts({0: 1.0, 4: 1.4})

@@ -97,6 +97,22 @@ def test_drafts_past_the_window_are_accepted_too() -> None:
     assert sum(played.accepted) > 0.3 * sum(played.drafted)
 
 
+@pytest.mark.parametrize("name", ["agreeing often", "native"])
+def test_a_round_ends_with_the_state_that_produced_its_last_token(name: str) -> None:
+    """The next round's drafts begin with it; no output shows whether it is the right one."""
+    target, drafter = PAIRS[name]
+    states: list[dict[int, torch.Tensor]] = [{}, {}]
+    for found, used, drafts in zip(states, (None, drafter), (0, 4), strict=True):
+        played = play(
+            target, used, [1, 2, 3], SamplingParams(max_tokens=80), drafts,
+            after_round=lambda sequence, found=found: found.update({sequence.length: sequence.last_state.clone()}),
+        )  # fmt: skip
+    assert sum(played.accepted) > 10
+    plain, drafted = states
+    for length, state in drafted.items():
+        torch.testing.assert_close(state, plain[length])
+
+
 def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafting with the target's own noise is what makes `exact` accept at temperature 1 (Gumbel coupling)."""
     target, drafter = PAIRS["agreeing"]

@@ -94,6 +94,15 @@ def test_written_text_is_kept_and_taken_up_again(tiny: Path, tmp_path: Path) -> 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_temperature_given_twice_is_measured_once(tiny: Path, tmp_path: Path) -> None:
+    options = ["--drafter", tiny / "drafter", "--steps", 1, "--lr", 1e-5, "--force"]
+    train(tiny, tmp_path, *options, "--temperature", 0, "--temperature", 1, "--temperature", 1)
+    gate = json.loads((tmp_path / "training" / "gate.json").read_text())
+    assert [entry["temperature"] for entry in gate["at_temperature"]] == [0.0, 1.0]
+    written = load_file(tmp_path / "training" / "examples.safetensors")["temperatures"]
+    assert (written == 1).sum() > 1.5 * (written == 0).sum()
+
+
 def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None = None) -> subprocess.Popen[str]:
     command = [*(launcher or [sys.executable, "-m"]), "gemma_mtp", *arguments(tiny, out, *more)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
