@@ -132,7 +132,8 @@ position t + 1), and is unrolled five steps at that one position, fed its own pr
 stands and text that the target wrote itself ({_stages(f"{stage.written_tokens:,}" for stage in stages)} tokens), each \
 at the temperature it is to be
 drafted at: greedy, 0.7 and 1.0. Later drafts counted as often as decoding would reach them. Then it was adapted, as
-`gemma-mtp train --drafter` does it, on fresh text of the target, half of it at temperature 1.0, and passed the gate.
+`gemma-mtp train --drafter` does it, on the same corpus text and fresh text of the target, half of both at temperature
+1.0, and passed the gate.
 
 {settings}
 
