@@ -587,12 +587,15 @@ def test_a_killed_replica_takes_no_other_request_with_it(cluster: Cluster) -> No
             return answer.json()["choices"][0]["text"]
 
     with ThreadPoolExecutor(12) as threads:
-        wholes = [threads.submit(whole, i, session) for i, session in enumerate(sessions[1::2])]
         streams = [
             threads.submit(listen, cluster, cluster.body(PROMPTS[i % 4], 300), heard[i], session)
             for i, session in enumerate(sessions[::2])
         ]
         assert all(one.begun.wait(SECONDS) for one in heard)
+        # after the streams: twelve at one instant are more than may wait
+        wholes = [threads.submit(whole, i, session) for i, session in enumerate(sessions[1::2])]
+        with cluster.client() as client:
+            wait_for(lambda: _samples(client, "num_requests_running") >= 9)
         under_way = sum(not future.done() for future in wholes[:3])
         ray.kill(ray.get_actor(replica_actors()[victim], namespace="serve"))
         results = [future.result(SECONDS) for future in streams]
