@@ -207,13 +207,11 @@ NB_MODULE(_native, m) {
     // single operators, on the calling thread or all of them, for tests and benchmarks
     m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
         const Kernels& k = named(isa);
-        Pool::instance().run([&](int thread, int threads, Barrier&) {
+        Pool::instance().run([&](Worker& me) {
             static thread_local Rows prepared;
-            const size_t units = (w.rows + 7) / 8;
-            const size_t begin = std::min(units * thread / threads * 8, w.rows);
-            const size_t end = std::min(units * (thread + 1) / threads * 8, w.rows);
+            const Part p = me.part(w.rows, 8);
             k.prepare(w, at<const float>(x), w.cols, rows, prepared);
-            k.linear(w, prepared, rows, begin, end, at<float>(y) + begin, w.rows, nullptr);
+            k.linear(w, prepared, rows, p.begin, p.end, at<float>(y) + p.begin, w.rows, nullptr);
         });
     }, release());
     m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {

@@ -33,16 +33,26 @@ void wait_while(std::atomic<T>& value, T same) {
 
 }  // namespace
 
-void Barrier::wait() {
-    if (threads_ == 1) return;
-    const uint32_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        generation_.store(generation + 1, std::memory_order_release);
-        generation_.notify_all();
-        return;
+void Team::begin() {
+    for (Taken& of_one : taken_)
+        for (auto& phase : of_one.chunks)
+            for (auto& chunks : phase) chunks.store(0, std::memory_order_relaxed);
+}
+
+void Worker::wait() {
+    if (threads == 1) return;
+    const uint32_t generation = team_.generation_.load(std::memory_order_acquire);
+    if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+        team_.arrived_.store(0, std::memory_order_relaxed);
+        team_.generation_.store(generation + 1, std::memory_order_release);
+        team_.generation_.notify_all();
+    } else {
+        wait_while(team_.generation_, generation);
     }
-    wait_while(generation_, generation);
+    // the others look at these when all have met again
+    for (int i = 0; i < counts_; i++) team_.taken_[thread].chunks[phase_][i].store(0, std::memory_order_relaxed);
+    phase_ ^= 1;
+    counts_ = 0;
 }
 
 Pool& Pool::instance() {
@@ -63,13 +73,13 @@ void Pool::set_threads(int threads) {
 void Pool::start() {
     process_ = getpid();
     stopping_ = false;
-    barrier_ = new Barrier(threads_);
+    team_ = new Team(threads_);
     const uint32_t seen = generation_.load();
     for (int i = 1; i < threads_; i++) workers_.emplace_back([this, i, seen] { loop(i, seen); });
 }
 
 void Pool::stop() {
-    if (!barrier_) return;
+    if (!team_) return;
     if (process_ == getpid()) {
         stopping_ = true;
         generation_.fetch_add(1, std::memory_order_release);
@@ -79,8 +89,8 @@ void Pool::stop() {
         for (auto& worker : workers_) worker.detach();  // after a fork only the caller's thread is here
     }
     workers_.clear();
-    delete barrier_;
-    barrier_ = nullptr;
+    delete team_;
+    team_ = nullptr;
 }
 
 void Pool::loop(int thread, uint32_t seen) {
@@ -88,26 +98,30 @@ void Pool::loop(int thread, uint32_t seen) {
         wait_while(generation_, seen);
         seen = generation_.load(std::memory_order_acquire);
         if (stopping_) return;
-        (*work_)(thread, threads_, *barrier_);
+        Worker worker(*team_, thread);
+        (*work_)(worker);
         if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
     }
 }
 
 void Pool::run(const Work& work, bool shared) {
     if (!shared) {
-        Barrier alone(1);
-        return work(0, 1, alone);
+        Team one(1);
+        Worker alone(one, 0);
+        return work(alone);
     }
     std::lock_guard<std::mutex> lock(one_at_a_time_);
-    if (barrier_ && process_ != getpid()) stop();
-    if (!barrier_) start();
+    if (team_ && process_ != getpid()) stop();
+    if (!team_) start();
     if (threads_ > 1) {
+        team_->begin();
         work_ = &work;
         running_.store(threads_ - 1, std::memory_order_relaxed);
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
     }
-    work(0, threads_, *barrier_);
+    Worker worker(*team_, 0);
+    work(worker);
     for (int left; threads_ > 1 && (left = running_.load(std::memory_order_acquire)) > 0;) wait_while(running_, left);
 }
 

@@ -39,15 +39,10 @@ const Kernels& kernels() {
 
 namespace {
 
-// A thread's share of `count` in whole units, as even as they allow.
-Part part(size_t count, size_t unit, int thread, int threads) {
-    const size_t units = (count + unit - 1) / unit;
-    const size_t begin = units * thread / threads, end = units * (thread + 1) / threads;
-    return {std::min(begin * unit, count), std::min(end * unit, count)};
-}
-
 constexpr size_t SHARED_BYTES = 1 << 20;  // models below are run faster by one thread than by several that wait
-constexpr size_t UNIT = 8;        // weight rows a thread takes at once
+constexpr size_t UNIT = 8;        // weight rows that are not divided among threads
+constexpr size_t CHUNK_UNIT = 2 * UNIT;
+constexpr size_t CHUNK = 1 << 20;  // multiply-adds that a thread takes at once, about: some microseconds
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
 constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by every thread, which spares a barrier
@@ -58,6 +53,13 @@ bool by_heads(size_t heads, int threads) { return heads % threads == 0 || heads 
 // Weights that a thread reads next, fetched while it is still at others; null where there are none.
 const void* share_of(const Weight& w, Part p) {
     return w.data && p.begin < p.end ? (const char*)w.data + p.begin * w.row_bytes() : nullptr;
+}
+
+// Columns of a product with so many rows that a thread takes at once, in whole units. A few rows take as long as one,
+// for they wait for the weights; a column's sums take a while, too.
+size_t chunk(const Weight& w, size_t rows, size_t unit) {
+    const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4);
+    return std::max<size_t>(CHUNK / column / unit, 1) * unit;
 }
 
 template <class T>
@@ -89,11 +91,18 @@ struct Stack::Private {
     void multiply(const Weight& w, size_t count, Part p, float* out, size_t ldy, const void* then = nullptr) {
         kernels().linear(w, rows, count, p.begin, p.end, out, ldy, then);
     }
-    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy,
-                const void* then = nullptr) {
+    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy) {
         if (p.begin == p.end) return;
         prepare(w, in, ldx, count);
-        multiply(w, count, p, out, ldy, then);
+        multiply(w, count, p, out, ldy);
+    }
+    // The whole product, shared out among the threads; `then` as above.
+    void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, float* out, size_t ldy,
+                       const void* then = nullptr) {
+        prepare(w, in, ldx, count);
+        me.each(w.rows, UNIT, chunk(w, count, CHUNK_UNIT), [&](Part p, bool last) {
+            multiply(w, count, p, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
+        });
     }
     static Private& here() {
         static thread_local Private own;
@@ -144,16 +153,15 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
     return all;
 }
 
-void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads,
-                  Barrier& barrier) {
+void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, Worker& me) {
     const Kernels& k = kernels();
     const size_t D = config.hidden, P = config.ple, L = layers.size();
     float* x = grown(own.x, rows * D);
     for (size_t m = 0; m < rows; m++) k.gather(config.table, (size_t)tokens[m], config.embed_scale, x + m * D);
     if (!P) return;
-    const Part projections = part(L * P, P, thread, threads);
+    const Part projections = me.part(L * P, P);
     own.linear(config.ple_model_projection, x, D, rows, projections, all.ple.data() + projections.begin, L * P);
-    const Part layers_here = part(L, 1, thread, threads);  // the same rows: no barrier in between
+    const Part layers_here = me.part(L, 1);  // the same rows: no barrier in between
     float* own_row = grown(own.a, P);
     for (size_t m = 0; m < rows; m++) {
         float* table_row = grown(own.b, L * P);
@@ -167,14 +175,14 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
             k.scale(p, 0.70710678118654752f, P);
         }
     }
-    barrier.wait();
+    me.wait();
 }
 
-void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, int thread, int threads) {
-    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size();
+void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me) {
+    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), threads = me.threads;
     // few blocks are shared out by heads, which is even; many by blocks, so that one thread reads a sequence's rows once
-    if (by_heads(l.heads, threads) && blocks < 4 * (size_t)threads) {
-        const Part heads = part(l.heads, 1, thread, threads);
+    if (by_heads(l.heads, me.threads) && blocks < 4 * threads) {
+        const Part heads = me.part(l.heads, 1);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);
             for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, all, own);
@@ -182,13 +190,15 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
         }
         return;
     }
-    const Part tasks = part(l.groups * blocks * per_group, 1, thread, threads);
-    for (size_t t = tasks.begin; t < tasks.end;) {
-        const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
-        const size_t count = std::min(per_group - h, tasks.end - t);
-        attend(l, batch, group * per_group + h, count, block, all, own);
-        t += count;
-    }
+    const size_t unit = l.groups * blocks < 4 * threads ? 1 : per_group;
+    me.each(l.groups * blocks * per_group, unit, unit, [&](Part tasks, bool) {
+        for (size_t t = tasks.begin; t < tasks.end;) {
+            const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
+            const size_t count = std::min(per_group - h, tasks.end - t);
+            attend(l, batch, group * per_group + h, count, block, all, own);
+            t += count;
+        }
+    });
 }
 
 // `count` heads of one group from `head` on, of a block of rows.
@@ -214,7 +224,7 @@ void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count
             std::copy_n(out + i * d, d, all.attended.data() + m * l.heads * d + (head + h) * d);
 }
 
-void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier) {
+void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, Worker& me) {
     const Kernels& k = kernels();
     const MoE& moe = l.moe;
     const size_t D = config.hidden, E = moe.experts, T = moe.top_k, I = moe.width;
@@ -243,7 +253,7 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
         }
     }
     for (size_t m = 0; m < rows; m++) k.rms_norm(own.x.data() + m * D, moe.pre_sparse, config.eps, D, in + m * D);
-    const Part wide = part(I, UNIT, thread, threads), narrow = part(D, UNIT, thread, threads);
+    const Part wide = me.part(I, UNIT), narrow = me.part(D, UNIT);
     const auto slots_of = [&](size_t expert) {
         std::vector<size_t> slots;
         for (size_t i = 0; i < rows * T; i++)
@@ -266,7 +276,7 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
         for (size_t i = 0; i < slots.size(); i++)
             k.gated(gate + i * n, up + i * n, n, all.expert_act.data() + slots[i] * I + wide.begin);
     }
-    barrier.wait();
+    me.wait();
     for (size_t e = 0; e < E; e++) {
         const auto slots = slots_of(e);
         const size_t n = narrow.end - narrow.begin;
@@ -279,7 +289,7 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, int 
         for (size_t i = 0; i < slots.size(); i++)
             std::copy_n(y + i * n, n, all.expert_out.data() + slots[i] * D + narrow.begin);
     }
-    barrier.wait();
+    me.wait();
     // dense and sparse branches, each with its own norm; the sum takes the layer's post-feedforward norm
     float* dense = grown(own.n, rows * D);
     float* sparse = grown(own.a, std::max(D, E) * rows);
@@ -321,107 +331,109 @@ void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, 
 }
 
 // Queries, keys and values. Shares of whole heads need no barrier before their norms.
-void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, int thread, int threads,
-                    Barrier& barrier) {
+void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me) {
     const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d;
-    const bool whole = by_heads(heads, threads);
-    const Part p = part(l.qkv.rows, whole ? d : UNIT, thread, threads);
-    own.linear(l.qkv, in, config.hidden, rows, p, all.qkv.data() + p.begin, l.qkv.rows,
-               share_of(l.o, part(config.hidden, UNIT, thread, threads)));
-    if (whole) {
-        for (size_t m = 0; m < rows; m++)
-            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
+    const void* then = share_of(l.o, me.part(config.hidden, UNIT));
+    if (!by_heads(heads, me.threads)) {
+        own.shared_linear(me, l.qkv, in, config.hidden, rows, all.qkv.data(), l.qkv.rows, then);
+        me.wait();
+        const Part tasks = me.part(rows * heads, 1);
+        for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
         return;
     }
-    barrier.wait();
-    const Part tasks = part(rows * heads, 1, thread, threads);
-    for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
+    own.prepare(l.qkv, in, config.hidden, rows);
+    me.each(l.qkv.rows, d, chunk(l.qkv, rows, d), [&](Part p, bool last) {
+        own.multiply(l.qkv, rows, p, all.qkv.data() + p.begin, l.qkv.rows, last ? then : share_of(l.qkv, {p.end, l.qkv.rows}));
+        for (size_t m = 0; m < rows; m++)
+            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
+    });
 }
 
-// Gelu(gate) * up, this thread's columns to `all.act`.
-void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads) {
+// Gelu(gate) * up, to `all.act`.
+void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, Worker& me) {
     const size_t I = l.down.cols;
-    const Part wide = part(I, UNIT, thread, threads), up_part{I + wide.begin, I + wide.end};
-    const size_t width = wide.end - wide.begin;
-    if (!width) return;
-    float* gate = grown(own.a, 2 * rows * width);
-    float* up = gate + rows * width;
+    const void* then = share_of(l.down, me.part(config.hidden, UNIT));
     own.prepare(l.gate_up, in, config.hidden, rows);
-    own.multiply(l.gate_up, rows, wide, gate, width, share_of(l.gate_up, up_part));
-    own.multiply(l.gate_up, rows, up_part, up, width, share_of(l.down, part(config.hidden, UNIT, thread, threads)));
-    for (size_t m = 0; m < rows; m++)
-        kernels().gated(gate + m * width, up + m * width, width, all.act.data() + m * I + wide.begin);
+    me.each(I, UNIT, chunk(l.gate_up, 2 * rows, CHUNK_UNIT), [&](Part p, bool last) {
+        const size_t width = p.end - p.begin;
+        const Part up_part{I + p.begin, I + p.end};
+        float* gate = grown(own.a, 2 * rows * width);
+        float* up = gate + rows * width;
+        own.multiply(l.gate_up, rows, p, gate, width, share_of(l.gate_up, up_part));
+        own.multiply(l.gate_up, rows, up_part, up, width, last ? then : share_of(l.gate_up, {p.end, I}));
+        for (size_t m = 0; m < rows; m++)
+            kernels().gated(gate + m * width, up + m * width, width, all.act.data() + m * I + p.begin);
+    });
 }
 
 // The per-layer embedding's branch, added to the residual stream. `then`: what this thread reads after it.
-void Stack::add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, int thread,
-                    int threads, Barrier& barrier) {
+void Stack::add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me) {
     const size_t P = config.ple, D = config.hidden, rows = batch.size();
     const bool repeated = P * l.ple_gate.row_bytes() <= REPEATED_BYTES;
-    const Part gates = repeated ? Part{0, P} : part(P, UNIT, thread, threads), outputs = part(D, UNIT, thread, threads);
+    const Part gates = repeated ? Part{0, P} : me.part(P, UNIT);
     float *x = own.x.data(), *gated = repeated ? grown(own.a, rows * P) : all.ple_gate.data();
-    own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P, share_of(l.ple_projection, outputs));
+    own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P);
     for (size_t m = 0; m < rows; m++) {
         const float* ple = all.ple.data() + (batch.rows[m].source * layers.size() + index) * P;
         float* row = gated + m * P + gates.begin;
         kernels().gated(row, ple + gates.begin, gates.end - gates.begin, row);
     }
-    if (!repeated) barrier.wait();
+    if (!repeated) me.wait();
     // not to `all.out`: another thread may still read what the feed-forward left there
-    own.linear(l.ple_projection, gated, P, rows, outputs, all.ple_out.data() + outputs.begin, D, then);
-    barrier.wait();
+    own.shared_linear(me, l.ple_projection, gated, P, rows, all.ple_out.data(), D, then);
+    me.wait();
     for (size_t m = 0; m < rows; m++)
         kernels().add_rms_norm(x + m * D, all.ple_out.data() + m * D, l.ple_norm, config.eps, D);
 }
 
 // What this thread reads first in the layer after `index`, or in the head.
-const void* Stack::after(size_t index, int thread, int threads) const {
-    if (index + 1 >= layers.size()) return share_of(config.head, part(config.vocab, UNIT, thread, threads));
+const void* Stack::after(size_t index, const Worker& me) const {
+    if (index + 1 >= layers.size()) return share_of(config.head, me.part(config.vocab, UNIT));
     const Layer& l = layers[index + 1];
-    return share_of(l.qkv, part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, threads) ? l.head_dim : UNIT, thread, threads));
+    return share_of(l.qkv, me.part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, me.threads) ? l.head_dim : UNIT));
 }
 
-void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, int thread, int threads,
-                  Barrier& barrier) {
+void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me) {
     const Kernels& k = kernels();
     const size_t rows = batch.size(), D = config.hidden;
     const float eps = config.eps;
-    const Part outputs = part(D, UNIT, thread, threads), wide = part(l.down.cols, UNIT, thread, threads);
-    const void* next_layer = after(index, thread, threads);
+    const void* next_layer = after(index, me);
     float *x = own.x.data(), *n = grown(own.n, rows * D);
 
     for (size_t m = 0; m < rows; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
-    project(l, batch, n, own, all, thread, threads, barrier);
-    barrier.wait();
-    attention(l, batch, all, own, thread, threads);
-    barrier.wait();
-    own.linear(l.o, all.attended.data(), l.o.cols, rows, outputs, all.out.data() + outputs.begin, D, share_of(l.gate_up, wide));
-    barrier.wait();
+    project(l, batch, n, own, all, me);
+    me.wait();
+    attention(l, batch, all, own, me);
+    me.wait();
+    own.shared_linear(me, l.o, all.attended.data(), l.o.cols, rows, all.out.data(), D,
+                      share_of(l.gate_up, me.part(l.down.cols, UNIT)));
+    me.wait();
 
     for (size_t m = 0; m < rows; m++) {
         k.add_rms_norm(x + m * D, all.out.data() + m * D, l.post_attention, eps, D);
         k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
     }
-    gate(l, n, rows, own, all, thread, threads);
-    barrier.wait();
-    own.linear(l.down, all.act.data(), l.down.cols, rows, outputs, all.out.data() + outputs.begin, D,
-               config.ple ? nullptr : next_layer);
-    barrier.wait();
+    gate(l, n, rows, own, all, me);
+    me.wait();
+    own.shared_linear(me, l.down, all.act.data(), l.down.cols, rows, all.out.data(), D, config.ple ? nullptr : next_layer);
+    me.wait();
     const float* mlp = all.out.data();
     if (l.moe.experts) {
-        experts(l, rows, own, all, thread, threads, barrier);
+        experts(l, rows, own, all, me);
         mlp = own.n.data();
     }
     for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
-    if (config.ple) add_ple(l, index, batch, next_layer, own, all, thread, threads, barrier);
+    if (config.ple) add_ple(l, index, batch, next_layer, own, all, me);
     if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);
 }
 
-void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads) {
-    const Part p = part(config.vocab, UNIT, thread, threads);
-    own.linear(config.head, hidden, config.hidden, rows, p, out + p.begin, ldo);
-    if (config.softcap > 0)
-        for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
+void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me) {
+    own.prepare(config.head, hidden, config.hidden, rows);
+    me.each(config.vocab, UNIT, chunk(config.head, rows, CHUNK_UNIT), [&](Part p, bool last) {
+        own.multiply(config.head, rows, p, out + p.begin, ldo, last ? nullptr : share_of(config.head, {p.end, config.vocab}));
+        if (config.softcap > 0)
+            for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
+    });
 }
 
 void Best::clear() {
@@ -499,24 +511,25 @@ void take_total(float* scores, size_t count, Best& best) {
 }  // namespace
 
 // This thread's best token of each row. With `totals` also what its softmax is divided by.
-void Stack::best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
-                 int threads) {
-    const Part p = part(config.vocab, UNIT, thread, threads);
+void Stack::best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me) {
     float* scores = grown(own.b, rows * HEAD_BLOCK);
-    Best* mine = all.best.data() + thread * all.best_rows;
+    Best* mine = all.best.data() + me.thread * all.best_rows;
     for (size_t m = 0; m < rows; m++) mine[m].clear();
-    if (p.begin == p.end) return;
     own.prepare(config.head, hidden, config.hidden, rows);
-    for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
-        const size_t count = std::min(HEAD_BLOCK, p.end - n);
-        own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK, share_of(config.head, {n + count, p.end}));
-        for (size_t m = 0; m < rows; m++) {
-            float* s = scores + m * HEAD_BLOCK;
-            if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
-            take_best(s, count, nullptr, (int64_t)n, choices[m], mine[m]);
-            if (totals) take_total(s, count, mine[m]);
+    const auto score = [&](Part p, bool) {
+        for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
+            const size_t count = std::min(HEAD_BLOCK, p.end - n);
+            own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK, share_of(config.head, {n + count, config.vocab}));
+            for (size_t m = 0; m < rows; m++) {
+                float* s = scores + m * HEAD_BLOCK;
+                if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
+                take_best(s, count, nullptr, (int64_t)n, choices[m], mine[m]);
+                if (totals) take_total(s, count, mine[m]);
+            }
         }
-    }
+    };
+    if (totals) score(me.part(config.vocab, UNIT), true);  // a total depends on what was added before
+    else me.each(config.vocab, UNIT, HEAD_BLOCK, score);
 }
 
 Best Stack::combined(size_t row, const Shared& all, int threads) const {
@@ -528,58 +541,57 @@ Best Stack::combined(size_t row, const Shared& all, int threads) const {
 
 void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden) {
     const Batch whole(segments, caches, false), kept(segments, caches, false, true);
-    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) shared(whole.size(), threads);
-        barrier.wait();
+    Pool::instance().run([&](Worker& me) {
+        if (me.thread == 0) shared(whole.size(), me.threads);
+        me.wait();
         Shared& all = *shared_;
         Private& own = Private::here();
         const size_t D = config.hidden, rows = kept.size();
-        embed(tokens, whole.size(), own, all, thread, threads, barrier);
+        embed(tokens, whole.size(), own, all, me);
         const auto keep = [&] {  // rows move towards the front only
             for (size_t m = 0; m < rows; m++)
                 if (kept.rows[m].source != m) std::copy_n(own.x.data() + kept.rows[m].source * D, D, own.x.data() + m * D);
         };
         // layers without keys and values of their own need no rows but those that are wanted
         const size_t shared_from = std::min(config.first_shared, layers.size());
-        for (size_t i = 0; i < shared_from; i++) layer(layers[i], i, whole, own, all, thread, threads, barrier);
+        for (size_t i = 0; i < shared_from; i++) layer(layers[i], i, whole, own, all, me);
         if (rows < whole.size()) keep();
-        for (size_t i = shared_from; i < layers.size(); i++) layer(layers[i], i, kept, own, all, thread, threads, barrier);
+        for (size_t i = shared_from; i < layers.size(); i++) layer(layers[i], i, kept, own, all, me);
         float* n = grown(own.n, rows * D);
         for (size_t m = 0; m < rows; m++) kernels().rms_norm(own.x.data() + m * D, config.norm, config.eps, D, n + m * D);
-        if (thread == 0) std::copy_n(n, rows * D, hidden);
+        if (me.thread == 0) std::copy_n(n, rows * D, hidden);
     }, large_);
 }
 
 void Stack::logits(const float* hidden, size_t rows, float* out) {
-    Pool::instance().run([&](int thread, int threads, Barrier&) {
-        head(hidden, rows, out, config.vocab, Private::here(), thread, threads);
+    Pool::instance().run([&](Worker& me) {
+        head(hidden, rows, out, config.vocab, Private::here(), me);
     }, large_);
 }
 
 void Stack::choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens) {
-    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) shared(rows, threads);
-        barrier.wait();
-        best(hidden, rows, choices, false, Private::here(), *shared_, thread, threads);
-        barrier.wait();
-        if (thread == 0)
-            for (size_t m = 0; m < rows; m++) tokens[m] = combined(m, *shared_, threads).id;
+    Pool::instance().run([&](Worker& me) {
+        if (me.thread == 0) shared(rows, me.threads);
+        me.wait();
+        best(hidden, rows, choices, false, Private::here(), *shared_, me);
+        me.wait();
+        if (me.thread == 0)
+            for (size_t m = 0; m < rows; m++) tokens[m] = combined(m, *shared_, me.threads).id;
     }, large_);
 }
 
 // ------------------------------------------------------------------------------------------------------------ drafter
 
 void DraftStack::one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state,
-                          float* projected, int thread, int threads, Barrier& barrier) {
+                          float* projected, Worker& me) {
     const size_t D = stack.config.hidden, rows = batch.size();
-    const Part inputs = part(D, UNIT, thread, threads), outputs = part(backbone, UNIT, thread, threads);
-    own.linear(pre_projection, input, 2 * backbone, rows, inputs, all.out.data() + inputs.begin, D);
-    barrier.wait();
+    own.shared_linear(me, pre_projection, input, 2 * backbone, rows, all.out.data(), D);
+    me.wait();
     std::copy_n(all.out.data(), rows * D, grown(own.x, rows * D));
-    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, batch, own, all, thread, threads, barrier);
+    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, batch, own, all, me);
     for (size_t m = 0; m < rows; m++)
         kernels().rms_norm(own.x.data() + m * D, stack.config.norm, stack.config.eps, D, state + m * D);
-    own.linear(post_projection, state, D, rows, outputs, projected + outputs.begin, backbone);
+    own.shared_linear(me, post_projection, state, D, rows, projected, backbone);
 }
 
 size_t DraftStack::candidates() const {
@@ -588,11 +600,11 @@ size_t DraftStack::candidates() const {
 
 // Scores of the tokens of the best clusters, the head's rows being stored cluster by cluster. Ends with a barrier.
 void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
-                        int thread, int threads, Barrier& barrier) {
+                        Worker& me) {
     const size_t C = centroids.clusters, size = stack.config.vocab / C, D = stack.config.hidden;
-    const Part mine = part(C, UNIT, thread, threads), best = part(centroids.top_k, 1, thread, threads);
+    const Part mine = me.part(C, UNIT), best = me.part(centroids.top_k, 1);
     own.linear(centroids.table, state, D, 1, mine, clusters.data() + mine.begin, C);
-    barrier.wait();
+    me.wait();
     size_t* order = grown(own.chosen, C);
     std::iota(order, order + C, 0);
     std::partial_sort(order, order + centroids.top_k, order + C, [&](size_t a, size_t b) {
@@ -605,34 +617,34 @@ void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::
         std::copy_n(centroids.ordering + first, size, ids + i * size);
         if (stack.config.softcap > 0) kernels().softcap(logits + i * size, stack.config.softcap, size);
     }
-    barrier.wait();
+    me.wait();
 }
 
 void DraftStack::step(const float* input, const std::vector<Segment>& segments, const Cache* caches, float* state,
                       float* projected) {
     const Batch batch(segments, caches, true);
     const size_t rows = batch.size(), D = stack.config.hidden;
-    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) stack.shared(rows, threads);
-        barrier.wait();
+    Pool::instance().run([&](Worker& me) {
+        if (me.thread == 0) stack.shared(rows, me.threads);
+        me.wait();
         Stack::Private& own = Stack::Private::here();
         float* in = grown(own.gathered, rows * (2 * backbone + D));
         std::copy_n(input, rows * 2 * backbone, in);
         float* here = in + rows * 2 * backbone;
-        one_step(batch, own, *stack.shared_, in, here, projected, thread, threads, barrier);
-        if (thread == 0) std::copy_n(here, rows * D, state);
+        one_step(batch, own, *stack.shared_, in, here, projected, me);
+        if (me.thread == 0) std::copy_n(here, rows * D, state);
     }, stack.large_);
 }
 
 void DraftStack::score(const float* state, size_t rows, float* logits, int64_t* ids) {
-    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
+    Pool::instance().run([&](Worker& me) {
         Stack::Private& own = Stack::Private::here();
-        if (!centroids.clusters) return stack.head(state, rows, logits, stack.config.vocab, own, thread, threads);
-        if (thread == 0) grown(stack.shared_->clusters, centroids.clusters);
-        barrier.wait();
+        if (!centroids.clusters) return stack.head(state, rows, logits, stack.config.vocab, own, me);
+        if (me.thread == 0) grown(stack.shared_->clusters, centroids.clusters);
+        me.wait();
         for (size_t m = 0; m < rows; m++)
             scores(state + m * stack.config.hidden, logits + m * candidates(), ids + m * candidates(), own,
-                   stack.shared_->clusters, thread, threads, barrier);
+                   stack.shared_->clusters, me);
     }, stack.large_);
 }
 
@@ -652,13 +664,13 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
     const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
     std::vector<float> logits(C);
     std::vector<int64_t> ids(C);
-    Pool::instance().run([&](int thread, int threads, Barrier& barrier) {
-        if (thread == 0) {
-            Stack::Shared& all = stack.shared(segments.size(), threads);
+    Pool::instance().run([&](Worker& me) {
+        if (me.thread == 0) {
+            Stack::Shared& all = stack.shared(segments.size(), me.threads);
             grown(all.projected, segments.size() * backbone);
             grown(all.clusters, centroids.clusters);
         }
-        barrier.wait();
+        me.wait();
         Stack::Shared& all = *stack.shared_;
         Stack::Private& own = Stack::Private::here();
         struct Draft {  // of one sequence that still drafts; every thread comes to the same
@@ -690,30 +702,29 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
                 d.row = m;
                 stop |= !stops[d.sequence].least.empty();
             }
-            one_step(batch, own, all, input, state, all.projected.data(), thread, threads, barrier);
+            one_step(batch, own, all, input, state, all.projected.data(), me);
             if (!C) {
-                stack.best(state, rows.size(), chosen_by.data(), stop, own, all, thread, threads);
-                barrier.wait();
+                stack.best(state, rows.size(), chosen_by.data(), stop, own, all, me);
+                me.wait();
             }
             for (Draft& d : going) {
                 const StopRule& rule = stops[d.sequence];
                 Best best;
                 if (C) {
-                    scores(state + d.row * stack.config.hidden, logits.data(), ids.data(), own, all.clusters, thread, threads,
-                           barrier);
+                    scores(state + d.row * stack.config.hidden, logits.data(), ids.data(), own, all.clusters, me);
                     best.clear();
                     float* scaled = grown(own.b, C);
                     std::copy(logits.begin(), logits.end(), scaled);
                     take_best(scaled, C, ids.data(), 0, chosen_by[d.row], best);
                     if (!rule.least.empty()) take_total(scaled, C, best);
-                    barrier.wait();  // nobody scores the next one while another still compares
+                    me.wait();  // nobody scores the next one while another still compares
                 } else {
-                    best = stack.combined(d.row, all, threads);
+                    best = stack.combined(d.row, all, me.threads);
                 }
                 d.token = best.id;
                 const float confidence = rule.least.empty() ? 0.0f : best.probability();
                 const size_t place = d.sequence * most + step;
-                if (thread == 0) {
+                if (me.thread == 0) {
                     tokens[place] = d.token;
                     confidences[place] = confidence;
                     made[d.sequence] = (int64_t)step + 1;

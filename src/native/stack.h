@@ -37,11 +37,6 @@ struct Layer {
     MoE moe;
 };
 
-// A thread's share of a count.
-struct Part {
-    size_t begin, end;
-};
-
 // Keys and values of one layer, [groups, blocks, BLOCK_ROWS, d] each.
 struct Cache {
     float* keys = nullptr;
@@ -128,22 +123,18 @@ class Stack {
     struct Shared;
     struct Private;
 
-    void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
-    void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, int thread, int threads,
-               Barrier& barrier);
-    void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, int thread, int threads,
-                 Barrier& barrier);
+    void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, Worker& me);
+    void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me);
+    void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
     void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
-    void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, int thread, int threads);
+    void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me);
     void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own);
-    void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, int thread, int threads);
-    void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, int thread,
-                 int threads, Barrier& barrier);
-    const void* after(size_t index, int thread, int threads) const;
-    void experts(const Layer& l, size_t rows, Private& own, Shared& all, int thread, int threads, Barrier& barrier);
-    void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, int thread, int threads);
-    void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, int thread,
-              int threads);
+    void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, Worker& me);
+    void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me);
+    const void* after(size_t index, const Worker& me) const;
+    void experts(const Layer& l, size_t rows, Private& own, Shared& all, Worker& me);
+    void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me);
+    void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me);
     Best combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
@@ -191,9 +182,9 @@ class DraftStack {
 
    private:
     void one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
-                  int thread, int threads, Barrier& barrier);
+                  Worker& me);
     void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
-                int thread, int threads, Barrier& barrier);
+                Worker& me);
 };
 
 }  // namespace gemma
