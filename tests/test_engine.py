@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -296,6 +297,21 @@ def test_stopping_drains_or_cancels(pair: Pair) -> None:
     long = [engine.submit(Request([5, 6], SamplingParams(max_tokens=3900), 0)) for _ in range(4)]
     engine.stop()
     assert [generation.wait().finish_reason for generation in long] == ["cancelled"] * 4
+
+
+def test_garbage_is_not_looked_for_in_the_models_of_an_engine(pair: Pair) -> None:
+    assert not gc.get_freeze_count()
+    with Engine(pair):
+        assert all(pair.target is not known for known in gc.get_objects())
+    assert not gc.get_freeze_count()
+    assert any(pair.target is known for known in gc.get_objects())
+    gc.freeze()  # the caller's own, which an engine leaves alone
+    try:
+        with Engine(pair):
+            pass
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_updates_in_an_event_loop(engine: Engine) -> None:

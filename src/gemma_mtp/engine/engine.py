@@ -11,6 +11,7 @@ values that are shared, or computed again after a preemption, hold the same bits
 from __future__ import annotations
 
 import copy
+import gc
 import heapq
 import itertools
 import logging
@@ -165,6 +166,7 @@ class Engine:
         self._row_seconds = 0.0
         self._step_began: float | None = None  # seconds of `time.monotonic`
         self._stopping = False
+        self._froze = False  # what was in memory at the start
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Engine:
@@ -175,8 +177,15 @@ class Engine:
         self.stop()
 
     def start(self) -> None:
-        """Begin to play steps, in a thread of the engine's own."""
+        """Begin to play steps, in a thread of the engine's own.
+
+        What is in memory by now, models and modules, is kept out of the garbage collector's sight until `stop`: to look
+        through it takes a tenth of a second and more, for which every running sequence would wait, again and again.
+        """
         assert self._thread is None
+        self._froze = gc.get_freeze_count() == 0
+        if self._froze:
+            gc.freeze()
         self._thread = threading.Thread(target=self._loop, name="gemma-mtp-engine", daemon=True)
         self._thread.start()
 
@@ -227,6 +236,8 @@ class Engine:
             self._condition.notify_all()
         if self._thread is not None:
             self._thread.join()
+            if self._froze:
+                gc.unfreeze()
 
     @property
     def alive(self) -> bool:
