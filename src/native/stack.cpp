@@ -41,7 +41,7 @@ namespace {
 
 constexpr size_t SHARED_BYTES = 1 << 20;  // models below are run faster by one thread than by several that wait
 constexpr size_t UNIT = 8;        // weight rows that are not divided among threads
-constexpr size_t CHUNK_UNIT = 2 * UNIT;
+constexpr size_t PASS = 16;        // weight rows that a product with many rows goes through at once: few left over
 constexpr size_t CHUNK = 1 << 20;  // multiply-adds that a thread takes at once, about: some microseconds
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
@@ -58,8 +58,8 @@ const void* share_of(const Weight& w, Part p) {
 // Columns of a product with so many rows that a thread takes at once, in whole units. A few rows take as long as one,
 // for they wait for the weights; a column's sums take a while, too.
 size_t chunk(const Weight& w, size_t rows, size_t unit) {
-    const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4);
-    return std::max<size_t>(CHUNK / column / unit, 1) * unit;
+    const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4), whole = std::lcm(unit, PASS);
+    return std::max<size_t>(CHUNK / column / whole, 1) * whole;
 }
 
 template <class T>
@@ -96,13 +96,20 @@ struct Stack::Private {
         prepare(w, in, ldx, count);
         multiply(w, count, p, out, ldy);
     }
-    // The whole product, shared out among the threads; `then` as above.
+    // The whole product, shared out among the threads in whole units; `then` as above. Who has made columns calls
+    // done(Part) for them.
+    template <class F>
+    void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, size_t unit, float* out,
+                       size_t ldy, const void* then, F done) {
+        prepare(w, in, ldx, count);
+        me.each(w.rows, unit, chunk(w, count, unit), [&](Part p, bool last) {
+            multiply(w, count, p, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
+            done(p);
+        });
+    }
     void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, float* out, size_t ldy,
                        const void* then = nullptr) {
-        prepare(w, in, ldx, count);
-        me.each(w.rows, UNIT, chunk(w, count, CHUNK_UNIT), [&](Part p, bool last) {
-            multiply(w, count, p, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
-        });
+        shared_linear(me, w, in, ldx, count, UNIT, out, ldy, then, [](Part) {});
     }
     static Private& here() {
         static thread_local Private own;
@@ -179,9 +186,9 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
 }
 
 void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me) {
-    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), threads = me.threads;
+    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), few = 4 * me.threads;
     // few blocks are shared out by heads, which is even; many by blocks, so that one thread reads a sequence's rows once
-    if (by_heads(l.heads, me.threads) && blocks < 4 * threads) {
+    if (by_heads(l.heads, me.threads) && blocks < few) {
         const Part heads = me.part(l.heads, 1);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);
@@ -190,7 +197,7 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
         }
         return;
     }
-    const size_t unit = l.groups * blocks < 4 * threads ? 1 : per_group;
+    const size_t unit = l.groups * blocks < few ? 1 : per_group;
     me.each(l.groups * blocks * per_group, unit, unit, [&](Part tasks, bool) {
         for (size_t t = tasks.begin; t < tasks.end;) {
             const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
@@ -341,9 +348,7 @@ void Stack::project(const Layer& l, const Batch& batch, const float* in, Private
         for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
         return;
     }
-    own.prepare(l.qkv, in, config.hidden, rows);
-    me.each(l.qkv.rows, d, chunk(l.qkv, rows, d), [&](Part p, bool last) {
-        own.multiply(l.qkv, rows, p, all.qkv.data() + p.begin, l.qkv.rows, last ? then : share_of(l.qkv, {p.end, l.qkv.rows}));
+    own.shared_linear(me, l.qkv, in, config.hidden, rows, d, all.qkv.data(), l.qkv.rows, then, [&](Part p) {
         for (size_t m = 0; m < rows; m++)
             for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
     });
@@ -354,7 +359,7 @@ void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Sha
     const size_t I = l.down.cols;
     const void* then = share_of(l.down, me.part(config.hidden, UNIT));
     own.prepare(l.gate_up, in, config.hidden, rows);
-    me.each(I, UNIT, chunk(l.gate_up, 2 * rows, CHUNK_UNIT), [&](Part p, bool last) {
+    me.each(I, UNIT, chunk(l.gate_up, 2 * rows, UNIT), [&](Part p, bool last) {
         const size_t width = p.end - p.begin;
         const Part up_part{I + p.begin, I + p.end};
         float* gate = grown(own.a, 2 * rows * width);
@@ -428,9 +433,7 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
 }
 
 void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me) {
-    own.prepare(config.head, hidden, config.hidden, rows);
-    me.each(config.vocab, UNIT, chunk(config.head, rows, CHUNK_UNIT), [&](Part p, bool last) {
-        own.multiply(config.head, rows, p, out + p.begin, ldo, last ? nullptr : share_of(config.head, {p.end, config.vocab}));
+    own.shared_linear(me, config.head, hidden, config.hidden, rows, UNIT, out, ldo, nullptr, [&](Part p) {
         if (config.softcap > 0)
             for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
     });

@@ -238,6 +238,7 @@ class Engine:
             self._thread.join()
             if self._froze:
                 gc.unfreeze()
+                self._froze = False  # may be stopped again, when others have frozen theirs
 
     @property
     def alive(self) -> bool:
