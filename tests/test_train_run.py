@@ -153,6 +153,36 @@ def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5)
 
 
+LEAVING = """
+import os, sys, torch
+from gemma_mtp.training.parallel import joined_world
+
+def gloo():
+    return sum("gloo" in open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task"))
+
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = torch.ones(3)
+with joined_world(torch.device("cpu")) as world:
+    world.sum_([weight.grad])
+    torch.optim.AdamW([weight]).step()  # imports what would keep the group
+    assert weight.grad.tolist() == [2.0] * 3
+    within = gloo()
+print(within > 0, gloo())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """One that still let go of a message while Python ended has aborted a process that had done its work."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(launcher, env=environment, text=True, capture_output=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == ["True 0"] * 2
+
+
 def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
     options = ["--drafter", tiny / "drafter", "--steps", 2, "--lr", 1e-5, "--force"]
     assert train(tiny, tmp_path, *options) == 0

@@ -59,6 +59,11 @@ def joined_world(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
+    # Its functions take the group of the moment of their import as a default: imported later, as by an optimiser's
+    # first step, they would keep the group beyond its end, and its threads. One of these that lets go of a message's
+    # tensors while Python ends aborts the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size)
