@@ -301,7 +301,7 @@ def test_stopping_drains_or_cancels(pair: Pair) -> None:
 
 def test_garbage_is_not_looked_for_in_the_models_of_an_engine(pair: Pair) -> None:
     assert not gc.get_freeze_count()
-    with Engine(pair):
+    with Engine(pair) as first:
         assert all(pair.target is not known for known in gc.get_objects())
     assert not gc.get_freeze_count()
     assert any(pair.target is known for known in gc.get_objects())
@@ -309,6 +309,7 @@ def test_garbage_is_not_looked_for_in_the_models_of_an_engine(pair: Pair) -> Non
     try:
         with Engine(pair):
             pass
+        first.stop()
         assert gc.get_freeze_count()
     finally:
         gc.unfreeze()

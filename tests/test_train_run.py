@@ -103,10 +103,13 @@ def test_a_temperature_given_twice_is_measured_once(tiny: Path, tmp_path: Path) 
     assert (written == 1).sum() > 1.5 * (written == 0).sum()
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+
+
 def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None = None) -> subprocess.Popen[str]:
     command = [*(launcher or [sys.executable, "-m"]), "gemma_mtp", *arguments(tiny, out, *more)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
@@ -141,8 +144,7 @@ def _without_speed(path: Path) -> object:
 def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
     options = ["--drafter", tiny / "drafter", "--steps", 12, "--lr", 3e-3, "--force", "--batch", 6, "--threads", 1]
     assert train(tiny, tmp_path / "one", *options) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    process = run_process(tiny, tmp_path / "two", *options, launcher=launcher)
+    process = run_process(tiny, tmp_path / "two", *options, launcher=[*TORCHRUN, "-m"])
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     one, two = (load_file(tmp_path / n / "training" / "checkpoint.safetensors") for n in ("one", "two"))
@@ -154,7 +156,7 @@ def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
 
 
 LEAVING = """
-import os, sys, torch
+import os, torch
 from gemma_mtp.training.parallel import joined_world
 
 def gloo():
@@ -176,9 +178,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
     """One that still let go of a message while Python ended has aborted a process that had done its work."""
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(launcher, env=environment, text=True, capture_output=True, timeout=120)
+    shown = subprocess.run([*TORCHRUN, str(script)], env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == ["True 0"] * 2
 
