@@ -83,8 +83,8 @@ def _cancel_after(generation: Generation, updates: int) -> None:
     """Cancel it when so many more updates have come, in the engine's thread: a reader may come too late to."""
     push, left = generation._push, itertools.count(updates - 1, -1)
 
-    def counted(event: Any) -> None:
-        push(event)
+    def counted(event: Any, last: bool) -> None:
+        push(event, last)
         if next(left) == 0:
             generation.cancel()
 

@@ -143,6 +143,19 @@ def test_updates_make_up_the_result(engine: Engine) -> None:
     assert result.prefill_seconds > 0 and result.decode_seconds > 0
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_readers_see_no_stop_string(engine: Engine, draft_tokens: int) -> None:
+    """They make the text of the tokens themselves, and come to where the engine ended the output."""
+    text = engine.pair.generate(LONG[:50], SamplingParams(max_tokens=30)).text
+    assert text is not None
+    for at in range(0, len(text) - 3, 5):
+        stop = text[at : at + 3]
+        generation = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30, stop=(stop,)), draft_tokens))
+        seen = updates(generation)
+        assert "".join(update.text for update in seen) == generation.result.text == text[: text.index(stop)]
+        assert seen[-1].finish_reason == "stop"
+
+
 def test_counters(engine: Engine) -> None:
     result = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()
     again = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()

@@ -78,8 +78,11 @@ def test_a_stop_string_ends_the_output_exactly(pair: Pair, draft_tokens: int, st
 def test_stream_gives_the_text_piece_by_piece(pair: Pair, draft_tokens: int) -> None:
     params = SamplingParams(max_tokens=50, stop=("@@@@",))
     stream = pair.stream(PROMPT, params, draft_tokens=draft_tokens)
-    pieces = list(stream)
-    assert "".join(pieces) == stream.result.text == pair.generate(PROMPT, params).text
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        assert "".join(pieces) == stream.result.text, "the result grows with it"
+    assert "".join(pieces) == pair.generate(PROMPT, params).text
     assert len(pieces) > 1 and all(pieces)
 
 

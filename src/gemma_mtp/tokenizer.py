@@ -174,6 +174,25 @@ class StopMatcher:
         return given
 
 
+class OutputText:
+    """The text of one output, from its tokens as they come: what is certain of it, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._decoder = tokenizer.stream()
+        self._matcher = StopMatcher(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found, which ends the output."""
+        return self._matcher.stopped
+
+    def push(self, token_ids: Sequence[int], last: bool = False) -> str:
+        """Text that became certain with these tokens. With the last ones also what was held back: half characters and
+        possible beginnings of stop strings."""
+        text = self._matcher.push(self._decoder.push(token_ids))
+        return text + self._matcher.push(self._decoder.flush()) + self._matcher.flush() if last else text
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}

@@ -210,9 +210,10 @@ class Engine:
             )
         self.pair.check(request.params, request.draft_tokens, request.verification)
         drafts = request.draft_tokens if self.pair.drafter is not None else 0
-        generation = Generation(request, GenerationResult(prompt, drafts, request.verification), self._cancel)
+        result = self.pair.new_result(prompt, request.params, drafts, request.verification)
+        generation = Generation(request, result, self._cancel)
         limit = min(request.params.max_tokens, self.max_tokens - len(prompt))
-        output = OutputBuilder(generation.result, request.params, limit, self.pair.eos_token_ids, self.pair.tokenizer)
+        output = OutputBuilder(result, request.params, limit, self.pair.eos_token_ids)
         fixed = Plan(LONGEST) if drafts == "auto" else Plan(drafts)
         with self._condition:
             if self._stopping:
@@ -325,7 +326,7 @@ class Engine:
                 jobs.remove(job)
                 self._end(job, "cancelled")
                 job.result.finish_reason = "cancelled"
-                job.generation.update("", [], None, None, "cancelled")
+                job.generation.update([], None, None, "cancelled")
         heapq.heapify(self._waiting)
         self._cancelled.clear()
 
@@ -515,18 +516,16 @@ class Engine:
             job.policy.record(played.drafted, played.accepted, played.confidences, seconds if lone else 0.0)
         job.started = True
         job.tokens += played.token_ids
-        before = len(result.token_ids)
-        text = job.output.push(played)
-        token_ids = result.token_ids[before:]
+        token_ids = job.output.push(played)
         self._stats.output_tokens += len(token_ids)
-        logprobs = None if result.logprobs is None else result.logprobs[before:]
+        logprobs = None if result.logprobs is None else result.logprobs[len(result.logprobs) - len(token_ids) :]
         done = job.output.done
         if done:  # before the reader knows, so that who waits for the end finds the blocks free
             with self._condition:
                 self._running.remove(job)
                 self._end(job, result.finish_reason)
         finish = result.finish_reason if done else None
-        job.generation.update(text, token_ids, result.rounds[-1], logprobs, finish)
+        job.generation.update(token_ids, result.rounds[-1], logprobs, finish)
 
     def _count(self, played: list[RoundOutput]) -> None:
         stats = self._stats

@@ -79,7 +79,13 @@ class Pair:
         prompt_ids = self.encode(prompt)
         self.check(params, draft_tokens, verification)
         used: DraftTokens = draft_tokens if self.drafter is not None else 0
-        return TextStream(self, GenerationResult(prompt_ids, used, verification), params, verification)
+        return TextStream(self, self.new_result(prompt_ids, params, used, verification), params, verification)
+
+    def new_result(
+        self, prompt_ids: list[int], params: SamplingParams, draft_tokens: DraftTokens, verification: Verification
+    ) -> GenerationResult:
+        """To be filled by decoding."""
+        return GenerationResult(prompt_ids, draft_tokens, verification, tokenizer=self.tokenizer, stop=params.stop)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked. Raises PromptError (empty, out of range, too long) or TokenizerError."""
@@ -183,7 +189,7 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
     """Prefill, then rounds until a stop condition holds. Times exclude what the reader does between pieces."""
     prompt = result.prompt_token_ids
     limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
-    output = OutputBuilder(result, params, limit, pair.eos_token_ids, pair.tokenizer)
+    output, reader = OutputBuilder(result, params, limit, pair.eos_token_ids), result.text_reader()
     device = pair.target.embed_tokens.weight.device
     policy, fixed = None, Plan(LONGEST)
     if result.draft_tokens == "auto":
@@ -195,10 +201,10 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         grammar = pair.grammar_state(params)
         sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params, grammar=grammar)
         first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
-    text = output.push(first)
+    token_ids = output.push(first)
     result.prefill_seconds = time.perf_counter() - started
     while True:
-        if text:
+        if reader is not None and (text := reader.push(token_ids, last=output.done)):
             yield text
         if output.done:
             return
@@ -207,7 +213,7 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         drafts = min(plan.longest, output.remaining - 1)
         with torch.inference_mode():
             played = play_round(pair.target, pair.drafter, sequence, drafts, verification, plan.stop)
-        text = output.push(played)
+        token_ids = output.push(played)
         seconds = time.perf_counter() - started
         result.decode_seconds += seconds
         if policy is not None:

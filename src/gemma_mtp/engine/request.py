@@ -58,7 +58,8 @@ def merged(updates: Sequence[Update]) -> Update:
     return Update(text, token_ids, last.round, logprobs, last.finish_reason, seconds)
 
 
-Event = Update | Exception
+#: what the engine says of a round: when it was over, then an Update's fields but its text
+_Event = tuple[float, list[int], RoundStats | None, list[TokenLogprob] | None, FinishReason | None] | Exception
 
 
 class Generation:
@@ -72,8 +73,9 @@ class Generation:
         self.result = result
         self.cached_tokens = 0
         self._cancel = cancel
+        self._text = result.text_reader()
         self._last_update = time.perf_counter()
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._failure: Exception | None = None
         self._wake: Callable[[], object] | None = None
@@ -93,7 +95,7 @@ class Generation:
     def __iter__(self) -> Iterator[Update]:
         """Updates as they come, blocking; none once the last was read. Raises EngineError where the request failed."""
         while not (self._ended.is_set() and self._events.empty()):
-            update = self._checked(self._events.get())
+            update = self._read(self._events.get())
             yield update
             if update.finish_reason is not None:
                 return
@@ -123,35 +125,37 @@ class Generation:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return
-            yield self._checked(event)
+            yield self._read(event)
 
     def update(
-        self, text: str, token_ids: list[int], stats: RoundStats | None, logprobs: list[TokenLogprob] | None,
+        self, token_ids: list[int], stats: RoundStats | None, logprobs: list[TokenLogprob] | None,
         finish_reason: FinishReason | None,
     ) -> None:  # fmt: skip
-        """From the engine's thread: what a round brought."""
-        before, self._last_update = self._last_update, time.perf_counter()
-        self._push(Update(text, token_ids, stats, logprobs, finish_reason, self._last_update - before))
-        if finish_reason is not None:
-            self._ended.set()
+        """From the engine's thread: what a round brought. Its text is made by who reads it, not by who others wait
+        for."""
+        self._push((time.perf_counter(), token_ids, stats, logprobs, finish_reason), finish_reason is not None)
 
     def fail(self, error: Exception) -> None:
         """From the engine's thread: the error that ends the request."""
         self._failure = error
-        self._push(error)
-        self._ended.set()
+        self._push(error, last=True)
 
-    def _push(self, event: Event) -> None:
+    def _push(self, event: _Event, last: bool) -> None:
         self._events.put(event)
-        last = not isinstance(event, Update) or event.finish_reason is not None
         if self._wake is not None and (last or not self._at_end):
             self._wake()
+        if last:
+            self._ended.set()
 
-    @staticmethod
-    def _checked(event: Event) -> Update:
+    def _read(self, event: _Event) -> Update:
         if isinstance(event, Exception):
             raise event
-        return event
+        now, token_ids, stats, logprobs, finish_reason = event
+        before, self._last_update = self._last_update, now
+        text = ""
+        if self._text is not None:  # an output that was cancelled has no end, and what is held back stays so
+            text = self._text.push(token_ids, last=finish_reason in ("stop", "length"))
+        return Update(text, token_ids, stats, logprobs, finish_reason, now - before)
 
 
 class _Waker:

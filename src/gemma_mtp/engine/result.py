@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from gemma_mtp.tokenizer import OutputText, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 #: how an output token came about: by the prefill, as an accepted draft, or as the target's own token after a refused
@@ -47,20 +50,34 @@ def token_kinds(round_: RoundStats, first: bool) -> list[TokenKind]:
 class GenerationResult:
     """The output of one prompt.
 
-    `rounds[0]` is the prefill, which commits the first token; `rounds[1:]` are the decode rounds. `text` is None
-    without a tokenizer. A stop token is part of `token_ids`; a stop string is not part of `text`.
+    `rounds[0]` is the prefill, which commits the first token; `rounds[1:]` are the decode rounds. A stop token is part
+    of `token_ids`; a stop string, one of `stop`, is not part of `text`.
     """
 
     prompt_token_ids: list[int]
     draft_tokens: int | Literal["auto"]
     verification: str
     token_ids: list[int] = field(default_factory=list)
-    text: str | None = None
     finish_reason: FinishReason = "length"
+    ended: bool = False  # by a stop condition or its length: no token follows
     logprobs: list[TokenLogprob] | None = None
     rounds: list[RoundStats] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
+    stop: Sequence[str] = field(default=(), repr=False, compare=False)
+
+    @property
+    def text(self) -> str | None:
+        """What is certain of the tokens' text, decoded when it is asked for; None without a tokenizer."""
+        if (reader := self.text_reader()) is None:
+            return None
+        ended = self.ended  # before looking at the tokens, of which the last come before it
+        return reader.push(self.token_ids, last=ended)
+
+    def text_reader(self) -> OutputText | None:
+        """Makes text of the tokens as they come; None without a tokenizer."""
+        return None if self.tokenizer is None else OutputText(self.tokenizer, self.stop)
 
     @property
     def decode_rounds(self) -> list[RoundStats]:
