@@ -17,14 +17,14 @@ namespace GEMMA_ISA {
 // accumulators stay in registers only where the loops over them are unrolled
 #define UNROLL _Pragma("GCC unroll 64")
 
-// Calls f(first row, rows) for as even parts of M rows as tiles of at most `most` rows allow.
+// Calls f(first row, rows) for the tiles of M rows: as even ones of at most `most` as there are, or fours.
 template <class Call>
-inline void each_tile(size_t M, size_t most, Call f) {
-    const size_t tiles = (M + most - 1) / most;
-    for (size_t t = 0, m = 0; t < tiles; t++) {
-        const size_t rows = M / tiles + (t < M % tiles);
+inline void each_tile(size_t M, size_t most, bool fours, Call f) {
+    for (size_t m = 0, rows; m < M; m += rows) {
+        const size_t left = M - m, tiles = (left + most - 1) / most;
+        rows = (left + tiles - 1) / tiles;
+        if (fours && left > most) rows = left % 4 == 3 && left > 7 ? 5 : 4;  // and no three left over
         f(m, rows);
-        m += rows;
     }
 }
 
@@ -55,8 +55,8 @@ struct Wide {  // fp32 weights and activations
     static inline void convert(const float* x, size_t count, X* out) {
         for (size_t i = 0; i < STEP; i++) out[i] = i < count ? x[i] : 0.0f;
     }
-    static std::vector<X>& place(Rows& rows) { return rows.wide; }
-    static const std::vector<X>& place(const Rows& rows) { return rows.wide; }
+    static Buffer<X>& place(Rows& rows) { return rows.wide; }
+    static const Buffer<X>& place(const Rows& rows) { return rows.wide; }
 };
 
 #if defined(GEMMA_BF16)
@@ -80,8 +80,8 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
         const V high = count >= STEP ? load(x + W) : count > W ? load_part(x + W, (int)(count - W)) : zero();
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
-    static std::vector<X>& place(Rows& rows) { return rows.half; }
-    static const std::vector<X>& place(const Rows& rows) { return rows.half; }
+    static Buffer<X>& place(Rows& rows) { return rows.half; }
+    static const Buffer<X>& place(const Rows& rows) { return rows.half; }
 };
 
 #else
@@ -108,8 +108,8 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     static inline void convert(const float* x, size_t count, X* out) {
         for (size_t i = 0; i < STEP; i++) out[i % 2 * W + i / 2] = i < count ? x[i] : 0.0f;
     }
-    static std::vector<X>& place(Rows& rows) { return rows.wide; }
-    static const std::vector<X>& place(const Rows& rows) { return rows.wide; }
+    static Buffer<X>& place(Rows& rows) { return rows.wide; }
+    static const Buffer<X>& place(const Rows& rows) { return rows.wide; }
 };
 
 #endif
@@ -127,6 +127,10 @@ inline void reduce(const V* acc, float* y, size_t ldy) {
             float* out[4];
             UNROLL for (int g = 0; g < 4; g++) out[g] = y + (i + 4 * g) / NR * ldy + (i + 4 * g) % NR;
             sum16(acc + i, out);
+        }
+        UNROLL for (; i + 8 <= ALL; i += 8) {
+            float* const out[] = {y + i / NR * ldy + i % NR, y + (i + 4) / NR * ldy + (i + 4) % NR};
+            sum8(acc + i, out);
         }
 #endif
         UNROLL for (; i < ALL; i += 4)
@@ -179,12 +183,16 @@ inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, siz
     UNROLL for (int i = 0; i < MR * NR; i++) store(waiting + i * W, acc[i]);
 }
 
-// Weight rows to a tile: as many accumulators as registers hold beside the weights.
+// Rows to a tile, and weight rows: as many accumulators as registers hold beside the weights.
 constexpr int MAX_ROWS = 6;
+constexpr size_t PART_COLUMNS = 512;  // of a row that is gone through in parts
 #if defined(GEMMA_AVX512)
 constexpr int columns_for(int rows) { return rows <= 2 ? 8 : 4; }
+// Where rows are short, the sums across lanes take long; those of sixteen accumulators cost least.
+constexpr bool by_fours(size_t K) { return K <= PART_COLUMNS; }
 #else
 constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
+constexpr bool by_fours(size_t) { return false; }
 #endif
 
 // Rows as `tile` reads them: tile by tile, step by step, a step of each of the tile's rows in turn; zeros fill the last.
@@ -193,7 +201,7 @@ void prepare_dense(const float* x, size_t ldx, size_t M, size_t K, Rows& out) {
     const size_t padded = padded_to(K, F::STEP);
     auto& place = F::place(out);
     if (place.size() < M * padded) place.resize(M * padded);
-    each_tile(M, MAX_ROWS, [&](size_t m0, size_t rows) {
+    each_tile(M, MAX_ROWS, by_fours(K), [&](size_t m0, size_t rows) {
         auto* to = place.data() + m0 * padded;
         for (size_t k = 0; k < K; k += F::STEP)
             for (size_t m = m0; m < m0 + rows; m++, to += F::STEP) F::convert(x + m * ldx + k, std::min(F::STEP, K - k), to);
@@ -202,7 +210,6 @@ void prepare_dense(const float* x, size_t ldx, size_t M, size_t K, Rows& out) {
 
 constexpr size_t FETCH_BYTES = 8 << 10;   // of weights that are on their way while others are multiplied
 constexpr size_t ROWS_BYTES = 24 << 10;   // of activations that stay in the first-level cache beside them
-constexpr size_t PART_COLUMNS = 512;      // of a row that is gone through in parts
 constexpr size_t PASS_ROWS = 16;         // weight rows that all tiles of rows go through before the next ones
 
 // Where to fetch from while a share of `size` units is gone through, `ahead` of its place: the share itself, and past its
@@ -249,7 +256,7 @@ inline void row_tile_of(size_t rows, Rest... rest) {
 template <class F>
 void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy,
               const void* then) {
-    static thread_local std::vector<float> waiting;
+    static thread_local Buffer<float> waiting;
     using T = typename F::T;
     const size_t padded = padded_to(K, F::STEP);
     const bool parts = std::min(M, PASS_ROWS) * padded * sizeof(typename F::X) > ROWS_BYTES && K > PART_COLUMNS;
@@ -261,7 +268,7 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
         for (size_t k = 0; k < K; k += part) {
             const Pass pass{k == 0, k + part >= K};
             const Ahead<T> fetch{w + k, count * K, ahead, parts ? nullptr : (const T*)then};
-            each_tile(M, MAX_ROWS, [&](size_t m, size_t rows) {
+            each_tile(M, MAX_ROWS, by_fours(K), [&](size_t m, size_t rows) {
                 row_tile_of<F>(rows, w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows, n,
                                std::min(block, count - n), m == 0 ? &fetch : nullptr, pass, waiting.data() + m * block * W,
                                y + m * ldy + n, ldy);
@@ -453,7 +460,7 @@ void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
-        each_tile(M, MAX_QUANTISED_ROWS, [&](size_t m, size_t rows) {
+        each_tile(M, MAX_QUANTISED_ROWS, false, [&](size_t m, size_t rows) {
             switch (rows) {
                 case 1: return quantised_rows<I8, 1>(w, x, m, n, end, fetch, out, ldy);
                 case 2: return quantised_rows<I8, 2>(w, x, m, n, end, fetch, out, ldy);
@@ -511,7 +518,7 @@ void quantise(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
     const size_t blocks = cols / BLOCK_COLS;
     if (out.values.size() < M * cols) out.values.resize(M * cols);
     if (out.scales.size() < M * blocks * S) out.scales.resize(M * blocks * S), out.starts.resize(M * blocks * S);
-    each_tile(M, MAX_QUANTISED_ROWS, [&](size_t m0, size_t rows) {
+    each_tile(M, MAX_QUANTISED_ROWS, false, [&](size_t m0, size_t rows) {
         size_t at = m0 * blocks;
         for (size_t b = 0; b < blocks; b++)
             for (size_t m = m0; m < m0 + rows; m++, at++)
@@ -711,7 +718,7 @@ inline size_t runs_of(const HeadRows& rows, int64_t begin, int64_t end, Run* run
 }
 
 void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, const HeadRows& rows, float* out, size_t ldo) {
-    static thread_local std::vector<float> scores;
+    static thread_local Buffer<float> scores;
     static thread_local Rows queries;
     const size_t d = rows.d;
     scores.resize(MAX_QUERIES * CHUNK);

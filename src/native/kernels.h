@@ -3,9 +3,26 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace gemma {
+
+// Memory that begins at a cache line: no vector within is spread over two, which would take two loads.
+template <class T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), LINE); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    bool operator==(const LineAllocator&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
 
 enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 
@@ -32,11 +49,11 @@ struct Weight {
 
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
-    std::vector<float> wide;
-    std::vector<uint16_t> half;   // bf16, where the machine multiplies it
-    std::vector<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
-    std::vector<float> scales;    // a group's
-    std::vector<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
+    Buffer<float> wide;
+    Buffer<uint16_t> half;   // bf16, where the machine multiplies it
+    Buffer<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
+    Buffer<float> scales;    // a group's
+    Buffer<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
 };
 
 // What one query row sees: positions first .. last, and where they lie.

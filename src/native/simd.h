@@ -155,6 +155,20 @@ inline void sum16(const V* v, float* const* out) {
     _mm_storeu_ps(out[3], _mm512_extractf32x4_ps(all, 3));
 }
 
+// the same of eight
+inline void sum8(const V* v, float* const* out) {
+    V ab[4];
+    for (int j = 0; j < 4; j++) ab[j] = add(_mm512_shuffle_f32x4(v[j], v[j + 4], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 4], 0xee));
+    V q01 = add(_mm512_shuffle_f32x4(ab[0], ab[1], 0x88), _mm512_shuffle_f32x4(ab[0], ab[1], 0xdd));  // of vectors 0, 4, 1, 5
+    V q23 = add(_mm512_shuffle_f32x4(ab[2], ab[3], 0x88), _mm512_shuffle_f32x4(ab[2], ab[3], 0xdd));
+    V low = add(_mm512_unpacklo_ps(q01, q23), _mm512_unpackhi_ps(q01, q23));
+    V all = add(low, _mm512_shuffle_ps(low, low, 0x4e));
+    const __m512i places = _mm512_setr_epi32(0, 8, 1, 9, 4, 12, 5, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256 sums = _mm512_castps512_ps256(_mm512_permutexvar_ps(places, all));
+    _mm_storeu_ps(out[0], _mm256_castps256_ps128(sums));
+    _mm_storeu_ps(out[1], _mm256_extractf128_ps(sums, 1));
+}
+
 #endif
 
 #if defined(GEMMA_AVX512) || defined(GEMMA_AVX2)

@@ -62,8 +62,8 @@ size_t chunk(const Weight& w, size_t rows, size_t unit) {
     return std::max<size_t>(CHUNK / column / whole, 1) * whole;
 }
 
-template <class T>
-T* grown(std::vector<T>& v, size_t n) {
+template <class V>
+typename V::value_type* grown(V& v, size_t n) {
     if (v.size() < n) v.resize(n);
     return v.data();
 }
@@ -72,15 +72,15 @@ T* grown(std::vector<T>& v, size_t n) {
 
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
-    std::vector<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
+    Buffer<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
     std::vector<Best> best;  // [threads, rows]
     size_t best_rows = 0;
 };
 
 // Every thread holds the same residual stream, so that norms need no barrier.
 struct Stack::Private {
-    std::vector<float> x, n, a, b, c, q, gathered;
-    std::vector<float> weights;
+    Buffer<float> x, n, a, b, c, q, gathered;
+    Buffer<float> weights;
     std::vector<size_t> chosen;
     std::vector<Visible> visible;
     Rows rows;
@@ -602,7 +602,7 @@ size_t DraftStack::candidates() const {
 }
 
 // Scores of the tokens of the best clusters, the head's rows being stored cluster by cluster. Ends with a barrier.
-void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
+void DraftStack::scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, Buffer<float>& clusters,
                         Worker& me) {
     const size_t C = centroids.clusters, size = stack.config.vocab / C, D = stack.config.hidden;
     const Part mine = me.part(C, UNIT), best = me.part(centroids.top_k, 1);
@@ -665,7 +665,7 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
                        const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices,
                        int64_t* tokens, float* confidences, int64_t* made) {
     const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
-    std::vector<float> logits(C);
+    Buffer<float> logits(C);
     std::vector<int64_t> ids(C);
     Pool::instance().run([&](Worker& me) {
         if (me.thread == 0) {

@@ -183,7 +183,7 @@ class DraftStack {
    private:
     void one_step(const Batch& batch, Stack::Private& own, Stack::Shared& all, float* input, float* state, float* projected,
                   Worker& me);
-    void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, std::vector<float>& clusters,
+    void scores(const float* state, float* logits, int64_t* ids, Stack::Private& own, Buffer<float>& clusters,
                 Worker& me);
 };
 
