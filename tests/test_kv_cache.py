@@ -222,3 +222,15 @@ def test_rows_that_were_discarded_are_not_shared() -> None:
     first.commit(1)
     first.name(text)
     assert cache_of(pool).adopt(text) == 0, "31 rows fill no block"
+
+
+def test_blocks_lie_side_by_side_or_were_used_last() -> None:
+    pool = shared_pool()
+    first, second = cache_of(pool), cache_of(pool)
+    first.reserve(64)
+    second.reserve(32)
+    assert [list(cache.tables[F][:2]) for cache in (first, second)] == [[0, 1], [2, -1]]
+    second.reserve(96)
+    assert list(second.tables[F][:3]) == [2, 3, 4], "behind its last one"
+    first.release()
+    assert pool.blocks[F].take() == 0, "which was freed last"

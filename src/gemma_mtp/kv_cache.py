@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class Blocks:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = deque(range(count))  # first in, first out: a lone sequence's blocks lie side by side
+        self._free = dict.fromkeys(reversed(range(count)))  # the last one freed is the next taken: it is in the caches
         self._users = [0] * count
         self._named: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
@@ -53,10 +53,13 @@ class Blocks:
     def kept(self) -> int:
         return len(self._kept)
 
-    def take(self) -> int:
-        """A block for new rows. Raises OutOfBlocksError."""
-        if self._free:
-            block = self._free.popleft()
+    def take(self, after: int | None = None) -> int:
+        """A block for new rows: the one that lies behind block `after` if it is free. Raises OutOfBlocksError."""
+        if after is not None and after + 1 in self._free:
+            block = after + 1
+            del self._free[block]
+        elif self._free:
+            block, _ = self._free.popitem()
         elif self._kept:
             name, block = self._kept.popitem(last=False)
             del self._named[name], self._names[block]
@@ -87,7 +90,7 @@ class Blocks:
             return
         name = self._names.get(block)
         if name is None:
-            self._free.append(block)
+            self._free[block] = None
         else:
             self._kept[name] = block
 
@@ -171,7 +174,8 @@ class KVCache:
         for kind, table in self.tables.items():
             held = self._held[kind]
             while held[1] < end:
-                table[held[1]] = self.pool.blocks[kind].take()
+                after = table[held[1] - 1] if held[1] > held[0] else None
+                table[held[1]] = self.pool.blocks[kind].take(after)
                 held[1] += 1
         self._room = end * BLOCK_ROWS
 
