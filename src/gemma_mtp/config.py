@@ -7,6 +7,7 @@ decoder layers: the target's own, and the one inside a drafter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -111,7 +112,7 @@ class TextConfig:
     def rope(self, layer_type: LayerType) -> RopeConfig:
         return self.sliding_rope if layer_type == SLIDING else self.full_rope
 
-    @property
+    @functools.cached_property  # asked for at every call of the drafter
     def donor_layers(self) -> dict[LayerType, int]:
         """The last layer of each type with its own KV; KV-shared layers and the drafter read its cache."""
         return {kind: i for i, kind in enumerate(self.layer_types[: self.first_kv_shared_layer])}

@@ -76,7 +76,7 @@ class RoundCosts:
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        if self._best_gain is None:  # asked for by every sequence at every round
+        if self._best_gain is None:  # asked for at every step
             self._best_gain = max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
         return self._best_gain
 

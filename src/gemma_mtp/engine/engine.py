@@ -140,6 +140,8 @@ class Step:
 
     turns: dict[Job, Turn] = field(default_factory=dict)
     chunks: dict[Job, Rows] = field(default_factory=dict)
+    #: what rounds cost, by how they choose; None where drafting can not pay for any sequence
+    costs: dict[ChoiceKind, RoundCosts | None] = field(default_factory=dict)
 
 
 class Engine:
@@ -388,7 +390,7 @@ class Engine:
             if job not in self._running:  # sent away for one before it
                 continue
             if job not in reading:
-                turn = self._turn(job, job.sequence, playing)
+                turn = self._turn(step, job, job.sequence, playing)
                 if self._reserve(job, turn.draft_tokens + 1):
                     step.turns[job] = turn
             elif room > 0:
@@ -405,15 +407,21 @@ class Engine:
         rows = int(self.settings.max_stall_seconds / self._row_seconds)
         return max(BLOCK_ROWS, min(self._chunk_rows, rows))
 
-    def _turn(self, job: Job, sequence: Sequence, playing: int) -> Turn:
+    def _turn(self, step: Step, job: Job, sequence: Sequence, playing: int) -> Turn:
         plan = job.fixed
         if job.result.draft_tokens == "auto":
-            costs = self.pair.round_costs(sequence.params.choice, _batch_size(playing))
-            hopeless = playing > 1 and costs.best_gain() < LEAST_GAIN
-            plan = PLAIN if hopeless else self._policy(job, costs).choose()
+            choice = sequence.params.choice
+            if choice not in step.costs:
+                step.costs[choice] = self._costs(choice, playing)
+            costs = step.costs[choice]
+            plan = PLAIN if costs is None else self._policy(job, costs).choose()
         # no more rows at once than the pool has blocks for, whatever one request asks for
         drafts = plan.longest and min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
+
+    def _costs(self, choice: ChoiceKind, playing: int) -> RoundCosts | None:
+        costs = self.pair.round_costs(choice, _batch_size(playing))
+        return None if playing > 1 and costs.best_gain() < LEAST_GAIN else costs
 
     def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
         if job.policy is None:
