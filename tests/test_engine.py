@@ -352,13 +352,18 @@ def test_a_reader_that_left_does_no_harm(engine: Engine) -> None:
 
 
 def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: set[tuple[ChoiceKind, int]] = set()
+    asked: list[tuple[ChoiceKind, int]] = []
     measured = Pair.round_costs
-    monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.add(key) or measured(self, *key))
+    monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.append(key) or measured(self, *key))
     with Engine(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
         for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
             generation.wait()
-    assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
+        assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
+        engine._ran_lately = 6  # as where all have ended in the same step
+        asked.clear()
+        engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait()
+        counts = [count for _, count in asked]
+    assert counts[0] > 1 and counts == sorted(counts, reverse=True) and counts[4:] == [1] * len(counts[4:])
     asked.clear()
     Engine(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
-    assert asked == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}
+    assert set(asked) == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}

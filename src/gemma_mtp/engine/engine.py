@@ -166,6 +166,7 @@ class Engine:
         self._cancelled: set[Generation] = set()
         self._stats = EngineStats()
         self._row_seconds = 0.0
+        self._ran_lately = 0  # sequences, those that read their prompts too
         self._step_began: float | None = None  # seconds of `time.monotonic`
         self._stopping = False
         self._froze = False  # what was in memory at the start
@@ -382,15 +383,16 @@ class Engine:
     def _plan(self) -> Step:
         """Every running sequence's part in the next step, with the blocks for it."""
         step, reading = Step(), [job for job in self._running if job.reading]
-        playing = len(self._running) - len(reading)
-        room = self._chunk_room(playing > 0)
+        # falls by one a step: where some have ended others often follow, and drafts would keep those waiting
+        self._ran_lately = max(len(self._running), self._ran_lately - 1)
+        room = self._chunk_room(len(reading) < len(self._running))
         for job in list(self._running):
             assert job.sequence is not None
             cache = job.sequence.cache
             if job not in self._running:  # sent away for one before it
                 continue
             if job not in reading:
-                turn = self._turn(step, job, job.sequence, playing)
+                turn = self._turn(step, job, job.sequence)
                 if self._reserve(job, turn.draft_tokens + 1):
                     step.turns[job] = turn
             elif room > 0:
@@ -407,21 +409,22 @@ class Engine:
         rows = int(self.settings.max_stall_seconds / self._row_seconds)
         return max(BLOCK_ROWS, min(self._chunk_rows, rows))
 
-    def _turn(self, step: Step, job: Job, sequence: Sequence, playing: int) -> Turn:
+    def _turn(self, step: Step, job: Job, sequence: Sequence) -> Turn:
         plan = job.fixed
         if job.result.draft_tokens == "auto":
             choice = sequence.params.choice
             if choice not in step.costs:
-                step.costs[choice] = self._costs(choice, playing)
+                step.costs[choice] = self._costs(choice)
             costs = step.costs[choice]
             plan = PLAIN if costs is None else self._policy(job, costs).choose()
         # no more rows at once than the pool has blocks for, whatever one request asks for
         drafts = plan.longest and min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
-    def _costs(self, choice: ChoiceKind, playing: int) -> RoundCosts | None:
-        costs = self.pair.round_costs(choice, _batch_size(playing))
-        return None if playing > 1 and costs.best_gain() < LEAST_GAIN else costs
+    def _costs(self, choice: ChoiceKind) -> RoundCosts | None:
+        """What rounds of as many sequences cost as ran lately; None where drafting can not pay."""
+        costs = self.pair.round_costs(choice, _batch_size(self._ran_lately))
+        return None if self._ran_lately > 1 and costs.best_gain() < LEAST_GAIN else costs
 
     def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
         if job.policy is None:
