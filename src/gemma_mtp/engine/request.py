@@ -113,8 +113,11 @@ class Generation:
                     return
 
     def subscribe(self, ready: asyncio.Event, at_end: bool = False) -> None:
-        """Have `ready` set, in the running event loop: now, and when there are updates, or the last one."""
+        """Have `ready` set, in the running event loop: now, and when there are updates; or, `at_end`, the last one, where
+        updates come without text, as the result has all of it."""
         self._at_end = at_end
+        if at_end:
+            self._text = None
         self._wake = functools.partial(_waker(asyncio.get_running_loop()).wake, ready)
         ready.set()
 
