@@ -113,8 +113,10 @@ class Generation:
                     return
 
     def subscribe(self, ready: asyncio.Event, at_end: bool = False) -> None:
-        """Have `ready` set, in the running event loop: now, and when there are updates; or, `at_end`, the last one, where
-        updates come without text, as the result has all of it."""
+        """Have `ready` set, in the running event loop: now, and when there are updates.
+
+        `at_end`: only at the last one; updates then come without text, as the result has all of it.
+        """
         self._at_end = at_end
         if at_end:
             self._text = None
