@@ -660,6 +660,8 @@ constexpr int vectors_for(int queries) { return queries == 8 ? 2 : 4; }
 constexpr int vectors_for(int queries) { return queries == 8 ? 1 : queries == 4 ? 2 : 4; }
 #endif
 
+constexpr size_t FETCH_VALUES = 1024;  // of values that are on their way while others are weighed
+
 // acc[q] += weights[q][j] * values[j] for j0 <= j < j1, in order of j
 template <int MQ>
 inline void weigh(const float* const* weights, const float* values, size_t j0, size_t j1, size_t d, float* const* acc) {
@@ -670,7 +672,10 @@ inline void weigh(const float* const* weights, const float* values, size_t j0, s
         UNROLL for (int i = 0; i < MQ * NV; i++) sums[i] = load(acc[i / NV] + begin + i % NV * W);
         for (size_t j = j0; j < j1; j++) {
             V v[NV];
-            UNROLL for (int n = 0; n < NV; n++) v[n] = load(values + j * d + begin + n * W);
+            UNROLL for (int n = 0; n < NV; n++) {
+                v[n] = load(values + j * d + begin + n * W);
+                if (n * W * sizeof(float) % LINE == 0) __builtin_prefetch(values + j * d + begin + n * W + FETCH_VALUES, 0, 3);
+            }
             UNROLL for (int q = 0; q < MQ; q++) {
                 const V weight = held(set1(weights[q][j]));
                 UNROLL for (int n = 0; n < NV; n++) sums[q * NV + n] = fma(weight, v[n], sums[q * NV + n]);
