@@ -75,6 +75,7 @@ def to_engine(
     async def send(number: int) -> Reply:
         loop = asyncio.get_running_loop()
         generation, now = engine.submit(requests(number)), loop.time()
+        generation.leave_out_text()
         result, times = generation.result, []
         if cancelled(number):
             await loop.run_in_executor(readers, next, iter(generation))

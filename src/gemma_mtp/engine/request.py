@@ -115,13 +115,15 @@ class Generation:
     def subscribe(self, ready: asyncio.Event, at_end: bool = False) -> None:
         """Have `ready` set, in the running event loop: now, and when there are updates.
 
-        `at_end`: only at the last one; updates then come without text, as the result has all of it.
+        `at_end`: only at the last one.
         """
         self._at_end = at_end
-        if at_end:
-            self._text = None
         self._wake = functools.partial(_waker(asyncio.get_running_loop()).wake, ready)
         ready.set()
+
+    def leave_out_text(self) -> None:
+        """Have updates without text from now on, which costs less: the result has all of it."""
+        self._text = None
 
     def take(self) -> Iterator[Update]:
         """The updates that have come and were not read yet. Raises EngineError where the request failed."""

@@ -130,10 +130,12 @@ class Batch:
 
     async def updates(self, at_end: bool = False) -> AsyncIterator[tuple[int, list[Update]]]:
         """Updates of all generations, with their index: as they come, each time all that have come by then; or, which
-        is cheaper, each generation's when it has ended. Raises ApiError (408, 500, 503)."""
+        is cheaper, each generation's when it has ended, without text. Raises ApiError (408, 500, 503)."""
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         for member in self.members:
             member.generation.subscribe(ready, at_end)
+            if at_end:
+                member.generation.leave_out_text()
         going = dict(enumerate(self.members))
         alarm = loop.call_at(self.deadline, ready.set)
         try:
