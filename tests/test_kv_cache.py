@@ -233,4 +233,6 @@ def test_blocks_lie_side_by_side_or_were_used_last() -> None:
     second.reserve(96)
     assert list(second.tables[F][:3]) == [2, 3, 4], "behind its last one"
     first.release()
+    second.reserve(128)
+    assert second.tables[F][3] == 5, "behind it, though others were freed since"
     assert pool.blocks[F].take() == 0, "which was freed last"

@@ -23,7 +23,7 @@ inline void each_tile(size_t M, size_t most, bool fours, Call f) {
     for (size_t m = 0, rows; m < M; m += rows) {
         const size_t left = M - m, tiles = (left + most - 1) / most;
         rows = (left + tiles - 1) / tiles;
-        if (fours && left > most) rows = left % 4 == 3 && left > 7 ? 5 : 4;  // and no three left over
+        if (fours && left > most) rows = left % 4 == 3 && left > 7 ? 5 : 4;  // three take longest: left over of seven only
         f(m, rows);
     }
 }
@@ -113,8 +113,6 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
 };
 
 #endif
-
-constexpr size_t LINE = 64;
 
 // y[m, n] = the sum of accumulator [m][n]'s lanes
 template <int MR, int NR>
@@ -660,7 +658,7 @@ constexpr int vectors_for(int queries) { return queries == 8 ? 2 : 4; }
 constexpr int vectors_for(int queries) { return queries == 8 ? 1 : queries == 4 ? 2 : 4; }
 #endif
 
-constexpr size_t FETCH_VALUES = 1024;  // of values that are on their way while others are weighed
+constexpr size_t FETCH_VALUES = 1024;  // numbers of values that are on their way while others are weighed
 
 // acc[q] += weights[q][j] * values[j] for j0 <= j < j1, in order of j
 template <int MQ>

@@ -8,17 +8,18 @@
 
 namespace gemma {
 
+constexpr size_t LINE = 64;  // bytes of a cache line
+
 // Memory that begins at a cache line: no vector within is spread over two, which would take two loads.
 template <class T>
 struct LineAllocator {
     using value_type = T;
-    static constexpr std::align_val_t LINE{64};
 
     LineAllocator() = default;
     template <class U>
     LineAllocator(const LineAllocator<U>&) {}
-    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), LINE); }
-    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t{LINE}); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{LINE}); }
     bool operator==(const LineAllocator&) const { return true; }
 };
 template <class T>

@@ -312,7 +312,8 @@ def _compare(run: Run, repeats: int, as_json: bool, show_drafts: bool) -> None:
         if show_drafts:
             render.print_drafts(console, drafted[-1], run.pair.tokenizer)
         else:
-            print(drafted[-1].text if drafted[-1].text is not None else " ".join(map(str, drafted[-1].token_ids)))
+            text = drafted[-1].text
+            print(" ".join(map(str, drafted[-1].token_ids)) if text is None else text)
         print()
         render.print_comparison(console, plain, drafted)
     if run.verification == "exact" and not compared["identical"]:
