@@ -664,6 +664,7 @@ constexpr size_t FETCH_VALUES = 1024;  // numbers of values that are on their wa
 template <int MQ>
 inline void weigh(const float* const* weights, const float* values, size_t j0, size_t j1, size_t d, float* const* acc) {
     constexpr int NV = vectors_for(MQ);
+    if (j0 >= j1) return;
     size_t begin = 0;
     for (; begin + NV * W <= d; begin += NV * W) {
         V sums[MQ * NV];
@@ -756,7 +757,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
             common_to = std::min(common_to, to[i]);
             if (from[i] == to[i]) continue;
             const float best = std::max(top[i], largest(s + from[i], to[i] - from[i]));
-            const float shrink = std::exp(top[i] - best);  // 0 at the first chunk
+            const float shrink = total[i] > 0 ? std::exp(top[i] - best) : 1.0f;  // there is nothing yet at the first chunk
             V sums = zero();
             each(to[i] - from[i], [&](size_t j, int w) {
                 float* p = s + from[i] + j;

@@ -50,6 +50,15 @@ constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by 
 // Shares of whole heads, where that gives every thread nearly as much.
 bool by_heads(size_t heads, int threads) { return heads % threads == 0 || heads >= 4 * (size_t)threads; }
 
+// Whether each sequence is one block, and there are so many that threads share them out: who attends for one then also
+// finishes its heads, and its keys and values stay in that core's caches.
+bool by_sequences(const Batch& batch, int threads) { return batch.apart && batch.blocks.size() >= 4 * (size_t)threads; }
+
+// Asks for what another thread may have written: one line's way from core to core takes as long as many lines' at once.
+void fetch(const float* x, size_t n) {
+    for (size_t i = 0; i < n; i += LINE / sizeof(float)) __builtin_prefetch(x + i, 0, 3);
+}
+
 // Weights that a thread reads next, fetched while it is still at others; null where there are none.
 const void* share_of(const Weight& w, Part p) {
     return w.data && p.begin < p.end ? (const char*)w.data + p.begin * w.row_bytes() : nullptr;
@@ -126,6 +135,7 @@ Batch::Batch(const std::vector<Segment>& segments, const Cache* caches, bool dra
         for (size_t m = first; m < rows.size(); m += ROW_BLOCK) blocks.emplace_back(m, std::min(rows.size(), m + ROW_BLOCK));
         source += s.rows;
     }
+    for (size_t b = 1; b < blocks.size(); b++) apart &= rows[blocks[b].first].view != rows[blocks[b - 1].first].view;
 }
 
 void Stack::prepare() {
@@ -187,12 +197,29 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
 
 void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me) {
     const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), few = 4 * me.threads;
+    if (by_sequences(batch, me.threads)) {
+        const size_t width = l.qkv.rows, heads = width / l.head_dim;
+        const auto fetch_block = [&](size_t b) {
+            const auto [begin, end] = batch.blocks[b];
+            fetch(all.qkv.data() + begin * width, (end - begin) * width);
+        };
+        fetch_block(me.part(blocks, 1).begin);
+        me.each(blocks, 1, 1, [&](Part p, bool) {
+            for (size_t b = p.begin; b < p.end; b++) {
+                if (b + 1 < blocks) fetch_block(b + 1);
+                for (size_t m = batch.blocks[b].first; m < batch.blocks[b].second; m++)
+                    for (size_t h = l.heads; h < heads; h++) finish_head(l, batch, m, h, all, nullptr);
+                for (size_t g = 0; g < l.groups; g++) attend(l, batch, g * per_group, per_group, b, true, all, own);
+            }
+        });
+        return;
+    }
     // few blocks are shared out by heads, which is even; many by blocks, so that one thread reads a sequence's rows once
     if (by_heads(l.heads, me.threads) && blocks < few) {
         const Part heads = me.part(l.heads, 1);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);
-            for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, all, own);
+            for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, false, all, own);
             h += count;
         }
         return;
@@ -202,14 +229,15 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
         for (size_t t = tasks.begin; t < tasks.end;) {
             const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
             const size_t count = std::min(per_group - h, tasks.end - t);
-            attend(l, batch, group * per_group + h, count, block, all, own);
+            attend(l, batch, group * per_group + h, count, block, false, all, own);
             t += count;
         }
     });
 }
 
-// `count` heads of one group from `head` on, of a block of rows.
-void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own) {
+// `count` heads of one group from `head` on, of a block of rows. Finishes their queries, or finds them finished.
+void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, bool finish, Shared& all,
+                   Private& own) {
     const auto [begin, end] = batch.blocks[block];
     const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (end - begin);
     const Cache& cache = batch.caches[l.cache];
@@ -219,7 +247,8 @@ void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count
     own.visible.resize(queries);
     for (size_t h = 0, i = 0; h < count; h++)
         for (size_t m = begin; m < end; m++, i++) {
-            std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
+            if (finish) finish_head(l, batch, m, head + h, all, q + i * d);
+            else std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
             const int64_t position = batch.rows[m].position, last = position - batch.drafting;
             const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
             own.visible[i] = {first, last};
@@ -310,17 +339,17 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, Work
     }
 }
 
-// Norm and rotation of one head of one row, in place; a key's and a value's result goes to the cache.
-void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all) {
+// Norm and rotation of one head of one row: a query's result goes to `query`, a key's and a value's to the cache.
+void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, const Shared& all, float* query) {
     const Kernels& k = kernels();
     const size_t d = l.head_dim, kind = l.sliding ? 0 : 1;
     const auto& [view, position, source] = batch.rows[m];
-    float* v = all.qkv.data() + m * l.qkv.rows + h * d;
+    const float* v = all.qkv.data() + m * l.qkv.rows + h * d;
     const float* cos = view->cos[kind] + (size_t)position * d;
     const float* sin = view->sin[kind] + (size_t)position * d;
     if (h < l.heads) {
-        k.rms_norm(v, l.q_norm, config.eps, d, v);
-        k.rotate(v, cos, sin, d);
+        k.rms_norm(v, l.q_norm, config.eps, d, query);
+        k.rotate(query, cos, sin, d);
         return;
     }
     const Cache& cache = batch.caches[l.cache];
@@ -337,20 +366,24 @@ void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, 
     }
 }
 
-// Queries, keys and values. Shares of whole heads need no barrier before their norms.
+// Queries, keys and values; their heads are finished here unless threads share out sequences. Shares of whole heads need
+// no barrier before that.
 void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me) {
     const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d;
     const void* then = share_of(l.o, me.part(config.hidden, UNIT));
-    if (!by_heads(heads, me.threads)) {
+    const auto finish = [&](size_t m, size_t h) { finish_head(l, batch, m, h, all, all.qkv.data() + m * l.qkv.rows + h * d); };
+    const bool later = by_sequences(batch, me.threads);
+    if (later || !by_heads(heads, me.threads)) {
         own.shared_linear(me, l.qkv, in, config.hidden, rows, all.qkv.data(), l.qkv.rows, then);
+        if (later) return;
         me.wait();
         const Part tasks = me.part(rows * heads, 1);
-        for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
+        for (size_t t = tasks.begin; t < tasks.end; t++) finish(t / heads, t % heads);
         return;
     }
     own.shared_linear(me, l.qkv, in, config.hidden, rows, d, all.qkv.data(), l.qkv.rows, then, [&](Part p) {
         for (size_t m = 0; m < rows; m++)
-            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
+            for (size_t h = p.begin / d; h < p.end / d; h++) finish(m, h);
     });
 }
 
@@ -387,6 +420,7 @@ void Stack::add_ple(const Layer& l, size_t index, const Batch& batch, const void
     // not to `all.out`: another thread may still read what the feed-forward left there
     own.shared_linear(me, l.ple_projection, gated, P, rows, all.ple_out.data(), D, then);
     me.wait();
+    fetch(all.ple_out.data(), rows * D);
     for (size_t m = 0; m < rows; m++)
         kernels().add_rms_norm(x + m * D, all.ple_out.data() + m * D, l.ple_norm, config.eps, D);
 }
@@ -410,16 +444,19 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
     me.wait();
     attention(l, batch, all, own, me);
     me.wait();
+    fetch(all.attended.data(), rows * l.o.cols);
     own.shared_linear(me, l.o, all.attended.data(), l.o.cols, rows, all.out.data(), D,
                       share_of(l.gate_up, me.part(l.down.cols, UNIT)));
     me.wait();
 
+    fetch(all.out.data(), rows * D);
     for (size_t m = 0; m < rows; m++) {
         k.add_rms_norm(x + m * D, all.out.data() + m * D, l.post_attention, eps, D);
         k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
     }
     gate(l, n, rows, own, all, me);
     me.wait();
+    fetch(all.act.data(), rows * l.down.cols);
     own.shared_linear(me, l.down, all.act.data(), l.down.cols, rows, all.out.data(), D, config.ple ? nullptr : next_layer);
     me.wait();
     const float* mlp = all.out.data();
@@ -427,6 +464,7 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
         experts(l, rows, own, all, me);
         mlp = own.n.data();
     }
+    fetch(mlp, rows * D);
     for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
     if (config.ple) add_ple(l, index, batch, next_layer, own, all, me);
     if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);

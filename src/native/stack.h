@@ -70,7 +70,7 @@ struct Batch {
     std::vector<Row> rows;
     std::vector<std::pair<size_t, size_t>> blocks;  // rows of one sequence whose queries share a pass over the cache
     const Cache* caches = nullptr;
-    bool drafting = false;
+    bool drafting = false, apart = true;  // apart: each block is of another sequence
 
     Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only = false);
     size_t size() const { return rows.size(); }
@@ -126,9 +126,10 @@ class Stack {
     void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, Worker& me);
     void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me);
     void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
-    void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
+    void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, const Shared& all, float* query);
     void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me);
-    void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own);
+    void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, bool finish, Shared& all,
+                Private& own);
     void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, Worker& me);
     void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me);
     const void* after(size_t index, const Worker& me) const;
