@@ -193,16 +193,30 @@ constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
 constexpr bool by_fours(size_t) { return false; }
 #endif
 
+// Calls f(first row, rows, begin, end) for the tiles of M rows that have some of the rows m0 .. m1: begin .. end.
+template <class Call>
+inline void each_tile_within(size_t M, size_t most, bool fours, size_t m0, size_t m1, Call f) {
+    each_tile(M, most, fours, [&](size_t m, size_t rows) {
+        const size_t begin = std::max(m, m0), end = std::min(m + rows, m1);
+        if (begin < end) f(m, rows, begin, end);
+    });
+}
+
+template <class T>
+inline void grow(Buffer<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+}
+
 // Rows as `tile` reads them: tile by tile, step by step, a step of each of the tile's rows in turn; zeros fill the last.
 template <class F>
-void prepare_dense(const float* x, size_t ldx, size_t M, size_t K, Rows& out) {
+void prepare_dense(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
     const size_t padded = padded_to(K, F::STEP);
-    auto& place = F::place(out);
-    if (place.size() < M * padded) place.resize(M * padded);
-    each_tile(M, MAX_ROWS, by_fours(K), [&](size_t m0, size_t rows) {
-        auto* to = place.data() + m0 * padded;
-        for (size_t k = 0; k < K; k += F::STEP)
-            for (size_t m = m0; m < m0 + rows; m++, to += F::STEP) F::convert(x + m * ldx + k, std::min(F::STEP, K - k), to);
+    auto* place = F::place(out).data();
+    each_tile_within(M, MAX_ROWS, by_fours(K), area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
+        for (size_t k = area.k0; k < area.k1; k += F::STEP)
+            for (size_t m = begin; m < end; m++)
+                F::convert(x + (m - area.m0) * ldx + (k - area.k0), std::min(F::STEP, K - k),
+                           place + m0 * padded + k * rows + (m - m0) * F::STEP);
     });
 }
 
@@ -259,7 +273,7 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
     const size_t padded = padded_to(K, F::STEP);
     const bool parts = std::min(M, PASS_ROWS) * padded * sizeof(typename F::X) > ROWS_BYTES && K > PART_COLUMNS;
     const size_t part = parts ? PART_COLUMNS : K, block = parts || M > MAX_ROWS ? PASS_ROWS : count;
-    if (parts && waiting.size() < block * M * W) waiting.resize(block * M * W);
+    if (parts) grow(waiting, block * M * W);
     // rows are fetched so far ahead that FETCH_BYTES are on their way; where parts are gone through, the next part
     const size_t ahead = part == K ? FETCH_BYTES / sizeof(T) : FETCH_BYTES / (PART_COLUMNS * sizeof(T)) * K;
     for (size_t n = 0; n < count; n += block)
@@ -278,6 +292,121 @@ template <class F>
 void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
     multiply<F>((const typename F::T*)w.data + n0 * w.cols, w.cols, F::place(x).data(), M, n1 - n0, y, ldy, then);
 }
+
+// -------------------------------------------------------------------------------------------- linear, bf16 in panels
+//
+// Every output element has one lane of one accumulator for each part of columns, filled in order of k, whatever the tile it
+// is computed in; the parts' sums are added in their order.
+
+#if defined(GEMMA_BF16)
+
+constexpr int MAX_PANEL_TILE = 6;       // rows of a tile: with a group's four panels, as many accumulators as registers hold
+constexpr size_t PART_PAIRS = 64;       // of columns that all tiles go through before the next ones: 16 KB of a group
+static_assert(PANEL_ROWS == W);
+
+// Columns k, k + 1 of a row, in every lane.
+inline __m512bh spread_pair(const uint16_t* x) {
+    int pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (__m512bh)held((V)_mm512_set1_epi32(pair));
+}
+
+// MR rows by NP panels and a part's pairs of columns, added to y unless it is the first part. `step`: numbers from a pair
+// of columns to the next. Fetches FETCH lines from `next` on at every pair.
+template <int MR, int NP, int FETCH>
+inline void panel_tile(const uint32_t* w, size_t step, const uint16_t* x, size_t ldx, size_t pairs, const uint32_t* next,
+                       bool first, float* y, size_t ldy) {
+    V acc[MR * NP];
+    UNROLL for (int i = 0; i < MR * NP; i++) acc[i] = zero();
+    for (size_t k = 0; k < pairs; k++) {
+        UNROLL for (int n = 0; n < FETCH; n++) __builtin_prefetch(next + (k * FETCH + n) * W, 0, 3);
+        __m512bh wv[NP];
+        UNROLL for (int n = 0; n < NP; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + k * step + n * W);
+        UNROLL for (int m = 0; m < MR; m++) {
+            const __m512bh xv = spread_pair(x + m * ldx + 2 * k);
+            UNROLL for (int n = 0; n < NP; n++) acc[m * NP + n] = _mm512_dpbf16_ps(acc[m * NP + n], xv, wv[n]);
+        }
+    }
+    UNROLL for (int i = 0; i < MR * NP; i++) {
+        float* to = y + i / NP * ldy + i % NP * W;
+        store(to, first ? acc[i] : add(load(to), acc[i]));
+    }
+}
+
+template <int MR, int NP, class... Rest>
+inline void panel_tile_fetching(size_t lines, Rest... rest) {
+    switch (lines) {
+        case 0: return panel_tile<MR, NP, 0>(rest...);
+        case 1: return panel_tile<MR, NP, 1>(rest...);
+        case 2: return panel_tile<MR, NP, 2>(rest...);
+        default: return panel_tile<MR, NP, 4>(rest...);
+    }
+}
+
+template <int NP, class... Rest>
+inline void panel_tile_of(size_t rows, Rest... rest) {
+    switch (rows) {
+        case 1: return panel_tile_fetching<1, NP>(rest...);
+        case 2: return panel_tile_fetching<2, NP>(rest...);
+        case 3: return panel_tile_fetching<3, NP>(rest...);
+        case 4: return panel_tile_fetching<4, NP>(rest...);
+        case 5: return panel_tile_fetching<5, NP>(rest...);
+        default: return panel_tile_fetching<6, NP>(rest...);
+    }
+}
+
+template <class... Rest>
+inline void panels_of(size_t panels, Rest... rest) {
+    switch (panels) {
+        case 1: return panel_tile_of<1>(rest...);
+        case 2: return panel_tile_of<2>(rest...);
+        case 3: return panel_tile_of<3>(rest...);
+        default: return panel_tile_of<4>(rest...);
+    }
+}
+
+void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
+    for (size_t m = area.m0; m < area.m1; m++)
+        for (size_t k = area.k0; k < area.k1; k += Half::STEP)
+            Half::convert(x + (m - area.m0) * ldx + (k - area.k0), Half::STEP, out.half.data() + m * K + k);
+}
+
+// Whole panels n0 .. n1 of one group.
+void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then) {
+    const size_t K = w.cols, pairs = K / 2, group = n0 / GROUP_ROWS * GROUP_ROWS, step = std::min(GROUP_ROWS, w.rows - group);
+    const uint32_t* from = (const uint32_t*)w.data + group * pairs + (n0 - group);
+    // the first tiles fetch what comes next, together
+    const size_t tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, lines = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4;
+    for (size_t k = 0; k < pairs; k += PART_PAIRS) {
+        const size_t count = std::min(PART_PAIRS, pairs - k);
+        const uint32_t *next = then && k + count == pairs ? then : from + (k + count) * step, *end = next + count * step;
+        each_tile(M, MAX_PANEL_TILE, false, [&](size_t m, size_t rows) {
+            panels_of((n1 - n0) / W, rows, next < end ? lines : 0, from + k * step, step, x.half.data() + m * K + 2 * k, K,
+                      count, next, k == 0, y + m * ldy, ldy);
+            if (next < end) next += count * lines * W;
+        });
+    }
+}
+
+// The share's groups in turn; of a panel that is not wholly within it, the columns that are.
+void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
+    static thread_local Buffer<float> whole;
+    for (size_t n = n0, end; n < n1; n = end) {
+        const size_t begin = n / W * W, stop = std::min((n / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
+        end = std::min(stop, n1);
+        const auto* next = end == n1 ? (const uint32_t*)then : nullptr;
+        if (n == begin && end % W == 0) {
+            multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next);
+            continue;
+        }
+        const size_t width = padded_to(end, W) - begin;
+        grow(whole, M * width);
+        multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next);
+        for (size_t m = 0; m < M; m++) std::copy_n(whole.data() + m * width + (n - begin), end - n, y + m * ldy + (n - n0));
+    }
+}
+
+#endif
 
 // ------------------------------------------------------------------------------------------------- linear, quantised
 
@@ -476,6 +605,9 @@ void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, floa
     switch (w.type) {
         case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then);
         case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then);
+#if defined(GEMMA_BF16)
+        case Type::PANELS: return linear_panels(w, x, M, n0, n1, y, ldy, then);
+#endif
         case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then);
         default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then);
     }
@@ -511,27 +643,40 @@ inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale
 
 // Tile by tile, block by block, a block of each of the tile's rows in turn.
 template <bool I8>
-void quantise(const float* x, size_t ldx, size_t M, size_t cols, Rows& out) {
+void quantise(size_t M, size_t cols, const Area& area, const float* x, size_t ldx, Rows& out) {
     constexpr size_t S = SCALES<I8>;
     const size_t blocks = cols / BLOCK_COLS;
-    if (out.values.size() < M * cols) out.values.resize(M * cols);
-    if (out.scales.size() < M * blocks * S) out.scales.resize(M * blocks * S), out.starts.resize(M * blocks * S);
-    each_tile(M, MAX_QUANTISED_ROWS, false, [&](size_t m0, size_t rows) {
-        size_t at = m0 * blocks;
-        for (size_t b = 0; b < blocks; b++)
-            for (size_t m = m0; m < m0 + rows; m++, at++)
+    each_tile_within(M, MAX_QUANTISED_ROWS, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
+        for (size_t k = area.k0; k < area.k1; k += BLOCK_COLS)
+            for (size_t m = begin; m < end; m++) {
+                const size_t at = m0 * blocks + k / BLOCK_COLS * rows + (m - m0);
+                const float* from = x + (m - area.m0) * ldx + (k - area.k0);
                 for (size_t g = 0; g < S; g++)
-                    quantise_group<I8>(x + m * ldx + b * BLOCK_COLS + g * (BLOCK_COLS / S), g, out.values.data() + at * BLOCK_COLS,
+                    quantise_group<I8>(from + g * (BLOCK_COLS / S), g, out.values.data() + at * BLOCK_COLS,
                                        out.scales[at * S + g], out.starts[at * S + g]);
+            }
     });
 }
 
-void prepare(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out) {
+void reserve(const Weight& w, size_t M, Rows& out) {
+    const size_t scales = M * w.cols / (w.type == Type::I8 ? 64 : 32);
     switch (w.type) {
-        case Type::F32: return prepare_dense<Wide>(x, ldx, M, w.cols, out);
-        case Type::BF16: return prepare_dense<Half>(x, ldx, M, w.cols, out);
-        case Type::I8: return quantise<true>(x, ldx, M, w.cols, out);
-        default: return quantise<false>(x, ldx, M, w.cols, out);
+        case Type::F32: return grow(Wide::place(out), M * padded_to(w.cols, Wide::STEP));
+        case Type::BF16: return grow(Half::place(out), M * padded_to(w.cols, Half::STEP));
+        case Type::PANELS: return grow(out.half, M * w.cols);
+        default: grow(out.values, M * w.cols), grow(out.scales, scales), grow(out.starts, scales);
+    }
+}
+
+void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Rows& out) {
+    switch (w.type) {
+        case Type::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
+        case Type::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
+#if defined(GEMMA_BF16)
+        case Type::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
+#endif
+        case Type::I8: return quantise<true>(M, w.cols, area, x, ldx, out);
+        default: return quantise<false>(M, w.cols, area, x, ldx, out);
     }
 }
 
@@ -726,7 +871,8 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
     static thread_local Rows queries;
     const size_t d = rows.d;
     scores.resize(MAX_QUERIES * CHUNK);
-    prepare_dense<Wide>(q, ldq, Q, d, queries);
+    grow(queries.wide, Q * padded_to(d, W));
+    prepare_dense<Wide>(Q, d, {0, Q, 0, d}, q, ldq, queries);
     float top[MAX_QUERIES], total[MAX_QUERIES];
     float* acc[MAX_QUERIES];
     int64_t first = visible[0].first, last = visible[0].last;
@@ -803,7 +949,12 @@ void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const 
 
 const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
     using namespace GEMMA_ISA;
-    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
+#if defined(GEMMA_BF16)
+    constexpr bool panels = true;
+#else
+    constexpr bool panels = false;
+#endif
+    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), panels, reserve, prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
                              softcap, gather, attend, softmax, largest};
     return all;
 }

@@ -25,13 +25,19 @@ struct LineAllocator {
 template <class T>
 using Buffer = std::vector<T, LineAllocator<T>>;
 
-enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, PANELS = 4 };
+
+// Weight rows that lie side by side where the type is PANELS, and of how many they are a multiple.
+constexpr size_t GROUP_ROWS = 64, PANEL_ROWS = 16;
 
 // A weight matrix [rows, cols], row by row. Quantised types have whole blocks of 64 columns, and float scales in order:
 //   I8  int8, value = data * scale; one scale a block
 //   I4  32 bytes a block, each value stored as value / scale + 8, two a byte. A block is two groups of 32 columns with a
 //       scale each; place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low and place
 //       i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
+// PANELS is bf16 in another order, where Kernels::panels says so: GROUP_ROWS rows after one another, or fewer at the end,
+// of them the first two columns, row by row, then the next two. A vector of it holds two columns of 16 rows, and sums of
+// products with it have a row to each lane, which BF16's need to be summed across lanes for.
 struct Weight {
     Type type = Type::F32;
     const void* data = nullptr;
@@ -41,7 +47,7 @@ struct Weight {
     size_t row_bytes() const {
         switch (type) {
             case Type::F32: return cols * 4;
-            case Type::BF16: return cols * 2;
+            case Type::BF16: case Type::PANELS: return cols * 2;
             case Type::I8: return cols;
             default: return cols / 2;
         }
@@ -51,10 +57,16 @@ struct Weight {
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
     Buffer<float> wide;
-    Buffer<uint16_t> half;   // bf16, where the machine multiplies it
+    Buffer<uint16_t> half;   // bf16, where the machine multiplies it; for PANELS row by row
     Buffer<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
     Buffer<float> scales;    // a group's
     Buffer<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
+};
+
+// Rows and columns of activations; the columns in blocks of AREA_COLS, but for what is left of the last.
+constexpr size_t AREA_COLS = 64;
+struct Area {
+    size_t m0, m1, k0, k1;
 };
 
 // What one query row sees: positions first .. last, and where they lie.
@@ -77,9 +89,12 @@ struct HeadRows {
 
 struct Kernels {
     const char* name;
+    bool panels;  // whether there are weights in panels, of whole panels of rows and whole steps of 32 columns
 
-    // x [M, w.cols] made ready for weights of w's type and columns
-    void (*prepare)(const Weight& w, const float* x, size_t ldx, size_t M, Rows& out);
+    // Room for M rows made ready for weights of w's type and columns
+    void (*reserve)(const Weight& w, size_t M, Rows& out);
+    // An area of M such rows made ready, where there is room; x is where it begins
+    void (*prepare)(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Rows& out);
     // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1. `then` are weights to fetch at the end, read next by this thread; may
     // be null.
     void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then);

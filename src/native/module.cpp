@@ -67,6 +67,8 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // of a process that ends while a thread still holds models
     using release = nb::call_guard<nb::gil_scoped_release>;
 
+    m.def("panels", [](const std::string& isa) { return (isa.empty() ? kernels() : named(isa)).panels; }, nb::arg("isa") = "",
+          "Whether an instruction set, by default the one in use, multiplies weights in panels.");
     m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
     m.def("isas", [] {
         std::vector<std::string> names;
@@ -210,7 +212,8 @@ NB_MODULE(_native, m) {
         Pool::instance().run([&](Worker& me) {
             static thread_local Rows prepared;
             const Part p = me.part(w.rows, 8);
-            k.prepare(w, at<const float>(x), w.cols, rows, prepared);
+            k.reserve(w, rows, prepared);
+            k.prepare(w, rows, {0, rows, 0, w.cols}, at<const float>(x), w.cols, prepared);
             k.linear(w, prepared, rows, p.begin, p.end, at<float>(y) + p.begin, w.rows, nullptr);
         });
     }, release());

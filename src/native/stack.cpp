@@ -40,19 +40,20 @@ const Kernels& kernels() {
 namespace {
 
 constexpr size_t SHARED_BYTES = 1 << 20;  // models below are run faster by one thread than by several that wait
-constexpr size_t UNIT = 8;        // weight rows that are not divided among threads
-constexpr size_t PASS = 16;        // weight rows that a product with many rows goes through at once: few left over
+constexpr size_t UNIT = PANEL_ROWS;  // weight rows that are not divided among threads
+constexpr size_t PASS = 16;          // weight rows that a product with many rows goes through at once: few left over
 constexpr size_t CHUNK = 1 << 20;  // multiply-adds that a thread takes at once, about: some microseconds
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
 constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by every thread, which spares a barrier
+// Models of so many bytes are read from caches, so that each thread may read all of a layer's weights for its sequences;
+// so many blocks it has at least.
+constexpr size_t CACHED_BYTES = 32 << 20;
+constexpr size_t LEAST_BLOCKS = 4;
+constexpr size_t ROW_POSITIONS = 64;  // positions that are attended to while a row's other work is done, about
 
 // Shares of whole heads, where that gives every thread nearly as much.
 bool by_heads(size_t heads, int threads) { return heads % threads == 0 || heads >= 4 * (size_t)threads; }
-
-// Whether each sequence is one block, and there are so many that threads share them out: who attends for one then also
-// finishes its heads, and its keys and values stay in that core's caches.
-bool by_sequences(const Batch& batch, int threads) { return batch.apart && batch.blocks.size() >= 4 * (size_t)threads; }
 
 // Asks for what another thread may have written: one line's way from core to core takes as long as many lines' at once.
 void fetch(const float* x, size_t n) {
@@ -67,7 +68,8 @@ const void* share_of(const Weight& w, Part p) {
 // Columns of a product with so many rows that a thread takes at once, in whole units. A few rows take as long as one,
 // for they wait for the weights; a column's sums take a while, too.
 size_t chunk(const Weight& w, size_t rows, size_t unit) {
-    const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4), whole = std::lcm(unit, PASS);
+    const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4);
+    const size_t whole = std::lcm(unit, w.type == Type::PANELS ? GROUP_ROWS : PASS);
     return std::max<size_t>(CHUNK / column / whole, 1) * whole;
 }
 
@@ -82,6 +84,7 @@ typename V::value_type* grown(V& v, size_t n) {
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
     Buffer<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
+    Rows ready, ready_act;  // for the feed-forward products where threads divide the rows: each one's, made ready by it
     std::vector<Best> best;  // [threads, rows]
     size_t best_rows = 0;
 };
@@ -94,16 +97,20 @@ struct Stack::Private {
     std::vector<Visible> visible;
     Rows rows;
 
-    void prepare(const Weight& w, const float* in, size_t ldx, size_t count) { kernels().prepare(w, in, ldx, count, rows); }
+    void prepare(const Weight& w, const float* in, size_t ldx, size_t count) {
+        kernels().reserve(w, count, rows);
+        kernels().prepare(w, count, {0, count, 0, w.cols}, in, ldx, rows);
+    }
     // Columns p.begin .. p.end of the product with the prepared rows; `out` is where the first of them goes, `then` what
     // this thread reads next.
     void multiply(const Weight& w, size_t count, Part p, float* out, size_t ldy, const void* then = nullptr) {
         kernels().linear(w, rows, count, p.begin, p.end, out, ldy, then);
     }
-    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy) {
+    void linear(const Weight& w, const float* in, size_t ldx, size_t count, Part p, float* out, size_t ldy,
+                const void* then = nullptr) {
         if (p.begin == p.end) return;
         prepare(w, in, ldx, count);
-        multiply(w, count, p, out, ldy);
+        multiply(w, count, p, out, ldy, then);
     }
     // The whole product, shared out among the threads in whole units; `then` as above. Who has made columns calls
     // done(Part) for them.
@@ -111,8 +118,13 @@ struct Stack::Private {
     void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, size_t unit, float* out,
                        size_t ldy, const void* then, F done) {
         prepare(w, in, ldx, count);
+        shared_linear(me, w, rows, count, unit, out, ldy, then, done);
+    }
+    template <class F>
+    static void shared_linear(Worker& me, const Weight& w, const Rows& ready, size_t count, size_t unit, float* out, size_t ldy,
+                              const void* then, F done) {
         me.each(w.rows, unit, chunk(w, count, unit), [&](Part p, bool last) {
-            multiply(w, count, p, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
+            kernels().linear(w, ready, count, p.begin, p.end, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
             done(p);
         });
     }
@@ -135,7 +147,25 @@ Batch::Batch(const std::vector<Segment>& segments, const Cache* caches, bool dra
         for (size_t m = first; m < rows.size(); m += ROW_BLOCK) blocks.emplace_back(m, std::min(rows.size(), m + ROW_BLOCK));
         source += s.rows;
     }
-    for (size_t b = 1; b < blocks.size(); b++) apart &= rows[blocks[b].first].view != rows[blocks[b - 1].first].view;
+}
+
+void Batch::divide(int threads, size_t window) {
+    cuts.clear();
+    if (threads == 1 || blocks.size() < LEAST_BLOCKS * threads) return;
+    for (size_t b = 1; b < blocks.size(); b++)
+        if (rows[blocks[b].first].view == rows[blocks[b - 1].first].view) return;
+    const auto cost = [&](size_t b) {
+        return (ROW_POSITIONS + std::min<size_t>(rows[blocks[b].first].position, window)) * (blocks[b].second - blocks[b].first);
+    };
+    size_t total = 0, sum = 0;
+    for (size_t b = 0; b < blocks.size(); b++) total += cost(b);
+    cuts.push_back(0);
+    for (size_t b = 0; b < blocks.size(); b++) {  // a cut goes to the nearer end of the block it falls into
+        const size_t half = 2 * sum + cost(b);
+        while (cuts.size() < (size_t)threads && half * threads > 2 * total * cuts.size()) cuts.push_back(b);
+        sum += cost(b);
+    }
+    cuts.resize(threads + 1, blocks.size());
 }
 
 void Stack::prepare() {
@@ -149,6 +179,7 @@ void Stack::prepare() {
     for (const Layer& l : layers)
         for (const Weight* w : {&l.qkv, &l.o, &l.gate_up, &l.down, &l.moe.gate_up, &l.moe.down}) bytes += w->rows * w->row_bytes();
     large_ = bytes >= SHARED_BYTES;
+    divisible_ = bytes < CACHED_BYTES && std::none_of(layers.begin(), layers.end(), [](const Layer& l) { return l.moe.experts; });
 }
 
 Stack::Shared& Stack::shared(size_t rows, int threads) {
@@ -157,6 +188,10 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
     grown(all.attended, rows * widest_heads_);
     grown(all.out, rows * config.hidden);
     grown(all.act, rows * widest_mlp_);
+    for (const Layer& l : layers) {
+        kernels().reserve(l.gate_up, rows, all.ready);
+        kernels().reserve(l.down, rows, all.ready_act);
+    }
     grown(all.ple, rows * layers.size() * config.ple);
     grown(all.ple_gate, rows * config.ple);
     if (config.ple) grown(all.ple_out, rows * config.hidden);
@@ -170,20 +205,22 @@ Stack::Shared& Stack::shared(size_t rows, int threads) {
     return all;
 }
 
-void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, Worker& me) {
+void Stack::embed(const int64_t* tokens, const Batch& batch, Private& own, Shared& all, Worker& me) {
     const Kernels& k = kernels();
     const size_t D = config.hidden, P = config.ple, L = layers.size();
-    float* x = grown(own.x, rows * D);
-    for (size_t m = 0; m < rows; m++) k.gather(config.table, (size_t)tokens[m], config.embed_scale, x + m * D);
+    const Part mine = batch.rows_of(me);
+    float* x = grown(own.x, batch.size() * D);
+    for (size_t m = mine.begin; m < mine.end; m++) k.gather(config.table, (size_t)tokens[m], config.embed_scale, x + m * D);
     if (!P) return;
-    const Part projections = me.part(L * P, P);
-    own.linear(config.ple_model_projection, x, D, rows, projections, all.ple.data() + projections.begin, L * P);
-    const Part layers_here = me.part(L, 1);  // the same rows: no barrier in between
+    // of these rows all columns, or of all rows a share of whole layers' columns: no barrier in between
+    const Part here = batch.divided() ? Part{0, L} : me.part(L, 1), columns{here.begin * P, here.end * P};
+    own.linear(config.ple_model_projection, x + mine.begin * D, D, mine.end - mine.begin, columns,
+               all.ple.data() + mine.begin * L * P + columns.begin, L * P);
     float* own_row = grown(own.a, P);
-    for (size_t m = 0; m < rows; m++) {
+    for (size_t m = mine.begin; m < mine.end; m++) {
         float* table_row = grown(own.b, L * P);
         k.gather(config.ple_table, (size_t)tokens[m], config.ple_embed_scale, table_row);
-        for (size_t l = layers_here.begin; l < layers_here.end; l++) {
+        for (size_t l = here.begin; l < here.end; l++) {
             float* p = all.ple.data() + (m * L + l) * P;
             k.scale(p, 1.0f / std::sqrt((float)D), P);
             k.rms_norm(p, config.ple_model_norm, config.eps, P, own_row);
@@ -192,26 +229,15 @@ void Stack::embed(const int64_t* tokens, size_t rows, Private& own, Shared& all,
             k.scale(p, 0.70710678118654752f, P);
         }
     }
-    me.wait();
+    if (!batch.divided()) me.wait();
 }
 
 void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me) {
     const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), few = 4 * me.threads;
-    if (by_sequences(batch, me.threads)) {
-        const size_t width = l.qkv.rows, heads = width / l.head_dim;
-        const auto fetch_block = [&](size_t b) {
-            const auto [begin, end] = batch.blocks[b];
-            fetch(all.qkv.data() + begin * width, (end - begin) * width);
-        };
-        fetch_block(me.part(blocks, 1).begin);
-        me.each(blocks, 1, 1, [&](Part p, bool) {
-            for (size_t b = p.begin; b < p.end; b++) {
-                if (b + 1 < blocks) fetch_block(b + 1);
-                for (size_t m = batch.blocks[b].first; m < batch.blocks[b].second; m++)
-                    for (size_t h = l.heads; h < heads; h++) finish_head(l, batch, m, h, all, nullptr);
-                for (size_t g = 0; g < l.groups; g++) attend(l, batch, g * per_group, per_group, b, true, all, own);
-            }
-        });
+    if (batch.divided()) {
+        const Part mine = batch.blocks_of(me);
+        for (size_t b = mine.begin; b < mine.end; b++)
+            for (size_t g = 0; g < l.groups; g++) attend(l, batch, g * per_group, per_group, b, all, own);
         return;
     }
     // few blocks are shared out by heads, which is even; many by blocks, so that one thread reads a sequence's rows once
@@ -219,7 +245,7 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
         const Part heads = me.part(l.heads, 1);
         for (size_t h = heads.begin; h < heads.end;) {
             const size_t count = std::min(per_group - h % per_group, heads.end - h);
-            for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, false, all, own);
+            for (size_t b = 0; b < blocks; b++) attend(l, batch, h, count, b, all, own);
             h += count;
         }
         return;
@@ -229,15 +255,14 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
         for (size_t t = tasks.begin; t < tasks.end;) {
             const size_t group = t / (blocks * per_group), block = t / per_group % blocks, h = t % per_group;
             const size_t count = std::min(per_group - h, tasks.end - t);
-            attend(l, batch, group * per_group + h, count, block, false, all, own);
+            attend(l, batch, group * per_group + h, count, block, all, own);
             t += count;
         }
     });
 }
 
-// `count` heads of one group from `head` on, of a block of rows. Finishes their queries, or finds them finished.
-void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, bool finish, Shared& all,
-                   Private& own) {
+// `count` heads of one group from `head` on, of a block of rows.
+void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own) {
     const auto [begin, end] = batch.blocks[block];
     const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (end - begin);
     const Cache& cache = batch.caches[l.cache];
@@ -247,8 +272,7 @@ void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count
     own.visible.resize(queries);
     for (size_t h = 0, i = 0; h < count; h++)
         for (size_t m = begin; m < end; m++, i++) {
-            if (finish) finish_head(l, batch, m, head + h, all, q + i * d);
-            else std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
+            std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
             const int64_t position = batch.rows[m].position, last = position - batch.drafting;
             const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
             own.visible[i] = {first, last};
@@ -339,17 +363,17 @@ void Stack::experts(const Layer& l, size_t rows, Private& own, Shared& all, Work
     }
 }
 
-// Norm and rotation of one head of one row: a query's result goes to `query`, a key's and a value's to the cache.
-void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, const Shared& all, float* query) {
+// Norm and rotation of one head of one row, in place; a key's and a value's result goes to the cache.
+void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all) {
     const Kernels& k = kernels();
     const size_t d = l.head_dim, kind = l.sliding ? 0 : 1;
     const auto& [view, position, source] = batch.rows[m];
-    const float* v = all.qkv.data() + m * l.qkv.rows + h * d;
+    float* v = all.qkv.data() + m * l.qkv.rows + h * d;
     const float* cos = view->cos[kind] + (size_t)position * d;
     const float* sin = view->sin[kind] + (size_t)position * d;
     if (h < l.heads) {
-        k.rms_norm(v, l.q_norm, config.eps, d, query);
-        k.rotate(query, cos, sin, d);
+        k.rms_norm(v, l.q_norm, config.eps, d, v);
+        k.rotate(v, cos, sin, d);
         return;
     }
     const Cache& cache = batch.caches[l.cache];
@@ -366,108 +390,140 @@ void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, 
     }
 }
 
-// Queries, keys and values; their heads are finished here unless threads share out sequences. Shares of whole heads need
-// no barrier before that.
+// Queries, keys and values. Shares of whole heads need no barrier before their norms, nor do whole rows.
 void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me) {
-    const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d;
-    const void* then = share_of(l.o, me.part(config.hidden, UNIT));
-    const auto finish = [&](size_t m, size_t h) { finish_head(l, batch, m, h, all, all.qkv.data() + m * l.qkv.rows + h * d); };
-    const bool later = by_sequences(batch, me.threads);
-    if (later || !by_heads(heads, me.threads)) {
-        own.shared_linear(me, l.qkv, in, config.hidden, rows, all.qkv.data(), l.qkv.rows, then);
-        if (later) return;
-        me.wait();
-        const Part tasks = me.part(rows * heads, 1);
-        for (size_t t = tasks.begin; t < tasks.end; t++) finish(t / heads, t % heads);
+    const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d, D = config.hidden;
+    if (batch.divided()) {
+        const Part mine = batch.rows_of(me);
+        own.linear(l.qkv, in + mine.begin * D, D, mine.end - mine.begin, {0, l.qkv.rows},
+                   all.qkv.data() + mine.begin * l.qkv.rows, l.qkv.rows, l.o.data);
+        for (size_t m = mine.begin; m < mine.end; m++)
+            for (size_t h = 0; h < heads; h++) finish_head(l, batch, m, h, all);
         return;
     }
-    own.shared_linear(me, l.qkv, in, config.hidden, rows, d, all.qkv.data(), l.qkv.rows, then, [&](Part p) {
+    const void* then = share_of(l.o, me.part(D, UNIT));
+    if (!by_heads(heads, me.threads)) {
+        own.shared_linear(me, l.qkv, in, D, rows, all.qkv.data(), l.qkv.rows, then);
+        me.wait();
+        const Part tasks = me.part(rows * heads, 1);
+        for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
+        return;
+    }
+    own.shared_linear(me, l.qkv, in, D, rows, d, all.qkv.data(), l.qkv.rows, then, [&](Part p) {
         for (size_t m = 0; m < rows; m++)
-            for (size_t h = p.begin / d; h < p.end / d; h++) finish(m, h);
+            for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
     });
 }
 
-// Gelu(gate) * up, to `all.act`.
-void Stack::gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, Worker& me) {
-    const size_t I = l.down.cols;
-    const void* then = share_of(l.down, me.part(config.hidden, UNIT));
-    own.prepare(l.gate_up, in, config.hidden, rows);
-    me.each(I, UNIT, chunk(l.gate_up, 2 * rows, UNIT), [&](Part p, bool last) {
+// Gelu(gate) * up, to `all.act`, or made ready for the next product.
+void Stack::gate(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me) {
+    const size_t I = l.down.cols, D = config.hidden, rows = batch.size(), unit = batch.divided() ? AREA_COLS : UNIT;
+    const void* then = share_of(l.down, me.part(D, UNIT));
+    if (batch.divided()) {
+        const Part mine = batch.rows_of(me);
+        kernels().prepare(l.gate_up, rows, {mine.begin, mine.end, 0, D}, in + mine.begin * D, D, all.ready);
+        me.wait();
+    } else {
+        own.prepare(l.gate_up, in, D, rows);
+    }
+    const Rows& ready = batch.divided() ? all.ready : own.rows;
+    me.each(I, unit, chunk(l.gate_up, 2 * rows, unit), [&](Part p, bool last) {
         const size_t width = p.end - p.begin;
         const Part up_part{I + p.begin, I + p.end};
         float* gate = grown(own.a, 2 * rows * width);
         float* up = gate + rows * width;
-        own.multiply(l.gate_up, rows, p, gate, width, share_of(l.gate_up, up_part));
-        own.multiply(l.gate_up, rows, up_part, up, width, last ? then : share_of(l.gate_up, {p.end, I}));
+        kernels().linear(l.gate_up, ready, rows, p.begin, p.end, gate, width, share_of(l.gate_up, up_part));
+        kernels().linear(l.gate_up, ready, rows, up_part.begin, up_part.end, up, width,
+                         last ? then : share_of(l.gate_up, {p.end, I}));
         for (size_t m = 0; m < rows; m++)
-            kernels().gated(gate + m * width, up + m * width, width, all.act.data() + m * I + p.begin);
+            kernels().gated(gate + m * width, up + m * width, width,
+                            batch.divided() ? gate + m * width : all.act.data() + m * I + p.begin);
+        if (batch.divided()) kernels().prepare(l.down, rows, {0, rows, p.begin, p.end}, gate, width, all.ready_act);
     });
 }
 
 // The per-layer embedding's branch, added to the residual stream. `then`: what this thread reads after it.
 void Stack::add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me) {
-    const size_t P = config.ple, D = config.hidden, rows = batch.size();
-    const bool repeated = P * l.ple_gate.row_bytes() <= REPEATED_BYTES;
+    const size_t P = config.ple, D = config.hidden;
+    const Part mine = batch.rows_of(me);
+    const size_t rows = mine.end - mine.begin;
+    const bool repeated = batch.divided() || P * l.ple_gate.row_bytes() <= REPEATED_BYTES;
     const Part gates = repeated ? Part{0, P} : me.part(P, UNIT);
-    float *x = own.x.data(), *gated = repeated ? grown(own.a, rows * P) : all.ple_gate.data();
-    own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P);
+    float *x = own.x.data() + mine.begin * D, *gated = repeated ? grown(own.a, rows * P) : all.ple_gate.data();
+    own.linear(l.ple_gate, x, D, rows, gates, gated + gates.begin, P, batch.divided() ? l.ple_projection.data : nullptr);
     for (size_t m = 0; m < rows; m++) {
-        const float* ple = all.ple.data() + (batch.rows[m].source * layers.size() + index) * P;
+        const float* ple = all.ple.data() + (batch.rows[mine.begin + m].source * layers.size() + index) * P;
         float* row = gated + m * P + gates.begin;
         kernels().gated(row, ple + gates.begin, gates.end - gates.begin, row);
     }
-    if (!repeated) me.wait();
     // not to `all.out`: another thread may still read what the feed-forward left there
-    own.shared_linear(me, l.ple_projection, gated, P, rows, all.ple_out.data(), D, then);
-    me.wait();
-    fetch(all.ple_out.data(), rows * D);
-    for (size_t m = 0; m < rows; m++)
-        kernels().add_rms_norm(x + m * D, all.ple_out.data() + m * D, l.ple_norm, config.eps, D);
+    float* out = all.ple_out.data() + mine.begin * D;
+    if (batch.divided()) {
+        own.linear(l.ple_projection, gated, P, rows, {0, D}, out, D, then);
+    } else {
+        if (!repeated) me.wait();
+        own.shared_linear(me, l.ple_projection, gated, P, rows, out, D, then);
+        me.wait();
+        fetch(out, rows * D);
+    }
+    for (size_t m = 0; m < rows; m++) kernels().add_rms_norm(x + m * D, out + m * D, l.ple_norm, config.eps, D);
 }
 
 // What this thread reads first in the layer after `index`, or in the head.
-const void* Stack::after(size_t index, const Worker& me) const {
+const void* Stack::after(size_t index, const Batch& batch, const Worker& me) const {
     if (index + 1 >= layers.size()) return share_of(config.head, me.part(config.vocab, UNIT));
     const Layer& l = layers[index + 1];
+    if (batch.divided()) return l.qkv.data;
     return share_of(l.qkv, me.part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, me.threads) ? l.head_dim : UNIT));
 }
 
 void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me) {
     const Kernels& k = kernels();
     const size_t rows = batch.size(), D = config.hidden;
+    const Part mine = batch.rows_of(me);
     const float eps = config.eps;
-    const void* next_layer = after(index, me);
-    float *x = own.x.data(), *n = grown(own.n, rows * D);
+    const void* next_layer = after(index, batch, me);
+    float *x = own.x.data(), *n = grown(own.n, rows * D), *out = all.out.data();
 
-    for (size_t m = 0; m < rows; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
+    for (size_t m = mine.begin; m < mine.end; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
     project(l, batch, n, own, all, me);
-    me.wait();
+    if (!batch.divided()) me.wait();
     attention(l, batch, all, own, me);
-    me.wait();
-    fetch(all.attended.data(), rows * l.o.cols);
-    own.shared_linear(me, l.o, all.attended.data(), l.o.cols, rows, all.out.data(), D,
-                      share_of(l.gate_up, me.part(l.down.cols, UNIT)));
-    me.wait();
+    const void* then = share_of(l.gate_up, me.part(l.down.cols, AREA_COLS));
+    if (batch.divided()) {
+        own.linear(l.o, all.attended.data() + mine.begin * l.o.cols, l.o.cols, mine.end - mine.begin, {0, D},
+                   out + mine.begin * D, D, then);
+    } else {
+        me.wait();
+        fetch(all.attended.data(), rows * l.o.cols);
+        own.shared_linear(me, l.o, all.attended.data(), l.o.cols, rows, out, D, then);
+        me.wait();
+        fetch(out, rows * D);
+    }
 
-    fetch(all.out.data(), rows * D);
-    for (size_t m = 0; m < rows; m++) {
-        k.add_rms_norm(x + m * D, all.out.data() + m * D, l.post_attention, eps, D);
+    for (size_t m = mine.begin; m < mine.end; m++) {
+        k.add_rms_norm(x + m * D, out + m * D, l.post_attention, eps, D);
         k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
     }
-    gate(l, n, rows, own, all, me);
+    gate(l, batch, n, own, all, me);
     me.wait();
-    fetch(all.act.data(), rows * l.down.cols);
-    own.shared_linear(me, l.down, all.act.data(), l.down.cols, rows, all.out.data(), D, config.ple ? nullptr : next_layer);
+    then = config.ple ? nullptr : next_layer;
+    if (batch.divided()) {
+        own.shared_linear(me, l.down, all.ready_act, rows, UNIT, out, D, then, [](Part) {});
+    } else {
+        fetch(all.act.data(), rows * l.down.cols);
+        own.shared_linear(me, l.down, all.act.data(), l.down.cols, rows, out, D, then);
+    }
     me.wait();
-    const float* mlp = all.out.data();
+    const float* mlp = out;
     if (l.moe.experts) {
         experts(l, rows, own, all, me);
         mlp = own.n.data();
     }
-    fetch(mlp, rows * D);
-    for (size_t m = 0; m < rows; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
+    fetch(mlp + mine.begin * D, (mine.end - mine.begin) * D);
+    for (size_t m = mine.begin; m < mine.end; m++) k.add_rms_norm(x + m * D, mlp + m * D, l.post_feedforward, eps, D);
     if (config.ple) add_ple(l, index, batch, next_layer, own, all, me);
-    if (l.scalar != 1.0f) k.scale(x, l.scalar, rows * D);
+    if (l.scalar != 1.0f) k.scale(x + mine.begin * D, l.scalar, (mine.end - mine.begin) * D);
 }
 
 void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me) {
@@ -581,14 +637,18 @@ Best Stack::combined(size_t row, const Shared& all, int threads) const {
 }
 
 void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden) {
-    const Batch whole(segments, caches, false), kept(segments, caches, false, true);
+    Batch whole(segments, caches, false), kept(segments, caches, false, true);
+    const size_t D = config.hidden, rows = kept.size();
     Pool::instance().run([&](Worker& me) {
-        if (me.thread == 0) shared(whole.size(), me.threads);
+        if (me.thread == 0) {
+            shared(whole.size(), me.threads);
+            if (divisible_ && rows == whole.size())
+                for (Batch* batch : {&whole, &kept}) batch->divide(me.threads, config.window);
+        }
         me.wait();
         Shared& all = *shared_;
         Private& own = Private::here();
-        const size_t D = config.hidden, rows = kept.size();
-        embed(tokens, whole.size(), own, all, me);
+        embed(tokens, whole, own, all, me);
         const auto keep = [&] {  // rows move towards the front only
             for (size_t m = 0; m < rows; m++)
                 if (kept.rows[m].source != m) std::copy_n(own.x.data() + kept.rows[m].source * D, D, own.x.data() + m * D);
@@ -598,9 +658,10 @@ void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments,
         for (size_t i = 0; i < shared_from; i++) layer(layers[i], i, whole, own, all, me);
         if (rows < whole.size()) keep();
         for (size_t i = shared_from; i < layers.size(); i++) layer(layers[i], i, kept, own, all, me);
-        float* n = grown(own.n, rows * D);
-        for (size_t m = 0; m < rows; m++) kernels().rms_norm(own.x.data() + m * D, config.norm, config.eps, D, n + m * D);
-        if (me.thread == 0) std::copy_n(n, rows * D, hidden);
+        const Part mine = kept.rows_of(me);
+        if (!kept.divided() && me.thread > 0) return;  // all have the same
+        for (size_t m = mine.begin; m < mine.end; m++)
+            kernels().rms_norm(own.x.data() + m * D, config.norm, config.eps, D, hidden + m * D);
     }, large_);
 }
 

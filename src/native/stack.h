@@ -70,10 +70,23 @@ struct Batch {
     std::vector<Row> rows;
     std::vector<std::pair<size_t, size_t>> blocks;  // rows of one sequence whose queries share a pass over the cache
     const Cache* caches = nullptr;
-    bool drafting = false, apart = true;  // apart: each block is of another sequence
+    bool drafting = false;
+    std::vector<size_t> cuts;  // where it is divided among threads: each one's first block; empty if it is not
 
     Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only = false);
     size_t size() const { return rows.size(); }
+
+    // Divide the sequences among so many threads where each has enough of them. What a sequence costs is counted in
+    // positions that are attended to, of the last `window` ones.
+    void divide(int threads, size_t window);
+    bool divided() const { return !cuts.empty(); }
+    Part blocks_of(const Worker& me) const { return divided() ? Part{cuts[me.thread], cuts[me.thread + 1]} : Part{0, blocks.size()}; }
+    // The rows whose residual stream a thread holds: its sequences', or all.
+    Part rows_of(const Worker& me) const {
+        if (!divided()) return {0, size()};
+        const auto first = [&](size_t b) { return b < blocks.size() ? blocks[b].first : size(); };
+        return {first(cuts[me.thread]), first(cuts[me.thread + 1])};
+    }
 };
 
 struct Config {
@@ -123,16 +136,15 @@ class Stack {
     struct Shared;
     struct Private;
 
-    void embed(const int64_t* tokens, size_t rows, Private& own, Shared& all, Worker& me);
+    void embed(const int64_t* tokens, const Batch& batch, Private& own, Shared& all, Worker& me);
     void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me);
     void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
-    void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, const Shared& all, float* query);
+    void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
     void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me);
-    void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, bool finish, Shared& all,
-                Private& own);
-    void gate(const Layer& l, const float* in, size_t rows, Private& own, Shared& all, Worker& me);
+    void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own);
+    void gate(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
     void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me);
-    const void* after(size_t index, const Worker& me) const;
+    const void* after(size_t index, const Batch& batch, const Worker& me) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, Worker& me);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me);
     void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me);
@@ -141,6 +153,7 @@ class Stack {
 
     std::shared_ptr<Shared> shared_;
     bool large_ = true;  // large enough for more than one thread
+    bool divisible_ = false;  // whether threads may divide sequences among them, see `Batch::divide`
     size_t widest_qkv_ = 0, widest_heads_ = 0, widest_mlp_ = 0;
 };
 

@@ -51,7 +51,7 @@ class NativeTarget:
             stack.ple = P
             stack.ple_table = memory.matrix(target.embed_tokens_per_layer.stored)
             stack.ple_embed_scale = _rounded(P**0.5, target.embed_tokens_per_layer.weight.dtype)
-            stack.ple_model_projection = memory.matrix(target.per_layer_model_projection.stored)
+            stack.ple_model_projection = memory.linear(target.per_layer_model_projection)
         ple_norm = memory.vector(target.per_layer_projection_norm.weight) if P else 0
         stack.set_norms(memory.vector(target.norm.weight), ple_norm)
         caches = {layer: i for i, layer in enumerate(range(config.first_kv_shared_layer))}
@@ -67,11 +67,15 @@ class NativeTarget:
         `token_ids`: the rows of the calls that the sequences' caches have begun, one after the other; the
         caches are of one pool.
         """
-        caches, ids = [sequence.cache for sequence in sequences], array("q", token_ids)
-        hidden = torch.empty(sum(keep), self.hidden_size)
+        ids, hidden = array("q", token_ids), torch.empty(sum(keep), self.hidden_size)
+        views, rows, lengths = [], [], []
+        for sequence in sequences:
+            cache = sequence.cache
+            views.append(_view(sequence))
+            rows.append(cache.rows)
+            lengths.append(cache.length)
         self._stack.forward(
-            ids.buffer_info()[0], _layers(caches[0].pool), [_view(sequence) for sequence in sequences],
-            [cache.rows for cache in caches], keep, [cache.length for cache in caches], hidden.data_ptr(),
+            ids.buffer_info()[0], _layers(cache.pool), views, rows, keep, lengths, hidden.data_ptr()
         )  # fmt: skip
         return hidden
 
@@ -117,7 +121,7 @@ class NativeDrafter:
         layers = [_layer(memory, cast("DecoderLayer", layer), text, i, i) for i, layer in enumerate(drafter.layers)]
         self._layer_types = text.layer_types
         self._stack = native.DraftStack(
-            stack, layers, memory.matrix(drafter.pre_projection.stored), memory.matrix(drafter.post_projection.stored),
+            stack, layers, memory.linear(drafter.pre_projection), memory.linear(drafter.post_projection),
             self.backbone, target.table, target.embed_scale, clusters, top_k, centroids, self._ordering.data_ptr(),
         )  # fmt: skip
         self.candidate_count: int = self._stack.candidates()
@@ -182,13 +186,13 @@ def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, 
     out.sliding, out.key_is_value = config.is_sliding(index), attention.key_is_value
     out.heads, out.kv_heads, out.groups = attention.heads, attention.kv_heads, config.layer_kv_heads(index)
     out.head_dim, out.cache, out.scalar = attention.head_dim, cache, layer.layer_scalar.item()
-    out.qkv, out.o = memory.matrix(attention.qkv_proj.stored), memory.matrix(attention.o_proj.stored)
-    out.gate_up, out.down = memory.matrix(mlp.gate_up_proj.stored), memory.matrix(mlp.down_proj.stored)
+    out.qkv, out.o = memory.linear(attention.qkv_proj), memory.linear(attention.o_proj)
+    out.gate_up, out.down = memory.linear(mlp.gate_up_proj), memory.linear(mlp.down_proj)
     k_norm = None if attention.k_norm is None else attention.k_norm.weight
     ple_norm = None
     if layer.ple is not None:
-        out.ple_gate = memory.matrix(layer.ple.per_layer_input_gate.stored)
-        out.ple_projection = memory.matrix(layer.ple.per_layer_projection.stored)
+        out.ple_gate = memory.linear(layer.ple.per_layer_input_gate)
+        out.ple_projection = memory.linear(layer.ple.per_layer_projection)
         ple_norm = layer.ple.post_per_layer_input_norm.weight
     norms = (attention.q_norm.weight, k_norm, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
              layer.pre_feedforward_layernorm.weight, layer.post_feedforward_layernorm.weight, ple_norm)  # fmt: skip

@@ -6,6 +6,8 @@ verification as dear as decoding. oneDNN's prepacked weights do not, and give a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,37 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     """x [..., in] times the packed weight's transpose."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return out
+
+
+class Panels:
+    """A bf16 weight [out, in] in the order that the native operators multiply with least work (`src/native/kernels.h`):
+    its rows in groups of 64, and of each group two columns after another, row by row."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Reorder a weight that fits."""
+        self.data = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
+        for rows, group in self._groups():
+            group.copy_(weight.detach()[rows].view(*group.shape[1::-1], 2).transpose(0, 1))
+
+    @staticmethod
+    def fit(weight: Tensor) -> bool:
+        """Whether the weight has whole panels of 16 rows and whole steps of 32 columns."""
+        rows, columns = weight.shape
+        return weight.dtype == torch.bfloat16 and rows % 16 == 0 and columns % 32 == 0
+
+    def dense(self) -> Tensor:
+        """The weight in its usual order."""
+        weight = torch.empty_like(self.data)
+        for rows, group in self._groups():
+            weight[rows] = group.transpose(0, 1).reshape(-1, weight.shape[1])
+        return weight
+
+    def _groups(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the weight, and where they are, [pairs of columns, rows, 2]."""
+        rows, columns = self.data.shape
+        for begin in range(0, rows, 64):
+            end = min(begin + 64, rows)
+            yield slice(begin, end), self.data[begin:end].view(columns // 2, end - begin, 2)
 
 
 class Quantised(nn.Module):
@@ -89,17 +122,31 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """A bias-free linear layer. After `pack_` it holds oneDNN's layout instead of the weight, for inference only."""
+    """A bias-free linear layer. After `pack_` it holds oneDNN's layout instead of the weight, after `to_panels_` the
+    native operators', both for inference only."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(out_features, in_features)
         self.packed: Tensor | None = None
+        self.panels: Panels | None = None
+
+    @property
+    def stored(self) -> Weight:
+        """The weight as it is kept in memory; a copy in the usual order of one in panels."""
+        return super().stored if self.panels is None else self.panels.dense()
 
     def pack_(self) -> None:
         """Replace a dense weight by its packed form where that pays; the dense weight is freed."""
         if self.quantised is None and can_pack(self.weight):
             self.packed = pack(self.weight)
             self._drop_weight()
+
+    def to_panels_(self) -> Panels | None:
+        """Replace a dense weight by its panels where it fits; the dense weight is freed."""
+        if self.panels is None and self.quantised is None and Panels.fit(self.weight):
+            self.panels = Panels(self.weight)
+            self._drop_weight()
+        return self.panels
 
     def forward(self, x: Tensor) -> Tensor:
         return quantise.linear(x, self.stored) if self.packed is None else packed_linear(x, self.packed)

@@ -1,7 +1,8 @@
 """The native CPU operators (`src/native`): the compiled module, and the memory that is handed to it.
 
-The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory. Weights
-stay where they are: nothing is copied but vectors, which become float32.
+The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory only.
+Weights stay where they are, but for linear layers whose weights the operators take in panels: those are reordered, one
+after another. Vectors are copied and become float32.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_mtp.ops.linear import Linear
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import Quantisation
 
 #: the module's numbers of the weight types
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 QUANTISED_TYPES: dict[Quantisation, int] = {"int8": 2, "int4": 3}
+PANELS = 4
 
 
 @functools.cache
@@ -70,6 +73,14 @@ class Memory:
         data = weight.detach().contiguous()
         self.tensors.append(data)
         return module().Weight(WEIGHT_TYPES[data.dtype], data.data_ptr(), 0, rows, cols)
+
+    def linear(self, layer: Linear) -> Any:
+        """A linear layer's weight, in panels from now on where the operators have them and it fits."""
+        panels = layer.to_panels_() if module().panels() else None
+        if panels is None:
+            return self.matrix(layer.stored)
+        self.tensors.append(panels.data)
+        return module().Weight(PANELS, panels.data.data_ptr(), 0, *panels.data.shape)
 
     def vector(self, tensor: Tensor | None) -> int:
         """Address of a float32 vector; 0 for none."""
