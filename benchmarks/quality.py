@@ -89,7 +89,7 @@ def _row_loss(target: Target, row_T: Tensor) -> float:
     total = 0.0
     for start in range(0, T - 1, NATIVE_CHUNK_ROWS):
         stop = min(start + NATIVE_CHUNK_ROWS, T - 1)
-        (hidden_TD,) = forward_rows(target, [Rows(sequence, row_T[start:stop], stop - start)])
+        hidden_TD = forward_rows(target, [Rows(sequence, row_T[start:stop], stop - start)])
         sequence.cache.commit(stop - start)
         logits = target.logits(hidden_TD).float()
         total += float(F.cross_entropy(logits, row_T[start + 1 : stop + 1], reduction="sum"))

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from models import TINY, packed, play, random_drafter, random_target
+from models import TINY, VOCAB, WIDE, packed, play, random_drafter, random_target
 from torch import Tensor
 
 from gemma_mtp.decoding.early_stop import StopRule
@@ -20,11 +20,12 @@ from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
-from gemma_mtp.kv_cache import BLOCK_ROWS
+from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.native import Memory, module
+from gemma_mtp.ops.linear import Linear, Panels
+from gemma_mtp.ops.native import PANELS, Memory, module
 from gemma_mtp.ops.quantise import quantise
-from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation
+from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 
 native: Any = module()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
@@ -58,12 +59,23 @@ def linear(isa: str, weight: Any, x_MK: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (37, 20), (64, 256), (130, 1000)])
 def test_linear(isa: str, dtype: torch.dtype, N: int, K: int) -> None:
+    memory, w = Memory(), randn(N, K).to(dtype)
+    holds_as_linear(isa, memory.matrix(w), w)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if native.panels(isa)])
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 256), (144, 96), (208, 1056)])
+def test_linear_in_panels(isa: str, N: int, K: int) -> None:
+    """Shares of threads end anywhere in a panel, and rows are gone through in parts."""
+    panels = Panels(w := randn(N, K).bfloat16())
+    holds_as_linear(isa, native.Weight(PANELS, panels.data.data_ptr(), 0, N, K), w)
+
+
+def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     """No further from float64 than PyTorch in fp32 may be; each row's bits do not depend on how many there are."""
-    w, x = randn(N, K).to(dtype), randn(70, K, seed=1)
-    memory = Memory()
-    weight = memory.matrix(w)
+    N, x = len(w), randn(70, w.shape[1], seed=1)
     whole = linear(isa, weight, x, N)
-    if isa == "avx512_bf16" and dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's own are
+    if isa == "avx512_bf16" and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's own are
         torchs = (F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max()
         assert (whole - x.double() @ w.double().T).abs().max() <= max(torchs, 1e-7)
         x = x.bfloat16().float()
@@ -100,6 +112,39 @@ def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
         native.set_threads(threads)
         for rows in (*range(1, 10), 31, 32):
             assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
+
+
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 64), (144, 96)])
+def test_panels_hold_two_columns_of_a_group_after_another(N: int, K: int) -> None:
+    w = randn(N, K).bfloat16()
+    panels, places = Panels(w), torch.full((N, K), -1)
+    for n in range(N):
+        begin, rows = n // 64 * 64, min(64, N - n // 64 * 64)
+        for k in range(K):
+            places[n, k] = begin * K + (k // 2 * rows + n - begin) * 2 + k % 2
+    assert torch.equal(panels.data.flatten()[places], w)
+    assert torch.equal(panels.dense(), w)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "dtype"), [(17, 32, torch.bfloat16), (16, 40, torch.bfloat16), (16, 32, torch.float32)]
+)
+def test_what_does_not_fit_stays_as_it_is(N: int, K: int, dtype: torch.dtype) -> None:
+    layer = Linear(K, N).to(dtype)
+    assert layer.to_panels_() is None
+    assert layer.stored is layer.weight
+
+
+@torch.inference_mode()
+def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
+    layer = Linear(64, 48).bfloat16()
+    w, x = layer.weight.clone(), randn(3, 64).bfloat16()
+    expected, panels = layer(x), layer.to_panels_()
+    assert panels is not None
+    assert layer.to_panels_() is panels
+    assert layer.weight.numel() == 0
+    assert torch.equal(layer.stored, w)
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("kind", QUANTISATIONS)
@@ -221,7 +266,7 @@ def states(target: Target, tokens: list[int], calls: list[int]) -> Tensor:
     sequence = open_sequence(target, len(tokens), 0, 40, SamplingParams())
     out, start = [], 0
     for rows in calls:
-        (hidden_TD,) = forward_rows(target, [Rows(sequence, torch.tensor(tokens[start : start + rows]), rows)])
+        hidden_TD = forward_rows(target, [Rows(sequence, torch.tensor(tokens[start : start + rows]), rows)])
         out.append(hidden_TD[None])
         sequence.cache.commit(rows)
         start += rows
@@ -246,6 +291,51 @@ def test_a_rows_bits_do_not_depend_on_its_call(dtype: str) -> None:
             assert torch.equal(states(target, tokens, calls), alone)
     close_to = target.forward_sequence(torch.tensor([tokens])).hidden_BTD
     assert (alone - close_to).abs().max() <= (1e-4 if dtype == "float32" else 0.2) * close_to.abs().max()
+
+
+#: large enough for several threads, and small enough for them to divide sequences; experts are not divided
+LARGE = dataclasses.replace(WIDE["ple"], hidden_size=256, intermediate_size=448, head_dim=32, global_head_dim=64)
+DIVIDED = {
+    "per-layer embeddings": LARGE,
+    "odd per-layer embeddings": dataclasses.replace(LARGE, hidden_size_per_layer_input=20),
+    "none": dataclasses.replace(LARGE, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0),
+    "experts": dataclasses.replace(WIDE["moe"], hidden_size=256, intermediate_size=448),
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("name", DIVIDED)
+@torch.inference_mode()
+def test_sequences_in_one_call_are_each_alone(name: str, weights: str) -> None:
+    """Of different lengths, with one to four rows each, of which all or the last are wanted, with any threads."""
+    target = random_target(5, DIVIDED[name]).to(torch.float32 if weights == "float32" else torch.bfloat16)
+    if weights in QUANTISATIONS:
+        target.quantise_(parse_weight_types(weights))
+    target.pack_()
+    generator, count = torch.Generator().manual_seed(1), 19
+
+    def ids(rows: int) -> list[int]:
+        return torch.randint(0, VOCAB, (rows,), generator=generator).tolist()
+
+    lengths = [1 + 7 * i % 60 for i in range(count)]
+    prompts, rounds = [ids(n) for n in lengths], [[ids(1 + (i + j) % 4) for i in range(count)] for j in range(3)]
+
+    def played(threads: int, together: bool) -> Tensor:
+        native.set_threads(threads)
+        pool = KVPool(target.config, {k: count * n for k, n in block_counts(target.config, 80, 64).items()},
+                      torch.float32, "cpu")  # fmt: skip
+        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in range(count)]
+        out = []
+        for tokens, last_only in ((prompts, True), *((rows, False) for rows in rounds), (rounds[0], True)):
+            calls = [Rows(sequence, row, 1 if last_only else len(row))
+                     for sequence, row in zip(sequences, tokens, strict=True)]  # fmt: skip
+            out += [forward_rows(target, part) for part in ([calls] if together else [[call] for call in calls])]
+            for call in calls:
+                call.sequence.cache.commit(len(call.tokens))
+        return torch.cat(out)
+
+    alone = played(1, together=False)
+    assert all(torch.equal(played(threads, together=True), alone) for threads in (1, 2, 3, 4))
 
 
 def test_the_comparison_sees_another_order_of_sums() -> None:

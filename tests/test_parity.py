@@ -59,7 +59,7 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, fami
     start = 40
     prefill(target, sequence, tokens[0, :start], chunk_rows=512)
     for rows in [1, 1, 5, 3, 9, 1, 8] * 3:
-        (hidden_TD,) = forward_rows(target, [Rows(sequence, tokens[0, start : start + rows], rows)])
+        hidden_TD = forward_rows(target, [Rows(sequence, tokens[0, start : start + rows], rows)])
         close(target.logits(hidden_TD), expected[start : start + rows])
         sequence.cache.commit(rows)
         start += rows

@@ -143,7 +143,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def native_logits(target: Target, tokens: Tensor) -> Tensor:
     rows = tokens.shape[1]
     sequence = open_sequence(target, rows, 0, rows, SamplingParams())
-    return target.logits(forward_rows(target, [Rows(sequence, tokens[0], rows)])[0])
+    return target.logits(forward_rows(target, [Rows(sequence, tokens[0], rows)]))
 
 
 @native_only

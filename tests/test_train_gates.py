@@ -65,7 +65,7 @@ def decoding_logits(target: Target, drafter: Drafter, tokens_T: Tensor) -> list[
     sequence = Sequence(SamplingParams(), cache, rope, None)
     steps: list[list[Tensor]] = [[] for _ in range(STEPS)]
     for t in range(T - 1):
-        (hidden_1D,) = forward_rows(target, [Rows(sequence, tokens_T[t : t + 1], keep=1)])
+        hidden_1D = forward_rows(target, [Rows(sequence, tokens_T[t : t + 1], keep=1)])
         hidden = hidden_1D[None]
         cache.commit(1)
         committed = CommittedKeyValues(cache, drafter.config.text.layer_types)

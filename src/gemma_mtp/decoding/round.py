@@ -10,6 +10,7 @@ sequences one after another.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ NO_DRAFTS = Drafts([])
 
 @dataclass
 class Sequence:
-    """A sequence being decoded. `states_TD`: the last call's states, of which row `state` produced the last token."""
+    """A sequence being decoded. `states_RD`: the last call's states, of which row `state` produced the last token."""
 
     params: SamplingParams
     cache: KVCache
@@ -55,13 +56,13 @@ class Sequence:
     grammar: GrammarState | None = None
     length: int = 0  # committed tokens
     last_token: int = -1
-    states_TD: Tensor = field(default_factory=lambda: torch.empty(1, 0))
+    states_RD: Tensor = field(default_factory=lambda: torch.empty(1, 0))
     state: int = 0
 
     @property
     def last_state(self) -> Tensor:
         """The target's state that produced the last token, [D]."""
-        return self.states_TD[self.state]
+        return self.states_RD[self.state]
 
 
 class RoundOutput(NamedTuple):
@@ -127,9 +128,9 @@ def prefill(target: Target, sequence: Sequence, prompt_ids: Tensor, chunk_rows: 
     """Run the prompt [P] through the target in chunks and commit the first output token."""
     begin_prompt(target, sequence, prompt_ids)
     for chunk in prompt_ids.split(min(chunk_rows, sequence.cache.chunk_rows)):
-        (hidden_1D,) = forward_rows(target, [Rows(sequence, chunk, keep=1)])
+        hidden_1D = forward_rows(target, [Rows(sequence, chunk, keep=1)])
         sequence.cache.commit(chunk.shape[0])
-    return end_prompt(target, sequence, hidden_1D)
+    return end_prompt(target, sequence, hidden_1D, 0)
 
 
 def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None:
@@ -139,11 +140,11 @@ def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None
     sequence.length = prompt_ids.shape[0]
 
 
-def end_prompt(target: Target, sequence: Sequence, hidden_1D: Tensor) -> RoundOutput:
-    """After the last one, from its hidden state: commit the first output token."""
+def end_prompt(target: Target, sequence: Sequence, hidden_RD: Tensor, row: int) -> RoundOutput:
+    """After the last one, whose hidden state is that row: commit the first output token."""
     turn = Turn(sequence, 0)
-    (scores,) = score_rows(target, [turn], [hidden_1D])
-    return _outcome(turn, NO_DRAFTS, hidden_1D, scores)
+    (scores,) = score_rows(target, [turn], [1], hidden_RD[row : row + 1])
+    return _outcome(turn, NO_DRAFTS, hidden_RD, row, scores)
 
 
 def play_round(
@@ -172,9 +173,12 @@ def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list
 
 def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
     """The second half: one target call over each sequence's last token and drafts, and what follows from it."""
-    hidden = forward_rows(target, [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)])
-    scores = score_rows(target, turns, hidden)
-    return [conclude(*one) for one in zip(turns, drafts, hidden, scores, strict=True)]
+    calls = [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)]
+    hidden_RD, rows = forward_rows(target, calls), [call.keep for call in calls]
+    scores = score_rows(target, turns, rows, hidden_RD)
+    begins = [end - count for end, count in zip(itertools.accumulate(rows), rows, strict=True)]
+    return [conclude(turn, of_one, hidden_RD, begin, of_rows)
+            for turn, of_one, begin, of_rows in zip(turns, drafts, begins, scores, strict=True)]  # fmt: skip
 
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
@@ -185,18 +189,18 @@ def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
     return Rows(sequence, F.pad(tokens, (1, 0), value=sequence.last_token), len(tokens) + 1)
 
 
-def forward_rows(target: Target, calls: Items[Rows]) -> list[Tensor]:
-    """Begin the caches' calls; hidden states after the final norm of each sequence's wanted rows, [keep, D]."""
+def forward_rows(target: Target, calls: Items[Rows]) -> Tensor:
+    """Begin the caches' calls; hidden states after the final norm of each sequence's wanted rows, one after the other,
+    [sum of keep, D]."""
     for call in calls:
         call.sequence.cache.begin(len(call.tokens))
     if target.native is None:
-        return [_forward(target, call) for call in calls]
+        parts = [_forward(target, call) for call in calls]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     tokens: list[int] = []
     for call in calls:
         tokens += call.tokens if isinstance(call.tokens, list) else call.tokens.tolist()
-    keep = [call.keep for call in calls]
-    hidden_RD = target.native.forward(tokens, [call.sequence for call in calls], keep)
-    return [hidden_RD] if len(calls) == 1 else list(hidden_RD.split(keep))
+    return target.native.forward(tokens, [call.sequence for call in calls], [call.keep for call in calls])
 
 
 def _forward(target: Target, call: Rows) -> Tensor:
@@ -211,10 +215,13 @@ def _drafting(turn: Turn) -> Drafting:
     return Drafting(turn.sequence, turn.draft_tokens, turn.verification == "exact", turn.stop)
 
 
-def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> list[Tensor | list[int]]:
-    """Of each turn's rows [T, D] what its tokens follow from: logits [T, V], or natively, where nothing else of them is
-    wanted, the T tokens themselves. All turns of a kind share one pass over the head."""
-    native, rows = target.native, [states_TD.shape[0] for states_TD in hidden]
+def score_rows(target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: Tensor) -> list[Tensor | list[int]]:
+    """What each turn's tokens follow from: logits [T, V] of its T rows, or natively, where nothing else of them is
+    wanted, the T tokens themselves. All turns of a kind share one pass over the head.
+
+    `rows`: how many each turn has; they lie one after the other from the first of `hidden_RD` on.
+    """
+    native = target.native
     scores: dict[int, Tensor | list[int]] = {}
     chosen = [i for i, turn in enumerate(turns) if native is not None and turn.is_plain(rows[i])]
     if native is not None and chosen:
@@ -224,20 +231,24 @@ def score_rows(target: Target, turns: Items[Turn], hidden: Items[Tensor]) -> lis
             sequence = turns[i].sequence
             temperatures += [sequence.params.temperature] * rows[i]
             keys += _keys(sequence, rows[i])
-        tokens = native.choose(_joined([hidden[i] for i in chosen]), temperatures, keys).tolist()
+        tokens = native.choose(_rows_of(chosen, rows, hidden_RD), temperatures, keys).tolist()
         end = 0
         for i in chosen:
             begin, end = end, end + rows[i]
             scores[i] = tokens[begin:end]
     if len(chosen) < len(turns):
         others = [i for i in range(len(turns)) if i not in scores]
-        logits_RV = target.logits(_joined([hidden[i] for i in others]))
+        logits_RV = target.logits(_rows_of(others, rows, hidden_RD))
         scores.update(zip(others, logits_RV.split([rows[i] for i in others]), strict=True))
     return [scores[i] for i in range(len(turns))]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _rows_of(turns: list[int], rows: Items[int], hidden_RD: Tensor) -> Tensor:
+    """The rows of some of the turns."""
+    if len(turns) == len(rows):
+        return hidden_RD[: sum(rows)]
+    ends = list(itertools.accumulate(rows))
+    return torch.cat([hidden_RD[ends[i] - rows[i] : ends[i]] for i in turns])
 
 
 def _keys(sequence: Sequence, rows: int) -> list[int]:
@@ -247,19 +258,20 @@ def _keys(sequence: Sequence, rows: int) -> list[int]:
     return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
 
 
-def conclude(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | list[int]) -> RoundOutput:
-    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`."""
-    output = _outcome(turn, drafts, hidden_TD, scores)
+def conclude(turn: Turn, drafts: Drafts, hidden_RD: Tensor, begin: int, scores: Tensor | list[int]) -> RoundOutput:
+    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`, `begin`
+    is the first of the turn's rows."""
+    output = _outcome(turn, drafts, hidden_RD, begin, scores)
     turn.sequence.cache.commit(output.accepted + 1)
     return output
 
 
-def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | list[int]) -> RoundOutput:
+def _outcome(turn: Turn, drafts: Drafts, hidden_RD: Tensor, begin: int, scores: Tensor | list[int]) -> RoundOutput:
     """Reads the device once."""
     sequence, params = turn.sequence, turn.sequence.params
     if isinstance(scores, list):
         accepted = agreeing(scores, drafts.on_host()) if len(drafts) else 0
-        return _commit(sequence, drafts, hidden_TD, scores[: accepted + 1], None)
+        return _commit(sequence, drafts, hidden_RD, begin, scores[: accepted + 1], None)
     verified = _verify(scores, sequence, drafts, turn.verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
     logprobs = None
@@ -267,17 +279,18 @@ def _outcome(turn: Turn, drafts: Drafts, hidden_TD: Tensor, scores: Tensor | lis
         logprobs = top_logprobs(scores[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
     if sequence.history is not None:
         sequence.history.commit(verified.tokens[: accepted + 1])
-    return _commit(sequence, drafts, hidden_TD, tokens[: accepted + 1], logprobs)
+    return _commit(sequence, drafts, hidden_RD, begin, tokens[: accepted + 1], logprobs)
 
 
 def _commit(
-    sequence: Sequence, drafts: Drafts, hidden_TD: Tensor, committed: list[int], logprobs: TopLogprobs | None
-) -> RoundOutput:
+    sequence: Sequence, drafts: Drafts, hidden_RD: Tensor, begin: int, committed: list[int],
+    logprobs: TopLogprobs | None,
+) -> RoundOutput:  # fmt: skip
     """Move the sequence on by the tokens of a round."""
     accepted = len(committed) - 1
     complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
     sequence.length += len(committed)
-    sequence.last_token, sequence.states_TD, sequence.state = committed[-1], hidden_TD, accepted
+    sequence.last_token, sequence.states_RD, sequence.state = committed[-1], hidden_RD, begin + accepted
     return RoundOutput(committed, len(drafts), accepted, logprobs, drafts.confidences, complete_after)
 
 

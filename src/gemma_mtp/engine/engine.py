@@ -113,7 +113,9 @@ class Job:
     fixed: Plan
     policy: DraftLength | None = None
     sequence: Sequence | None = None
+    plain: Turn | None = None  # a round without drafts
     admitted: bool = False  # whether it has run at all
+    reading: bool = True  # whether rows are missing in the cache before rounds can be played
     started: bool = False  # whether the first output token is there
 
     def __lt__(self, other: Job) -> bool:
@@ -128,18 +130,15 @@ class Job:
         """Rows that must be in the cache before rounds are played: the last committed token's comes with a round."""
         return len(self.tokens) - self.started
 
-    @property
-    def reading(self) -> bool:
-        assert self.sequence is not None
-        return self.sequence.cache.length < self.rows_wanted
-
 
 @dataclass
 class Step:
     """What is played together: jobs with a round to play, and jobs with a chunk of their tokens to read."""
 
-    turns: dict[Job, Turn] = field(default_factory=dict)
-    chunks: dict[Job, Rows] = field(default_factory=dict)
+    players: list[Job] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)  # theirs, in the same order
+    readers: list[Job] = field(default_factory=list)
+    chunks: list[Rows] = field(default_factory=list)  # theirs
     #: what rounds cost, by how they choose; None where drafting can not pay for any sequence
     costs: dict[ChoiceKind, RoundCosts | None] = field(default_factory=dict)
 
@@ -382,23 +381,25 @@ class Engine:
 
     def _plan(self) -> Step:
         """Every running sequence's part in the next step, with the blocks for it."""
-        step, reading = Step(), [job for job in self._running if job.reading]
+        step, before = Step(), self._stats.preemptions
         # falls by one a step: where some have ended others often follow, and drafts would keep those waiting
         self._ran_lately = max(len(self._running), self._ran_lately - 1)
-        room = self._chunk_room(len(reading) < len(self._running))
-        for job in list(self._running):
+        room = self._chunk_room(not all(job.reading for job in self._running))
+        for job in tuple(self._running):
             assert job.sequence is not None
-            cache = job.sequence.cache
-            if job not in self._running:  # sent away for one before it
+            if self._stats.preemptions != before and job not in self._running:  # sent away for one before it
                 continue
-            if job not in reading:
+            if not job.reading:
                 turn = self._turn(step, job, job.sequence)
                 if self._reserve(job, turn.draft_tokens + 1):
-                    step.turns[job] = turn
+                    step.players.append(job)
+                    step.turns.append(turn)
             elif room > 0:
-                rows = min(room, job.rows_wanted - cache.length)
+                begin = job.sequence.cache.length
+                rows = min(room, job.rows_wanted - begin)
                 if self._reserve(job, rows):
-                    step.chunks[job] = Rows(job.sequence, job.tokens[cache.length : cache.length + rows], keep=1)
+                    step.readers.append(job)
+                    step.chunks.append(Rows(job.sequence, job.tokens[begin : begin + rows], keep=1))
                     room -= rows
         return step
 
@@ -417,8 +418,12 @@ class Engine:
                 step.costs[choice] = self._costs(choice)
             costs = step.costs[choice]
             plan = PLAIN if costs is None else self._policy(job, costs).choose()
+        if not plan.longest:
+            if job.plain is None:
+                job.plain = Turn(sequence, 0, job.generation.request.verification)
+            return job.plain
         # no more rows at once than the pool has blocks for, whatever one request asks for
-        drafts = plan.longest and min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
+        drafts = min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
     def _costs(self, choice: ChoiceKind) -> RoundCosts | None:
@@ -454,65 +459,75 @@ class Engine:
         job.sequence.cache.release()
         with self._condition:
             self._running.remove(job)
+            job.reading = True
             self._stats.preemptions += 1
             heapq.heappush(self._waiting, job)
 
     def _play(self, step: Step) -> None:
         """One call of the target for all, then each job's own outcome; one that fails ends alone."""
         began = time.perf_counter()
-        target = self.pair.target
-        drafts = self._drafts(step)
-        rows = {job: verify_rows(turn, drafts[job]) for job, turn in step.turns.items()} | step.chunks
-        if not rows:
+        target, drafts = self.pair.target, self._drafts(step)
+        calls = [verify_rows(turn, made) for turn, made in zip(step.turns, drafts, strict=True)]
+        rows = [call.keep for call in calls]
+        calls += step.chunks
+        if not calls:
             return
-        hidden = dict(zip(rows, forward_rows(target, list(rows.values())), strict=True))
-        turns = list(step.turns.values())
-        scores = dict(zip(step.turns, score_rows(target, turns, [hidden[job] for job in step.turns]), strict=True))
-        played: dict[Job, RoundOutput | None] = {}
-        for job, part in rows.items():
+        hidden_RD = forward_rows(target, calls)
+        scores = score_rows(target, step.turns, rows, hidden_RD)
+        played: list[tuple[Job, RoundOutput | None]] = []
+        begin = 0  # a job's rows
+        for job, turn, made, of_rows in zip(step.players, step.turns, drafts, scores, strict=True):
             try:
-                if job in step.turns:
-                    played[job] = conclude(step.turns[job], drafts[job], hidden[job], scores[job])
-                else:
-                    played[job] = self._read(job, part, hidden[job])
+                played.append((job, conclude(turn, made, hidden_RD, begin, of_rows)))
+            except Exception as error:
+                self._fail(job, error)
+            begin += len(made) + 1
+        for row, (job, chunk) in enumerate(zip(step.readers, step.chunks, strict=True), start=sum(rows)):
+            try:
+                played.append((job, self._read(job, chunk, hidden_RD, row)))
             except Exception as error:
                 self._fail(job, error)
         seconds = time.perf_counter() - began
-        self._note(sum(len(part.tokens) for part in rows.values()), seconds)
-        for job, output in played.items():
+        self._note(sum([len(call.tokens) for call in calls]), seconds)
+        for job, output in played:
             try:
-                self._deliver(job, output, seconds, lone=len(rows) == 1)
+                self._deliver(job, output, seconds, lone=len(calls) == 1)
             except Exception as error:
                 self._fail(job, error)
-        self._count([output for output in played.values() if output is not None])
+        self._count([output for _, output in played if output is not None])
 
-    def _drafts(self, step: Step) -> dict[Job, Drafts]:
+    def _drafts(self, step: Step) -> list[Drafts]:
         """Every turn's drafts; a job whose drafting fails is taken out of the step."""
         target, drafter = self.pair.target, self.pair.drafter
         try:
-            return dict(zip(step.turns, propose(target, drafter, list(step.turns.values())), strict=True))
+            return propose(target, drafter, step.turns)
         except Exception:  # whose it was shows when they draft one by one
-            drafts: dict[Job, Drafts] = {}
-            for job, turn in step.turns.items():
+            drafts: list[Drafts] = []
+            players, turns, step.players, step.turns = step.players, step.turns, [], []
+            for job, turn in zip(players, turns, strict=True):
                 try:
-                    (drafts[job],) = propose(target, drafter, [turn])
+                    drafts += propose(target, drafter, [turn])
                 except Exception as error:
                     self._fail(job, error)
-            step.turns = {job: step.turns[job] for job in drafts}
+                else:
+                    step.players.append(job)
+                    step.turns.append(turn)
             return drafts
 
-    def _read(self, job: Job, chunk: Rows, hidden_1D: Tensor) -> RoundOutput | None:
-        """Commit a chunk's rows; the first output token where a prompt ends."""
+    def _read(self, job: Job, chunk: Rows, hidden_RD: Tensor, row: int) -> RoundOutput | None:
+        """Commit a chunk's rows, of the last of which the hidden state is that row; the first output token where a
+        prompt ends."""
         sequence = chunk.sequence
         sequence.cache.commit(len(chunk.tokens))
         if self.settings.prefix_reuse:  # at once: what slides out of the window is kept if it has a name by then
             sequence.cache.name(job.tokens)
+        job.reading = sequence.cache.length < job.rows_wanted
         if job.reading:
             return None
         if job.started:  # after a preemption: all tokens are there, and now the state that produced the last one
-            sequence.states_TD, sequence.state = hidden_1D, 0
+            sequence.states_RD, sequence.state = hidden_RD, row
             return None
-        return end_prompt(self.pair.target, sequence, hidden_1D)
+        return end_prompt(self.pair.target, sequence, hidden_RD, row)
 
     def _deliver(self, job: Job, played: RoundOutput | None, seconds: float, lone: bool) -> None:
         """Hand a job's tokens out, and end it where it is done."""

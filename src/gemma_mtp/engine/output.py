@@ -8,6 +8,8 @@ from gemma_mtp.decoding.round import RoundOutput
 from gemma_mtp.decoding.sampling import SamplingParams, TopLogprobs
 from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
 
+PLAIN_ROUND = RoundStats(0, 0, 1)
+
 
 class OutputBuilder:
     """Collects one sequence's committed tokens into a `GenerationResult`."""
@@ -36,7 +38,10 @@ class OutputBuilder:
         assert len(output.token_ids) <= remaining, "the round was asked for fewer drafts than tokens remain"
         taken, stops = self._taken(output)
         result.token_ids += taken
-        result.rounds.append(RoundStats(output.drafted, min(output.accepted, len(taken)), len(taken)))
+        plain = not output.drafted and len(taken) == 1
+        result.rounds.append(
+            PLAIN_ROUND if plain else RoundStats(output.drafted, min(output.accepted, len(taken)), len(taken))
+        )
         if output.logprobs is not None:
             self._push_logprobs(output, output.logprobs, len(taken))
         if stops:
@@ -46,6 +51,8 @@ class OutputBuilder:
 
     def _taken(self, output: RoundOutput) -> tuple[list[int], bool]:
         """The tokens up to the first that ends the output, and whether one does."""
+        if self._text is None and output.complete_after is None and self.stop_token_ids.isdisjoint(output.token_ids):
+            return output.token_ids, False
         token_ids = output.token_ids[: output.complete_after]
         for count, token_id in enumerate(token_ids, start=1):
             if self._text is not None:
