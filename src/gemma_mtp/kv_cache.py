@@ -12,7 +12,10 @@ it again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import mmap
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,6 +30,7 @@ from gemma_mtp.ops import reference as ops
 
 #: rows of a block; `src/native/kernels.h` has it too
 BLOCK_ROWS = 32
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class OutOfBlocksError(Exception):
@@ -112,14 +116,26 @@ class KVPool:
         self.config = config
         self.device = torch.device(device)
         self.blocks = {kind: Blocks(counts[kind]) for kind in (SLIDING, FULL)}
-        self.layers: dict[int, LayerRows] = {}
-        for layer in range(config.first_kv_shared_layer):
-            shape = (config.layer_kv_heads(layer), counts[config.layer_types[layer]], BLOCK_ROWS,
-                     config.layer_head_dim(layer))  # fmt: skip
-            self.layers[layer] = LayerRows(
-                torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-            )
+        shapes = [
+            (config.layer_kv_heads(layer), counts[config.layer_types[layer]], BLOCK_ROWS, config.layer_head_dim(layer))
+            for layer in range(config.first_kv_shared_layer)
+        ]
+        sizes = [math.prod(shape) for shape in shapes for _ in ("keys", "values")]
+        parts = iter(_zeros(sum(sizes), dtype, self.device).split(sizes))
+        self.layers = {i: LayerRows(next(parts).view(s), next(parts).view(s)) for i, s in enumerate(shapes)}
         self.handles: dict[tuple[int, ...], Any] = {}  # the native operators' views of some layers, in that order
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU in huge pages where the system has them: blocks lie far apart, and the addresses of many small ones
+    take time to look up."""
+    size = count * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(count, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)  # keeps the memory alive
 
 
 def block_counts(config: TextConfig, max_length: int, max_rows: int) -> dict[LayerType, int]:

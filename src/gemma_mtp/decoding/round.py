@@ -222,25 +222,26 @@ def score_rows(target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: 
     `rows`: how many each turn has; they lie one after the other from the first of `hidden_RD` on.
     """
     native = target.native
-    scores: dict[int, Tensor | list[int]] = {}
-    chosen = [i for i, turn in enumerate(turns) if native is not None and turn.is_plain(rows[i])]
-    if native is not None and chosen:
+    plain = [native is not None and turn.is_plain(count) for turn, count in zip(turns, rows, strict=True)]
+    scores: list[Tensor | list[int]] = [[]] * len(turns)
+    if native is not None and any(plain):
+        chosen = list(itertools.compress(range(len(turns)), plain))
         temperatures: list[float] = []
         keys: list[int] = []
         for i in chosen:
-            sequence = turns[i].sequence
-            temperatures += [sequence.params.temperature] * rows[i]
-            keys += _keys(sequence, rows[i])
-        tokens = native.choose(_rows_of(chosen, rows, hidden_RD), temperatures, keys).tolist()
-        end = 0
+            sequence, count = turns[i].sequence, rows[i]
+            temperatures += [sequence.params.temperature] * count
+            keys += _keys(sequence, count)
+        tokens, begin = native.choose(_rows_of(chosen, rows, hidden_RD), temperatures, keys).tolist(), 0
         for i in chosen:
-            begin, end = end, end + rows[i]
-            scores[i] = tokens[begin:end]
-    if len(chosen) < len(turns):
-        others = [i for i in range(len(turns)) if i not in scores]
+            scores[i] = tokens[begin : begin + rows[i]]
+            begin += rows[i]
+    if not all(plain):
+        others = [i for i, of_one in enumerate(plain) if not of_one]
         logits_RV = target.logits(_rows_of(others, rows, hidden_RD))
-        scores.update(zip(others, logits_RV.split([rows[i] for i in others]), strict=True))
-    return [scores[i] for i in range(len(turns))]
+        for i, logits_TV in zip(others, logits_RV.split([rows[i] for i in others]), strict=True):
+            scores[i] = logits_TV
+    return scores
 
 
 def _rows_of(turns: list[int], rows: Items[int], hidden_RD: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ def _rows_of(turns: list[int], rows: Items[int], hidden_RD: Tensor) -> Tensor:
 
 def _keys(sequence: Sequence, rows: int) -> list[int]:
     """Noise keys of a sequence's next positions; 0 where none are used."""
-    if sequence.params.greedy:
+    if sequence.params.temperature == 0:
         return [0] * rows
     return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
 

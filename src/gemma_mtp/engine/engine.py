@@ -531,27 +531,28 @@ class Engine:
 
     def _deliver(self, job: Job, played: RoundOutput | None, seconds: float, lone: bool) -> None:
         """Hand a job's tokens out, and end it where it is done."""
-        result = job.result
-        if not job.started:
-            result.prefill_seconds += seconds
-        else:
+        output = job.output
+        result = output.result
+        if job.started:
             result.decode_seconds += seconds
+            if job.policy is not None and played is not None:
+                job.policy.record(played.drafted, played.accepted, played.confidences, seconds if lone else 0.0)
+        else:
+            result.prefill_seconds += seconds
         if played is None:
             return
-        if job.started and job.policy is not None:
-            job.policy.record(played.drafted, played.accepted, played.confidences, seconds if lone else 0.0)
         job.started = True
         job.tokens += played.token_ids
-        token_ids = job.output.push(played)
+        token_ids = output.push(played)
         self._stats.output_tokens += len(token_ids)
         logprobs = None if result.logprobs is None else result.logprobs[len(result.logprobs) - len(token_ids) :]
-        done = job.output.done
-        if done:  # before the reader knows, so that who waits for the end finds the blocks free
-            with self._condition:
-                self._running.remove(job)
-                self._end(job, result.finish_reason)
-        finish = result.finish_reason if done else None
-        job.generation.update(token_ids, result.rounds[-1], logprobs, finish)
+        if not result.ended:
+            job.generation.update(token_ids, result.rounds[-1], logprobs, None)
+            return
+        with self._condition:  # before the reader knows, so that who waits for the end finds the blocks free
+            self._running.remove(job)
+            self._end(job, result.finish_reason)
+        job.generation.update(token_ids, result.rounds[-1], logprobs, result.finish_reason)
 
     def _count(self, played: list[RoundOutput]) -> None:
         stats = self._stats

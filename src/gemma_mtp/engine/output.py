@@ -34,8 +34,7 @@ class OutputBuilder:
 
     def push(self, output: RoundOutput) -> list[int]:
         """Take a round's tokens up to the one that ends the output; returns them."""
-        result, remaining = self.result, self.remaining
-        assert len(output.token_ids) <= remaining, "the round was asked for fewer drafts than tokens remain"
+        result = self.result
         taken, stops = self._taken(output)
         result.token_ids += taken
         plain = not output.drafted and len(taken) == 1
@@ -46,7 +45,8 @@ class OutputBuilder:
             self._push_logprobs(output, output.logprobs, len(taken))
         if stops:
             result.finish_reason = "stop"
-        result.ended = stops or len(taken) == remaining
+        assert len(result.token_ids) <= self.max_tokens, "the round was asked for fewer drafts than tokens remain"
+        result.ended = stops or len(result.token_ids) == self.max_tokens
         return taken
 
     def _taken(self, output: RoundOutput) -> tuple[list[int], bool]:
