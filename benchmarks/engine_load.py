@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -15,7 +15,7 @@ from gemma_mtp import SamplingParams
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, bundled_directory
-from gemma_mtp.engine.request import Request
+from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.measure.load import Reply, Send
 from gemma_mtp.measure.load_client import stream
 from gemma_mtp.measure.load_requests import Ask
@@ -64,33 +64,41 @@ def to_engine(
     requests: Requests,
     finished: Callable[[int, list[int]], object] = lambda number, token_ids: None,
     cancelled: Callable[[int], bool] = lambda number: False,
+    at_once: bool = False,
 ) -> Send:
     """Submit to the engine. `finished` gets the output of every request; those `cancelled` are so after a round.
 
-    Readers wait in threads for the end, and read then when each update came: an event loop that is woken for every
-    round would share the interpreter with the engine's thread.
+    The event loop is woken at a request's end only, and when each update came is read when the load is over, or at once
+    (`at_once`), which keeps less in memory: what is done here meanwhile takes time of the engine's cores.
     """
-    readers = ThreadPoolExecutor(max_workers=256)
 
-    async def send(number: int) -> Reply:
-        loop = asyncio.get_running_loop()
-        generation, now = engine.submit(requests(number)), loop.time()
+    async def send(number: int) -> Reply | Callable[[], Reply]:
+        generation, now = engine.submit(requests(number)), asyncio.get_running_loop().time()
         generation.leave_out_text()
-        result, times = generation.result, []
-        if cancelled(number):
-            await loop.run_in_executor(readers, next, iter(generation))
-            generation.cancel()
-        await loop.run_in_executor(readers, generation.wait)
-        for update in generation.take():
-            now += update.seconds
-            times += [now] if update.token_ids else []
-        finished(number, result.token_ids)
-        return Reply(
-            tuple(times), len(result.prompt_token_ids), len(result.token_ids),
-            accepted_drafts=result.accepted, rejected_drafts=result.drafted - result.accepted,
-        )  # fmt: skip
+        ready, cancel = asyncio.Event(), cancelled(number)
+        generation.subscribe(ready, at_end=not cancel)
+        while not generation.ended:
+            await ready.wait()
+            ready.clear()  # before looking: what comes after sets it again
+            if cancel and generation.result.token_ids:
+                generation.cancel()
+        finished(number, generation.result.token_ids)
+        reply = functools.partial(_reply, generation, now)
+        return reply() if at_once else reply
 
     return send
+
+
+def _reply(generation: Generation, now: float) -> Reply:
+    """Of a generation that has ended and was sent at that time."""
+    result, times = generation.result, []
+    for update in generation.take():
+        now += update.seconds
+        times += [now] if update.token_ids else []
+    return Reply(
+        tuple(times), len(result.prompt_token_ids), len(result.token_ids),
+        accepted_drafts=result.accepted, rejected_drafts=result.drafted - result.accepted,
+    )  # fmt: skip
 
 
 def to_server(client: httpx.AsyncClient, model: str, requests: Requests, whole: bool = False) -> Send:

@@ -166,7 +166,7 @@ def measure_memory(pair: Pair, args: argparse.Namespace) -> Content:
             content = asyncio.run(_served_memory(server.url, server.process.pid, requests, args))
         return {"cpu_share_elsewhere": None, **content}  # decides nothing here
     with Engine(pair, EngineSettings(max_running=MIXED_CLIENTS)) as engine:
-        send = to_engine(engine, requests, cancelled=lambda number: number % 16 == 0)
+        send = to_engine(engine, requests, cancelled=lambda number: number % 16 == 0, at_once=True)
         return asyncio.run(_memory(send, os.getpid(), args))
 
 

@@ -85,6 +85,11 @@ class Generation:
         """End the request after the round under way and free its blocks; the last update says `cancelled`."""
         self._cancel(self)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last update is there, or the error that ended it."""
+        return self._ended.is_set()
+
     def wait(self) -> GenerationResult:
         """Wait for the end, reading no updates. Raises EngineError where the request failed."""
         self._ended.wait()
@@ -149,10 +154,10 @@ class Generation:
 
     def _push(self, event: _Event, last: bool) -> None:
         self._events.put(event)
+        if last:  # before the reader is woken
+            self._ended.set()
         if self._wake is not None and (last or not self._at_end):
             self._wake()
-        if last:
-            self._ended.set()
 
     def _read(self, event: _Event) -> Update:
         if isinstance(event, Exception):

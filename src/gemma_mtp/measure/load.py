@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,8 +86,9 @@ class Reply:
     retry_after: float | None = None
 
 
-#: sends the request of a number and reads its answer to the end; failures are replies too
-Send = Callable[[int], Awaitable[Reply]]
+#: sends the request of a number and reads its answer to the end; failures are replies too. What takes time to find out
+#: may be left for when the load is over
+Send = Callable[[int], Awaitable[Reply | Callable[[], Reply]]]
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,18 @@ async def run_load(
                     break
                 await asyncio.sleep(load.started + due - load.loop.time())
                 tasks.create_task(load.one(next(load.numbers), due, slots))
-    counted = (record for record in load.records if record.number >= extent.warmup)
-    return sorted(counted, key=lambda record: record.number)
+    return [load.record(answer) for answer in sorted(load.answers, key=lambda answer: answer.number)
+            if answer.number >= extent.warmup]  # fmt: skip
+
+
+class _Answer(NamedTuple):
+    """A request that came back; times are the loop's."""
+
+    number: int
+    due: float  # since the load's start
+    sent: float
+    done: float
+    reply: Reply | Callable[[], Reply]
 
 
 class _Load:
@@ -164,7 +176,7 @@ class _Load:
     def __init__(self, send: Send, extent: Extent) -> None:
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
-        self.records: list[Record] = []
+        self.answers: list[_Answer] = []
         self.numbers = itertools.count()
         self._send, self._extent = send, extent
         self._given = 0
@@ -191,5 +203,9 @@ class _Load:
             sent = self.loop.time()
             reply = await self._send(number)
             done = self.loop.time()
+        self.answers.append(_Answer(number, due, sent, done, reply))
+
+    def record(self, answer: _Answer) -> Record:
+        reply = answer.reply() if callable(answer.reply) else answer.reply
         chunks = tuple(at - self.started for at in reply.chunk_times)
-        self.records.append(Record(number, due, sent - self.started, chunks, done - self.started, reply))
+        return Record(answer.number, answer.due, answer.sent - self.started, chunks, answer.done - self.started, reply)
