@@ -8,7 +8,15 @@ from models import TINY, VOCAB, F, S, agreeing_pair, play, random_drafter, rando
 
 from gemma_mtp.decoding.round import Sequence
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.kv_cache import BLOCK_ROWS, CommittedKeyValues, KVCache, KVPool, OutOfBlocksError, block_counts
+from gemma_mtp.kv_cache import (
+    BLOCK_ROWS,
+    HUGE_PAGE_BYTES,
+    CommittedKeyValues,
+    KVCache,
+    KVPool,
+    OutOfBlocksError,
+    block_counts,
+)
 from gemma_mtp.model.layers import rope_for, slice_rope
 
 PROMPT = [(7 * i) % VOCAB for i in range(21)]
@@ -50,6 +58,24 @@ def test_poisoning_a_committed_row_is_noticed() -> None:
     params = SamplingParams(max_tokens=60)
     clean = play(target, drafter, PROMPT, params, 4)
     assert play(target, drafter, PROMPT, params, 4, after_round=poison_one_more).tokens != clean.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 2000])
+def test_layers_begin_as_zeros_and_apart(count: int, dtype: torch.dtype) -> None:
+    """In a pool of a few kilobytes, and in one large enough for huge pages."""
+    pool = KVPool(TINY, {S: count, F: count + 1}, dtype, "cpu")
+    buffers = [buffer for rows in pool.layers.values() for buffer in (rows.keys, rows.values)]
+    assert (sum(buffer.nbytes for buffer in buffers) > HUGE_PAGE_BYTES) == (count > 3)
+    for layer, rows in pool.layers.items():
+        kind = TINY.layer_types[layer]
+        shape = (TINY.layer_kv_heads(layer), count + (kind == F), BLOCK_ROWS, TINY.layer_head_dim(layer))
+        assert rows.keys.shape == rows.values.shape == shape
+    for number, buffer in enumerate(buffers, start=1):
+        assert buffer.dtype == dtype
+        assert not buffer.any()
+        buffer.fill_(number)
+    assert all((buffer == number).all() for number, buffer in enumerate(buffers, start=1))
 
 
 def test_sliding_layers_have_blocks_for_window_and_call() -> None:
