@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gemma_mtp.ops.linear import can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Panels, can_pack, pack, packed_linear
 from gemma_mtp.ops.native import Memory, module
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, quantise
 from gemma_mtp.weight_types import QUANTISATIONS
@@ -49,11 +49,14 @@ def copies_of(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(max(2, WORKING_SET_BYTES // (weight.numel() * weight.element_size())))]
 
 
-def native_operator(isa: str, name: str, weight_NK: Weight) -> Operator:
+def native_operator(isa: str, name: str, weight_NK: Weight, panels: bool = False) -> Operator:
     """Scales of quantised weights count as bytes read, as they are."""
     memory, rows = Memory(), weight_NK.shape[0]
     count = max(2, WORKING_SET_BYTES // weight_NK.nbytes)
-    weights = [memory.matrix(copy_of(weight_NK)) for _ in range(count)]
+    if panels and isinstance(weight_NK, Tensor):
+        weights = [memory.panels(Panels(weight_NK)) for _ in range(count)]
+    else:
+        weights = [memory.matrix(copy_of(weight_NK)) for _ in range(count)]
 
     def call(i: int, x_MK: Tensor) -> Tensor:
         out = torch.empty(x_MK.shape[0], rows)
@@ -131,6 +134,9 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         dense = weight.to(dtype)
         operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + torch_operators(dense)
+        if Panels.fit(dense):
+            isas = [isa for isa in args.isa if module().panels(isa)]
+            operators += [native_operator(isa, f"{str(dtype)[6:]} in panels", dense, panels=True) for isa in isas]
     for kind in QUANTISATIONS:
         operators += [native_operator(isa, kind, quantise(weight, kind)) for isa in args.isa]
     measure(operators, args.rows, args.shape[1], args.repeats)

@@ -23,7 +23,7 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Linear, Panels
-from gemma_mtp.ops.native import PANELS, Memory, module
+from gemma_mtp.ops.native import Memory, module
 from gemma_mtp.ops.quantise import quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 
@@ -67,8 +67,8 @@ def test_linear(isa: str, dtype: torch.dtype, N: int, K: int) -> None:
 @pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 256), (144, 96), (208, 1056)])
 def test_linear_in_panels(isa: str, N: int, K: int) -> None:
     """Shares of threads end anywhere in a panel, and rows are gone through in parts."""
-    panels = Panels(w := randn(N, K).bfloat16())
-    holds_as_linear(isa, native.Weight(PANELS, panels.data.data_ptr(), 0, N, K), w)
+    memory, w = Memory(), randn(N, K).bfloat16()
+    holds_as_linear(isa, memory.panels(Panels(w)), w)
 
 
 def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.ops.linear import Linear
+from gemma_mtp.ops.linear import Linear, Panels
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import Quantisation
 
@@ -77,8 +77,10 @@ class Memory:
     def linear(self, layer: Linear) -> Any:
         """A linear layer's weight, in panels from now on where the operators have them and it fits."""
         panels = layer.to_panels_() if module().panels() else None
-        if panels is None:
-            return self.matrix(layer.stored)
+        return self.matrix(layer.stored) if panels is None else self.panels(panels)
+
+    def panels(self, panels: Panels) -> Any:
+        """A weight in panels."""
         self.tensors.append(panels.data)
         return module().Weight(PANELS, panels.data.data_ptr(), 0, *panels.data.shape)
 
