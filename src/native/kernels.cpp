@@ -413,6 +413,7 @@ void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n
 // Integer dot products of 64 columns, as W partial sums that are exact; then float: acc += partial * x scale * w scale.
 // int8 has one scale for them; int4 two, of the even and of the odd four-column units (see `Weight`).
 constexpr size_t BLOCK_COLS = 64;
+static_assert(AREA_COLS % BLOCK_COLS == 0);
 
 template <bool I8>
 constexpr size_t SCALES = I8 ? 1 : 2;  // of a block
@@ -659,7 +660,7 @@ void quantise(size_t M, size_t cols, const Area& area, const float* x, size_t ld
 }
 
 void reserve(const Weight& w, size_t M, Rows& out) {
-    const size_t scales = M * w.cols / (w.type == Type::I8 ? 64 : 32);
+    const size_t scales = M * w.cols / BLOCK_COLS * (w.type == Type::I8 ? SCALES<true> : SCALES<false>);
     switch (w.type) {
         case Type::F32: return grow(Wide::place(out), M * padded_to(w.cols, Wide::STEP));
         case Type::BF16: return grow(Half::place(out), M * padded_to(w.cols, Half::STEP));

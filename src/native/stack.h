@@ -80,12 +80,13 @@ struct Batch {
     // positions that are attended to, of the last `window` ones.
     void divide(int threads, size_t window);
     bool divided() const { return !cuts.empty(); }
-    Part blocks_of(const Worker& me) const { return divided() ? Part{cuts[me.thread], cuts[me.thread + 1]} : Part{0, blocks.size()}; }
+    Part blocks_of(const Worker& me) const { return {cuts[me.thread], cuts[me.thread + 1]}; }
     // The rows whose residual stream a thread holds: its sequences', or all.
     Part rows_of(const Worker& me) const {
         if (!divided()) return {0, size()};
         const auto first = [&](size_t b) { return b < blocks.size() ? blocks[b].first : size(); };
-        return {first(cuts[me.thread]), first(cuts[me.thread + 1])};
+        const Part mine = blocks_of(me);
+        return {first(mine.begin), first(mine.end)};
     }
 };
 

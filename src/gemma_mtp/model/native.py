@@ -74,9 +74,7 @@ class NativeTarget:
             views.append(_view(sequence))
             rows.append(cache.rows)
             lengths.append(cache.length)
-        self._stack.forward(
-            ids.buffer_info()[0], _layers(cache.pool), views, rows, keep, lengths, hidden.data_ptr()
-        )  # fmt: skip
+        self._stack.forward(ids.buffer_info()[0], _layers(cache.pool), views, rows, keep, lengths, hidden.data_ptr())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
