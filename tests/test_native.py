@@ -371,14 +371,15 @@ def test_drawn_tokens_are_those_of_the_reference(temperature: float) -> None:
     assert target.native is not None
     hidden = randn(400, target.config.hidden_size, seed=int(10 * temperature))
     params, positions = SamplingParams(temperature=temperature, seed=9), range(5, 405)
-    expected = choose(process(target.logits(hidden), params), params, torch.tensor(positions))
-    chosen = target.native.choose(hidden, [temperature] * 400, keys_of(9, positions))
-    assert torch.equal(chosen, expected)
-    assert not torch.equal(target.native.choose(hidden, [temperature] * 400, keys_of(8, positions)), expected)
-    assert len(set(expected.tolist())) > 100
-    alone = torch.cat([target.native.choose(hidden[i : i + 1], [temperature], keys_of(9, positions)[i : i + 1])
-                       for i in range(50)])  # fmt: skip
-    assert torch.equal(alone, chosen[:50])
+    expected = choose(process(target.logits(hidden), params), params, torch.tensor(positions)).tolist()
+    keys, rows = keys_of(9, positions), range(400)
+    assert target.native.choose(hidden, rows, [temperature] * 400, keys) == expected
+    assert target.native.choose(hidden, rows, [temperature] * 400, keys_of(8, positions)) != expected
+    assert len(set(expected)) > 100
+    alone = [target.native.choose(hidden, [i], [temperature], keys[i : i + 1])[0] for i in rows]
+    assert alone == expected
+    some = [399, 7, 8, 9, 200]
+    assert target.native.choose(hidden, some, [temperature] * 5, [keys[i] for i in some]) == [expected[i] for i in some]
 
 
 def test_drawn_tokens_follow_their_distribution() -> None:
@@ -389,10 +390,10 @@ def test_drawn_tokens_follow_their_distribution() -> None:
     count = 20_000
 
     def statistic(temperature: float) -> float:
-        drawn = target.native.choose(hidden.expand(count, -1), [temperature] * count, keys_of(3, range(count)))  # type: ignore[union-attr]
+        drawn = target.native.choose(hidden, [0] * count, [temperature] * count, keys_of(3, range(count)))  # type: ignore[union-attr]
         expected = count * torch.softmax(target.logits(hidden)[0].double(), -1)
         common = expected >= 5
-        seen = torch.bincount(drawn, minlength=len(expected)).double()
+        seen = torch.bincount(torch.tensor(drawn), minlength=len(expected)).double()
         observed = torch.cat((seen[common], seen[~common].sum()[None]))
         wanted = torch.cat((expected[common], expected[~common].sum()[None]))
         return float(scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue)
@@ -424,7 +425,7 @@ def test_ties_go_to_the_lowest_id() -> None:
         target.embed_tokens.weight[:] = target.embed_tokens.weight[7]
     target.pack_()
     assert target.native is not None
-    assert target.native.choose(randn(5, TINY.hidden_size), [0.0] * 5, [0] * 5).tolist() == [0] * 5
+    assert target.native.choose(randn(5, TINY.hidden_size), range(5), [0.0] * 5, [0] * 5) == [0] * 5
 
 
 def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,9 +167,13 @@ NB_MODULE(_native, m) {
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));
         }, release())
-        .def("choose", [](Stack& s, uintptr_t hidden, const std::vector<float>& temperatures, const std::vector<uint64_t>& keys,
-                          uintptr_t tokens) {
-            s.choose(at<const float>(hidden), keys.size(), choices(temperatures, keys).data(), at<int64_t>(tokens));
+        .def("choose", [](Stack& s, uintptr_t hidden, const Numbers& rows, const std::vector<float>& temperatures,
+                          const std::vector<uint64_t>& keys) {
+            std::vector<const float*> states;
+            for (size_t row : rows) states.push_back(at<const float>(hidden) + row * s.config.hidden);
+            std::vector<int64_t> tokens(rows.size());
+            s.choose(states, choices(temperatures, keys).data(), tokens.data());
+            return tokens;
         }, release());
 
     nb::class_<DraftStack>(m, "DraftStack")
@@ -194,11 +198,13 @@ NB_MODULE(_native, m) {
         .def("score", [](DraftStack& d, uintptr_t state, size_t rows, uintptr_t logits, uintptr_t ids) {
             d.score(at<const float>(state), rows, at<float>(logits), at<int64_t>(ids));
         }, release())
-        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, uintptr_t hidden, const Caches& caches,
+        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, const std::vector<uintptr_t>& hidden, const Caches& caches,
                          const std::vector<const View*>& views, const std::vector<int64_t>& positions, const Numbers& counts,
                          const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
                          const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
-            d.draft(last.data(), at<const float>(hidden), segments(views, positions), caches.layers.data(), counts, stops,
+            std::vector<const float*> states;
+            for (uintptr_t address : hidden) states.push_back(at<const float>(address));
+            d.draft(last.data(), states, segments(views, positions), caches.layers.data(), counts, stops,
                     choices(temperatures, keys).data(), at<int64_t>(tokens), at<float>(confidences), at<int64_t>(made));
         }, release());
 

@@ -608,11 +608,14 @@ void take_total(float* scores, size_t count, Best& best) {
 }  // namespace
 
 // This thread's best token of each row. With `totals` also what its softmax is divided by.
-void Stack::best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me) {
+void Stack::best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me) {
+    const size_t rows = states.size();
     float* scores = grown(own.b, rows * HEAD_BLOCK);
     Best* mine = all.best.data() + me.thread * all.best_rows;
     for (size_t m = 0; m < rows; m++) mine[m].clear();
-    own.prepare(config.head, hidden, config.hidden, rows);
+    kernels().reserve(config.head, rows, own.rows);
+    for (size_t m = 0; m < rows; m++)
+        kernels().prepare(config.head, rows, {m, m + 1, 0, config.hidden}, states[m], config.hidden, own.rows);
     const auto score = [&](Part p, bool) {
         for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
             const size_t count = std::min(HEAD_BLOCK, p.end - n);
@@ -671,14 +674,14 @@ void Stack::logits(const float* hidden, size_t rows, float* out) {
     }, large_);
 }
 
-void Stack::choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens) {
+void Stack::choose(const std::vector<const float*>& states, const Choice* choices, int64_t* tokens) {
     Pool::instance().run([&](Worker& me) {
-        if (me.thread == 0) shared(rows, me.threads);
+        if (me.thread == 0) shared(states.size(), me.threads);
         me.wait();
-        best(hidden, rows, choices, false, Private::here(), *shared_, me);
+        best(states, choices, false, Private::here(), *shared_, me);
         me.wait();
         if (me.thread == 0)
-            for (size_t m = 0; m < rows; m++) tokens[m] = combined(m, *shared_, me.threads).id;
+            for (size_t m = 0; m < states.size(); m++) tokens[m] = combined(m, *shared_, me.threads).id;
     }, large_);
 }
 
@@ -760,7 +763,7 @@ bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
     return made < least.size() && reach >= least[made];
 }
 
-void DraftStack::draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
+void DraftStack::draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments, const Cache* caches,
                        const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices,
                        int64_t* tokens, float* confidences, int64_t* made) {
     const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
@@ -785,6 +788,7 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
             if (counts[s]) going.push_back({s, s, last[s], 1.0});
         std::vector<Segment> rows;
         std::vector<Choice> chosen_by;
+        std::vector<const float*> made_states;
         for (size_t step = 0; step < most && !going.empty(); step++) {
             rows.clear(), chosen_by.clear();
             for (const Draft& d : going) {
@@ -799,14 +803,15 @@ void DraftStack::draft(const int64_t* last, const float* hidden, const std::vect
                 Draft& d = going[m];
                 float* to = input + m * 2 * backbone;
                 kernels().gather(target_table, (size_t)d.token, target_scale, to);
-                std::copy_n(step == 0 ? hidden + d.sequence * backbone : all.projected.data() + d.row * backbone, backbone,
-                            to + backbone);
+                std::copy_n(step == 0 ? states[d.sequence] : all.projected.data() + d.row * backbone, backbone, to + backbone);
                 d.row = m;
                 stop |= !stops[d.sequence].least.empty();
             }
             one_step(batch, own, all, input, state, all.projected.data(), me);
             if (!C) {
-                stack.best(state, rows.size(), chosen_by.data(), stop, own, all, me);
+                made_states.clear();
+                for (size_t m = 0; m < rows.size(); m++) made_states.push_back(state + m * stack.config.hidden);
+                stack.best(made_states, chosen_by.data(), stop, own, all, me);
                 me.wait();
             }
             for (Draft& d : going) {

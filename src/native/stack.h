@@ -129,8 +129,8 @@ class Stack {
     void forward(const int64_t* tokens, const std::vector<Segment>& segments, const Cache* caches, float* hidden);
     // Soft-capped logits [rows, vocab].
     void logits(const float* hidden, size_t rows, float* out);
-    // The token of each row, by its own choice; no logits are stored.
-    void choose(const float* hidden, size_t rows, const Choice* choices, int64_t* tokens);
+    // The token of each state, by its own choice; no logits are stored.
+    void choose(const std::vector<const float*>& states, const Choice* choices, int64_t* tokens);
 
    private:
     friend class DraftStack;
@@ -148,7 +148,7 @@ class Stack {
     const void* after(size_t index, const Batch& batch, const Worker& me) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, Worker& me);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me);
-    void best(const float* hidden, size_t rows, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me);
+    void best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me);
     Best combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
@@ -185,10 +185,10 @@ class DraftStack {
     // One step of several sequences: concat(embedding, hidden) [rows, 2 * backbone] in, the states for the head and the
     // projected states out.
     void step(const float* input, const std::vector<Segment>& segments, const Cache* caches, float* state, float* projected);
-    // Drafts of several sequences, each from its last token and the target's hidden state [sequences, backbone] and at most
+    // Drafts of several sequences, each from its last token and the target's state that produced it, [backbone], and at most
     // `counts` of them; `made` says how many. `choices`, `tokens` and `confidences` are [sequences, the highest count]; a
     // draft's confidence is its probability among the drafter's candidates, and known where there is a stop rule.
-    void draft(const int64_t* last, const float* hidden, const std::vector<Segment>& segments, const Cache* caches,
+    void draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments, const Cache* caches,
                const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices, int64_t* tokens,
                float* confidences, int64_t* made);
     size_t candidates() const;

@@ -69,6 +69,8 @@ class Drafted(Protocol):
     grammar: GrammarState | None
     length: int
     last_token: int
+    states_RD: Tensor
+    state: int
 
     @property
     def last_state(self) -> Tensor: ...
@@ -189,11 +191,10 @@ class _Steps:
 def _native_drafts(drafter: NativeDrafter, sequences: Sequence[Drafting]) -> list[Drafts]:
     """All drafts in one call, which knows the same stop rule."""
     of = [one.sequence for one in sequences]
-    hidden = of[0].last_state if len(of) == 1 else torch.stack([sequence.last_state for sequence in of])
     rules = [NO_RULE if one.stop is None else (one.stop.least, one.stop.bias, one.stop.slope) for one in sequences]
     tokens, confidences, made = drafter.draft(
-        [sequence.last_token for sequence in of], hidden, of, [one.count for one in sequences], rules,
-        [sequence.params.temperature for sequence in of], [one.keys for one in sequences],
+        of, [one.count for one in sequences], rules, [sequence.params.temperature for sequence in of],
+        [one.keys for one in sequences],
     )  # fmt: skip
     return [
         Drafts(tokens[i][:n], [], [] if one.stop is None else confidences[i][:n])

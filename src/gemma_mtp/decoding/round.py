@@ -10,7 +10,6 @@ sequences one after another.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -99,6 +98,14 @@ class Rows(NamedTuple):
     keep: int
 
 
+class Scores(NamedTuple):
+    """What a turn's tokens follow from, and the first of its rows among the call's states: logits [T, V] of its T rows,
+    or natively, where nothing else of them is wanted, the T tokens themselves."""
+
+    begin: int
+    of_rows: Tensor | list[int]
+
+
 def open_sequence(
     target: Target,
     prompt_length: int,
@@ -143,8 +150,8 @@ def begin_prompt(target: Target, sequence: Sequence, prompt_ids: Tensor) -> None
 def end_prompt(target: Target, sequence: Sequence, hidden_RD: Tensor, row: int) -> RoundOutput:
     """After the last one, whose hidden state is that row: commit the first output token."""
     turn = Turn(sequence, 0)
-    (scores,) = score_rows(target, [turn], [1], hidden_RD[row : row + 1])
-    return _outcome(turn, NO_DRAFTS, hidden_RD, row, scores)
+    (scores,) = score_rows(target, [turn], [1], hidden_RD, first=row)
+    return _outcome(turn, NO_DRAFTS, hidden_RD, scores)
 
 
 def play_round(
@@ -174,11 +181,10 @@ def propose(target: Target, drafter: Drafter | None, turns: Items[Turn]) -> list
 def verify_round(target: Target, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
     """The second half: one target call over each sequence's last token and drafts, and what follows from it."""
     calls = [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)]
-    hidden_RD, rows = forward_rows(target, calls), [call.keep for call in calls]
-    scores = score_rows(target, turns, rows, hidden_RD)
-    begins = [end - count for end, count in zip(itertools.accumulate(rows), rows, strict=True)]
-    return [conclude(turn, of_one, hidden_RD, begin, of_rows)
-            for turn, of_one, begin, of_rows in zip(turns, drafts, begins, scores, strict=True)]  # fmt: skip
+    hidden_RD = forward_rows(target, calls)
+    scores = score_rows(target, turns, [call.keep for call in calls], hidden_RD)
+    return [conclude(turn, of_one, hidden_RD, of_turn)
+            for turn, of_one, of_turn in zip(turns, drafts, scores, strict=True)]  # fmt: skip
 
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
@@ -215,41 +221,41 @@ def _drafting(turn: Turn) -> Drafting:
     return Drafting(turn.sequence, turn.draft_tokens, turn.verification == "exact", turn.stop)
 
 
-def score_rows(target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: Tensor) -> list[Tensor | list[int]]:
-    """What each turn's tokens follow from: logits [T, V] of its T rows, or natively, where nothing else of them is
-    wanted, the T tokens themselves. All turns of a kind share one pass over the head.
+def score_rows(
+    target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: Tensor, first: int = 0
+) -> list[Scores]:
+    """What each turn's tokens follow from. All turns of a kind share one pass over the head.
 
-    `rows`: how many each turn has; they lie one after the other from the first of `hidden_RD` on.
+    `rows`: how many each turn has; they lie one after the other from row `first` of `hidden_RD` on.
     """
     native = target.native
-    plain = [native is not None and turn.is_plain(count) for turn, count in zip(turns, rows, strict=True)]
-    scores: list[Tensor | list[int]] = [[]] * len(turns)
-    if native is not None and any(plain):
-        chosen = list(itertools.compress(range(len(turns)), plain))
-        temperatures: list[float] = []
-        keys: list[int] = []
-        for i in chosen:
-            sequence, count = turns[i].sequence, rows[i]
-            temperatures += [sequence.params.temperature] * count
-            keys += _keys(sequence, count)
-        tokens, begin = native.choose(_rows_of(chosen, rows, hidden_RD), temperatures, keys).tolist(), 0
-        for i in chosen:
-            scores[i] = tokens[begin : begin + rows[i]]
-            begin += rows[i]
-    if not all(plain):
-        others = [i for i, of_one in enumerate(plain) if not of_one]
-        logits_RV = target.logits(_rows_of(others, rows, hidden_RD))
+    scores: list[Scores | None] = []
+    plain: list[int] = []  # turns
+    places: list[int] = []  # their rows
+    temperatures: list[float] = []
+    keys: list[int] = []
+    begins, begin = [], first
+    for i, (turn, count) in enumerate(zip(turns, rows, strict=True)):
+        begins.append(begin)
+        scores.append(None)
+        if native is not None and turn.is_plain(count):
+            plain.append(i)
+            places += range(begin, begin + count)
+            temperatures += [turn.sequence.params.temperature] * count
+            keys += _keys(turn.sequence, count)
+        begin += count
+    if native is not None and plain:
+        tokens, at = native.choose(hidden_RD, places, temperatures, keys), 0
+        for i in plain:
+            scores[i] = Scores(begins[i], tokens[at : at + rows[i]])
+            at += rows[i]
+    others = [i for i, of_one in enumerate(scores) if of_one is None]
+    if others:
+        states = [hidden_RD[begins[i] : begins[i] + rows[i]] for i in others] if plain else [hidden_RD[first:begin]]
+        logits_RV = target.logits(states[0] if len(states) == 1 else torch.cat(states))
         for i, logits_TV in zip(others, logits_RV.split([rows[i] for i in others]), strict=True):
-            scores[i] = logits_TV
-    return scores
-
-
-def _rows_of(turns: list[int], rows: Items[int], hidden_RD: Tensor) -> Tensor:
-    """The rows of some of the turns."""
-    if len(turns) == len(rows):
-        return hidden_RD[: sum(rows)]
-    ends = list(itertools.accumulate(rows))
-    return torch.cat([hidden_RD[ends[i] - rows[i] : ends[i]] for i in turns])
+            scores[i] = Scores(begins[i], logits_TV)
+    return [of_one for of_one in scores if of_one is not None]
 
 
 def _keys(sequence: Sequence, rows: int) -> list[int]:
@@ -259,25 +265,24 @@ def _keys(sequence: Sequence, rows: int) -> list[int]:
     return [row_key(sequence.params.seed, sequence.length + i, STREAM_CHOICE) for i in range(rows)]
 
 
-def conclude(turn: Turn, drafts: Drafts, hidden_RD: Tensor, begin: int, scores: Tensor | list[int]) -> RoundOutput:
-    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`, `begin`
-    is the first of the turn's rows."""
-    output = _outcome(turn, drafts, hidden_RD, begin, scores)
+def conclude(turn: Turn, drafts: Drafts, hidden_RD: Tensor, scores: Scores) -> RoundOutput:
+    """Choose at every row, count the accepted drafts, and move the sequence on. `scores` are of `score_rows`."""
+    output = _outcome(turn, drafts, hidden_RD, scores)
     turn.sequence.cache.commit(output.accepted + 1)
     return output
 
 
-def _outcome(turn: Turn, drafts: Drafts, hidden_RD: Tensor, begin: int, scores: Tensor | list[int]) -> RoundOutput:
+def _outcome(turn: Turn, drafts: Drafts, hidden_RD: Tensor, scores: Scores) -> RoundOutput:
     """Reads the device once."""
-    sequence, params = turn.sequence, turn.sequence.params
-    if isinstance(scores, list):
-        accepted = agreeing(scores, drafts.on_host()) if len(drafts) else 0
-        return _commit(sequence, drafts, hidden_RD, begin, scores[: accepted + 1], None)
-    verified = _verify(scores, sequence, drafts, turn.verification)
+    sequence, params, (begin, of_rows) = turn.sequence, turn.sequence.params, scores
+    if isinstance(of_rows, list):
+        accepted = agreeing(of_rows, drafts.on_host()) if len(drafts) else 0
+        return _commit(sequence, drafts, hidden_RD, begin, of_rows[: accepted + 1], None)
+    verified = _verify(of_rows, sequence, drafts, turn.verification)
     accepted, *tokens = torch.cat((verified.n_accepted.view(1), verified.tokens)).tolist()
     logprobs = None
     if params.logprobs is not None:
-        logprobs = top_logprobs(scores[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
+        logprobs = top_logprobs(of_rows[: accepted + 1], verified.tokens[: accepted + 1], params.logprobs)
     if sequence.history is not None:
         sequence.history.commit(verified.tokens[: accepted + 1])
     return _commit(sequence, drafts, hidden_RD, begin, tokens[: accepted + 1], logprobs)

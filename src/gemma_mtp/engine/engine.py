@@ -475,13 +475,11 @@ class Engine:
         hidden_RD = forward_rows(target, calls)
         scores = score_rows(target, step.turns, rows, hidden_RD)
         played: list[tuple[Job, RoundOutput | None]] = []
-        begin = 0  # a job's rows
-        for job, turn, made, of_rows in zip(step.players, step.turns, drafts, scores, strict=True):
+        for job, turn, made, of_turn in zip(step.players, step.turns, drafts, scores, strict=True):
             try:
-                played.append((job, conclude(turn, made, hidden_RD, begin, of_rows)))
+                played.append((job, conclude(turn, made, hidden_RD, of_turn)))
             except Exception as error:
                 self._fail(job, error)
-            begin += len(made) + 1
         for row, (job, chunk) in enumerate(zip(step.readers, step.chunks, strict=True), start=sum(rows)):
             try:
                 played.append((job, self._read(job, chunk, hidden_RD, row)))

@@ -34,6 +34,14 @@ class Placed(Protocol):
     rope: Mapping[LayerType, tuple[Tensor, Tensor]]
 
 
+class Begun(Placed, Protocol):
+    """One to draft for: its last token, and which row of some states, float32 and contiguous, produced it."""
+
+    last_token: int
+    states_RD: Tensor
+    state: int
+
+
 class NativeTarget:
     """Runs a target's calls. The target's parameters must stay as they are while it lives."""
 
@@ -84,16 +92,17 @@ class NativeTarget:
         self._stack.logits(flat.data_ptr(), flat.shape[0], out.data_ptr())
         return out.view(*hidden.shape[:-1], self.vocab_size)
 
-    def choose(self, hidden_RD: Tensor, temperatures: Sequence[float], keys: Sequence[int]) -> Tensor:
-        """Each row's token, int64 [R], the lowest id among equals; no logits are stored.
+    def choose(
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
+    ) -> list[int]:
+        """The token of each of these rows of `hidden_RD`, float32 and contiguous: the lowest id among equals. No logits
+        are stored.
 
         At temperature 0 the arg max of its logits; else of logits / temperature and Gumbel noise of that key
         (`decoding.noise.row_key`).
         """
-        flat = hidden_RD.contiguous()
-        out = torch.empty(flat.shape[0], dtype=torch.int64)
-        self._stack.choose(flat.data_ptr(), temperatures, keys, out.data_ptr())
-        return out
+        tokens: list[int] = self._stack.choose(hidden_RD.data_ptr(), rows, temperatures, keys)
+        return tokens
 
 
 class NativeDrafter:
@@ -141,21 +150,23 @@ class NativeDrafter:
         return logits, ids if self._ordering.numel() else None
 
     def draft(
-        self, tokens: Sequence[int], hidden: Tensor, sequences: Sequence[Placed], counts: Sequence[int],
-        stops: Sequence[StopRule], temperatures: Sequence[float], keys: Sequence[Sequence[int]],
+        self, sequences: Sequence[Begun], counts: Sequence[int], stops: Sequence[StopRule],
+        temperatures: Sequence[float], keys: Sequence[Sequence[int]],
     ) -> tuple[list[list[int]], list[list[float]], list[int]]:  # fmt: skip
         """Drafts of all sequences in one call, chosen as `NativeTarget.choose` does, draft i by `keys[sequence][i]`.
 
-        Each from its last token and the target's state that produced it, `counts` of them, or fewer where its rule says
-        so; a rule without numbers is none. `hidden`: float32, R times D. Returns of each sequence its tokens and how
-        sure the drafter was of each (0 without a rule), as many as the highest count, and how many were made.
+        `counts` of them, or fewer where its rule says so; a rule without numbers is none. Returns of each sequence its
+        tokens and how sure the drafter was of each (0 without a rule), as many as the highest count, and how many were
+        made.
         """
-        most, rows = max(counts), len(tokens)
+        most, rows = max(counts), len(sequences)
         out, made = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
         confidences = array("f", bytes(4 * rows * most))
-        hidden = hidden.contiguous()
+        row_bytes = 4 * self.backbone
         self._stack.draft(
-            tokens, hidden.data_ptr(), *self._places(sequences), counts, [module().StopRule(*stop) for stop in stops],
+            [sequence.last_token for sequence in sequences],
+            [sequence.states_RD.data_ptr() + row_bytes * sequence.state for sequence in sequences],
+            *self._places(sequences), counts, [module().StopRule(*stop) for stop in stops],
             [temperature for temperature in temperatures for _ in range(most)],
             [key for row in keys for key in (*row, *[0] * (most - len(row)))],
             *(place.buffer_info()[0] for place in (out, confidences, made)),
