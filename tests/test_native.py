@@ -22,7 +22,7 @@ from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.linear import Linear, Panels
+from gemma_mtp.ops.linear import Embedding, Linear, Panels
 from gemma_mtp.ops.native import Memory, module
 from gemma_mtp.ops.quantise import quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
@@ -124,6 +124,18 @@ def test_panels_hold_two_columns_of_a_group_after_another(N: int, K: int) -> Non
             places[n, k] = begin * K + (k // 2 * rows + n - begin) * 2 + k % 2
     assert torch.equal(panels.data.flatten()[places], w)
     assert torch.equal(panels.dense(), w)
+    indices = torch.tensor([[N - 1, 0, 7], [N // 2, N - 1, 1]])
+    assert torch.equal(panels.rows(indices), w[indices])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (144, 96)])
+def test_rows_looked_up_in_panels(isa: str, N: int, K: int) -> None:
+    memory, w, out = Memory(), randn(N, K).bfloat16(), torch.empty(K)
+    weight = memory.panels(Panels(w))
+    for row in range(N):
+        native.gather(isa, weight, row, 1.7, out.data_ptr())
+        assert torch.equal(out, w[row].float() * 1.7)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +157,14 @@ def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
     assert layer.weight.numel() == 0
     assert torch.equal(layer.stored, w)
     assert torch.equal(layer(x), expected)
+
+
+def test_a_table_in_panels_is_still_looked_up() -> None:
+    table, token_ids = Embedding(144, 64).bfloat16(), torch.tensor([[3, 143], [0, 64]])
+    expected = table(token_ids)
+    assert table.to_panels_() is not None
+    assert table.weight.numel() == 0
+    assert torch.equal(table(token_ids), expected)
 
 
 @pytest.mark.parametrize("kind", QUANTISATIONS)

@@ -775,6 +775,14 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
         each(n, [&](size_t i, int w) {
             put(out + i, mul(w == W ? load(from + i) : load_part(from + i, w), set1(factor)), w);
         });
+    } else if (table.type == Type::PANELS) {
+        const size_t group = row / GROUP_ROWS * GROUP_ROWS, step = 2 * std::min(GROUP_ROWS, table.rows - group);
+        const uint16_t* from = (const uint16_t*)table.data + group * n + 2 * (row - group);
+        uint16_t pairs[2 * W];
+        for (size_t i = 0; i < n; i += 2 * W) {
+            for (size_t k = 0; k < W; k++, from += step) std::memcpy(pairs + 2 * k, from, sizeof(uint32_t));
+            for (size_t k = 0; k < 2 * W; k += W) store(out + i + k, mul(load(pairs + k), set1(factor)));
+        }
     } else {
         const uint8_t* from = (const uint8_t*)table.data + row * table.row_bytes();
         const size_t group = table.type == Type::I8 ? 64 : 32;

@@ -221,9 +221,7 @@ def _drafting(turn: Turn) -> Drafting:
     return Drafting(turn.sequence, turn.draft_tokens, turn.verification == "exact", turn.stop)
 
 
-def score_rows(
-    target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: Tensor, first: int = 0
-) -> list[Scores]:
+def score_rows(target: Target, turns: Items[Turn], rows: Items[int], hidden_RD: Tensor, first: int = 0) -> list[Scores]:
     """What each turn's tokens follow from. All turns of a kind share one pass over the head.
 
     `rows`: how many each turn has; they lie one after the other from row `first` of `hidden_RD` on.

@@ -92,10 +92,14 @@ class Drafter(nn.Module):
         return self.masked_embedding.candidates(state_RH, self.head_table)
 
     @property
+    def head(self) -> Matrix:
+        """The head's weight [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    @property
     def head_table(self) -> Weight:
-        """The head's rows [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
-        head: Matrix = self.embed_tokens if self.lm_head is None else self.lm_head
-        return head.stored
+        """The head's rows, as they are kept in memory."""
+        return self.head.stored
 
     def quantise_(self, types: WeightTypes) -> None:
         """Quantise the parts that `types` names. Before `pack_`; the model can not be trained after.

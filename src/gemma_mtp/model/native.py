@@ -50,16 +50,17 @@ class NativeTarget:
         stack = _stack_config(config)
         self._memory = memory
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
-        self.table = memory.matrix(target.embed_tokens.stored)
+        tied = target.lm_head is None
+        self.table = memory.multiplied(target.embed_tokens) if tied else memory.matrix(target.embed_tokens.stored)
         self.embed_scale = _rounded(config.hidden_size**0.5, target.embed_tokens.weight.dtype)
         stack.table, stack.embed_scale = self.table, self.embed_scale
-        stack.head = self.table if target.lm_head is None else memory.matrix(target.lm_head.stored)
+        stack.head = self.table if target.lm_head is None else memory.multiplied(target.lm_head)
         stack.softcap = config.final_logit_softcapping or 0.0
         if P := config.hidden_size_per_layer_input:
             stack.ple = P
             stack.ple_table = memory.matrix(target.embed_tokens_per_layer.stored)
             stack.ple_embed_scale = _rounded(P**0.5, target.embed_tokens_per_layer.weight.dtype)
-            stack.ple_model_projection = memory.linear(target.per_layer_model_projection)
+            stack.ple_model_projection = memory.multiplied(target.per_layer_model_projection)
         ple_norm = memory.vector(target.per_layer_projection_norm.weight) if P else 0
         stack.set_norms(memory.vector(target.norm.weight), ple_norm)
         caches = {layer: i for i, layer in enumerate(range(config.first_kv_shared_layer))}
@@ -117,18 +118,18 @@ class NativeDrafter:
         stack.set_norms(memory.vector(drafter.norm.weight), 0)
         stack.softcap = text.final_logit_softcapping or 0.0
         head, centroids = drafter.masked_embedding, memory.matrix(torch.zeros(1, text.hidden_size))
-        table, self._ordering = drafter.head_table, torch.zeros(0, dtype=torch.int64)
-        clusters, top_k = 0, 0
-        if head is not None:
+        clusters, top_k, self._ordering = 0, 0, torch.zeros(0, dtype=torch.int64)
+        if head is None:
+            stack.head = memory.multiplied(drafter.head)
+        else:
             clusters, top_k = config.num_centroids, head.top_k
             centroids = memory.matrix(head.centroids.stored)
             self._ordering = head.token_ordering.contiguous()
-            table = table[self._ordering]  # cluster by cluster, so that a cluster is one block
-        stack.head = memory.matrix(table)
+            stack.head = memory.matrix(drafter.head_table[self._ordering])  # cluster by cluster: each is one block
         layers = [_layer(memory, cast("DecoderLayer", layer), text, i, i) for i, layer in enumerate(drafter.layers)]
         self._layer_types = text.layer_types
         self._stack = native.DraftStack(
-            stack, layers, memory.linear(drafter.pre_projection), memory.linear(drafter.post_projection),
+            stack, layers, memory.multiplied(drafter.pre_projection), memory.multiplied(drafter.post_projection),
             self.backbone, target.table, target.embed_scale, clusters, top_k, centroids, self._ordering.data_ptr(),
         )  # fmt: skip
         self.candidate_count: int = self._stack.candidates()
@@ -195,13 +196,13 @@ def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, 
     out.sliding, out.key_is_value = config.is_sliding(index), attention.key_is_value
     out.heads, out.kv_heads, out.groups = attention.heads, attention.kv_heads, config.layer_kv_heads(index)
     out.head_dim, out.cache, out.scalar = attention.head_dim, cache, layer.layer_scalar.item()
-    out.qkv, out.o = memory.linear(attention.qkv_proj), memory.linear(attention.o_proj)
-    out.gate_up, out.down = memory.linear(mlp.gate_up_proj), memory.linear(mlp.down_proj)
+    out.qkv, out.o = memory.multiplied(attention.qkv_proj), memory.multiplied(attention.o_proj)
+    out.gate_up, out.down = memory.multiplied(mlp.gate_up_proj), memory.multiplied(mlp.down_proj)
     k_norm = None if attention.k_norm is None else attention.k_norm.weight
     ple_norm = None
     if layer.ple is not None:
-        out.ple_gate = memory.linear(layer.ple.per_layer_input_gate)
-        out.ple_projection = memory.linear(layer.ple.per_layer_projection)
+        out.ple_gate = memory.multiplied(layer.ple.per_layer_input_gate)
+        out.ple_projection = memory.multiplied(layer.ple.per_layer_projection)
         ple_norm = layer.ple.post_per_layer_input_norm.weight
     norms = (attention.q_norm.weight, k_norm, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
              layer.pre_feedforward_layernorm.weight, layer.post_feedforward_layernorm.weight, ple_norm)  # fmt: skip

@@ -63,6 +63,15 @@ class Panels:
             weight[rows] = group.transpose(0, 1).reshape(-1, weight.shape[1])
         return weight
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows of the weight, [..., in] of int64 [...]."""
+        count, columns = self.data.shape
+        begin = indices // 64 * 64
+        beside = (count - begin).clamp(max=64)  # rows of the group
+        pairs = torch.arange(columns // 2, device=indices.device)
+        places = (begin * (columns // 2) + (indices - begin))[..., None] + beside[..., None] * pairs
+        return self.data.view(torch.int32).flatten()[places].view(torch.bfloat16)
+
     def _groups(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight, and where they are, [pairs of columns, rows, 2]."""
         rows, columns = self.data.shape
@@ -97,10 +106,13 @@ class Matrix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         self.quantised: Quantised | None = None
+        self.panels: Panels | None = None
 
     @property
     def stored(self) -> Weight:
-        """The weight as it is kept in memory."""
+        """The weight as it is kept in memory; a copy in the usual order of one in panels."""
+        if self.panels is not None:
+            return self.panels.dense()
         return self.weight if self.quantised is None else self.quantised.matrix
 
     def quantise_(self, kind: Quantisation) -> None:
@@ -116,37 +128,30 @@ class Matrix(nn.Module):
             self.weight = nn.Parameter(self.quantised.matrix.dense(self.weight.dtype), requires_grad=False)
             self.quantised = None
 
+    def to_panels_(self) -> Panels | None:
+        """Replace a dense weight by its panels where it fits, for inference only; the dense weight is freed."""
+        if self.panels is None and self.quantised is None and Panels.fit(self.weight):
+            self.panels = Panels(self.weight)
+            self._drop_weight()
+        return self.panels
+
     def _drop_weight(self) -> None:
         weight = self.weight
         self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)
 
 
 class Linear(Matrix):
-    """A bias-free linear layer. After `pack_` it holds oneDNN's layout instead of the weight, after `to_panels_` the
-    native operators', both for inference only."""
+    """A bias-free linear layer. After `pack_` it holds oneDNN's layout instead of the weight, for inference only."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(out_features, in_features)
         self.packed: Tensor | None = None
-        self.panels: Panels | None = None
-
-    @property
-    def stored(self) -> Weight:
-        """The weight as it is kept in memory; a copy in the usual order of one in panels."""
-        return super().stored if self.panels is None else self.panels.dense()
 
     def pack_(self) -> None:
         """Replace a dense weight by its packed form where that pays; the dense weight is freed."""
         if self.quantised is None and can_pack(self.weight):
             self.packed = pack(self.weight)
             self._drop_weight()
-
-    def to_panels_(self) -> Panels | None:
-        """Replace a dense weight by its panels where it fits; the dense weight is freed."""
-        if self.panels is None and self.quantised is None and Panels.fit(self.weight):
-            self.panels = Panels(self.weight)
-            self._drop_weight()
-        return self.panels
 
     def forward(self, x: Tensor) -> Tensor:
         return quantise.linear(x, self.stored) if self.packed is None else packed_linear(x, self.packed)
@@ -164,6 +169,8 @@ class Embedding(Matrix):
     """A table [rows, size] whose rows are looked up, and which may be a head too."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        if self.panels is not None:
+            return self.panels.rows(token_ids)
         if self.quantised is None:
             return F.embedding(token_ids, self.weight)
         return self.quantised.matrix[token_ids].dequantise().to(self.weight.dtype)

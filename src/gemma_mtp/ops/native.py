@@ -1,8 +1,8 @@
 """The native CPU operators (`src/native`): the compiled module, and the memory that is handed to it.
 
 The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory only.
-Weights stay where they are, but for linear layers whose weights the operators take in panels: those are reordered, one
-after another. Vectors are copied and become float32.
+Weights stay where they are, but for those that rows are multiplied with and the operators take in panels: they are
+reordered, one after another. Vectors are copied and become float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.ops.linear import Linear, Panels
+from gemma_mtp.ops.linear import Matrix, Panels
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import Quantisation
 
@@ -74,10 +74,10 @@ class Memory:
         self.tensors.append(data)
         return module().Weight(WEIGHT_TYPES[data.dtype], data.data_ptr(), 0, rows, cols)
 
-    def linear(self, layer: Linear) -> Any:
-        """A linear layer's weight, in panels from now on where the operators have them and it fits."""
-        panels = layer.to_panels_() if module().panels() else None
-        return self.matrix(layer.stored) if panels is None else self.panels(panels)
+    def multiplied(self, matrix: Matrix) -> Any:
+        """The weight of a linear layer or a head, in panels from now on where the operators have them and it fits."""
+        panels = matrix.to_panels_() if module().panels() else None
+        return self.matrix(matrix.stored) if panels is None else self.panels(panels)
 
     def panels(self, panels: Panels) -> Any:
         """A weight in panels."""
