@@ -89,12 +89,28 @@ def to_engine(
     return send
 
 
+def streamed_from_engine(engine: Engine, requests: Requests) -> Send:
+    """Submit to the engine and read each update's text as it comes, as who shows or sends it on must."""
+
+    async def send(number: int) -> Reply:
+        generation, now = engine.submit(requests(number)), asyncio.get_running_loop().time
+        times = [now() async for update in generation.updates() if update.text]
+        return _usage(generation, times)
+
+    return send
+
+
 def _reply(generation: Generation, now: float) -> Reply:
     """Of a generation that has ended and was sent at that time."""
-    result, times = generation.result, []
+    times = []
     for update in generation.take():
         now += update.seconds
         times += [now] if update.token_ids else []
+    return _usage(generation, times)
+
+
+def _usage(generation: Generation, times: Sequence[float]) -> Reply:
+    result = generation.result
     return Reply(
         tuple(times), len(result.prompt_token_ids), len(result.token_ids),
         accepted_drafts=result.accepted, rejected_drafts=result.drafted - result.accepted,

@@ -1,12 +1,14 @@
 """The engine under load, and what the server adds to it.
 
+    python benchmarks/serving.py batch      # 16 running sequences to one at a time, no drafts
     python benchmarks/serving.py engine     # 1, 4 and 16 running sequences: no drafts and auto, their ratio
     python benchmarks/serving.py server     # the same load on the engine in this process and on `gemma-mtp serve`
     python benchmarks/serving.py prefix     # time to the first token of a prompt whose beginning is known
     python benchmarks/serving.py memory     # resident memory over 10,000 mixed requests; --server: the server's
 
-Loads are closed loops of so many clients. Sides take turns and begin in turn; a figure is the median over the
-repetitions, a ratio the median of the repetitions' ratios, with the least and the greatest.
+Loads are closed loops of so many clients, but for `batch`, whose requests all wait in the engine's queue, so that as
+many run as may. Sides take turns and begin in turn; a figure is the median over the repetitions, a ratio the median of
+the repetitions' ratios, with the least and the greatest.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import Requests, greedy, held_out, mixed, serve_options, to_engine, to_server
+from engine_load import Requests, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine, to_server
 from machine import describe
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +53,42 @@ MIXED_CLIENTS = 16
 MEBIBYTE = 1 << 20
 
 Content = dict[str, Any]
+
+
+def measure_batch(pair: Pair, args: argparse.Namespace) -> Content:
+    """Tokens a second without drafts by how many sequences run at a time, and over the first number's; the outputs must
+    be the same."""
+    requests = greedy(held_out(pair, args.prompt_tokens), args.max_tokens, 0)
+    speeds: dict[int, list[float]] = {running: [] for running in args.sequences}
+    outputs: dict[int, list[list[int]]] = {}
+    with contextlib.ExitStack() as stack:
+        engines = {}
+        for running in args.sequences:
+            settings = EngineSettings(running, max_waiting=args.requests * running, prefix_reuse=False)
+            engines[running] = stack.enter_context(Engine(pair, settings))
+        for repeat in range(args.repeats + 1):  # the first warms up
+            for running in list(args.sequences)[:: -1 if repeat % 2 else 1]:
+                started = time.perf_counter()
+                generations = [engines[running].submit(requests(i)) for i in range(args.requests * running)]
+                outputs[running] = [generation.wait().token_ids for generation in generations]
+                taken = time.perf_counter() - started
+                if repeat:
+                    speeds[running].append(sum(map(len, outputs[running])) / taken)
+    first = args.sequences[0]
+    return {
+        "tokens_per_second": speeds,
+        "ratios_to_first": {
+            running: _spread([a / b for a, b in zip(own, speeds[first], strict=True)])
+            for running, own in speeds.items()
+        },
+        "same_outputs": {
+            running: all(a == b for a, b in zip(own, outputs[first], strict=False)) for running, own in outputs.items()
+        },
+    }
+
+
+def _spread(found: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(found), "least": min(found), "greatest": max(found)}
 
 
 def measure_engine(pair: Pair, args: argparse.Namespace) -> Content:
@@ -75,7 +114,8 @@ def _side(engine: Engine, requests: Requests, outputs: dict[int, list[int]]) -> 
 
 
 def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
-    """Tokens a second of one load on the engine in this process and on a server, which is another process."""
+    """Tokens a second of one load on the engine in this process and on a server, which is another process; both read
+    whole or as streams."""
     prompts = held_out(pair, args.prompt_tokens)
     options = [*serve_options(args), "--no-prefix-reuse", "--max-running", str(max(args.sequences))]
     requests = greedy(prompts, args.max_tokens, "auto")
@@ -84,7 +124,7 @@ def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
         async with connect(url) as client:
             model = await first_model(client)
             sides = {
-                "engine": lambda run: to_engine(engine, requests),
+                "engine": lambda run: (to_engine if args.whole else streamed_from_engine)(engine, requests),
                 "server": lambda run: to_server(client, model, requests, args.whole),
             }
             found = []
@@ -151,10 +191,7 @@ def measure_prefix(pair: Pair, args: argparse.Namespace) -> Content:
         "tail_tokens": PREFIX_TAIL,
         "reused_tokens": reused,
         "seconds": seconds,
-        "ratios_to_first": {
-            name: {"median": statistics.median(own), "least": min(own), "greatest": max(own)}
-            for name, own in compared.items()
-        },
+        "ratios_to_first": {name: _spread(own) for name, own in compared.items()},
     }
 
 
@@ -203,6 +240,15 @@ async def _memory(send: Send, process: int, args: argparse.Namespace) -> Content
 def resident_bytes(process: int) -> int:
     """Of a process (Linux)."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def show_batch(content: Content) -> Table:
+    table = _table("running", "tokens/s", "to the first", "same outputs")
+    for running, speeds in content["tokens_per_second"].items():
+        same = "yes" if content["same_outputs"][running] else "NO"
+        ratio = _ratio(content["ratios_to_first"][running])
+        table.add_row(str(running), f"{statistics.median(speeds):.1f}", ratio, same)
+    return table
 
 
 def show_levels(content: Content) -> Table:
@@ -254,6 +300,7 @@ def _ratio(found: dict[str, float] | None) -> str:
 
 
 MEASUREMENTS: dict[str, tuple[Callable[[Pair, argparse.Namespace], Content], Callable[[Content], Table]]] = {
+    "batch": (measure_batch, show_batch),
     "engine": (measure_engine, show_levels),
     "server": (measure_server, show_levels),
     "prefix": (measure_prefix, show_prefix),
@@ -270,10 +317,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--json", type=Path, help="write the figures to this file too")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="measurement", required=True)
-    for name in ("engine", "server"):
+    for name in ("batch", "engine", "server"):
         command = commands.add_parser(name, parents=[common])
         command.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16])
-        command.add_argument("--requests", type=int, default=8, help="of each client")
+        command.add_argument("--requests", type=int, default=8, help="of each client, or running sequence")
         command.add_argument("--prompt-tokens", type=int, default=32, help="of a prompt, at most")
         command.add_argument("--max-tokens", type=int, default=128)
         command.add_argument("--repeats", type=int, default=5)

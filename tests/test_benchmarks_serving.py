@@ -6,12 +6,14 @@ import argparse
 import asyncio
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import serving
-from engine_load import body, greedy, mixed, serve_options, to_engine
+from engine_load import body, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine
 from models import VOCAB, agreeing_pair, packed
 
+from gemma_mtp import load_pair
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
@@ -38,6 +40,38 @@ def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
         assert (reply.prompt_tokens, reply.output_tokens) == (len(result.prompt_token_ids), 12)
         assert (reply.accepted_drafts, reply.rejected_drafts) == (result.accepted, result.drafted - result.accepted)
         assert len(record.chunks) == len(result.rounds)
+
+
+def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
+    pair = load_pair()
+    requests = greedy(held_out(pair, 8), 24, 3)
+    with Engine(pair) as engine:
+        (record,) = asyncio.run(run_load(ClosedLoop(1), streamed_from_engine(engine, requests), Extent(1)))
+    result = pair.generate(requests(0).prompt_token_ids, requests(0).params, draft_tokens=3)
+    assert record.reply.output_tokens == 24 and record.reply.accepted_drafts == result.accepted
+    assert 1 < len(record.chunks) <= len(result.rounds)
+    assert list(record.chunks) == sorted(record.chunks)
+
+
+def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many run as may, while requests wait; outputs are compared."""
+    most: dict[int, int] = {}
+    plan = Engine._plan
+
+    def watched(engine: Engine) -> Any:
+        allowed = engine.settings.max_running
+        most[allowed] = max(most.get(allowed, 0), len(engine._running))
+        return plan(engine)
+
+    monkeypatch.setattr(Engine, "_plan", watched)
+    options = ["batch", "--sequences", "1", "3", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
+    args = serving.parse([*options, "--prompt-tokens", "5"])
+    content = serving.measure_batch(load_pair(), args)
+    assert most == {1: 1, 3: 3}
+    assert {running: len(speeds) for running, speeds in content["tokens_per_second"].items()} == {1: 2, 3: 2}
+    assert content["ratios_to_first"][1] == {"median": 1, "least": 1, "greatest": 1}
+    assert content["same_outputs"] == {1: True, 3: True}
+    assert serving.show_batch(content).row_count == 2
 
 
 def test_cancelled_requests_end_early(pair: Pair) -> None:
