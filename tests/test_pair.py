@@ -41,11 +41,19 @@ def test_max_tokens_is_met_and_never_exceeded(raw_pair: Pair, draft_tokens: int,
     assert all(r.drafted <= draft_tokens for r in result.rounds)
 
 
+@pytest.fixture(scope="module")
+def plain_outputs(raw_pair: Pair) -> dict[float, list[int]]:
+    """By temperature."""
+    return {temp: raw_pair.generate(PROMPT, SamplingParams(max_tokens=60, temperature=temp), draft_tokens=0).token_ids
+            for temp in (0.0, 0.7)}  # fmt: skip
+
+
 @given(st.integers(0, 8), st.integers(0, 59), st.sampled_from([0.0, 0.7]))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_stop_token_ends_the_output_exactly(raw_pair: Pair, draft_tokens: int, at: int, temp: float) -> None:
-    params = SamplingParams(max_tokens=60, temperature=temp)
-    plain = raw_pair.generate(PROMPT, params, draft_tokens=0).token_ids
+def test_a_stop_token_ends_the_output_exactly(
+    raw_pair: Pair, plain_outputs: dict[float, list[int]], draft_tokens: int, at: int, temp: float
+) -> None:
+    params, plain = SamplingParams(max_tokens=60, temperature=temp), plain_outputs[temp]
     stop = plain[at]
     stopping = dataclasses.replace(params, stop_token_ids=(stop,))
     result = raw_pair.generate(PROMPT, stopping, draft_tokens=draft_tokens)
@@ -61,14 +69,23 @@ def test_eos_ends_the_output_unless_ignored(raw_pair: Pair) -> None:
     assert with_eos.generate(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True)).token_ids == plain
 
 
+DRAWN = SamplingParams(max_tokens=60, temperature=1.0, seed=4)
+
+
+@pytest.fixture(scope="module")
+def drawn_text(pair: Pair) -> str:
+    text = pair.generate(PROMPT, DRAWN, draft_tokens=0).text
+    assert text is not None
+    return text
+
+
 @given(st.integers(0, 8), st.integers(0, 50), st.integers(1, 4))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_stop_string_ends_the_output_exactly(pair: Pair, draft_tokens: int, start: int, length: int) -> None:
-    params = SamplingParams(max_tokens=60, temperature=1.0, seed=4)
-    text = pair.generate(PROMPT, params, draft_tokens=0).text
-    assert text is not None
-    stop = text[start : start + length]
-    result = pair.generate(PROMPT, dataclasses.replace(params, stop=stop), draft_tokens=draft_tokens)
+def test_a_stop_string_ends_the_output_exactly(
+    pair: Pair, drawn_text: str, draft_tokens: int, start: int, length: int
+) -> None:
+    text, stop = drawn_text, drawn_text[start : start + length]
+    result = pair.generate(PROMPT, dataclasses.replace(DRAWN, stop=stop), draft_tokens=draft_tokens)
     assert result.text == text[: text.index(stop)]
     assert len(result.token_ids) == text.index(stop) + length, "the token that completes the stop string is the last"
     assert result.finish_reason == "stop"
