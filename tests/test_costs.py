@@ -47,6 +47,26 @@ def test_costs_come_back_as_they_were_stored(tmp_path: Path) -> None:
     assert the_file(directory).name.startswith("costs-"), "nothing temporary is left"
 
 
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 9\n",
+      "AMD EPYC, family 25, model 17, "),
+     ("processor\t: 0\nmodel name\t: Cortex: A7\n\n", "Cortex: A7, "),
+     ("processor\t: 0\n\n", "riscv64, "), (None, "riscv64, ")],
+)  # fmt: skip
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, said: str | None, name: str) -> None:
+    def read(path: Path, encoding: str) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if said is None:
+            raise FileNotFoundError
+        return said
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(cost_cache.platform, "processor", lambda: "")
+    monkeypatch.setattr(cost_cache.platform, "machine", lambda: "riscv64")
+    assert cost_cache.processor(torch.device("cpu")) == f"{name}{os.cpu_count()} cores"
+
+
 DAMAGE = {
     "empty": "", "not JSON": "{", "another type": "[1, 2]", "no costs": json.dumps({"version": 1, "key": KEY}),
     "deep": "[" * 100_000,

@@ -63,14 +63,19 @@ def cost_key(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", se
 
 
 def processor(device: torch.device) -> str:
-    """The name of the processor that a device is."""
+    """The name of the processor that a device is. Virtual machines give different ones the same name ("AMD EPYC"), so
+    family and model are part of it."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    exactly = "".join(
+        f", {fact.removeprefix('cpu ')} {facts[fact]}" for fact in ("cpu family", "model") if fact in facts
+    )
+    return f"{name}{exactly}, {os.cpu_count()} cores"
 
 
 def load_costs(directory: Path, key: Key) -> RoundCosts | None:
