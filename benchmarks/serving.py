@@ -42,7 +42,7 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.measure.load import ClosedLoop, Extent, Send, run_load
 from gemma_mtp.measure.load_client import connect, first_model
-from gemma_mtp.measure.load_runs import LevelResult, failed_share, measure_levels, ratios
+from gemma_mtp.measure.load_runs import LevelResult, Ratio, failed_share, measure_levels, ratios
 from gemma_mtp.measure.load_server import own_server
 from gemma_mtp.ops.native import set_threads
 
@@ -78,17 +78,13 @@ def measure_batch(pair: Pair, args: argparse.Namespace) -> Content:
     return {
         "tokens_per_second": speeds,
         "ratios_to_first": {
-            running: _spread([a / b for a, b in zip(own, speeds[first], strict=True)])
+            running: asdict(Ratio.of([a / b for a, b in zip(own, speeds[first], strict=True)]))
             for running, own in speeds.items()
         },
         "same_outputs": {
             running: all(a == b for a, b in zip(own, outputs[first], strict=False)) for running, own in outputs.items()
         },
     }
-
-
-def _spread(found: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(found), "least": min(found), "greatest": max(found)}
 
 
 def measure_engine(pair: Pair, args: argparse.Namespace) -> Content:
@@ -191,7 +187,7 @@ def measure_prefix(pair: Pair, args: argparse.Namespace) -> Content:
         "tail_tokens": PREFIX_TAIL,
         "reused_tokens": reused,
         "seconds": seconds,
-        "ratios_to_first": {name: _spread(own) for name, own in compared.items()},
+        "ratios_to_first": {name: asdict(Ratio.of(own)) for name, own in compared.items()},
     }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import processor
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -161,8 +161,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for name, s in seconds.items()
     }  # fmt: skip
     setting = {name: getattr(args, name) for name in ("dtype", "threads", "batch", "length", "memory", "turns")}
-    machine = platform.processor() or platform.machine()
-    return {"sides": rows, **setting, "machine": machine, "torch": torch.__version__}
+    return {"sides": rows, **setting, "machine": processor(), "torch": torch.__version__}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -198,9 +198,9 @@ NB_MODULE(_native, m) {
         .def("score", [](DraftStack& d, uintptr_t state, size_t rows, uintptr_t logits, uintptr_t ids) {
             d.score(at<const float>(state), rows, at<float>(logits), at<int64_t>(ids));
         }, release())
-        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, const std::vector<uintptr_t>& hidden, const Caches& caches,
-                         const std::vector<const View*>& views, const std::vector<int64_t>& positions, const Numbers& counts,
-                         const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
+        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, const std::vector<uintptr_t>& hidden,
+                         const Caches& caches, const std::vector<const View*>& views, const std::vector<int64_t>& positions,
+                         const Numbers& counts, const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
                          const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
             std::vector<const float*> states;
             for (uintptr_t address : hidden) states.push_back(at<const float>(address));

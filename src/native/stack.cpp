@@ -608,7 +608,8 @@ void take_total(float* scores, size_t count, Best& best) {
 }  // namespace
 
 // This thread's best token of each row. With `totals` also what its softmax is divided by.
-void Stack::best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me) {
+void Stack::best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all,
+                 Worker& me) {
     const size_t rows = states.size();
     float* scores = grown(own.b, rows * HEAD_BLOCK);
     Best* mine = all.best.data() + me.thread * all.best_rows;
@@ -763,9 +764,9 @@ bool StopRule::goes_on(size_t made, double& reach, float confidence) const {
     return made < least.size() && reach >= least[made];
 }
 
-void DraftStack::draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments, const Cache* caches,
-                       const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices,
-                       int64_t* tokens, float* confidences, int64_t* made) {
+void DraftStack::draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments,
+                       const Cache* caches, const std::vector<size_t>& counts, const std::vector<StopRule>& stops,
+                       const Choice* choices, int64_t* tokens, float* confidences, int64_t* made) {
     const size_t most = *std::max_element(counts.begin(), counts.end()), C = centroids.clusters ? candidates() : 0;
     Buffer<float> logits(C);
     std::vector<int64_t> ids(C);

@@ -148,7 +148,8 @@ class Stack {
     const void* after(size_t index, const Batch& batch, const Worker& me) const;
     void experts(const Layer& l, size_t rows, Private& own, Shared& all, Worker& me);
     void head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me);
-    void best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all, Worker& me);
+    void best(const std::vector<const float*>& states, const Choice* choices, bool totals, Private& own, Shared& all,
+              Worker& me);
     Best combined(size_t row, const Shared& all, int threads) const;
     Shared& shared(size_t rows, int threads);
 
@@ -188,9 +189,9 @@ class DraftStack {
     // Drafts of several sequences, each from its last token and the target's state that produced it, [backbone], and at most
     // `counts` of them; `made` says how many. `choices`, `tokens` and `confidences` are [sequences, the highest count]; a
     // draft's confidence is its probability among the drafter's candidates, and known where there is a stop rule.
-    void draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments, const Cache* caches,
-               const std::vector<size_t>& counts, const std::vector<StopRule>& stops, const Choice* choices, int64_t* tokens,
-               float* confidences, int64_t* made);
+    void draft(const int64_t* last, const std::vector<const float*>& states, const std::vector<Segment>& segments,
+               const Cache* caches, const std::vector<size_t>& counts, const std::vector<StopRule>& stops,
+               const Choice* choices, int64_t* tokens, float* confidences, int64_t* made);
     size_t candidates() const;
     // Logits of the candidates of each row, and their ids where there is a centroid head, [rows, candidates].
     void score(const float* state, size_t rows, float* logits, int64_t* ids);

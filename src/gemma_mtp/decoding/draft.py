@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.noise import STREAM_CHOICE, STREAM_DRAFT, round_counters, row_key
 from gemma_mtp.decoding.sampling import Candidates, SamplingParams, TokenHistory, choose, process
-from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
+from gemma_mtp.kv_cache import CommittedKeyValues
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import Rope, slice_rope
-from gemma_mtp.model.native import NativeDrafter
+from gemma_mtp.model.layers import slice_rope
+from gemma_mtp.model.native import Begun, NativeDrafter
 from gemma_mtp.model.target import Target
 
 #: for the native operators: draft all that are asked for
@@ -59,18 +58,13 @@ def draft_noise(coupled: bool, first_position: int, count: int, device: torch.de
     return round_counters(torch.tensor(first_position, device=device), count), STREAM_DRAFT
 
 
-class Drafted(Protocol):
+class Drafted(Begun, Protocol):
     """What drafting needs to know of a sequence."""
 
     params: SamplingParams
-    cache: KVCache
-    rope: Mapping[LayerType, Rope]
     history: TokenHistory | None
     grammar: GrammarState | None
     length: int
-    last_token: int
-    states_RD: Tensor
-    state: int
 
     @property
     def last_state(self) -> Tensor: ...

@@ -83,6 +83,11 @@ class Ratio:
     least: float
     greatest: float
 
+    @classmethod
+    def of(cls, quotients: Sequence[float]) -> Ratio:
+        """Of the repetitions' ratios."""
+        return cls(statistics.median(quotients), min(quotients), max(quotients))
+
 
 FIGURES: dict[str, Callable[[LoadSummary], float | None]] = {
     "requests_per_second": lambda summary: summary.requests_per_second,
@@ -100,7 +105,7 @@ def ratios(before: LevelResult, after: LevelResult) -> dict[str, Ratio]:
         pairs = [(figure(a), figure(b)) for a, b in zip(after.by_repeat, before.by_repeat, strict=True)]
         quotients = [a / b for a, b in pairs if a is not None and b]
         if len(quotients) == len(pairs):
-            found[name] = Ratio(statistics.median(quotients), min(quotients), max(quotients))
+            found[name] = Ratio.of(quotients)
     return found
 
 

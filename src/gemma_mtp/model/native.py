@@ -35,7 +35,8 @@ class Placed(Protocol):
 
 
 class Begun(Placed, Protocol):
-    """One to draft for: its last token, and which row of some states, float32 and contiguous, produced it."""
+    """One to draft for: its last token, and which row of the target's states produced it; natively these are
+    float32 and contiguous."""
 
     last_token: int
     states_RD: Tensor

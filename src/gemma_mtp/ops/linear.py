@@ -40,9 +40,13 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
+#: weight rows of a group and of a panel, as in `src/native/kernels.h`
+GROUP_ROWS, PANEL_ROWS = 64, 16
+
+
 class Panels:
     """A bf16 weight [out, in] in the order that the native operators multiply with least work (`src/native/kernels.h`):
-    its rows in groups of 64, and of each group two columns after another, row by row."""
+    its rows in groups, and of each group two columns after another, row by row."""
 
     def __init__(self, weight: Tensor) -> None:
         """Reorder a weight that fits."""
@@ -52,9 +56,9 @@ class Panels:
 
     @staticmethod
     def fit(weight: Tensor) -> bool:
-        """Whether the weight has whole panels of 16 rows and whole steps of 32 columns."""
+        """Whether the weight has whole panels of rows and whole steps of 32 columns."""
         rows, columns = weight.shape
-        return weight.dtype == torch.bfloat16 and rows % 16 == 0 and columns % 32 == 0
+        return weight.dtype == torch.bfloat16 and rows % PANEL_ROWS == 0 and columns % 32 == 0
 
     def dense(self) -> Tensor:
         """The weight in its usual order."""
@@ -66,8 +70,8 @@ class Panels:
     def rows(self, indices: Tensor) -> Tensor:
         """Some rows of the weight, [..., in] of int64 [...]."""
         count, columns = self.data.shape
-        begin = indices // 64 * 64
-        beside = (count - begin).clamp(max=64)  # rows of the group
+        begin = indices // GROUP_ROWS * GROUP_ROWS
+        beside = (count - begin).clamp(max=GROUP_ROWS)  # rows of the group
         pairs = torch.arange(columns // 2, device=indices.device)
         places = (begin * (columns // 2) + (indices - begin))[..., None] + beside[..., None] * pairs
         return self.data.view(torch.int32).flatten()[places].view(torch.bfloat16)
@@ -75,8 +79,8 @@ class Panels:
     def _groups(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight, and where they are, [pairs of columns, rows, 2]."""
         rows, columns = self.data.shape
-        for begin in range(0, rows, 64):
-            end = min(begin + 64, rows)
+        for begin in range(0, rows, GROUP_ROWS):
+            end = min(begin + GROUP_ROWS, rows)
             yield slice(begin, end), self.data[begin:end].view(columns // 2, end - begin, 2)
 
 
