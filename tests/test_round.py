@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, S, agreeing_pair, packed, play, random_drafter, random_target, slow_decode
+from models import VOCAB, F, Played, S, agreeing_pair, packed, play, random_drafter, random_target, slow_decode
 
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding.draft import draft_noise
+from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS
+from gemma_mtp.kv_cache import KVPool
 
 PAIRS = {
     "random": (random_target(), random_drafter()),
@@ -125,6 +127,31 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
     coupled = accepted()
     monkeypatch.setattr(draft_module, "draft_noise", lambda coupled, *rest: draft_noise(False, *rest))
     assert coupled > 2 * accepted()
+
+
+@pytest.mark.parametrize("name", ["native", "native, centroids", "agreeing"])
+def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
+    """Not their tokens only, which a wrong state would leave as they are, but the drafts made from it."""
+    target, drafter = PAIRS[name]
+    ways = [({}, 4), ({"temperature": 0.7}, 2), ({"temperature": 0.9, "top_k": 20}, 5), ({}, 0), ({"logprobs": 1}, 3)]
+    wanted = [(SamplingParams(max_tokens=40, seed=9, **options), drafts) for options, drafts in ways]
+    prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(len(wanted))]
+    alone = [play(target, drafter, prompt, *own) for prompt, own in zip(prompts, wanted, strict=True)]
+    pool = KVPool(target.config, {kind: 8 * len(wanted) for kind in (S, F)}, target.compute_dtype, "cpu")
+    played = []
+    for prompt, (params, drafts) in zip(prompts, wanted, strict=True):
+        sequence = open_sequence(target, len(prompt), params.max_tokens, drafts, params, pool)
+        played.append(Played(prefill(target, sequence, torch.tensor(prompt)).token_ids, [], [], sequence))
+    while going := [i for i, own in enumerate(played) if len(own.tokens) < 40]:
+        turns = [Turn(played[i].sequence, min(wanted[i][1], 39 - len(played[i].tokens))) for i in going]
+        for i, output in zip(going, verify_round(target, turns, propose(target, drafter, turns)), strict=True):
+            played[i].tokens += output.token_ids
+            played[i].accepted.append(output.accepted)
+            played[i].drafted.append(output.drafted)
+    for own, other in zip(played, alone, strict=True):
+        assert (own.tokens, own.drafted, own.accepted) == (other.tokens, other.drafted, other.accepted)
+        assert torch.equal(own.sequence.last_state, other.sequence.last_state)
+    assert sum(sum(own.accepted) for own in alone) > 10 or "centroids" in name
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
