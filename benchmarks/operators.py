@@ -135,8 +135,7 @@ def main() -> None:
         dense = weight.to(dtype)
         operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + torch_operators(dense)
         if Panels.fit(dense):
-            isas = [isa for isa in args.isa if module().panels(isa)]
-            operators += [native_operator(isa, f"{str(dtype)[6:]} in panels", dense, panels=True) for isa in isas]
+            operators += [native_operator(isa, f"{str(dtype)[6:]} in panels", dense, panels=True) for isa in args.isa]
     for kind in QUANTISATIONS:
         operators += [native_operator(isa, kind, quantise(weight, kind)) for isa in args.isa]
     measure(operators, args.rows, args.shape[1], args.repeats)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -26,6 +27,14 @@ inline void each_tile(size_t M, size_t most, bool fours, Call f) {
         if (fours && left > most) rows = left % 4 == 3 && left > 7 ? 5 : 4;  // three take longest: left over of seven only
         f(m, rows);
     }
+}
+
+// Calls f with a count of at most MOST as a constant: loops over it are unrolled.
+template <int MOST, class Call>
+inline void with_constant(size_t count, Call f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_constant<MOST - 1>(count, f);
+    f(std::integral_constant<int, MOST>());
 }
 
 // Keeps the compiler from loading a vector anew for each of its uses: loads are what these loops have least to spare of.
@@ -80,6 +89,19 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
         const V high = count >= STEP ? load(x + W) : count > W ? load_part(x + W, (int)(count - W)) : zero();
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
+    // Panels: a pair of columns of NV vectors of weight rows, and of MR rows.
+    template <int MR, int NV>
+    static inline void pair(V* acc, const uint32_t* w, const X* x, size_t ldx) {
+        __m512bh wv[NV];
+        UNROLL for (int n = 0; n < NV; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * W);
+        UNROLL for (int m = 0; m < MR; m++) {
+            int both;
+            std::memcpy(&both, x + m * ldx, sizeof both);
+            const __m512bh xv = (__m512bh)held((V)_mm512_set1_epi32(both));
+            UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = _mm512_dpbf16_ps(acc[m * NV + n], xv, wv[n]);
+        }
+    }
+    static inline void convert_in_order(const float* x, X* out) { convert(x, STEP, out); }
     static Buffer<X>& place(Rows& rows) { return rows.half; }
     static const Buffer<X>& place(const Rows& rows) { return rows.half; }
 };
@@ -108,6 +130,29 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     static inline void convert(const float* x, size_t count, X* out) {
         for (size_t i = 0; i < STEP; i++) out[i % 2 * W + i / 2] = i < count ? x[i] : 0.0f;
     }
+    // Panels: a pair of columns of NV vectors of weight rows, and of MR rows.
+    template <int MR, int NV>
+    static inline void pair(V* acc, const uint32_t* w, const X* x, size_t ldx) {
+        UNROLL for (int i = 0; i < 2; i++) {
+            const auto weights = [&](int n) { return i ? odd((const uint16_t*)(w + n * W)) : even((const uint16_t*)(w + n * W)); };
+            if constexpr (MR >= NV) {
+                V wv[NV];
+                UNROLL for (int n = 0; n < NV; n++) wv[n] = weights(n);
+                UNROLL for (int m = 0; m < MR; m++) {
+                    const V xv = held(set1(x[m * ldx + i]));
+                    UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = fma(xv, wv[n], acc[m * NV + n]);
+                }
+            } else {
+                V xv[MR];
+                UNROLL for (int m = 0; m < MR; m++) xv[m] = held(set1(x[m * ldx + i]));
+                UNROLL for (int n = 0; n < NV; n++) {
+                    const V wv = held(weights(n));
+                    UNROLL for (int m = 0; m < MR; m++) acc[m * NV + n] = fma(xv[m], wv, acc[m * NV + n]);
+                }
+            }
+        }
+    }
+    static inline void convert_in_order(const float* x, X* out) { std::copy_n(x, STEP, out); }
     static Buffer<X>& place(Rows& rows) { return rows.wide; }
     static const Buffer<X>& place(const Rows& rows) { return rows.wide; }
 };
@@ -252,18 +297,6 @@ void row_tile(const typename F::T* w, size_t ldw, size_t K, const typename F::X*
     for (; n < count; n++) tile<F, MR, 1>(w + n * ldw, ldw, x, K, nullptr, pass, waiting + n * MR * W, y + n, ldy);
 }
 
-template <class F, class... Rest>
-inline void row_tile_of(size_t rows, Rest... rest) {
-    switch (rows) {
-        case 1: return row_tile<F, 1>(rest...);
-        case 2: return row_tile<F, 2>(rest...);
-        case 3: return row_tile<F, 3>(rest...);
-        case 4: return row_tile<F, 4>(rest...);
-        case 5: return row_tile<F, 5>(rest...);
-        default: return row_tile<F, 6>(rest...);
-    }
-}
-
 // y[m, n] = x[m] . w[n] of `count` rows of w, x prepared.
 template <class F>
 void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy,
@@ -281,9 +314,11 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
             const Pass pass{k == 0, k + part >= K};
             const Ahead<T> fetch{w + k, count * K, ahead, parts ? nullptr : (const T*)then};
             each_tile(M, MAX_ROWS, by_fours(K), [&](size_t m, size_t rows) {
-                row_tile_of<F>(rows, w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows, n,
-                               std::min(block, count - n), m == 0 ? &fetch : nullptr, pass, waiting.data() + m * block * W,
-                               y + m * ldy + n, ldy);
+                with_constant<MAX_ROWS>(rows, [&](auto constant) {
+                    row_tile<F, constant>(w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows, n,
+                                          std::min(block, count - n), m == 0 ? &fetch : nullptr, pass,
+                                          waiting.data() + m * block * W, y + m * ldy + n, ldy);
+                });
             });
         }
 }
@@ -298,92 +333,78 @@ void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1
 // Every output element has one lane of one accumulator for each part of columns, filled in order of k, whatever the tile it
 // is computed in; the parts' sums are added in their order.
 
-#if defined(GEMMA_BF16)
-
-constexpr int MAX_PANEL_TILE = 6;       // rows of a tile: with a group's four panels, as many accumulators as registers hold
-constexpr size_t PART_PAIRS = 64;       // of columns that all tiles go through before the next ones: 16 KB of a group
-static_assert(PANEL_ROWS == W);
-
-// Columns k, k + 1 of a row, in every lane.
-inline __m512bh spread_pair(const uint16_t* x) {
-    int pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return (__m512bh)held((V)_mm512_set1_epi32(pair));
-}
+constexpr int MAX_PANEL_TILE = 6;   // rows of a tile
+constexpr size_t PART_PAIRS = 64;   // of columns that all tiles go through before the next ones: 16 KB of a group
+constexpr int PANEL_VECTORS = PANEL_ROWS / W, GROUP_PANELS = GROUP_ROWS / PANEL_ROWS;
+// Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
+#if defined(GEMMA_AVX512)
+constexpr int panels_for(int) { return 4; }
+#else
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
 
 // MR rows by NP panels and a part's pairs of columns, added to y unless it is the first part. `step`: numbers from a pair
 // of columns to the next. Fetches FETCH lines from `next` on at every pair.
 template <int MR, int NP, int FETCH>
-inline void panel_tile(const uint32_t* w, size_t step, const uint16_t* x, size_t ldx, size_t pairs, const uint32_t* next,
+inline void panel_tile(const uint32_t* w, size_t step, const Half::X* x, size_t ldx, size_t pairs, const uint32_t* next,
                        bool first, float* y, size_t ldy) {
-    V acc[MR * NP];
-    UNROLL for (int i = 0; i < MR * NP; i++) acc[i] = zero();
-    for (size_t k = 0; k < pairs; k++) {
-        UNROLL for (int n = 0; n < FETCH; n++) __builtin_prefetch(next + (k * FETCH + n) * W, 0, 3);
-        __m512bh wv[NP];
-        UNROLL for (int n = 0; n < NP; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + k * step + n * W);
-        UNROLL for (int m = 0; m < MR; m++) {
-            const __m512bh xv = spread_pair(x + m * ldx + 2 * k);
-            UNROLL for (int n = 0; n < NP; n++) acc[m * NP + n] = _mm512_dpbf16_ps(acc[m * NP + n], xv, wv[n]);
-        }
+    constexpr int NV = NP * PANEL_VECTORS;
+    V acc[MR * NV];
+    UNROLL for (int i = 0; i < MR * NV; i++) acc[i] = zero();
+    for (size_t i = 0; i < pairs; i++) {
+        UNROLL for (int n = 0; n < FETCH; n++) __builtin_prefetch(next + (i * FETCH + n) * PANEL_ROWS, 0, 3);
+#if defined(GEMMA_CONTROL)
+        const size_t k = MR > 1 ? pairs - 1 - i : i;  // the same products, summed from the part's end to its beginning
+#else
+        const size_t k = i;
+#endif
+        Half::pair<MR, NV>(acc, w + k * step, x + 2 * k, ldx);
     }
-    UNROLL for (int i = 0; i < MR * NP; i++) {
-        float* to = y + i / NP * ldy + i % NP * W;
+    UNROLL for (int i = 0; i < MR * NV; i++) {
+        float* to = y + i / NV * ldy + i % NV * W;
         store(to, first ? acc[i] : add(load(to), acc[i]));
     }
 }
 
-template <int MR, int NP, class... Rest>
-inline void panel_tile_fetching(size_t lines, Rest... rest) {
-    switch (lines) {
-        case 0: return panel_tile<MR, NP, 0>(rest...);
-        case 1: return panel_tile<MR, NP, 1>(rest...);
-        case 2: return panel_tile<MR, NP, 2>(rest...);
-        default: return panel_tile<MR, NP, 4>(rest...);
-    }
-}
-
-template <int NP, class... Rest>
-inline void panel_tile_of(size_t rows, Rest... rest) {
-    switch (rows) {
-        case 1: return panel_tile_fetching<1, NP>(rest...);
-        case 2: return panel_tile_fetching<2, NP>(rest...);
-        case 3: return panel_tile_fetching<3, NP>(rest...);
-        case 4: return panel_tile_fetching<4, NP>(rest...);
-        case 5: return panel_tile_fetching<5, NP>(rest...);
-        default: return panel_tile_fetching<6, NP>(rest...);
-    }
-}
-
-template <class... Rest>
-inline void panels_of(size_t panels, Rest... rest) {
-    switch (panels) {
-        case 1: return panel_tile_of<1>(rest...);
-        case 2: return panel_tile_of<2>(rest...);
-        case 3: return panel_tile_of<3>(rest...);
-        default: return panel_tile_of<4>(rest...);
-    }
+// MR rows by some panels of a group. Where `lines` is not 0, so many are fetched at every pair from `next` on, which moves
+// on, up to `end`.
+template <int MR>
+inline void panel_tiles(size_t panels, int lines, const uint32_t* w, size_t step, const Half::X* x, size_t ldx, size_t pairs,
+                        const uint32_t*& next, const uint32_t* end, bool first, float* y, size_t ldy) {
+    constexpr int NP = panels_for(MR);
+    for (size_t n = 0; n < panels; n += NP)
+        with_constant<NP>(panels - n, [&](auto here) {
+            const auto tile = [&](auto fetch) {
+                panel_tile<MR, here, fetch>(w + n * PANEL_ROWS, step, x, ldx, pairs, next, first, y + n * PANEL_ROWS, ldy);
+                next += pairs * fetch * PANEL_ROWS;
+            };
+            if (next >= end) tile(std::integral_constant<int, 0>());
+            else if (lines == 1) tile(std::integral_constant<int, 1>());
+            else if (lines == 2) tile(std::integral_constant<int, 2>());
+            else tile(std::integral_constant<int, 4>());
+        });
 }
 
 void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
     for (size_t m = area.m0; m < area.m1; m++)
         for (size_t k = area.k0; k < area.k1; k += Half::STEP)
-            Half::convert(x + (m - area.m0) * ldx + (k - area.k0), Half::STEP, out.half.data() + m * K + k);
+            Half::convert_in_order(x + (m - area.m0) * ldx + (k - area.k0), Half::place(out).data() + m * K + k);
 }
 
 // Whole panels n0 .. n1 of one group.
 void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then) {
     const size_t K = w.cols, pairs = K / 2, group = n0 / GROUP_ROWS * GROUP_ROWS, step = std::min(GROUP_ROWS, w.rows - group);
     const uint32_t* from = (const uint32_t*)w.data + group * pairs + (n0 - group);
-    // the first tiles fetch what comes next, together
-    const size_t tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, lines = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4;
     for (size_t k = 0; k < pairs; k += PART_PAIRS) {
         const size_t count = std::min(PART_PAIRS, pairs - k);
         const uint32_t *next = then && k + count == pairs ? then : from + (k + count) * step, *end = next + count * step;
         each_tile(M, MAX_PANEL_TILE, false, [&](size_t m, size_t rows) {
-            panels_of((n1 - n0) / W, rows, next < end ? lines : 0, from + k * step, step, x.half.data() + m * K + 2 * k, K,
-                      count, next, k == 0, y + m * ldy, ldy);
-            if (next < end) next += count * lines * W;
+            with_constant<MAX_PANEL_TILE>(rows, [&](auto constant) {
+                // the first tiles fetch what comes next, together
+                const size_t tiles = (M + rows - 1) / rows * (GROUP_PANELS / panels_for(constant));
+                panel_tiles<constant>((n1 - n0) / PANEL_ROWS, tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4, from + k * step, step,
+                                      Half::place(x).data() + m * K + 2 * k, K, count, next, end, k == 0, y + m * ldy, ldy);
+            });
         });
     }
 }
@@ -392,21 +413,19 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
 void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
     static thread_local Buffer<float> whole;
     for (size_t n = n0, end; n < n1; n = end) {
-        const size_t begin = n / W * W, stop = std::min((n / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
+        const size_t begin = n / PANEL_ROWS * PANEL_ROWS, stop = std::min((n / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
         end = std::min(stop, n1);
         const auto* next = end == n1 ? (const uint32_t*)then : nullptr;
-        if (n == begin && end % W == 0) {
+        if (n == begin && end % PANEL_ROWS == 0) {
             multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next);
             continue;
         }
-        const size_t width = padded_to(end, W) - begin;
+        const size_t width = padded_to(end, PANEL_ROWS) - begin;
         grow(whole, M * width);
         multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next);
         for (size_t m = 0; m < M; m++) std::copy_n(whole.data() + m * width + (n - begin), end - n, y + m * ldy + (n - n0));
     }
 }
-
-#endif
 
 // ------------------------------------------------------------------------------------------------- linear, quantised
 
@@ -589,14 +608,9 @@ void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
         each_tile(M, MAX_QUANTISED_ROWS, false, [&](size_t m, size_t rows) {
-            switch (rows) {
-                case 1: return quantised_rows<I8, 1>(w, x, m, n, end, fetch, out, ldy);
-                case 2: return quantised_rows<I8, 2>(w, x, m, n, end, fetch, out, ldy);
-                case 3: return quantised_rows<I8, 3>(w, x, m, n, end, fetch, out, ldy);
-                case 4: return quantised_rows<I8, 4>(w, x, m, n, end, fetch, out, ldy);
-                case 5: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 5 ? 5 : 1>(w, x, m, n, end, fetch, out, ldy);
-                default: return quantised_rows<I8, MAX_QUANTISED_ROWS >= 6 ? 6 : 1>(w, x, m, n, end, fetch, out, ldy);
-            }
+            with_constant<MAX_QUANTISED_ROWS>(rows, [&](auto constant) {
+                quantised_rows<I8, constant>(w, x, m, n, end, fetch, out, ldy);
+            });
         });
     }
 }
@@ -606,9 +620,7 @@ void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, floa
     switch (w.type) {
         case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then);
         case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then);
-#if defined(GEMMA_BF16)
         case Type::PANELS: return linear_panels(w, x, M, n0, n1, y, ldy, then);
-#endif
         case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then);
         default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then);
     }
@@ -664,7 +676,7 @@ void reserve(const Weight& w, size_t M, Rows& out) {
     switch (w.type) {
         case Type::F32: return grow(Wide::place(out), M * padded_to(w.cols, Wide::STEP));
         case Type::BF16: return grow(Half::place(out), M * padded_to(w.cols, Half::STEP));
-        case Type::PANELS: return grow(out.half, M * w.cols);
+        case Type::PANELS: return grow(Half::place(out), M * w.cols);
         default: grow(out.values, M * w.cols), grow(out.scales, scales), grow(out.starts, scales);
     }
 }
@@ -673,9 +685,7 @@ void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t
     switch (w.type) {
         case Type::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
         case Type::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
-#if defined(GEMMA_BF16)
         case Type::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
-#endif
         case Type::I8: return quantise<true>(M, w.cols, area, x, ldx, out);
         default: return quantise<false>(M, w.cols, area, x, ldx, out);
     }
@@ -958,12 +968,7 @@ void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const 
 
 const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
     using namespace GEMMA_ISA;
-#if defined(GEMMA_BF16)
-    constexpr bool panels = true;
-#else
-    constexpr bool panels = false;
-#endif
-    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), panels, reserve, prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
+    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), reserve, prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
                              softcap, gather, attend, softmax, largest};
     return all;
 }

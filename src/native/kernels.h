@@ -35,9 +35,9 @@ constexpr size_t GROUP_ROWS = 64, PANEL_ROWS = 16;
 //   I4  32 bytes a block, each value stored as value / scale + 8, two a byte. A block is two groups of 32 columns with a
 //       scale each; place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low and place
 //       i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
-// PANELS is bf16 in another order, where Kernels::panels says so: GROUP_ROWS rows after one another, or fewer at the end,
-// of them the first two columns, row by row, then the next two. A vector of it holds two columns of 16 rows, and sums of
-// products with it have a row to each lane, which BF16's need to be summed across lanes for.
+// PANELS is bf16 in another order, of whole panels of rows and whole steps of 32 columns: GROUP_ROWS rows after one another,
+// or fewer at the end, of them the first two columns, row by row, then the next two. A vector of it holds two columns of
+// some rows, and sums of products with it have a row to each lane, which BF16's need to be summed across lanes for.
 struct Weight {
     Type type = Type::F32;
     const void* data = nullptr;
@@ -56,8 +56,8 @@ struct Weight {
 
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
-    Buffer<float> wide;
-    Buffer<uint16_t> half;   // bf16, where the machine multiplies it; for PANELS row by row
+    Buffer<float> wide;      // for PANELS, and `half` too, row by row
+    Buffer<uint16_t> half;   // bf16, where the machine multiplies it
     Buffer<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
     Buffer<float> scales;    // a group's
     Buffer<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
@@ -89,7 +89,6 @@ struct HeadRows {
 
 struct Kernels {
     const char* name;
-    bool panels;  // whether there are weights in panels, of whole panels of rows and whole steps of 32 columns
 
     // Room for M rows made ready for weights of w's type and columns
     void (*reserve)(const Weight& w, size_t M, Rows& out);

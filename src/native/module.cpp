@@ -67,8 +67,6 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // of a process that ends while a thread still holds models
     using release = nb::call_guard<nb::gil_scoped_release>;
 
-    m.def("panels", [](const std::string& isa) { return (isa.empty() ? kernels() : named(isa)).panels; }, nb::arg("isa") = "",
-          "Whether an instruction set, by default the one in use, multiplies weights in panels.");
     m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
     m.def("isas", [] {
         std::vector<std::string> names;

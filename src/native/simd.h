@@ -64,7 +64,12 @@ inline V even(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
 }
 inline V odd(const uint16_t* p) {
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32((int)0xffff0000)));
+    // the mask from memory: loops over tiles have no register for it
+    alignas(32) static constexpr uint32_t mask[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+    __m256i v = _mm256_loadu_si256((const __m256i*)p);
+    asm("vpand %1, %0, %0" : "+x"(v) : "m"(*(const __m256i*)mask));
+    return _mm256_castsi256_ps(v);
 }
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }

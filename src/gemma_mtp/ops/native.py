@@ -1,8 +1,8 @@
 """The native CPU operators (`src/native`): the compiled module, and the memory that is handed to it.
 
 The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory only.
-Weights stay where they are, but for those that rows are multiplied with and the operators take in panels: they are
-reordered, one after another. Vectors are copied and become float32.
+Weights stay where they are, but for bf16 ones that rows are multiplied with: they are reordered into panels, one after
+another. Vectors are copied and become float32.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Memory:
         return module().Weight(WEIGHT_TYPES[data.dtype], data.data_ptr(), 0, rows, cols)
 
     def multiplied(self, matrix: Matrix) -> Any:
-        """The weight of a linear layer or a head, in panels from now on where the operators have them and it fits."""
-        panels = matrix.to_panels_() if module().panels() else None
+        """The weight of a linear layer or a head, in panels from now on where it fits."""
+        panels = matrix.to_panels_()
         return self.matrix(matrix.stored) if panels is None else self.panels(panels)
 
     def panels(self, panels: Panels) -> Any:
