@@ -11,7 +11,7 @@ demo: $(VENV)/.core        ## complete Python with the bundled pair: with and wi
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
 
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow

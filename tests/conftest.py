@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import gemma_mtp
 
@@ -17,6 +18,9 @@ if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators tha
     spec.loader.exec_module(native)
     sys.modules["gemma_mtp._native"] = gemma_mtp._native = native  # type: ignore[attr-defined]
 
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with its share of the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
 

@@ -179,8 +179,12 @@ def test_the_key_tells_weight_types_apart() -> None:
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
-    imports = "from models import agreeing_pair; from gemma_mtp.engine.cost_cache import cost_key"
-    command = [sys.executable, "-c", f"{imports}; print(cost_key(*agreeing_pair()))"]
+    imports = (
+        "from models import agreeing_pair; from gemma_mtp.engine.cost_cache import cost_key;"
+        " from gemma_mtp.ops.native import set_threads"
+    )
+    threads = torch.get_num_threads()  # part of the key
+    command = [sys.executable, "-c", f"{imports}; set_threads({threads}); print(cost_key(*agreeing_pair()))"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
     assert ran.stdout.strip() == str(cost_key(*agreeing_pair()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from mixed_load import play, requests
 from models import VOCAB, agreeing_pair, letters, packed, random_drafter, random_target
 
@@ -24,7 +25,7 @@ from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
-from gemma_mtp.ops.native import module
+from gemma_mtp.ops.native import module, set_threads
 
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
 LONG = [(7 * i * i + i) % VOCAB for i in range(300)]
@@ -43,8 +44,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Pair:
-    return load_pair()
+def bundled() -> Iterator[Pair]:
+    """With two threads, which divide the sequences among them."""
+    threads = torch.get_num_threads()
+    set_threads(2)
+    yield load_pair()
+    set_threads(threads)
 
 
 def bundled_load(pair: Pair, count: int) -> list[Request]:

@@ -63,7 +63,7 @@ parameters = st.builds(
 
 
 @given(st.sampled_from(sorted(PAIRS)), prompts, parameters, st.integers(1, 8))
-@settings(max_examples=220, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 def test_drafted_equals_plain(name: str, prompt: list[int], params: SamplingParams, draft_tokens: int) -> None:
     target, drafter = PAIRS[name]
     plain = play(target, None, prompt, params, 0)

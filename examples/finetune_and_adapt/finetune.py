@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> tuple[float, float]:
             break
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(progress)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
