@@ -39,7 +39,7 @@ def poison(sequence: Sequence) -> None:
 @pytest.mark.parametrize("pair", ["random", "agreeing"])
 def test_discarded_rows_are_never_seen_again(draft_tokens: int, pair: str) -> None:
     target, drafter = (random_target(), random_drafter()) if pair == "random" else agreeing_pair()
-    params = SamplingParams(max_tokens=6 * BLOCK_ROWS, temperature=0.5)
+    params = SamplingParams(max_tokens=4 * BLOCK_ROWS, temperature=0.5)
     clean = play(target, drafter, PROMPT, params, draft_tokens)
     poisoned = play(target, drafter, PROMPT, params, draft_tokens, after_round=poison)
     assert sum(clean.accepted) < sum(clean.drafted), "the run must reject something to mean anything"
