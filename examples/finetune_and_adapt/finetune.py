@@ -18,6 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Gemma4ForCausalLM
 
+from gemma_mtp.training.run import choose_dtype
+
 ROW_TOKENS, BATCH_ROWS, RANK, LEARNING_RATE, WARM_UP = 256, 8, 32, 2e-3, 0.05
 
 
@@ -57,6 +59,7 @@ def main(args: argparse.Namespace) -> tuple[float, float]:
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     training, held_out = rows(tokenizer, args.data), rows(tokenizer, args.held_out)
+    fast = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # as `gemma-mtp train` decides
     before, start, seen = held_out_loss(model, held_out), time.monotonic(), 0
     for step, batch in enumerate(batches(training)):
         progress = step / args.steps if args.steps else (time.monotonic() - start) / (60 * args.minutes)
@@ -64,7 +67,7 @@ def main(args: argparse.Namespace) -> tuple[float, float]:
             break
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(progress)
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

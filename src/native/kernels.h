@@ -56,8 +56,8 @@ struct Weight {
 
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
-    Buffer<float> wide;      // for PANELS, and `half` too, row by row
-    Buffer<uint16_t> half;   // bf16, where the machine multiplies it
+    Buffer<float> wide;      // floating point; for PANELS row by row, as `half` is
+    Buffer<uint16_t> half;   // bf16, in place of `wide` where the machine multiplies it
     Buffer<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
     Buffer<float> scales;    // a group's
     Buffer<int32_t> starts;  // where the sum of a lane begins for a group, see `start_of`
