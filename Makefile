@@ -36,8 +36,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pair: $(VENV)/.core        ## train the bundled pair from scratch (about three hours on two cores; see docs/training.md)
-	$(BIN)/python tools/make_pair.py
+pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/training.md)
+	$(BIN)/python tools/make_pair.py --device $(or $(DEVICE),cpu)
 
 example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/adapting.md)
 	$(BIN)/python examples/finetune_and_adapt/run.py

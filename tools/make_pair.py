@@ -1,9 +1,11 @@
 """Reproduce the bundled pair: corpus, tokenizer, target, drafter, evaluation, model card.
 
-    python tools/make_pair.py --minutes-target 80 --minutes-drafter 55 --minutes-adapted 40 --out src/gemma_mtp/bundled
+    python tools/make_pair.py --device cuda                                        # as the bundled pair was made
+    python tools/make_pair.py                                                      # without a GPU: hours, a weaker one
 
-Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and a stage broken
-off goes on from its last checkpoint. The corpus takes a minute, the text that the target writes itself a few.
+Target and drafter are trained on --device; the text that the target writes itself, and the gate, are the engine's work
+on the CPU. Intermediate files go to --work. With --resume, stages whose results lie there are not run again, and one
+broken off goes on from its last checkpoint: so each may run on another machine.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
 from gemma_mtp.checkpoint import read_json, write_json
 from gemma_mtp.datasets import read_examples
+from gemma_mtp.engine.cost_cache import processor
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
 from gemma_mtp.ops.native import set_threads
@@ -35,12 +38,11 @@ from gemma_mtp.training.settings import DataSettings, RunSettings
 from gemma_mtp.training.shapes import BUNDLED_TARGET
 from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 
-#: what the drafter is to be good at: greedy, and drawn at these temperatures
-TEMPERATURES = (0.0, 0.7, 1.0)
-#: the same when it is adapted, the temperature that is hardest to draft at twice
-ADAPTED_TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
-#: the stages of the drafter, in turn
-DRAFTERS = ("drafter", "adapted")
+#: what the drafter is to be good at: greedy, and drawn at these temperatures; the hardest to draft at counts twice
+TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
+DRAFTER_ROW_LENGTH = 512
+#: wall minutes of the target's training and of the drafter's, by recipe
+MINUTES = {"gpu": (4.3, 3.6), "cpu": (240.0, 120.0)}
 #: text of the corpus that the drafter sees as it stands, and that the target goes on from
 DRAFTER_CORPUS_BYTES = 4 << 20
 
@@ -51,19 +53,26 @@ def main(arguments: argparse.Namespace) -> None:
     set_threads(arguments.threads)
     keep_freed_memory()
     work.mkdir(parents=True, exist_ok=True)
-    target_recipe = TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads)
-    drafter_recipe = DrafterRecipe(minutes=arguments.minutes_drafter, lr=3e-3, matrix_lr=6e-3, compile=True)
-    adapted_recipe = DrafterRecipe(minutes=arguments.minutes_adapted, lr=1e-3, matrix_lr=2e-3, seed=2, compile=True)
+    target, drafter = target_recipe(arguments), drafter_recipe(arguments)
     if not (resume and (work / "corpus.json").exists()):
         prepare_corpus(work)
     if not (resume and (work / "target.json").exists()):
-        make_target(target_recipe, work, resume)
-    run = partial(make_drafter, row_length=target_recipe.row_length, work=work, resume=resume)
+        make_target(target, work, resume, arguments.device)
     if not (resume and (work / "drafter.json").exists()):
-        run("drafter", drafter_recipe, TEMPERATURES, arguments.written_tokens)
-    if not (resume and (work / "adapted.json").exists()):
-        run("adapted", adapted_recipe, ADAPTED_TEMPERATURES, arguments.adapted_tokens, start=work / "drafter")
-    write_bundle({"target": target_recipe, "drafter": drafter_recipe, "adapted": adapted_recipe}, work, arguments.out)
+        make_drafter(drafter_settings(drafter, arguments), work)
+    write_bundle({"target": target, "drafter": drafter}, arguments.trained_on, work, arguments.out)
+
+
+def target_recipe(arguments: argparse.Namespace) -> TargetRecipe:
+    """For a GPU, rows of the whole context, and as many as keep it busy."""
+    rows = {"batch_size": 32, "row_length": 2048, "compile": False} if arguments.recipe == "gpu" else {}
+    return TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads, **rows)
+
+
+def drafter_recipe(arguments: argparse.Namespace) -> DrafterRecipe:
+    for_gpu = arguments.recipe == "gpu"
+    return DrafterRecipe(minutes=arguments.minutes_drafter, lr=3e-3, matrix_lr=6e-3, batch_size=16 if for_gpu else 8,
+                         memory_mb=20_000 if for_gpu else 2048, compile=not for_gpu)  # fmt: skip
 
 
 def prepare_corpus(work: Path) -> None:
@@ -86,13 +95,13 @@ def prepare_corpus(work: Path) -> None:
     })  # fmt: skip
 
 
-def make_target(recipe: TargetRecipe, work: Path, resume: bool) -> None:
+def make_target(recipe: TargetRecipe, work: Path, resume: bool, device: str) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
     training, held_out = np.load(work / "training.npy"), np.load(work / "held_out.npy")
     trained = train_target(
         BUNDLED_TARGET, training, held_out, read_json(work / "corpus.json")["held_out_bytes"], recipe, work,
         on_checkpoint=lambda model: bundle.export_target(model, BUNDLED_TARGET, tokenizer, work / "target"),
-        resume=resume,
+        resume=resume, device=device,
     )  # fmt: skip
     write_json(work / "target.json", {
         "target_parameters": sum(parameter.numel() for parameter in trained.target.parameters()),
@@ -102,37 +111,37 @@ def make_target(recipe: TargetRecipe, work: Path, resume: bool) -> None:
     })  # fmt: skip
 
 
-def make_drafter(
-    name: str, recipe: DrafterRecipe, temperatures: tuple[float, ...], written_tokens: int, *, row_length: int,
-    work: Path, resume: bool, start: Path | None = None,
-) -> None:  # fmt: skip
-    """What `gemma-mtp train` does with --drafter `start` or --new, on corpus text as it stands and gone on from by the
-    target."""
-    out = work / name
-    if not resume:
-        shutil.rmtree(out, ignore_errors=True)
-    settings = RunSettings(
-        target=work / "target", drafter=start, out=out, recipe=recipe, temperatures=temperatures, resume=resume,
-        force=start is None,  # a new drafter's start is random weights; an adapted one must not be worse than its start
+def drafter_settings(recipe: DrafterRecipe, arguments: argparse.Namespace) -> RunSettings:
+    """As `gemma-mtp train --new` would, on corpus text as it stands and gone on from by the target."""
+    work = arguments.work
+    return RunSettings(
+        target=work / "target", out=work / "drafter", new=bundle.DRAFTER_SHAPE, recipe=recipe,
+        temperatures=TEMPERATURES, device=arguments.device, engine_device="cpu", resume=arguments.resume,
+        dtype="float32" if arguments.recipe == "gpu" else "auto",  # a GPU is quick enough at what the engine computes
+        force=True,  # a new drafter's start is random weights
         data=DataSettings(
-            (work / "drafter_corpus.jsonl",), held_out=work / "heldout_prompts.jsonl", length=row_length,
-            regenerate=True, as_is=True, written_tokens=written_tokens, cache=work / "cache",
+            (work / "drafter_corpus.jsonl",), held_out=work / "heldout_prompts.jsonl", length=DRAFTER_ROW_LENGTH,
+            regenerate=True, as_is=True, written_tokens=arguments.written_tokens, cache=work / "cache",
         ),
     )  # fmt: skip
+
+
+def make_drafter(settings: RunSettings, work: Path) -> None:
+    if not settings.resume:
+        shutil.rmtree(settings.out, ignore_errors=True)
     outcome = run_training(settings, World(), print)
     assert outcome is not None
     print("\n".join(outcome.verdict.lines()))
-    if not outcome.exported:
-        raise SystemExit(f"{out} is worse than what it started from and was not exported")
-    write_json(work / f"{name}.json", {
-        "parameters": outcome.facts.parameters, "steps": outcome.result.steps, "tokens": outcome.result.tokens,
-        "seconds": outcome.result.seconds, "written_tokens": outcome.facts.data["written_tokens"],
+    write_json(work / "drafter.json", {
+        "drafter_parameters": outcome.facts.parameters, "drafter_steps": outcome.result.steps,
+        "drafter_tokens": outcome.result.tokens, "drafter_seconds": outcome.result.seconds,
+        "written_tokens": outcome.facts.data["written_tokens"],
     })  # fmt: skip
 
 
-def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], work: Path, out: Path) -> None:
+def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], trained_on: str, work: Path, out: Path) -> None:
     """Measure acceptance in the engine, then copy the pair and write its card."""
-    pair = load_pair(work / "target", work / DRAFTERS[-1], dtype="float32", device="cpu")
+    pair = load_pair(work / "target", work / "drafter", dtype="float32", device="cpu")
     prompts = prompts_of(pair, read_examples(work / "heldout_prompts.jsonl"))
     acceptances = {
         (temperature, max_tokens): measure_acceptance(
@@ -142,11 +151,10 @@ def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], work: Path
         )
         for temperature, max_tokens in bundle.CONDITIONS
     }
-    corpus, target, *drafters = (read_json(work / f"{name}.json") for name in ("corpus", "target", *DRAFTERS))
-    stages = tuple(bundle.DrafterStage(**stage) for stage in drafters)
-    record = bundle.TrainingRecord(**corpus, **target, drafter_stages=stages)
-    for part, source in {"target": "target", "drafter": DRAFTERS[-1]}.items():
-        copy_directory(work / source, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
+    corpus, target, drafter = (read_json(work / f"{name}.json") for name in ("corpus", "target", "drafter"))
+    record = bundle.TrainingRecord(trained_on, **corpus, **target, **drafter)
+    for part in ("target", "drafter"):
+        copy_directory(work / part, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
         data.write_text((work / name).read_text(encoding="utf-8"), out / name)
     bundle.write_record(record, acceptances, out)
@@ -169,16 +177,23 @@ def copy_directory(source: Path, destination: Path, leave_out: Sequence[str]) ->
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes-target", type=float, default=80, help="wall time of the target's training")
-    parser.add_argument("--minutes-drafter", type=float, default=55, help="wall time of the drafter's training")
-    parser.add_argument("--written-tokens", type=int, default=800_000, help="tokens that the target writes")
-    parser.add_argument("--minutes-adapted", type=float, default=40, help="wall time of adapting the drafter")
-    parser.add_argument("--adapted-tokens", type=int, default=2_400_000, help="tokens that the target writes for that")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the models are trained on")
+    parser.add_argument("--recipe", choices=("cpu", "gpu"), help="batches for a CPU or a GPU; default: by --device")
+    parser.add_argument("--trained-on", help="the machine that the card names; default: what this one calls itself")
+    parser.add_argument("--minutes-target", type=float, help="wall time of the target's training; default: by --recipe")
+    parser.add_argument("--minutes-drafter", type=float, help="wall time of the drafter's; default: by --recipe")
+    parser.add_argument("--written-tokens", type=int, default=970_000, help="tokens that the target writes")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--work", type=Path, default=Path("build/pair"), help="intermediate files and logs")
     parser.add_argument("--out", type=Path, default=Path("src/gemma_mtp/bundled"))
     parser.add_argument("--resume", action="store_true", help="skip the stages whose results are in --work")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.recipe = arguments.recipe or ("gpu" if arguments.device == "cuda" else "cpu")
+    target, drafter = MINUTES[arguments.recipe]
+    arguments.minutes_target = arguments.minutes_target or target
+    arguments.minutes_drafter = arguments.minutes_drafter or drafter
+    arguments.trained_on = arguments.trained_on or processor(torch.device(arguments.device))
+    return arguments
 
 
 if __name__ == "__main__":

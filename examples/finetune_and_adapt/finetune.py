@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Gemma4ForCausalLM
 
-from gemma_mtp.training.run import choose_dtype
+from gemma_mtp.training.optim import choose_dtype
 
 ROW_TOKENS, BATCH_ROWS, RANK, LEARNING_RATE, WARM_UP = 256, 8, 32, 2e-3, 0.05
 

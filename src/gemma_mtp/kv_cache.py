@@ -178,7 +178,7 @@ class KVCache:
         self._name = b""  # of the last of them
         self.handle: Any = None  # the native operators' view of the tables
         self._masks: dict[tuple[LayerType, int], Tensor] = {}
-        self._prefill_masks: dict[tuple[LayerType, int], Tensor] = {}
+        self._call_masks: dict[tuple[LayerType, int], Tensor] = {}  # as wide as what the call under way sees
 
     def reserve(self, rows: int) -> None:
         """Take the blocks that the next `rows` rows need. Raises OutOfBlocksError."""
@@ -199,7 +199,7 @@ class KVCache:
         """Announce a call whose rows take the positions length .. length + rows - 1."""
         self.reserve(rows)
         self.rows = rows
-        self._prefill_masks.clear()
+        self._call_masks.clear()
 
     def commit(self, rows: int) -> None:
         """Keep the first `rows` rows of the call and discard the others."""
@@ -266,10 +266,8 @@ class KVCache:
         k, v = self._read(owner, self._first_visible(kind, end - T), end)
         if T == 1:
             return ops.attention(q_BTHd, k, v, None)
-        if T <= self.max_rows:
-            heads_per_group = q_BTHd.shape[2] // k.shape[1]
-            return ops.attention(q_BTHd, k, v, self._decode_mask(kind, T, heads_per_group, q_BTHd)[:, -k.shape[2] :])
-        return ops.masked_attention(q_BTHd, k, v, self._prefill_mask(kind, T, k))
+        mask = self._mask(kind, q_BTHd, k)
+        return ops.attention(q_BTHd, k, v, mask) if T <= self.max_rows else ops.masked_attention(q_BTHd, k, v, mask)
 
     def committed(self, kind: LayerType) -> tuple[Tensor, Tensor]:
         """The donor layer's committed keys and values a query at position `length` sees, each [1, G, S, d]."""
@@ -321,10 +319,18 @@ class KVCache:
             self._masks[kind, T] = ops.stack_mask(visible, heads_per_group, like.dtype)
         return self._masks[kind, T]
 
-    def _prefill_mask(self, kind: LayerType, T: int, keys: Tensor) -> Tensor:
-        if (kind, T) not in self._prefill_masks:
-            self._prefill_masks[kind, T] = self._visible(kind, T, keys.shape[2], keys.device)
-        return self._prefill_masks[kind, T]
+    def _mask(self, kind: LayerType, q_BTHd: Tensor, k_BGSd: Tensor) -> Tensor:
+        """What the call's last T rows see of the S rows read, for the attention that so many rows take: built once a
+        call for all layers of a kind."""
+        T, S = q_BTHd.shape[1], k_BGSd.shape[2]
+        if (kind, T) not in self._call_masks:
+            if T <= self.max_rows:
+                widest = self._decode_mask(kind, T, q_BTHd.shape[2] // k_BGSd.shape[1], q_BTHd)
+                mask = widest[:, -S:].contiguous()  # a view that begins anywhere is a misaligned address on CUDA
+            else:
+                mask = self._visible(kind, T, S, k_BGSd.device)
+            self._call_masks[kind, T] = mask
+        return self._call_masks[kind, T]
 
     def _visible(self, kind: LayerType, T: int, width: int, device: torch.device) -> Tensor:
         """[T, width] boolean visibility of the last `width` rows to the last T of them."""

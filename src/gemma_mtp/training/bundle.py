@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.measure.acceptance import AcceptanceReport
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe
+from gemma_mtp.training.shapes import BUNDLED_TARGET, DrafterShape
 
 GENERATION = {
     "bos_token_id": bpe.BOS,
@@ -30,20 +31,10 @@ def export_target(target: Target, config: TargetConfig, tokenizer: Tokenizer, di
 
 
 @dataclass(frozen=True)
-class DrafterStage:
-    """What one run of the drafter's training reports."""
-
-    parameters: int
-    steps: int
-    tokens: int
-    seconds: float
-    written_tokens: int
-
-
-@dataclass(frozen=True)
 class TrainingRecord:
     """What the trainers report, for the card. Times are wall seconds."""
 
+    trained_on: str
     target_parameters: int
     target_steps: int
     target_tokens: int
@@ -53,9 +44,15 @@ class TrainingRecord:
     held_out_bytes: int
     held_out_nats_per_token: float
     held_out_bits_per_byte: float
-    drafter_stages: tuple[DrafterStage, ...]
+    drafter_parameters: int
+    drafter_steps: int
+    drafter_tokens: int
+    drafter_seconds: float
+    written_tokens: int
 
 
+#: the bundled drafter's
+DRAFTER_SHAPE = DrafterShape(hidden=128)
 #: what acceptance is reported for: temperature and tokens written for each prompt. The first is the main figure.
 CONDITIONS = ((0.0, 128), (0.0, 32), (0.7, 128), (1.0, 128))
 #: seeds that sampled acceptance is measured with, so that its figure is certain to about 0.02
@@ -76,9 +73,10 @@ def model_card(
     record: TrainingRecord,
     acceptances: Acceptances,
     sources: Sequence[Mapping[str, Any]],
-    recipes: Mapping[str, Any],
+    recipes: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """MODEL_CARD.md: what the pair is, what it was trained on, how, and what was measured."""
+    text, row_length = BUNDLED_TARGET.text, recipes["target"]["row_length"]
     table = "\n".join(
         f"| {s['name']} | {s['version']} | {s['licence']} | {s['files']} | {s['bytes'] / 1e6:.1f} |" for s in sources
     )
@@ -90,7 +88,6 @@ def model_card(
         for (temperature, max_tokens), pooled in ((key, report.pooled) for key, report in acceptances.items())
     )
     files = "\n".join(f"| `{name}` | {own.mean_length:.2f} |" for name, own in sorted(acceptance.by_task.items()))
-    stages = record.drafter_stages
     settings = "\n".join(f"- {name}: `{recipe}`" for name, recipe in recipes.items())
     return f"""# The bundled pair
 
@@ -100,16 +97,16 @@ anything else. The weights are Apache-2.0. No Gemma weights or outputs were used
 
 | | target | drafter |
 |---|---|---|
-| parameters | {record.target_parameters:,} | {stages[-1].parameters:,} |
-| architecture | 15 layers (4 sliding + 1 full) x 3, the last 5 KV-shared with double-wide MLP, hidden 256, per-layer \
-embeddings of 32, softcap 30 | 4 layers (3 sliding + 1 full) without KV of their own, hidden 128 |
-| steps | {record.target_steps:,} | {_stages(f"{stage.steps:,}" for stage in stages)} |
-| tokens seen | {record.target_tokens:,} | {_stages(f"{stage.tokens:,}" for stage in stages)} |
-| wall minutes on two CPU cores | {record.target_seconds / 60:.0f} | \
-{_stages(f"{stage.seconds / 60:.0f}" for stage in stages)} |
+| parameters | {record.target_parameters:,} | {record.drafter_parameters:,} |
+| architecture | 15 layers (4 sliding + 1 full) x 3, the last 5 KV-shared with double-wide MLP, hidden \
+{text.hidden_size}, MLP {text.intermediate_size}, per-layer embeddings of {text.hidden_size_per_layer_input}, \
+softcap 30 | 4 layers (3 sliding + 1 full) without KV of their own, hidden {DRAFTER_SHAPE.hidden} |
+| steps | {record.target_steps:,} | {record.drafter_steps:,} |
+| tokens seen | {record.target_tokens:,} | {record.drafter_tokens:,} |
+| wall minutes, {record.trained_on} | {record.target_seconds / 60:.1f} | {record.drafter_seconds / 60:.1f} |
 
-Tokenizer: byte-level BPE of 4096 tokens with Gemma's special ids, trained on the same text. Context: trained on rows
-of 512 tokens; positions beyond are untrained.
+Tokenizer: byte-level BPE of {text.vocab_size} tokens with Gemma's special ids, trained on the same text. Context: the
+target was trained on rows of {row_length} tokens; positions beyond are untrained.
 
 ## Data
 
@@ -129,11 +126,8 @@ arithmetic with fp32 master weights, learning rate up, flat, then linearly to ze
 Drafter: by `gemma-mtp train --new`. The target is frozen. Row t pairs the target's hidden state after token t with the
 embedding of token t + 1, sees the target's keys and values up to row t only (within the sliding window counted from
 position t + 1), and is unrolled five steps at that one position, fed its own projected state. It saw corpus text as it
-stands and text that the target wrote itself ({_stages(f"{stage.written_tokens:,}" for stage in stages)} tokens), each \
-at the temperature it is to be
-drafted at: greedy, 0.7 and 1.0. Later drafts counted as often as decoding would reach them. Then it was adapted, as
-`gemma-mtp train --drafter` does it, on the same corpus text and fresh text of the target, half of both at temperature
-1.0, and passed the gate.
+stands and text that the target wrote itself ({record.written_tokens:,} tokens), each at the temperature it is to be
+drafted at: a quarter greedy, a quarter at 0.7, half at 1.0. Later drafts counted as often as decoding would reach them.
 
 {settings}
 
@@ -156,7 +150,3 @@ sampled rows say more about drafting than the greedy row of 128 tokens. That row
 |---|---|
 {files}
 """
-
-
-def _stages(figures: Iterable[str]) -> str:
-    return " + ".join(figures)

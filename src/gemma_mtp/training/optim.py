@@ -16,6 +16,14 @@ from gemma_mtp.model import target as target_module
 from gemma_mtp.ops.linear import Linear
 
 
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32."""
+    if dtype == "auto":
+        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
 class Masters:
     """fp32 copies of a model's parameters (fp64 of fp64 ones)."""
 

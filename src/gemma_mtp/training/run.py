@@ -29,6 +29,7 @@ from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, 
 from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import Material, gather, hold_out
 from gemma_mtp.training.memory import memory_reported
+from gemma_mtp.training.optim import choose_dtype
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
 from gemma_mtp.training.shapes import initialise, new_drafter_config
@@ -86,9 +87,10 @@ class Run:
     def _engine_pair(self) -> Pair:
         """The target again, as the engine runs it, sharing the weights where the engine leaves them as they are."""
         settings = self.settings
-        packed_anew = not native.usable(self.target.embed_tokens.weight) and self.device.type == "cpu"
-        if packed_anew or self.weight_types.of_target():
-            return load_pair(settings.target, device=self.device, quantize=settings.quantize)
+        device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
+        packed_anew = not native.usable(self.target.embed_tokens.weight) and device.type == "cpu"
+        if device != self.device or packed_anew or self.weight_types.of_target():
+            return load_pair(settings.target, device=device, quantize=settings.quantize)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
@@ -256,14 +258,6 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "training": asdict(outcome.result),
         "centroid_recall": None if outcome.recall is None else asdict(outcome.recall),
     }
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else fp32."""
-    if dtype == "auto":
-        fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 def _lengths(reports: Reports) -> str:

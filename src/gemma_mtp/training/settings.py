@@ -39,7 +39,8 @@ class DataSettings:
 @dataclass(frozen=True)
 class RunSettings:
     """Everything that a run is told. Without `drafter`, a new one of shape `new` is made. `quantize` is what decoding
-    will quantise while loading; what the target's checkpoint has quantised already stays so."""
+    will quantise while loading; what the target's checkpoint has quantised already stays so. `engine_device` is where
+    the target writes and drafters are measured, if not on the `device` that they are trained on."""
 
     target: Path
     out: Path
@@ -52,6 +53,7 @@ class RunSettings:
     gate_tokens: int = 128
     dtype: str = "auto"
     device: str = "auto"
+    engine_device: str | None = None
     quantize: WeightTypes = field(default_factory=WeightTypes)
     force: bool = False
     resume: bool = False

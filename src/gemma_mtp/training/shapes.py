@@ -16,10 +16,11 @@ from gemma_mtp.training import bpe
 
 _TARGET_LAYERS: tuple[LayerType, ...] = ((SLIDING,) * 4 + (FULL,)) * 3
 
-#: E2B's shape at one hundredth of its size: KV sharing, double-wide MLP, per-layer embeddings, softcap.
+#: E2B's shape, small: KV sharing, double-wide MLP, per-layer embeddings, softcap. Its weights are more than a
+#: processor's cache holds, so that decoding is bound by reading them, as any real target's is.
 BUNDLED_TARGET = TargetConfig(
     TextConfig(
-        vocab_size=bpe.VOCAB_SIZE, hidden_size=256, intermediate_size=512, num_hidden_layers=15,
+        vocab_size=bpe.VOCAB_SIZE, hidden_size=320, intermediate_size=896, num_hidden_layers=15,
         num_attention_heads=4, num_key_value_heads=1, head_dim=64, global_head_dim=128, num_global_key_value_heads=1,
         layer_types=_TARGET_LAYERS, sliding_window=128, num_kv_shared_layers=5, use_double_wide_mlp=True,
         hidden_size_per_layer_input=32, vocab_size_per_layer_input=bpe.VOCAB_SIZE, final_logit_softcapping=30.0,

@@ -19,7 +19,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.training import data
 from gemma_mtp.training.attention import TrainingKeyValues
 from gemma_mtp.training.log import RunLog
-from gemma_mtp.training.optim import Masters, Optimiser, traceable, trapezoid
+from gemma_mtp.training.optim import Masters, Optimiser, choose_dtype, traceable, trapezoid
 from gemma_mtp.training.shapes import initialise
 from gemma_mtp.training.state import load_state, save_state
 
@@ -56,9 +56,12 @@ class RowLoss:
 
     def __init__(self, target: Target, row_length: int) -> None:
         self.target, self.row_length = target, row_length
-        self.rope = rope_for(target.config, torch.arange(row_length), target.norm.weight.dtype)
+        weight = target.norm.weight
+        self.device = weight.device
+        self.rope = rope_for(target.config, torch.arange(row_length, device=self.device), weight.dtype)
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
+        tokens_BT = tokens_BT.to(self.device)
         hidden = self.target(tokens_BT, self.rope, TrainingKeyValues(self.target.config, self.row_length))
         logits = self.target.logits(hidden[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits.float(), tokens_BT[:, 1:].flatten())
@@ -80,6 +83,7 @@ def train_target(
     directory: Path,
     on_checkpoint: Callable[[Target], None] = lambda target: None,
     resume: bool = False,
+    device: str = "cpu",
 ) -> TargetResult:
     """Train for `recipe.minutes`, the learning rate reaching zero at the end. Logs to `directory/target.csv`.
 
@@ -87,9 +91,10 @@ def train_target(
     """
     torch.set_num_threads(recipe.threads)
     target = Target(config.text)
-    initialise(target, recipe.seed)
+    initialise(target, recipe.seed)  # on the CPU: the same weights on every device
+    target.to(device)
     masters = Masters(target)
-    target.bfloat16()
+    target.to(choose_dtype("auto", torch.device(device)))
     masters.working = dict(target.named_parameters())
     optimiser = Optimiser(target, masters, recipe.embedding_lr, recipe.matrix_lr)
     checkpoint = directory / "target-state.safetensors"
