@@ -1,5 +1,7 @@
 """The KV cache keeps what is committed, forgets what is not, and shows each query exactly its rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from gemma_mtp.kv_cache import (
     block_counts,
 )
 from gemma_mtp.model.layers import rope_for, slice_rope
+from gemma_mtp.ops import reference as ops
 
 PROMPT = [(7 * i) % VOCAB for i in range(21)]
 
@@ -108,6 +111,21 @@ def test_slices_hold_exactly_the_visible_rows(calls: list[tuple[int, float]]) ->
             keys, _ = cache.committed(kind)
             first = 0 if kind == F else max(0, cache.length - TINY.sliding_window + 1)
             assert torch.equal(keys[0, 0, :, 0], torch.arange(first, cache.length, dtype=torch.float32))
+
+
+def test_masks_of_decoding_are_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, attention with a mask that begins in the middle of another one fails with a misaligned address."""
+    seen = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is not None:
+            seen.append(mask.is_contiguous() and mask.storage_offset() == 0 and mask.shape[1] == k.shape[2])
+        return ops.attention(q, k, v, mask)
+
+    monkeypatch.setattr("gemma_mtp.kv_cache.ops", SimpleNamespace(**{**vars(ops), "attention": attention}))
+    target, drafter = random_target(), random_drafter()
+    play(target, drafter, PROMPT, SamplingParams(max_tokens=30), 4)
+    assert len(seen) > 20 and all(seen)
 
 
 def test_drafter_sees_the_committed_rows_of_its_donors() -> None:

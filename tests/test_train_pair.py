@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import make_pair
 import numpy as np
 import pytest
 import torch
 from models import TINY
 
+from gemma_mtp.checkpoint import read_target_config
 from gemma_mtp.config import TargetConfig
+from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe, data
 from gemma_mtp.training.optim import Masters, Optimiser, trapezoid
-from gemma_mtp.training.shapes import initialise
+from gemma_mtp.training.shapes import BUNDLED_TARGET, initialise
 from gemma_mtp.training.target_trainer import RowLoss, TargetRecipe, train_target
 
 LENGTH = 32
@@ -127,3 +131,30 @@ def test_packing_begins_and_ends_every_document() -> None:
     assert (packed == bpe.BOS).sum() == (packed == bpe.EOS).sum() == 5
     assert packed[0] == bpe.BOS and packed[-1] == bpe.EOS
     assert np.array_equal(packed, data.pack(documents, tokenizer, bpe.EOS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "length", "minutes"),
+    [([], 8, 512, 240.0), (["--device", "cuda"], 32, 2048, 4.3), (["--recipe", "gpu"], 32, 2048, 4.3)],
+)
+def test_the_recipe_follows_the_device(
+    arguments: list[str], rows: int, length: int, minutes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage broken off on a GPU goes on elsewhere with the recipe it had; the engine's part is the CPU's."""
+    monkeypatch.setattr("sys.argv", ["make_pair.py", "--trained-on", "a machine", *arguments])
+    parsed = make_pair.parse()
+    recipe = make_pair.target_recipe(parsed)
+    assert (recipe.batch_size, recipe.row_length, recipe.minutes) == (rows, length, minutes)
+    settings = make_pair.drafter_settings(make_pair.drafter_recipe(parsed), parsed)
+    assert settings.engine_device == "cpu" and settings.device == parsed.device
+    assert settings.recipe.compile is (rows == 8)
+
+
+def test_the_card_tells_the_shape_and_the_machine() -> None:
+    bundled = bundled_directory()
+    record = json.loads((bundled / "training.json").read_text())
+    card = (bundled / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for figure in (f"{record['target_parameters']:,}", f"{record['drafter_parameters']:,}", record["trained_on"],
+                   f"{record['held_out_nats_per_token']:.3f}", f"{record['written_tokens']:,}"):  # fmt: skip
+        assert figure in card
+    assert TargetConfig(BUNDLED_TARGET.text) == read_target_config(bundled / "target")
