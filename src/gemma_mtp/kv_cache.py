@@ -177,7 +177,6 @@ class KVCache:
         self._named = 0  # leading blocks whose names are known
         self._name = b""  # of the last of them
         self.handle: Any = None  # the native operators' view of the tables
-        self._masks: dict[tuple[LayerType, int], Tensor] = {}
         self._call_masks: dict[tuple[LayerType, int], Tensor] = {}  # as wide as what the call under way sees
 
     def reserve(self, rows: int) -> None:
@@ -311,25 +310,15 @@ class KVCache:
         k, v = (part.flatten(1, 2)[None, :, begin : begin + stop - start] for part in parts)
         return k, v
 
-    def _decode_mask(self, kind: LayerType, T: int, heads_per_group: int, like: Tensor) -> Tensor:
-        """Mask of T decode rows over any number of cached rows: take its last S columns. Built once per T."""
-        if (kind, T) not in self._masks:
-            width = self.max_length if kind == FULL else min(self.max_length, self.window - 1 + T)
-            visible = self._visible(kind, T, width, like.device)
-            self._masks[kind, T] = ops.stack_mask(visible, heads_per_group, like.dtype)
-        return self._masks[kind, T]
-
     def _mask(self, kind: LayerType, q_BTHd: Tensor, k_BGSd: Tensor) -> Tensor:
         """What the call's last T rows see of the S rows read, for the attention that so many rows take: built once a
         call for all layers of a kind."""
         T, S = q_BTHd.shape[1], k_BGSd.shape[2]
         if (kind, T) not in self._call_masks:
-            if T <= self.max_rows:
-                widest = self._decode_mask(kind, T, q_BTHd.shape[2] // k_BGSd.shape[1], q_BTHd)
-                mask = widest[:, -S:].contiguous()  # a view that begins anywhere is a misaligned address on CUDA
-            else:
-                mask = self._visible(kind, T, S, k_BGSd.device)
-            self._call_masks[kind, T] = mask
+            # a whole tensor: a view that begins in the middle of one is a misaligned address on CUDA
+            visible = self._visible(kind, T, S, k_BGSd.device)
+            decoding, heads_per_group = T <= self.max_rows, q_BTHd.shape[2] // k_BGSd.shape[1]
+            self._call_masks[kind, T] = ops.stack_mask(visible, heads_per_group, q_BTHd.dtype) if decoding else visible
         return self._call_masks[kind, T]
 
     def _visible(self, kind: LayerType, T: int, width: int, device: torch.device) -> Tensor:
