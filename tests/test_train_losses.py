@@ -15,7 +15,7 @@ from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.losses import LK_ETA, LOSSES, LossKind, choice_at, coupled_chance, slab_loss, wanted
-from gemma_mtp.training.step import DraftStep, Objective, StepStats
+from gemma_mtp.training.step import SLAB_LOGITS, DraftStep, Objective, StepStats, slab_spans
 
 N, V = 5, 11
 
@@ -102,8 +102,9 @@ def loss_of(step: DraftStep, batch: Batch, counts: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    tokens = torch.randint(0, TINY.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens, (24, 19), (0, 6), (1.0, 0.0), (0, 1))
+    """Sequences of two temperatures by turns, of which one ends at its padding and one has a single row."""
+    tokens = torch.randint(0, TINY.vocab_size, (4, 24), generator=torch.Generator().manual_seed(0))
+    return Batch(tokens, (24, 19, 13, 9), (0, 6, 3, 6), (1.0, 0.0, 1.0, 0.0), (0, 1, 2, 3))
 
 
 def doubled_step(objective: Objective) -> tuple[DraftStep, Drafter]:
@@ -162,7 +163,7 @@ def obvious_step(step: DraftStep, batch: Batch, counts: list[int]) -> tuple[Tens
     rows = step.compute_rows(batch.tokens_BT)
     states, logits_BTV = step.unroll(rows, batch.tokens_BT.shape[1]), step.target.logits(rows.hidden_BTD)
     total, reached_K, accepted_K = torch.zeros((), dtype=torch.float64), [0.0] * K, [0.0] * K
-    for b in range(2):
+    for b in range(len(batch.lengths)):
         choice = choice_at(batch.temperatures[b])
         for t in range(batch.firsts[b], batch.lengths[b] - 2):
             reached = 1.0
@@ -181,14 +182,40 @@ def obvious_step(step: DraftStep, batch: Batch, counts: list[int]) -> tuple[Tens
     return total, reached_K, accepted_K
 
 
-def test_blocks_of_any_size_give_the_same_gradient(batch: Batch) -> None:
+@pytest.mark.parametrize("slab_rows", [1, 2, 7, 1000])
+def test_blocks_and_slabs_of_any_size_give_the_same_gradient(
+    slab_rows: int, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step, drafter = doubled_step(Objective(steps=3))
     counts, found = batch.reached(3), []
-    for size in (1, 2):
+    for block, rows in ((4, 1000), (1, slab_rows), (3, slab_rows), (4, slab_rows)):
+        monkeypatch.setitem(SLAB_LOGITS, "cpu", rows * TINY.vocab_size)
         stats = StepStats.zeros(3, torch.device("cpu"))
-        for first in range(0, 2, size):
-            step.block(batch.rows(first, first + size), counts, stats)
-        found.append([stats.loss, *(p.grad.clone() for p in drafter.parameters() if p.grad is not None)])
+        for first in range(0, 4, block):
+            step.block(batch.rows(first, first + block), counts, stats)
+        found.append(
+            [stats.loss, stats.reached_K, *(p.grad.clone() for p in drafter.parameters() if p.grad is not None)]
+        )
         drafter.zero_grad()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert all(len(each) == len(found[0]) for each in found)
+    for each in found[1:]:
+        for one, other in zip(found[0], each, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_slabs_hold_every_row_once_and_stay_small(size: int, batch: Batch) -> None:
+    held: dict[float, list[int]] = {1.0: [], 0.0: []}
+    slabs = 0
+    for temperature, spans in slab_spans(batch, 24, size):
+        rows = [row for span in spans for row in range(span.start, span.stop)]
+        assert 0 < len(rows) <= size
+        held[temperature] += rows
+        slabs += 1
+    expected = {
+        wanted_temperature: [24 * b + t for b in range(4) if batch.temperatures[b] == wanted_temperature
+                             for t in range(batch.firsts[b], batch.lengths[b] - 2)]
+        for wanted_temperature in (1.0, 0.0)
+    }  # fmt: skip
+    assert held == expected
+    assert slabs == sum(-(-len(rows) // size) for rows in expected.values())

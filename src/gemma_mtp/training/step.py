@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +84,9 @@ class DraftStep:
         rows = self.compute_rows(tokens_BT) if self.stored_rows is None else self.stored_rows(block, self.compute_rows)
         with torch.set_grad_enabled(backward):
             states = self.unroll(rows, tokens_BT.shape[1])
-        gradients = [torch.zeros_like(state) for state in states] if backward else []
+        gradients = (
+            [torch.zeros_like(state, memory_format=torch.contiguous_format) for state in states] if backward else []
+        )
         table = trained_head(self.drafter)
         head = torch.zeros_like(table, dtype=_wide(table)) if backward else None
         with torch.no_grad():
@@ -103,45 +106,98 @@ class DraftStep:
         return self._unroll(self.drafter, rows, slice_rope(self.query_rope, 0, length), self.objective.steps)
 
     def _slabs(self, block: Batch, tokens_BT: Tensor, rows: TargetRows, states: list[Tensor]) -> Iterator[Slab]:
+        """Every draft of a block, in slabs of rows that are drafted at one temperature."""
         size = max(1, SLAB_LOGITS[self.device.type] // self.target.config.vocab_size)
-        for b, (first, length) in enumerate(zip(block.firsts, block.lengths, strict=True)):
-            for start in range(first, length - 2, size):
-                yield Slab(self.target, trained_head(self.drafter), tokens_BT[b], rows.hidden_BTD[b],
-                           [state[b] for state in states], b, start, min(start + size, length - 2), length,
-                           block.temperatures[b])  # fmt: skip
+        flat = [state.flatten(0, 1) for state in states]
+        for temperature, spans in slab_spans(block, tokens_BT.shape[1], size):
+            yield Slab(self.target, trained_head(self.drafter), tokens_BT.flatten(), rows.hidden_BTD.flatten(0, 1),
+                       flat, SlabRows.of(spans, self.objective.steps, self.device), temperature)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows start to stop - 1 of a sequence whose last token is at `last`, counted through the block's tokens [B * T]:
+    row n's draft i is compared with token n + 2 + i, where there is one."""
+
+    start: int
+    stop: int
+    last: int
+
+
+def slab_spans(block: Batch, length: int, size: int) -> Iterator[tuple[float, list[Span]]]:
+    """The rows of a block with a token to compare with, `size` at most at a time, sequences of one temperature after
+    each other: few large slabs, since a GPU takes as long to be told of a small one."""
+    by_temperature: dict[float, list[Span]] = {}
+    for b, (first, count, temperature) in enumerate(zip(block.firsts, block.lengths, block.temperatures, strict=True)):
+        start, last = b * length + first, b * length + count - 1
+        if start < last - 1:
+            by_temperature.setdefault(temperature, []).append(Span(start, last - 1, last))
+    for temperature, spans in by_temperature.items():
+        slab: list[Span] = []
+        room = size
+        for span in spans:
+            start = span.start
+            while start < span.stop:
+                stop = min(span.stop, start + room)
+                slab.append(Span(start, stop, span.last))
+                start, room = stop, room - (stop - start)
+                if room == 0:
+                    yield temperature, slab
+                    slab, room = [], size
+        if slab:
+            yield temperature, slab
+
+
+@dataclass(frozen=True)
+class SlabRows:
+    """A slab's rows: their places `index_N` among a block's, and how many drafts of each are compared with a token.
+
+    After each span stand the rows behind it that hold what the target says of the span's later drafts, so that draft i
+    of every row takes it i rows further on; no draft of theirs is compared. `sizes[i]` rows have all that compare their
+    draft i among them.
+    """
+
+    index_N: Tensor
+    drafts_N: Tensor
+    sizes: list[int]
+
+    @staticmethod
+    def of(spans: list[Span], steps: int, device: torch.device) -> SlabRows:
+        index, drafts = [], []
+        for span in spans:
+            rows = np.arange(span.start, min(span.stop + steps - 1, span.last - 1))
+            index.append(rows)
+            drafts.append(np.where(rows < span.stop, np.minimum(span.last - 1 - rows, steps), 0))
+        index_N, drafts_N = np.concatenate(index), np.concatenate(drafts)
+        sizes = [int(np.flatnonzero(drafts_N > i)[-1]) + 1 for i in range(drafts_N.max())]
+        return SlabRows(torch.from_numpy(index_N).to(device), torch.from_numpy(drafts_N).to(device), sizes)
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows start to stop - 1 of sequence `b`: every draft that begins there."""
+    """Every draft that begins at one of `rows`; tokens and states are a block's, its sequences end to end [B * T]."""
 
     target: Target
     table_VH: Tensor
-    tokens_T: Tensor
-    hidden_TD: Tensor
+    tokens_R: Tensor
+    hidden_RD: Tensor
     states: list[Tensor]
-    b: int
-    start: int
-    stop: int
-    length: int
+    rows: SlabRows
     temperature: float
 
     def run(
         self, objective: Objective, counts: list[int], stats: StepStats, gradients: list[Tensor], head: Tensor | None
     ) -> None:
-        start, steps = self.start, objective.steps
+        steps, index = objective.steps, self.rows.index_N
         choice = choice_at(self.temperature, objective.top_k, objective.top_p)
-        last = min(self.stop + steps, self.length - 1)
-        aims = wanted(self.target.logits(self.hidden_TD[start + 1 : last]), choice, objective.hard_share)
-        reached = torch.ones(self.stop - start, dtype=torch.float32, device=self.tokens_T.device)
-        for i in range(steps):
-            size = min(self.stop, self.length - 2 - i) - start
-            if size <= 0:
-                break
-            state, reached = self.states[i][start : start + size], reached[:size]
-            logits, tokens = F.linear(state, self.table_VH), self.tokens_T[start + 2 + i : start + 2 + i + size]
-            result = slab_loss(objective.loss, logits, aims.rows(i, i + size), tokens, choice)
-            weight = objective.own_tokens * reached + (1 - objective.own_tokens)
+        aims = wanted(self.target.logits(self.hidden_RD[index + 1]), choice, objective.hard_share)
+        reached = torch.ones(len(index), dtype=torch.float32, device=index.device)
+        for i, size in enumerate(self.rows.sizes):
+            at, compared = index[:size], self.rows.drafts_N[:size] > i
+            state, tokens = self.states[i][at], self.tokens_R[(at + (2 + i)).clamp(max=len(self.tokens_R) - 1)]
+            result = slab_loss(objective.loss, F.linear(state, self.table_VH), aims.rows(i, i + size), tokens, choice)
+            reached = reached[:size] * compared
+            weight = (objective.own_tokens * reached + (1 - objective.own_tokens)) * compared
             weight = weight * (objective.step_decay**i / (steps * max(1, counts[i])))
             stats.loss.add_((result.loss_N * weight).sum())
             stats.reached_K[i] += reached.sum()
@@ -149,7 +205,8 @@ class Slab:
             stats.accepted_K[i] += reached.sum()
             if head is not None:
                 gradient = result.grad_NV.mul_(weight.unsqueeze(-1)).to(state.dtype)
-                gradients[i][self.b, start : start + size] = gradient @ self.table_VH
+                # rows that are not compared add nothing here; they are another slab's, or nobody's
+                gradients[i].flatten(0, 1).index_add_(0, at, gradient @ self.table_VH)
                 head.add_(gradient.T @ state)
 
 
