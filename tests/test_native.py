@@ -114,22 +114,25 @@ def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
             assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
 
 
-@pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 64), (144, 96)])
-def test_panels_hold_two_columns_of_a_group_after_another(N: int, K: int) -> None:
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 128), (64, 320), (144, 96), (208, 288)])
+def test_the_order_of_panels(N: int, K: int) -> None:
+    """Groups of 64 rows, parts of 128 columns, panels of 16 rows, and two columns after another."""
     w = randn(N, K).bfloat16()
-    panels, places = Panels(w), torch.full((N, K), -1)
-    for n in range(N):
-        begin, rows = n // 64 * 64, min(64, N - n // 64 * 64)
-        for k in range(K):
-            places[n, k] = begin * K + (k // 2 * rows + n - begin) * 2 + k % 2
-    assert torch.equal(panels.data.flatten()[places], w)
+    panels, order = Panels(w), list[tuple[int, int]]()
+    for group in range(0, N, 64):
+        for part in range(0, K, 128):
+            for panel in range(group, min(group + 64, N), 16):
+                for k in range(part, min(part + 128, K), 2):
+                    order += [(n, k + i) for n in range(panel, panel + 16) for i in range(2)]
+    rows, columns = zip(*order, strict=True)
+    assert torch.equal(panels.data.flatten(), w[list(rows), list(columns)])
     assert torch.equal(panels.dense(), w)
     indices = torch.tensor([[N - 1, 0, 7], [N // 2, N - 1, 1]])
     assert torch.equal(panels.rows(indices), w[indices])
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("N", "K"), [(16, 32), (144, 96)])
+@pytest.mark.parametrize(("N", "K"), [(16, 32), (144, 96), (80, 288)])
 def test_rows_looked_up_in_panels(isa: str, N: int, K: int) -> None:
     memory, w, out = Memory(), randn(N, K).bfloat16(), torch.empty(K)
     weight = memory.panels(Panels(w))

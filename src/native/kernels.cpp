@@ -47,6 +47,13 @@ inline V held(V v) {
 
 constexpr size_t padded_to(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
+constexpr int PANEL_VECTORS = PANEL_ROWS / W, GROUP_PANELS = GROUP_ROWS / PANEL_ROWS;
+
+// Vector n of a pair of columns of panels that are `panel` numbers apart.
+inline const uint32_t* vector_of(const uint32_t* w, int n, size_t panel) {
+    return w + n / PANEL_VECTORS * panel + n % PANEL_VECTORS * W;
+}
+
 struct Wide {  // fp32 weights and activations
     using T = float;
     using X = float;
@@ -89,14 +96,15 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
         const V high = count >= STEP ? load(x + W) : count > W ? load_part(x + W, (int)(count - W)) : zero();
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
-    // Panels: a pair of columns of NV vectors of weight rows, and of MR rows.
-    template <int MR, int NV>
-    static inline void pair(V* acc, const uint32_t* w, const X* x, size_t ldx) {
+    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, one after the other.
+    template <int MR, int NP>
+    static inline void pair(V* acc, const uint32_t* w, size_t panel, const X* x) {
+        constexpr int NV = NP * PANEL_VECTORS;
         __m512bh wv[NV];
-        UNROLL for (int n = 0; n < NV; n++) wv[n] = (__m512bh)_mm512_loadu_si512(w + n * W);
+        UNROLL for (int n = 0; n < NV; n++) wv[n] = (__m512bh)_mm512_loadu_si512(vector_of(w, n, panel));
         UNROLL for (int m = 0; m < MR; m++) {
             int both;
-            std::memcpy(&both, x + m * ldx, sizeof both);
+            std::memcpy(&both, x + 2 * m, sizeof both);
             const __m512bh xv = (__m512bh)held((V)_mm512_set1_epi32(both));
             UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = _mm512_dpbf16_ps(acc[m * NV + n], xv, wv[n]);
         }
@@ -130,21 +138,25 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     static inline void convert(const float* x, size_t count, X* out) {
         for (size_t i = 0; i < STEP; i++) out[i % 2 * W + i / 2] = i < count ? x[i] : 0.0f;
     }
-    // Panels: a pair of columns of NV vectors of weight rows, and of MR rows.
-    template <int MR, int NV>
-    static inline void pair(V* acc, const uint32_t* w, const X* x, size_t ldx) {
+    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, one after the other.
+    template <int MR, int NP>
+    static inline void pair(V* acc, const uint32_t* w, size_t panel, const X* x) {
+        constexpr int NV = NP * PANEL_VECTORS;
         UNROLL for (int i = 0; i < 2; i++) {
-            const auto weights = [&](int n) { return i ? odd((const uint16_t*)(w + n * W)) : even((const uint16_t*)(w + n * W)); };
+            const auto weights = [&](int n) {
+                const auto* from = (const uint16_t*)vector_of(w, n, panel);
+                return i ? odd(from) : even(from);
+            };
             if constexpr (MR >= NV) {
                 V wv[NV];
                 UNROLL for (int n = 0; n < NV; n++) wv[n] = weights(n);
                 UNROLL for (int m = 0; m < MR; m++) {
-                    const V xv = held(set1(x[m * ldx + i]));
+                    const V xv = held(set1(x[2 * m + i]));
                     UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = fma(xv, wv[n], acc[m * NV + n]);
                 }
             } else {
                 V xv[MR];
-                UNROLL for (int m = 0; m < MR; m++) xv[m] = held(set1(x[m * ldx + i]));
+                UNROLL for (int m = 0; m < MR; m++) xv[m] = held(set1(x[2 * m + i]));
                 UNROLL for (int n = 0; n < NV; n++) {
                     const V wv = held(weights(n));
                     UNROLL for (int m = 0; m < MR; m++) acc[m * NV + n] = fma(xv[m], wv, acc[m * NV + n]);
@@ -333,21 +345,19 @@ void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1
 // Every output element has one lane of one accumulator for each part of columns, filled in order of k, whatever the tile it
 // is computed in; the parts' sums are added in their order.
 
-constexpr int MAX_PANEL_TILE = 6;   // rows of a tile
-constexpr size_t PART_PAIRS = 64;   // of columns that all tiles go through before the next ones: 16 KB of a group
-constexpr int PANEL_VECTORS = PANEL_ROWS / W, GROUP_PANELS = GROUP_ROWS / PANEL_ROWS;
+constexpr int MAX_PANEL_TILE = 6;  // rows of a tile
 // Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
 #if defined(GEMMA_AVX512)
-constexpr int panels_for(int) { return 4; }
+constexpr int panels_for(size_t) { return GROUP_PANELS; }
 #else
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// MR rows by NP panels and a part's pairs of columns, added to y unless it is the first part. `step`: numbers from a pair
-// of columns to the next. Fetches FETCH lines from `next` on at every pair.
+// MR rows by a part of NP panels, added to y unless it is the first part. Fetches FETCH lines from `next` on at every pair
+// of columns. A function of its own: among its callers' variables the loop has too few registers for its sums.
 template <int MR, int NP, int FETCH>
-inline void panel_tile(const uint32_t* w, size_t step, const Half::X* x, size_t ldx, size_t pairs, const uint32_t* next,
-                       bool first, float* y, size_t ldy) {
+[[gnu::noinline]] void panel_tile(const uint32_t* w, const Half::X* x, size_t pairs, const uint32_t* next, bool first, float* y,
+                                  size_t ldy) {
     constexpr int NV = NP * PANEL_VECTORS;
     V acc[MR * NV];
     UNROLL for (int i = 0; i < MR * NV; i++) acc[i] = zero();
@@ -358,7 +368,7 @@ inline void panel_tile(const uint32_t* w, size_t step, const Half::X* x, size_t 
 #else
         const size_t k = i;
 #endif
-        Half::pair<MR, NV>(acc, w + k * step, x + 2 * k, ldx);
+        Half::pair<MR, NP>(acc, w + k * PANEL_ROWS, pairs * PANEL_ROWS, x + 2 * k * MR);
     }
     UNROLL for (int i = 0; i < MR * NV; i++) {
         float* to = y + i / NV * ldy + i % NV * W;
@@ -366,44 +376,51 @@ inline void panel_tile(const uint32_t* w, size_t step, const Half::X* x, size_t 
     }
 }
 
-// MR rows by some panels of a group. Where `lines` is not 0, so many are fetched at every pair from `next` on, which moves
-// on, up to `end`.
-template <int MR>
-inline void panel_tiles(size_t panels, int lines, const uint32_t* w, size_t step, const Half::X* x, size_t ldx, size_t pairs,
-                        const uint32_t*& next, const uint32_t* end, bool first, float* y, size_t ldy) {
-    constexpr int NP = panels_for(MR);
-    for (size_t n = 0; n < panels; n += NP)
-        with_constant<NP>(panels - n, [&](auto here) {
-            const auto tile = [&](auto fetch) {
-                panel_tile<MR, here, fetch>(w + n * PANEL_ROWS, step, x, ldx, pairs, next, first, y + n * PANEL_ROWS, ldy);
-                next += pairs * fetch * PANEL_ROWS;
-            };
-            if (next >= end) tile(std::integral_constant<int, 0>());
-            else if (lines == 1) tile(std::integral_constant<int, 1>());
-            else if (lines == 2) tile(std::integral_constant<int, 2>());
-            else tile(std::integral_constant<int, 4>());
-        });
-}
-
-void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
-    for (size_t m = area.m0; m < area.m1; m++)
-        for (size_t k = area.k0; k < area.k1; k += Half::STEP)
-            Half::convert_in_order(x + (m - area.m0) * ldx + (k - area.k0), Half::place(out).data() + m * K + k);
+// Rows as `panel_tile` reads them: tile by tile, pair by pair of columns, a pair of each of the tile's rows in turn.
+void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
+    auto* place = Half::place(out).data();
+    each_tile_within(M, MAX_PANEL_TILE, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
+        for (size_t m = begin; m < end; m++)
+            for (size_t k = area.k0; k < area.k1; k += Half::STEP) {
+                Half::X step[Half::STEP];
+                Half::convert_in_order(x + (m - area.m0) * ldx + (k - area.k0), step);
+                auto* to = place + m0 * K + k * rows + 2 * (m - m0);
+                for (size_t i = 0; i < Half::STEP; i += 2) std::copy_n(step + i, 2, to + i * rows);
+            }
+    });
 }
 
 // Whole panels n0 .. n1 of one group.
 void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then) {
     const size_t K = w.cols, pairs = K / 2, group = n0 / GROUP_ROWS * GROUP_ROWS, step = std::min(GROUP_ROWS, w.rows - group);
-    const uint32_t* from = (const uint32_t*)w.data + group * pairs + (n0 - group);
+    const uint32_t* from = (const uint32_t*)w.data + group * pairs;
+    const size_t panels = (n1 - n0) / PANEL_ROWS, tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, together = panels_for(M);
+    const size_t passes = tiles * ((panels + together - 1) / together);
     for (size_t k = 0; k < pairs; k += PART_PAIRS) {
-        const size_t count = std::min(PART_PAIRS, pairs - k);
-        const uint32_t *next = then && k + count == pairs ? then : from + (k + count) * step, *end = next + count * step;
+        const size_t count = std::min(PART_PAIRS, pairs - k), panel = count * PANEL_ROWS;
+        const uint32_t* part = from + k * step + (n0 - group) / PANEL_ROWS * panel;
+        // what is read after this part, and how many lines of it the first passes fetch at every pair of columns
+        const size_t left = pairs - k - count, later = std::min(PART_PAIRS, left ? left : pairs);
+        const uint32_t* next = left ? from + (k + count) * step + (n0 - group) / PANEL_ROWS * later * PANEL_ROWS
+                             : then ? then : from + pairs * step;
+        const size_t lines = (left ? panels : GROUP_PANELS) * later, each = (lines + passes * count - 1) / (passes * count);
+        const uint32_t* end = next + lines * PANEL_ROWS;
         each_tile(M, MAX_PANEL_TILE, false, [&](size_t m, size_t rows) {
             with_constant<MAX_PANEL_TILE>(rows, [&](auto constant) {
-                // the first tiles fetch what comes next, together
-                const size_t tiles = (M + rows - 1) / rows * (GROUP_PANELS / panels_for(constant));
-                panel_tiles<constant>((n1 - n0) / PANEL_ROWS, tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4, from + k * step, step,
-                                      Half::place(x).data() + m * K + 2 * k, K, count, next, end, k == 0, y + m * ldy, ldy);
+                constexpr int NP = panels_for(constant);
+                for (size_t n = 0; n < panels; n += NP)
+                    with_constant<NP>(panels - n, [&](auto here) {
+                        const auto tile = [&](auto fetch) {
+                            panel_tile<constant, here, fetch>(part + n * panel, Half::place(x).data() + m * K + 2 * k * rows, count,
+                                                              next, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
+                            next += count * fetch * PANEL_ROWS;
+                        };
+                        if (next >= end) tile(std::integral_constant<int, 0>());
+                        else if (each == 1) tile(std::integral_constant<int, 1>());
+                        else if (each == 2) tile(std::integral_constant<int, 2>());
+                        else if (each <= 4) tile(std::integral_constant<int, 4>());
+                        else tile(std::integral_constant<int, 8>());
+                    });
             });
         });
     }
@@ -685,7 +702,7 @@ void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t
     switch (w.type) {
         case Type::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
         case Type::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
-        case Type::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
+        case Type::PANELS: return prepare_panels(M, w.cols, area, x, ldx, out);
         case Type::I8: return quantise<true>(M, w.cols, area, x, ldx, out);
         default: return quantise<false>(M, w.cols, area, x, ldx, out);
     }
@@ -786,12 +803,10 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
             put(out + i, mul(w == W ? load(from + i) : load_part(from + i, w), set1(factor)), w);
         });
     } else if (table.type == Type::PANELS) {
-        const size_t group = row / GROUP_ROWS * GROUP_ROWS, step = 2 * std::min(GROUP_ROWS, table.rows - group);
-        const uint16_t* from = (const uint16_t*)table.data + group * n + 2 * (row - group);
-        uint16_t pairs[2 * W];
+        uint32_t pairs[W];
         for (size_t i = 0; i < n; i += 2 * W) {
-            for (size_t k = 0; k < W; k++, from += step) std::memcpy(pairs + 2 * k, from, sizeof(uint32_t));
-            for (size_t k = 0; k < 2 * W; k += W) store(out + i + k, mul(load(pairs + k), set1(factor)));
+            for (size_t k = 0; k < W; k++) pairs[k] = table.panels(row, i / 2 + k)[row % PANEL_ROWS];
+            for (size_t k = 0; k < 2; k++) store(out + i + k * W, mul(load((const uint16_t*)pairs + k * W), set1(factor)));
         }
     } else {
         const uint8_t* from = (const uint8_t*)table.data + row * table.row_bytes();

@@ -1,6 +1,7 @@
 // The hot operators on one thread's share of the work, chosen at run time for the machine's instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -27,8 +28,8 @@ using Buffer = std::vector<T, LineAllocator<T>>;
 
 enum class Type : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, PANELS = 4 };
 
-// Weight rows that lie side by side where the type is PANELS, and of how many they are a multiple.
-constexpr size_t GROUP_ROWS = 64, PANEL_ROWS = 16;
+// Where the type is PANELS: weight rows of a panel, of a group of panels, and pairs of columns of a part.
+constexpr size_t PANEL_ROWS = 16, GROUP_ROWS = 64, PART_PAIRS = 64;
 
 // A weight matrix [rows, cols], row by row. Quantised types have whole blocks of 64 columns, and float scales in order:
 //   I8  int8, value = data * scale; one scale a block
@@ -36,8 +37,10 @@ constexpr size_t GROUP_ROWS = 64, PANEL_ROWS = 16;
 //       scale each; place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low and place
 //       i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
 // PANELS is bf16 in another order, of whole panels of rows and whole steps of 32 columns: GROUP_ROWS rows after one another,
-// or fewer at the end, of them the first two columns, row by row, then the next two. A vector of it holds two columns of
-// some rows, and sums of products with it have a row to each lane, which BF16's need to be summed across lanes for.
+// or fewer at the end; of them PART_PAIRS pairs of columns, or fewer at the end; of this part panel by panel, and of a panel
+// the first two columns, row by row, then the next two. So a vector holds two columns of some rows, and sums of products
+// with it have a row to each lane, which BF16's need to be summed across lanes for; and what rows of activations go through
+// together lies in one piece.
 struct Weight {
     Type type = Type::F32;
     const void* data = nullptr;
@@ -51,6 +54,16 @@ struct Weight {
             case Type::I8: return cols;
             default: return cols / 2;
         }
+    }
+    // PANELS: two columns of the rows of `row`'s panel.
+    const uint32_t* panels(size_t row, size_t pair) const {
+        const size_t group = row / GROUP_ROWS * GROUP_ROWS, part = pair / PART_PAIRS * PART_PAIRS, pairs = cols / 2;
+        return (const uint32_t*)data + group * pairs + part * std::min(GROUP_ROWS, rows - group)
+             + (row - group) / PANEL_ROWS * std::min(PART_PAIRS, pairs - part) * PANEL_ROWS + (pair - part) * PANEL_ROWS;
+    }
+    // Where a share of the rows that begins with one is read first.
+    const void* first_read(size_t row) const {
+        return type == Type::PANELS ? (const void*)panels(row, 0) : (const char*)data + row * row_bytes();
     }
 };
 

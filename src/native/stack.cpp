@@ -62,7 +62,7 @@ void fetch(const float* x, size_t n) {
 
 // Weights that a thread reads next, fetched while it is still at others; null where there are none.
 const void* share_of(const Weight& w, Part p) {
-    return w.data && p.begin < p.end ? (const char*)w.data + p.begin * w.row_bytes() : nullptr;
+    return w.data && p.begin < p.end ? w.first_read(p.begin) : nullptr;
 }
 
 // Columns of a product with so many rows that a thread takes at once, in whole units. A few rows take as long as one,

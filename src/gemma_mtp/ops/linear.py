@@ -40,19 +40,20 @@ def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
-#: weight rows of a group and of a panel, as in `src/native/kernels.h`
-GROUP_ROWS, PANEL_ROWS = 64, 16
+#: weight rows of a group and of a panel, and pairs of columns of a part, as in `src/native/kernels.h`
+GROUP_ROWS, PANEL_ROWS, PART_PAIRS = 64, 16, 64
 
 
 class Panels:
     """A bf16 weight [out, in] in the order that the native operators multiply with least work (`src/native/kernels.h`):
-    its rows in groups, and of each group two columns after another, row by row."""
+    its rows in groups, of a group the columns in parts, of a part the rows in panels, and of a panel two columns after
+    another, row by row."""
 
     def __init__(self, weight: Tensor) -> None:
         """Reorder a weight that fits."""
         self.data = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
-        for rows, group in self._groups():
-            group.copy_(weight.detach()[rows].view(*group.shape[1::-1], 2).transpose(0, 1))
+        for rows, columns, part in self._parts():
+            part.copy_(_by_panels(weight.detach()[rows, columns]))
 
     @staticmethod
     def fit(weight: Tensor) -> bool:
@@ -63,25 +64,44 @@ class Panels:
     def dense(self) -> Tensor:
         """The weight in its usual order."""
         weight = torch.empty_like(self.data)
-        for rows, group in self._groups():
-            weight[rows] = group.transpose(0, 1).reshape(-1, weight.shape[1])
+        for rows, columns, part in self._parts():
+            _by_panels(weight[rows, columns]).copy_(part)
         return weight
 
     def rows(self, indices: Tensor) -> Tensor:
         """Some rows of the weight, [..., in] of int64 [...]."""
         count, columns = self.data.shape
-        begin = indices // GROUP_ROWS * GROUP_ROWS
-        beside = (count - begin).clamp(max=GROUP_ROWS)  # rows of the group
-        pairs = torch.arange(columns // 2, device=indices.device)
-        places = (begin * (columns // 2) + (indices - begin))[..., None] + beside[..., None] * pairs
+        pair, row = torch.arange(columns // 2, device=indices.device), indices[..., None]
+        group, part = row // GROUP_ROWS * GROUP_ROWS, pair // PART_PAIRS * PART_PAIRS
+        rows_beside, pairs_beside = (count - group).clamp(max=GROUP_ROWS), (columns // 2 - part).clamp(max=PART_PAIRS)
+        panel = (row - group) // PANEL_ROWS * pairs_beside + (pair - part)
+        places = group * (columns // 2) + part * rows_beside + panel * PANEL_ROWS + row % PANEL_ROWS
         return self.data.view(torch.int32).flatten()[places].view(torch.bfloat16)
 
-    def _groups(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the weight, and where they are, [pairs of columns, rows, 2]."""
-        rows, columns = self.data.shape
-        for begin in range(0, rows, GROUP_ROWS):
-            end = min(begin + GROUP_ROWS, rows)
-            yield slice(begin, end), self.data[begin:end].view(columns // 2, end - begin, 2)
+    def _parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows and columns of the weight, and where they are: of whole groups, or of what is left after them,
+        [groups, panels, pairs of columns, rows of a panel, 2]."""
+        count, columns = self.data.shape
+        whole = count // GROUP_ROWS * GROUP_ROWS
+        for begin, end in ((0, whole), (whole, count)):
+            if begin == end:
+                continue
+            beside = min(end - begin, GROUP_ROWS)
+            groups = self.data[begin:end].view(-1, beside * columns)
+            for first in range(0, columns, 2 * PART_PAIRS):
+                last = min(first + 2 * PART_PAIRS, columns)
+                part = groups[:, beside * first : beside * last]
+                yield (
+                    slice(begin, end),
+                    slice(first, last),
+                    part.unflatten(1, (beside // PANEL_ROWS, (last - first) // 2, PANEL_ROWS, 2)),
+                )
+
+
+def _by_panels(weight: Tensor) -> Tensor:
+    """A view of groups' rows [rows, columns], or of fewer: [groups, panels, pairs of columns, rows of a panel, 2]."""
+    panels = min(len(weight), GROUP_ROWS) // PANEL_ROWS
+    return weight.unflatten(1, (-1, 2)).unflatten(0, (-1, panels, PANEL_ROWS)).transpose(2, 3)
 
 
 class Quantised(nn.Module):
