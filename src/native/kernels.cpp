@@ -109,7 +109,12 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
             UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = _mm512_dpbf16_ps(acc[m * NV + n], xv, wv[n]);
         }
     }
-    static inline void convert_in_order(const float* x, X* out) { convert(x, STEP, out); }
+    // A step's columns in order, each pair of them `apart` numbers from the one before it.
+    static inline void convert_pairs(const float* x, X* out, size_t apart) {
+        X step[STEP];
+        convert(x, STEP, step);
+        UNROLL for (size_t i = 0; i < W; i++) std::memcpy(out + i * apart, step + 2 * i, 2 * sizeof(X));
+    }
     static Buffer<X>& place(Rows& rows) { return rows.half; }
     static const Buffer<X>& place(const Rows& rows) { return rows.half; }
 };
@@ -164,7 +169,10 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
             }
         }
     }
-    static inline void convert_in_order(const float* x, X* out) { std::copy_n(x, STEP, out); }
+    // A step's columns in order, each pair of them `apart` numbers from the one before it.
+    static inline void convert_pairs(const float* x, X* out, size_t apart) {
+        UNROLL for (size_t i = 0; i < W; i++) std::memcpy(out + i * apart, x + 2 * i, 2 * sizeof(X));
+    }
     static Buffer<X>& place(Rows& rows) { return rows.wide; }
     static const Buffer<X>& place(const Rows& rows) { return rows.wide; }
 };
@@ -381,12 +389,8 @@ void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t
     auto* place = Half::place(out).data();
     each_tile_within(M, MAX_PANEL_TILE, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
         for (size_t m = begin; m < end; m++)
-            for (size_t k = area.k0; k < area.k1; k += Half::STEP) {
-                Half::X step[Half::STEP];
-                Half::convert_in_order(x + (m - area.m0) * ldx + (k - area.k0), step);
-                auto* to = place + m0 * K + k * rows + 2 * (m - m0);
-                for (size_t i = 0; i < Half::STEP; i += 2) std::copy_n(step + i, 2, to + i * rows);
-            }
+            for (size_t k = area.k0; k < area.k1; k += Half::STEP)
+                Half::convert_pairs(x + (m - area.m0) * ldx + (k - area.k0), place + m0 * K + k * rows + 2 * (m - m0), 2 * rows);
     });
 }
 
