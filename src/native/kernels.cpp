@@ -396,17 +396,15 @@ void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t
 
 // Whole panels n0 .. n1 of one group.
 void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then) {
-    const size_t K = w.cols, pairs = K / 2, group = n0 / GROUP_ROWS * GROUP_ROWS, step = std::min(GROUP_ROWS, w.rows - group);
-    const uint32_t* from = (const uint32_t*)w.data + group * pairs;
+    const size_t K = w.cols, pairs = K / 2, group_end = std::min((n0 / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
     const size_t panels = (n1 - n0) / PANEL_ROWS, tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, together = panels_for(M);
     const size_t passes = tiles * ((panels + together - 1) / together);
     for (size_t k = 0; k < pairs; k += PART_PAIRS) {
         const size_t count = std::min(PART_PAIRS, pairs - k), panel = count * PANEL_ROWS;
-        const uint32_t* part = from + k * step + (n0 - group) / PANEL_ROWS * panel;
+        const uint32_t* part = w.panels(n0, k);
         // what is read after this part, and how many lines of it the first passes fetch at every pair of columns
         const size_t left = pairs - k - count, later = std::min(PART_PAIRS, left ? left : pairs);
-        const uint32_t* next = left ? from + (k + count) * step + (n0 - group) / PANEL_ROWS * later * PANEL_ROWS
-                             : then ? then : from + pairs * step;
+        const uint32_t* next = left ? w.panels(n0, k + count) : then ? then : (const uint32_t*)w.data + group_end * pairs;
         const size_t lines = (left ? panels : GROUP_PANELS) * later, each = (lines + passes * count - 1) / (passes * count);
         const uint32_t* end = next + lines * PANEL_ROWS;
         each_tile(M, MAX_PANEL_TILE, false, [&](size_t m, size_t rows) {
@@ -809,7 +807,8 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
     } else if (table.type == Type::PANELS) {
         uint32_t pairs[W];
         for (size_t i = 0; i < n; i += 2 * W) {
-            for (size_t k = 0; k < W; k++) pairs[k] = table.panels(row, i / 2 + k)[row % PANEL_ROWS];
+            const uint32_t* from = table.panels(row, i / 2) + row % PANEL_ROWS;  // a part holds the next W pairs, too
+            for (size_t k = 0; k < W; k++) pairs[k] = from[k * PANEL_ROWS];
             for (size_t k = 0; k < 2; k++) store(out + i + k * W, mul(load((const uint16_t*)pairs + k * W), set1(factor)));
         }
     } else {
