@@ -213,10 +213,10 @@ struct Pass {
 };
 
 // MR rows, in turn in every step of x, by NR weight rows of K columns. `next` are weights to fetch meanwhile, of as many
-// rows and columns.
+// rows and columns, `beside` what lies as these weights do and is fetched with them; both may be null.
 template <class F, int MR, int NR>
 inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t K, const typename F::T* next,
-                 const Pass& pass, float* waiting, float* y, size_t ldy) {
+                 const typename F::T* beside, const Pass& pass, float* waiting, float* y, size_t ldy) {
     using T = typename F::T;
     V acc[MR * NR];
     if (pass.first) {
@@ -235,6 +235,8 @@ inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, siz
     for (; k + F::STEP <= K; k += F::STEP, x += MR * F::STEP) {
         if (next && k * sizeof(T) % LINE == 0)
             UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(next + n * ldw + k, 0, 3);
+        if (beside && k * sizeof(T) % LINE == 0)
+            UNROLL for (int n = 0; n < NR; n++) __builtin_prefetch(beside + n * ldw + k, 0, 3);
         F::template step<MR, NR>(acc, w + k, ldw, x);
     }
     if (k < K) {  // fewer columns than a step: with zeros behind them
@@ -296,6 +298,7 @@ struct Ahead {
     const T* begin;
     size_t size, ahead;
     const T* then;
+    const T* beside;  // as much of it is fetched in step with the share; may be null
 
     // of the units from `at` on, where a step takes `step` units
     const T* operator()(size_t at, size_t step) const {
@@ -312,15 +315,17 @@ void row_tile(const typename F::T* w, size_t ldw, size_t K, const typename F::X*
     constexpr int NR = columns_for(MR);
     size_t n = 0;
     for (; n + NR <= count; n += NR)
-        tile<F, MR, NR>(w + n * ldw, ldw, x, K, fetch ? (*fetch)((first + n) * ldw, NR * ldw) : nullptr, pass,
-                        waiting + n * MR * W, y + n, ldy);
-    for (; n < count; n++) tile<F, MR, 1>(w + n * ldw, ldw, x, K, nullptr, pass, waiting + n * MR * W, y + n, ldy);
+        tile<F, MR, NR>(w + n * ldw, ldw, x, K, fetch ? (*fetch)((first + n) * ldw, NR * ldw) : nullptr,
+                        fetch && fetch->beside ? fetch->beside + (first + n) * ldw : nullptr, pass, waiting + n * MR * W, y + n,
+                        ldy);
+    for (; n < count; n++)
+        tile<F, MR, 1>(w + n * ldw, ldw, x, K, nullptr, nullptr, pass, waiting + n * MR * W, y + n, ldy);
 }
 
-// y[m, n] = x[m] . w[n] of `count` rows of w, x prepared.
+// y[m, n] = x[m] . w[n] of `count` rows of w, x prepared. Where there is a `beside`, as many rows of it are fetched meanwhile.
 template <class F>
 void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M, size_t count, float* y, size_t ldy,
-              const void* then) {
+              const void* then, const typename F::T* beside = nullptr) {
     static thread_local Buffer<float> waiting;
     using T = typename F::T;
     const size_t padded = padded_to(K, F::STEP);
@@ -332,7 +337,7 @@ void multiply(const typename F::T* w, size_t K, const typename F::X* x, size_t M
     for (size_t n = 0; n < count; n += block)
         for (size_t k = 0; k < K; k += part) {
             const Pass pass{k == 0, k + part >= K};
-            const Ahead<T> fetch{w + k, count * K, ahead, parts ? nullptr : (const T*)then};
+            const Ahead<T> fetch{w + k, count * K, ahead, parts ? nullptr : (const T*)then, beside ? beside + k : nullptr};
             each_tile(M, MAX_ROWS, by_fours(K), [&](size_t m, size_t rows) {
                 with_constant<MAX_ROWS>(rows, [&](auto constant) {
                     row_tile<F, constant>(w + n * K + k, K, std::min(part, K - k), x + m * padded + k * rows, n,
@@ -395,7 +400,8 @@ void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t
 }
 
 // Whole panels n0 .. n1 of one group.
-void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then) {
+void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then,
+                     Stretches* also) {
     const size_t K = w.cols, pairs = K / 2, group_end = std::min((n0 / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
     const size_t panels = (n1 - n0) / PANEL_ROWS, tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, together = panels_for(M);
     const size_t passes = tiles * ((panels + together - 1) / together);
@@ -412,16 +418,21 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
                 constexpr int NP = panels_for(constant);
                 for (size_t n = 0; n < panels; n += NP)
                     with_constant<NP>(panels - n, [&](auto here) {
-                        const auto tile = [&](auto fetch) {
+                        const auto tile = [&](auto fetch, const uint32_t* fetched) {
                             panel_tile<constant, here, fetch>(part + n * panel, Half::place(x).data() + m * K + 2 * k * rows, count,
-                                                              next, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
-                            next += count * fetch * PANEL_ROWS;
+                                                              fetched, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
                         };
-                        if (next >= end) tile(std::integral_constant<int, 0>());
-                        else if (each == 1) tile(std::integral_constant<int, 1>());
-                        else if (each == 2) tile(std::integral_constant<int, 2>());
-                        else if (each <= 4) tile(std::integral_constant<int, 4>());
-                        else tile(std::integral_constant<int, 8>());
+                        if (next >= end) {
+                            const auto* other = also ? (const uint32_t*)also->take(count) : nullptr;
+                            if (other) return tile(std::integral_constant<int, 1>(), other);
+                            return tile(std::integral_constant<int, 0>(), next);
+                        }
+                        const size_t fetch = each <= 2 ? each : each <= 4 ? 4 : 8;
+                        if (fetch == 1) tile(std::integral_constant<int, 1>(), next);
+                        else if (fetch == 2) tile(std::integral_constant<int, 2>(), next);
+                        else if (fetch == 4) tile(std::integral_constant<int, 4>(), next);
+                        else tile(std::integral_constant<int, 8>(), next);
+                        next += count * fetch * PANEL_ROWS;
                     });
             });
         });
@@ -429,19 +440,19 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
 }
 
 // The share's groups in turn; of a panel that is not wholly within it, the columns that are.
-void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
+void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const Next& then) {
     static thread_local Buffer<float> whole;
     for (size_t n = n0, end; n < n1; n = end) {
         const size_t begin = n / PANEL_ROWS * PANEL_ROWS, stop = std::min((n / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
         end = std::min(stop, n1);
-        const auto* next = end == n1 ? (const uint32_t*)then : nullptr;
+        const auto* next = end == n1 ? (const uint32_t*)then.weights : nullptr;
         if (n == begin && end % PANEL_ROWS == 0) {
-            multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next);
+            multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next, then.also);
             continue;
         }
         const size_t width = padded_to(end, PANEL_ROWS) - begin;
         grow(whole, M * width);
-        multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next);
+        multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next, then.also);
         for (size_t m = 0; m < M; m++) std::copy_n(whole.data() + m * width + (n - begin), end - n, y + m * ldy + (n - n0));
     }
 }
@@ -622,7 +633,7 @@ void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t
 template <bool I8>
 void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
     const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : PASS_ROWS, bytes = w.row_bytes();
-    const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then};
+    const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then, nullptr};
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
@@ -634,14 +645,14 @@ void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_
     }
 }
 
-void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
+void linear(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const Next& then) {
     if (n0 >= n1) return;
     switch (w.type) {
-        case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then);
-        case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then);
+        case Type::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then.weights);
+        case Type::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then.weights);
         case Type::PANELS: return linear_panels(w, x, M, n0, n1, y, ldy, then);
-        case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then);
-        default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then);
+        case Type::I8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then.weights);
+        default: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then.weights);
     }
 }
 
@@ -840,8 +851,6 @@ constexpr int vectors_for(int queries) { return queries == 8 ? 2 : 4; }
 constexpr int vectors_for(int queries) { return queries == 8 ? 1 : queries == 4 ? 2 : 4; }
 #endif
 
-constexpr size_t FETCH_VALUES = 1024;  // numbers of values that are on their way while others are weighed
-
 // acc[q] += weights[q][j] * values[j] for j0 <= j < j1, in order of j
 template <int MQ>
 inline void weigh(const float* const* weights, const float* values, size_t j0, size_t j1, size_t d, float* const* acc) {
@@ -853,10 +862,7 @@ inline void weigh(const float* const* weights, const float* values, size_t j0, s
         UNROLL for (int i = 0; i < MQ * NV; i++) sums[i] = load(acc[i / NV] + begin + i % NV * W);
         for (size_t j = j0; j < j1; j++) {
             V v[NV];
-            UNROLL for (int n = 0; n < NV; n++) {
-                v[n] = load(values + j * d + begin + n * W);
-                if (n * W * sizeof(float) % LINE == 0) __builtin_prefetch(values + j * d + begin + n * W + FETCH_VALUES, 0, 3);
-            }
+            UNROLL for (int n = 0; n < NV; n++) v[n] = load(values + j * d + begin + n * W);
             UNROLL for (int q = 0; q < MQ; q++) {
                 const V weight = held(set1(weights[q][j]));
                 UNROLL for (int n = 0; n < NV; n++) sums[q * NV + n] = fma(weight, v[n], sums[q * NV + n]);
@@ -928,7 +934,7 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
         const size_t parts = runs_of(rows, begin, end, runs);
         for (size_t r = 0; r < parts; r++)
             multiply<Wide>(rows.keys + runs[r].offset, d, queries.wide.data(), Q, runs[r].end - runs[r].begin,
-                           scores.data() + runs[r].begin, CHUNK, rows.values + runs[r].offset);
+                           scores.data() + runs[r].begin, CHUNK, nullptr, rows.values + runs[r].offset);
         const float* weights[MAX_QUERIES];
         size_t from[MAX_QUERIES], to[MAX_QUERIES], common_from = 0, common_to = count;
         for (size_t i = 0; i < Q; i++) {

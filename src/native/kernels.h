@@ -100,6 +100,38 @@ struct HeadRows {
     }
 };
 
+// Stretches of memory to fetch, one after the other.
+class Stretches {
+   public:
+    void clear() { all_.clear(), at_ = 0; }
+    void add(const void* begin, size_t lines) { all_.push_back({(const char*)begin, lines}); }
+    // Where the next `lines` or fewer are, which are taken for fetched; null where nothing is left.
+    const void* take(size_t lines) {
+        if (at_ == all_.size()) return nullptr;
+        Stretch& s = all_[at_];
+        const char* begin = s.begin;
+        if (lines < s.lines) s.begin += lines * LINE, s.lines -= lines;
+        else at_++;
+        return begin;
+    }
+
+   private:
+    struct Stretch {
+        const char* begin;
+        size_t lines;
+    };
+    std::vector<Stretch> all_;
+    size_t at_ = 0;
+};
+
+// What a thread reads after a product: weights, fetched at its end, and what else there is time to fetch throughout, which
+// PANELS have where they are multiplied by many rows. Both may be null.
+struct Next {
+    Next(const void* weights = nullptr, Stretches* also = nullptr) : weights(weights), also(also) {}
+    const void* weights;
+    Stretches* also;
+};
+
 struct Kernels {
     const char* name;
 
@@ -107,9 +139,8 @@ struct Kernels {
     void (*reserve)(const Weight& w, size_t M, Rows& out);
     // An area of M such rows made ready, where there is room; x is where it begins
     void (*prepare)(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Rows& out);
-    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1. `then` are weights to fetch at the end, read next by this thread; may
-    // be null.
-    void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then);
+    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1
+    void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const Next& then);
     // out = x / rms(x) * weight; weight may be null; out may be x
     void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* out);
     // residual += x / rms(x) * weight

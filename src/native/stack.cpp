@@ -50,6 +50,10 @@ constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by 
 // so many blocks it has at least.
 constexpr size_t CACHED_BYTES = 32 << 20;
 constexpr size_t LEAST_BLOCKS = 4;
+constexpr size_t LEAST_SHARED = 4;  // blocks a thread from which on attention is shared out by blocks
+// A thread fetches so much of a layer's keys ahead, at most, so that its second-level cache holds them, and of its values,
+// earlier, so that the last level does.
+constexpr size_t KEY_BYTES = 256 << 10, VALUE_BYTES = 1 << 20;
 constexpr size_t ROW_POSITIONS = 64;  // positions that are attended to while a row's other work is done, about
 
 // Shares of whole heads, where that gives every thread nearly as much.
@@ -96,6 +100,7 @@ struct Stack::Private {
     std::vector<size_t> chosen;
     std::vector<Visible> visible;
     Rows rows;
+    Stretches later;  // keys or values that this thread attends to after the product under way or a later one
 
     void prepare(const Weight& w, const float* in, size_t ldx, size_t count) {
         kernels().reserve(w, count, rows);
@@ -116,15 +121,16 @@ struct Stack::Private {
     // done(Part) for them.
     template <class F>
     void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, size_t unit, float* out,
-                       size_t ldy, const void* then, F done) {
+                       size_t ldy, const Next& then, F done) {
         prepare(w, in, ldx, count);
         shared_linear(me, w, rows, count, unit, out, ldy, then, done);
     }
     template <class F>
     static void shared_linear(Worker& me, const Weight& w, const Rows& ready, size_t count, size_t unit, float* out, size_t ldy,
-                              const void* then, F done) {
+                              const Next& then, F done) {
         me.each(w.rows, unit, chunk(w, count, unit), [&](Part p, bool last) {
-            kernels().linear(w, ready, count, p.begin, p.end, out + p.begin, ldy, last ? then : share_of(w, {p.end, w.rows}));
+            const Next next(last ? then.weights : share_of(w, {p.end, w.rows}), then.also);
+            kernels().linear(w, ready, count, p.begin, p.end, out + p.begin, ldy, next);
             done(p);
         });
     }
@@ -233,7 +239,7 @@ void Stack::embed(const int64_t* tokens, const Batch& batch, Private& own, Share
 }
 
 void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me) {
-    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), few = 4 * me.threads;
+    const size_t per_group = l.heads / l.groups, blocks = batch.blocks.size(), few = LEAST_SHARED * me.threads;
     if (batch.divided()) {
         const Part mine = batch.blocks_of(me);
         for (size_t b = mine.begin; b < mine.end; b++)
@@ -261,23 +267,61 @@ void Stack::attention(const Layer& l, const Batch& batch, Shared& all, Private& 
     });
 }
 
+// Keys and values of a group that a block of rows attends to.
+HeadRows Stack::head_rows(const Layer& l, const Batch& batch, size_t group, size_t block) const {
+    const Cache& cache = batch.caches[l.cache];
+    const size_t before = group * cache.blocks * BLOCK_ROWS * l.head_dim;
+    return {cache.keys + before, cache.values + before, batch.rows[batch.blocks[block].first].view->table[l.sliding ? 0 : 1],
+            l.head_dim};
+}
+
+Visible Stack::visible(const Layer& l, const Batch::Row& row, const Batch& batch) const {
+    return {l.sliding ? std::max((int64_t)0, row.position - (int64_t)config.window + 1) : 0, row.position - batch.drafting};
+}
+
+// Of keys or of values those that are there already and that this thread's blocks attend to, to be fetched during a product
+// with `during`. Few blocks' are not: they would only wait for one another with the weights.
+void Stack::list_cached(const Layer& l, const Batch& batch, const float* HeadRows::*which, const Weight& during, size_t most,
+                        Private& own, const Worker& me) const {
+    const size_t blocks = batch.blocks.size(), row_lines = l.head_dim * sizeof(float) / LINE;
+    own.later.clear();
+    if (during.type != Type::PANELS || blocks < LEAST_SHARED * me.threads) return;
+    size_t left = most / LINE;
+    const auto add = [&](size_t group, size_t block) {
+        const Batch::Row& row = batch.rows[batch.blocks[block].first];
+        if (block && row.view == batch.rows[batch.blocks[block - 1].first].view) return;  // listed with the block before
+        const HeadRows rows = head_rows(l, batch, group, block);
+        for (int64_t at = visible(l, row, batch).first; at < row.position && left;) {
+            const int64_t stop = std::min((at / BLOCK_ROWS + 1) * BLOCK_ROWS, row.position);
+            const size_t lines = std::min((size_t)(stop - at) * row_lines, left);
+            own.later.add(rows.*which + rows.offset(at), lines);
+            left -= lines;
+            at = stop;
+        }
+    };
+    if (batch.divided()) {
+        const Part mine = batch.blocks_of(me);
+        for (size_t b = mine.begin; b < mine.end; b++)
+            for (size_t g = 0; g < l.groups; g++) add(g, b);
+    } else {
+        const Part mine = me.part(l.groups * blocks, 1);
+        for (size_t t = mine.begin; t < mine.end; t++) add(t / blocks, t % blocks);
+    }
+}
+
 // `count` heads of one group from `head` on, of a block of rows.
 void Stack::attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own) {
     const auto [begin, end] = batch.blocks[block];
-    const size_t d = l.head_dim, group = head / (l.heads / l.groups), queries = count * (end - begin);
-    const Cache& cache = batch.caches[l.cache];
-    const size_t before = group * cache.blocks * BLOCK_ROWS * d;
+    const size_t d = l.head_dim, queries = count * (end - begin);
     float* q = grown(own.q, 2 * queries * d);
     float* out = q + queries * d;
     own.visible.resize(queries);
     for (size_t h = 0, i = 0; h < count; h++)
         for (size_t m = begin; m < end; m++, i++) {
             std::copy_n(all.qkv.data() + m * l.qkv.rows + (head + h) * d, d, q + i * d);
-            const int64_t position = batch.rows[m].position, last = position - batch.drafting;
-            const int64_t first = l.sliding ? std::max((int64_t)0, position - (int64_t)config.window + 1) : 0;
-            own.visible[i] = {first, last};
+            own.visible[i] = visible(l, batch.rows[m], batch);
         }
-    const HeadRows rows{cache.keys + before, cache.values + before, batch.rows[begin].view->table[l.sliding ? 0 : 1], d};
+    const HeadRows rows = head_rows(l, batch, head / (l.heads / l.groups), block);
     kernels().attend(q, d, queries, own.visible.data(), rows, out, d);
     for (size_t h = 0, i = 0; h < count; h++)
         for (size_t m = begin; m < end; m++, i++)
@@ -401,9 +445,10 @@ void Stack::project(const Layer& l, const Batch& batch, const float* in, Private
             for (size_t h = 0; h < heads; h++) finish_head(l, batch, m, h, all);
         return;
     }
-    const void* then = share_of(l.o, me.part(D, UNIT));
+    list_cached(l, batch, &HeadRows::keys, l.qkv, KEY_BYTES, own, me);
+    const Next then(share_of(l.o, me.part(D, UNIT)), &own.later);
     if (!by_heads(heads, me.threads)) {
-        own.shared_linear(me, l.qkv, in, D, rows, all.qkv.data(), l.qkv.rows, then);
+        own.shared_linear(me, l.qkv, in, D, rows, UNIT, all.qkv.data(), l.qkv.rows, then, [](Part) {});
         me.wait();
         const Part tasks = me.part(rows * heads, 1);
         for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
@@ -432,9 +477,9 @@ void Stack::gate(const Layer& l, const Batch& batch, const float* in, Private& o
         const Part up_part{I + p.begin, I + p.end};
         float* gate = grown(own.a, 2 * rows * width);
         float* up = gate + rows * width;
-        kernels().linear(l.gate_up, ready, rows, p.begin, p.end, gate, width, share_of(l.gate_up, up_part));
+        kernels().linear(l.gate_up, ready, rows, p.begin, p.end, gate, width, {share_of(l.gate_up, up_part), &own.later});
         kernels().linear(l.gate_up, ready, rows, up_part.begin, up_part.end, up, width,
-                         last ? then : share_of(l.gate_up, {p.end, I}));
+                         {last ? then : share_of(l.gate_up, {p.end, I}), &own.later});
         for (size_t m = 0; m < rows; m++)
             kernels().gated(gate + m * width, up + m * width, width,
                             batch.divided() ? gate + m * width : all.act.data() + m * I + p.begin);
@@ -505,6 +550,8 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
         k.add_rms_norm(x + m * D, out + m * D, l.post_attention, eps, D);
         k.rms_norm(x + m * D, l.pre_feedforward, eps, D, n + m * D);
     }
+    if (index + 1 < layers.size()) list_cached(layers[index + 1], batch, &HeadRows::values, l.gate_up, VALUE_BYTES, own, me);
+    else own.later.clear();
     gate(l, batch, n, own, all, me);
     me.wait();
     then = config.ple ? nullptr : next_layer;

@@ -142,6 +142,10 @@ class Stack {
     void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
     void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
     void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me);
+    HeadRows head_rows(const Layer& l, const Batch& batch, size_t group, size_t block) const;
+    Visible visible(const Layer& l, const Batch::Row& row, const Batch& batch) const;
+    void list_cached(const Layer& l, const Batch& batch, const float* HeadRows::*which, const Weight& during, size_t most,
+                     Private& own, const Worker& me) const;
     void attend(const Layer& l, const Batch& batch, size_t head, size_t count, size_t block, Shared& all, Private& own);
     void gate(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
     void add_ple(const Layer& l, size_t index, const Batch& batch, const void* then, Private& own, Shared& all, Worker& me);
