@@ -21,6 +21,7 @@ if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators tha
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with its share of the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and so the processes that it starts
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
 

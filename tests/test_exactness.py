@@ -4,8 +4,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,17 +33,17 @@ def pairs() -> dict[str, Pair]:
 def generate(pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random):
     """With threads and prefill chunks of its own."""
     engine.PREFILL_CHUNK_ROWS = rng.randint(1, 64)
-    set_threads(rng.randint(1, 3))
+    set_threads(rng.choice([1, 1, 1, 2, 2, 3]))  # most often no more than there are cores: others wait for each other
     return pair.generate(prompt, params, draft_tokens=drafts)
 
 
-def play(pairs: dict[str, Pair], count: int) -> tuple[list[tuple[Any, ...]], dict[str, int]]:
-    """Mismatches among generations drawn at random, each played plain and drafted, and accepted drafts by weight type.
+def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | None]]:
+    """Generations drawn at random, each plain and drafted: weight type, accepted drafts, and what differed, if any.
 
     Tokens must be equal, and in a third of the generations the reported log-probabilities too, bit for bit: those see
     a difference that is too small to change a token.
     """
-    rng, mismatches, accepted = random.Random(count), [], dict.fromkeys(pairs, 0)
+    rng = random.Random(count)
     threads, chunk = module().threads(), engine.PREFILL_CHUNK_ROWS
     try:
         for i in range(count):
@@ -59,21 +59,21 @@ def play(pairs: dict[str, Pair], count: int) -> tuple[list[tuple[Any, ...]], dic
             )  # fmt: skip
             plain = generate(pair, prompt, params, 0, rng)
             drafted = generate(pair, prompt, params, rng.choice([1, 2, 3, 4, 5, 6, 7, 8, "auto"]), rng)
-            accepted[weights] += drafted.accepted
-            if plain.token_ids != drafted.token_ids or plain.logprobs != drafted.logprobs:
-                mismatches.append((i, weights, params, prompt))
+            same = plain.token_ids == drafted.token_ids and plain.logprobs == drafted.logprobs
+            yield weights, drafted.accepted, None if same else f"generation {i}, {weights}, {params}, prompt {prompt}"
     finally:
         set_threads(threads)
         engine.PREFILL_CHUNK_ROWS = chunk
-    return mismatches, accepted
 
 
 @pytest.mark.skipif(module() is None, reason="the native operators were not built")
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_generations_drawn_at_random(pairs: dict[str, Pair], count: int) -> None:
     """Every weight type, temperature, draft length, thread count and chunk size, verification exact."""
-    mismatches, accepted = play(pairs, count)
-    assert mismatches == []
+    accepted = dict.fromkeys(pairs, 0)
+    for weights, drafts, mismatch in play(pairs, count):
+        assert mismatch is None
+        accepted[weights] += drafts
     assert min(accepted.values()) > count / 10
     assert sum(accepted.values()) > count
 
@@ -83,7 +83,8 @@ from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.ops.native import module
 from test_exactness import play
 assert module().isa() == "control"
-print(len(play({dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}, 40)[0]))
+pairs = {dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}
+print(any(mismatch for *_, mismatch in play(pairs, 40)))
 """
 
 
@@ -95,4 +96,4 @@ def test_another_order_of_sums_is_seen() -> None:
         env={**os.environ, "GEMMA_MTP_ISA": "control", "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(run.stdout) > 0
+    assert run.stdout.split() == ["True"]

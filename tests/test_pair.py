@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
+from models import TINY, VOCAB, agreeing_pair, letters, packed, random_drafter, random_target, save_pair
 
 from gemma_mtp.checkpoint import GenerationDefaults, save_drafter
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -20,7 +20,7 @@ PROMPT = [9, 8, 7]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    target, drafter = agreeing_pair(3)
+    target, drafter = packed(*agreeing_pair(3))
     return Pair(target, drafter, letters(tmp_path_factory.mktemp("tokenizer")), GenerationDefaults(eos_token_ids=()))
 
 

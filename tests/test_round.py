@@ -58,7 +58,7 @@ parameters = st.builds(
     frequency_penalty=st.sampled_from([0.0, 0.4]),
     logit_bias=st.sampled_from([{}, {3: 2.5, 7: float("-inf")}]),
     seed=st.integers(0, 2**63 - 1),
-    max_tokens=st.sampled_from([1, 2, 30, 50]),
+    max_tokens=st.sampled_from([1, 2, 20, 40]),
 )
 
 
