@@ -298,7 +298,7 @@ struct Ahead {
     const T* begin;
     size_t size, ahead;
     const T* then;
-    const T* beside;  // as much of it is fetched in step with the share; may be null
+    const T* beside = nullptr;  // as much of it is fetched in step with the share; may be null
 
     // of the units from `at` on, where a step takes `step` units
     const T* operator()(size_t at, size_t step) const {
@@ -395,7 +395,8 @@ void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t
     each_tile_within(M, MAX_PANEL_TILE, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
         for (size_t m = begin; m < end; m++)
             for (size_t k = area.k0; k < area.k1; k += Half::STEP)
-                Half::convert_pairs(x + (m - area.m0) * ldx + (k - area.k0), place + m0 * K + k * rows + 2 * (m - m0), 2 * rows);
+                Half::convert_pairs(x + (m - area.m0) * ldx + (k - area.k0), place + m0 * K + k * rows + 2 * (m - m0),
+                                    2 * rows);
     });
 }
 
@@ -419,8 +420,8 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
                 for (size_t n = 0; n < panels; n += NP)
                     with_constant<NP>(panels - n, [&](auto here) {
                         const auto tile = [&](auto fetch, const uint32_t* fetched) {
-                            panel_tile<constant, here, fetch>(part + n * panel, Half::place(x).data() + m * K + 2 * k * rows, count,
-                                                              fetched, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
+                            panel_tile<constant, here, fetch>(part + n * panel, Half::place(x).data() + m * K + 2 * k * rows,
+                                                              count, fetched, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
                         };
                         if (next >= end) {
                             const auto* other = also ? (const uint32_t*)also->take(count) : nullptr;
@@ -558,7 +559,8 @@ inline V partial(const Block& w, const int8_t* x, const int32_t*) {
     V out;
     for (int i = 0; i < W; i++) {
         int32_t total = 0;
-        for (int j = 0; j < 4; j++) total += (int32_t)w.v[4 * i + j] * x[4 * i + j] + (int32_t)w.v[4 * i + j + 32] * x[4 * i + j + 32];
+        for (int j = 0; j < 4; j++)
+            total += (int32_t)w.v[4 * i + j] * x[4 * i + j] + (int32_t)w.v[4 * i + j + 32] * x[4 * i + j + 32];
         out[i] = (float)total;
     }
     return out;
@@ -633,7 +635,7 @@ void quantised_rows(const Weight& w, const Rows& x, size_t m0, size_t n0, size_t
 template <bool I8>
 void linear_quantised(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const void* then) {
     const size_t block = M <= MAX_QUANTISED_ROWS ? n1 - n0 : PASS_ROWS, bytes = w.row_bytes();
-    const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then, nullptr};
+    const Ahead<uint8_t> fetch{(const uint8_t*)w.data + n0 * bytes, (n1 - n0) * bytes, FETCH_BYTES, (const uint8_t*)then};
     for (size_t n = n0; n < n1; n += block) {
         const size_t end = std::min(n + block, n1);
         float* out = y + (n - n0);
