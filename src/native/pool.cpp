@@ -19,14 +19,16 @@ inline void pause() {
 #endif
 }
 
-// About 50 microseconds: longer than the host takes between two calls of a round, short against a time slice. Who has
-// spun so long in vain sleeps: the machine may have no core for the thread that is waited for.
-constexpr int SPINS = 2000;
+// First about 50 microseconds: longer than the threads of a call wait for one another. Then a millisecond or more, longer than
+// the host takes between two calls of many sequences, in which any thread that has no core gets this one; to wake a thread
+// that sleeps takes long, above all in a virtual machine.
+constexpr int SPINS = 2000, YIELDS = 2000;
 
 template <class T>
 void wait_while(std::atomic<T>& value, T same) {
-    for (int spins = 0; value.load(std::memory_order_acquire) == same;) {
-        if (++spins < SPINS) pause();
+    for (int tries = 0; value.load(std::memory_order_acquire) == same; tries = std::min(tries + 1, SPINS + YIELDS)) {
+        if (tries < SPINS) pause();
+        else if (tries < SPINS + YIELDS) std::this_thread::yield();
         else value.wait(same, std::memory_order_acquire);
     }
 }
