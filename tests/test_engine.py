@@ -92,7 +92,7 @@ from mixed_load import play
 from test_engine import EngineSettings, bundled_load
 assert module().isa() == "control"
 pair = load_pair()
-print(len(play(pair, bundled_load(pair, 20), EngineSettings(max_running=8, max_tokens=250)).mismatches))
+print(len(play(pair, bundled_load(pair, 40), EngineSettings(max_running=8, max_tokens=250)).mismatches))
 """
 
 
@@ -114,7 +114,7 @@ def test_a_shared_block_of_other_tokens_is_seen(bundled: Pair, monkeypatch: pyte
 
     right = kv_cache._names
     monkeypatch.setattr(kv_cache, "_names", lambda ids, before=b"": [n[:1] for n in right(ids, before)])
-    loaded = play(bundled, bundled_load(bundled, 20), EngineSettings(max_running=8, max_tokens=250))
+    loaded = play(bundled, bundled_load(bundled, 40), EngineSettings(max_running=8, max_tokens=250))
     assert loaded.mismatches
 
 
