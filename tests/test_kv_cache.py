@@ -38,7 +38,7 @@ def poison(sequence: Sequence) -> None:
             rows.keys[:, unseen] = rows.values[:, unseen] = torch.nan
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 8])
+@pytest.mark.parametrize("draft_tokens", [1, 4, 8])
 @pytest.mark.parametrize("pair", ["random", "agreeing"])
 def test_discarded_rows_are_never_seen_again(draft_tokens: int, pair: str) -> None:
     target, drafter = (random_target(), random_drafter()) if pair == "random" else agreeing_pair()
