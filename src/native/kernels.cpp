@@ -54,6 +54,18 @@ inline const uint32_t* vector_of(const uint32_t* w, int n, size_t panel) {
     return w + n / PANEL_VECTORS * panel + n % PANEL_VECTORS * W;
 }
 
+// Up to six rows, `apart` numbers from one another. Two pointers and the distance reach all of them in a load's address,
+// where the compiler would spend more registers than there are.
+template <class X>
+struct Spaced {
+    const X *first, *fourth;
+    size_t apart;
+
+    Spaced(const X* x, size_t apart) : first(x), fourth(x + 3 * apart), apart(apart) { asm("" : "+r"(fourth)); }
+    const X* row(int m) const { return (m < 3 ? first : fourth) + m % 3 * apart; }
+    void advance(size_t n) { first += n, fourth += n; }
+};
+
 struct Wide {  // fp32 weights and activations
     using T = float;
     using X = float;
@@ -96,25 +108,21 @@ struct Half {  // bf16 weights and activations, multiplied in pairs and summed i
         const V high = count >= STEP ? load(x + W) : count > W ? load_part(x + W, (int)(count - W)) : zero();
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
-    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, one after the other.
+    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, `ldx` apart.
     template <int MR, int NP>
-    static inline void pair(V* acc, const uint32_t* w, size_t panel, const X* x) {
+    static inline void pair(V* acc, const uint32_t* w, size_t panel, const Spaced<X>& x) {
         constexpr int NV = NP * PANEL_VECTORS;
         __m512bh wv[NV];
         UNROLL for (int n = 0; n < NV; n++) wv[n] = (__m512bh)_mm512_loadu_si512(vector_of(w, n, panel));
         UNROLL for (int m = 0; m < MR; m++) {
             int both;
-            std::memcpy(&both, x + 2 * m, sizeof both);
+            std::memcpy(&both, x.row(m), sizeof both);
             const __m512bh xv = (__m512bh)held((V)_mm512_set1_epi32(both));
             UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = _mm512_dpbf16_ps(acc[m * NV + n], xv, wv[n]);
         }
     }
-    // A step's columns in order, each pair of them `apart` numbers from the one before it.
-    static inline void convert_pairs(const float* x, X* out, size_t apart) {
-        X step[STEP];
-        convert(x, STEP, step);
-        UNROLL for (size_t i = 0; i < W; i++) std::memcpy(out + i * apart, step + 2 * i, 2 * sizeof(X));
-    }
+    // A whole step's columns in order.
+    static inline void convert_in_order(const float* x, X* out) { convert(x, STEP, out); }
     static Buffer<X>& place(Rows& rows) { return rows.half; }
     static const Buffer<X>& place(const Rows& rows) { return rows.half; }
 };
@@ -143,9 +151,9 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
     static inline void convert(const float* x, size_t count, X* out) {
         for (size_t i = 0; i < STEP; i++) out[i % 2 * W + i / 2] = i < count ? x[i] : 0.0f;
     }
-    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, one after the other.
+    // Panels: a pair of columns of NP panels, `panel` numbers apart, and of MR rows, `ldx` apart.
     template <int MR, int NP>
-    static inline void pair(V* acc, const uint32_t* w, size_t panel, const X* x) {
+    static inline void pair(V* acc, const uint32_t* w, size_t panel, const Spaced<X>& x) {
         constexpr int NV = NP * PANEL_VECTORS;
         UNROLL for (int i = 0; i < 2; i++) {
             const auto weights = [&](int n) {
@@ -156,23 +164,21 @@ struct Half {  // bf16 weights, widened: the even columns of a step and then the
                 V wv[NV];
                 UNROLL for (int n = 0; n < NV; n++) wv[n] = weights(n);
                 UNROLL for (int m = 0; m < MR; m++) {
-                    const V xv = held(set1(x[2 * m + i]));
-                    UNROLL for (int n = 0; n < NV; n++) acc[m * NV + n] = fma(xv, wv[n], acc[m * NV + n]);
+                    const V xv = held(set1(x.row(m)[i]));
+                    UNROLL for (int n = 0; n < NV; n++) accumulate(acc[m * NV + n], xv, wv[n]);
                 }
             } else {
                 V xv[MR];
-                UNROLL for (int m = 0; m < MR; m++) xv[m] = held(set1(x[2 * m + i]));
+                UNROLL for (int m = 0; m < MR; m++) xv[m] = held(set1(x.row(m)[i]));
                 UNROLL for (int n = 0; n < NV; n++) {
                     const V wv = held(weights(n));
-                    UNROLL for (int m = 0; m < MR; m++) acc[m * NV + n] = fma(xv[m], wv, acc[m * NV + n]);
+                    UNROLL for (int m = 0; m < MR; m++) accumulate(acc[m * NV + n], xv[m], wv);
                 }
             }
         }
     }
-    // A step's columns in order, each pair of them `apart` numbers from the one before it.
-    static inline void convert_pairs(const float* x, X* out, size_t apart) {
-        UNROLL for (size_t i = 0; i < W; i++) std::memcpy(out + i * apart, x + 2 * i, 2 * sizeof(X));
-    }
+    // A whole step's columns in order.
+    static inline void convert_in_order(const float* x, X* out) { store(out, load(x)), store(out + W, load(x + W)); }
     static Buffer<X>& place(Rows& rows) { return rows.wide; }
     static const Buffer<X>& place(const Rows& rows) { return rows.wide; }
 };
@@ -359,29 +365,37 @@ void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1
 // is computed in; the parts' sums are added in their order.
 
 constexpr int MAX_PANEL_TILE = 6;  // rows of a tile
+// Activations' rows are kept a line further apart than they are long: rows a multiple of SAME_SETS bytes apart would have
+// every second one's columns in the same set of the first-level cache.
+constexpr size_t apart_in_panels(size_t K) { return K + LINE / sizeof(Half::X); }
+constexpr size_t SAME_SETS = 2048;
 // Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
 #if defined(GEMMA_AVX512)
+#define PAIRS_AT_ONCE
 constexpr int panels_for(size_t) { return GROUP_PANELS; }
 #else
-constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#define PAIRS_AT_ONCE _Pragma("GCC unroll 2")
+constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 
 // MR rows by a part of NP panels, added to y unless it is the first part. Fetches FETCH lines from `next` on at every pair
 // of columns. A function of its own: among its callers' variables the loop has too few registers for its sums.
 template <int MR, int NP, int FETCH>
-[[gnu::noinline]] void panel_tile(const uint32_t* w, const Half::X* x, size_t pairs, const uint32_t* next, bool first, float* y,
-                                  size_t ldy) {
+[[gnu::noinline]] void panel_tile(const uint32_t* w, const Half::X* x, size_t ldx, size_t pairs, const uint32_t* next,
+                                  bool first, float* y, size_t ldy) {
     constexpr int NV = NP * PANEL_VECTORS;
     V acc[MR * NV];
     UNROLL for (int i = 0; i < MR * NV; i++) acc[i] = zero();
-    for (size_t i = 0; i < pairs; i++) {
+    Spaced<Half::X> rows(x, ldx);
+    PAIRS_AT_ONCE for (size_t i = 0; i < pairs; i++) {
         UNROLL for (int n = 0; n < FETCH; n++) __builtin_prefetch(next + (i * FETCH + n) * PANEL_ROWS, 0, 3);
 #if defined(GEMMA_CONTROL)
         const size_t k = MR > 1 ? pairs - 1 - i : i;  // the same products, summed from the part's end to its beginning
+        Half::pair<MR, NP>(acc, w + k * PANEL_ROWS, pairs * PANEL_ROWS, Spaced<Half::X>(x + 2 * k, ldx));
 #else
-        const size_t k = i;
+        Half::pair<MR, NP>(acc, w + i * PANEL_ROWS, pairs * PANEL_ROWS, rows);
+        rows.advance(2);
 #endif
-        Half::pair<MR, NP>(acc, w + k * PANEL_ROWS, pairs * PANEL_ROWS, x + 2 * k * MR);
     }
     UNROLL for (int i = 0; i < MR * NV; i++) {
         float* to = y + i / NV * ldy + i % NV * W;
@@ -389,21 +403,20 @@ template <int MR, int NP, int FETCH>
     }
 }
 
-// Rows as `panel_tile` reads them: tile by tile, pair by pair of columns, a pair of each of the tile's rows in turn.
-void prepare_panels(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
+// Rows as `panel_tile` reads them: one after the other, in order.
+void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
+    const size_t apart = apart_in_panels(K);
     auto* place = Half::place(out).data();
-    each_tile_within(M, MAX_PANEL_TILE, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
-        for (size_t m = begin; m < end; m++)
-            for (size_t k = area.k0; k < area.k1; k += Half::STEP)
-                Half::convert_pairs(x + (m - area.m0) * ldx + (k - area.k0), place + m0 * K + k * rows + 2 * (m - m0),
-                                    2 * rows);
-    });
+    for (size_t m = area.m0; m < area.m1; m++, x += ldx)
+        for (size_t k = area.k0; k < area.k1; k += Half::STEP) Half::convert_in_order(x + (k - area.k0), place + m * apart + k);
 }
 
 // Whole panels n0 .. n1 of one group.
 void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then,
                      Stretches* also) {
-    const size_t K = w.cols, pairs = K / 2, group_end = std::min((n0 / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
+    const auto* from = x.borrowed ? (const Half::X*)x.borrowed : Half::place(x).data();
+    const size_t ldx = x.borrowed ? x.apart : apart_in_panels(w.cols);
+    const size_t pairs = w.cols / 2, group_end = std::min((n0 / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
     const size_t panels = (n1 - n0) / PANEL_ROWS, tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, together = panels_for(M);
     const size_t passes = tiles * ((panels + together - 1) / together);
     for (size_t k = 0; k < pairs; k += PART_PAIRS) {
@@ -420,8 +433,8 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
                 for (size_t n = 0; n < panels; n += NP)
                     with_constant<NP>(panels - n, [&](auto here) {
                         const auto tile = [&](auto fetch, const uint32_t* fetched) {
-                            panel_tile<constant, here, fetch>(part + n * panel, Half::place(x).data() + m * K + 2 * k * rows,
-                                                              count, fetched, k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
+                            panel_tile<constant, here, fetch>(part + n * panel, from + m * ldx + 2 * k, ldx, count, fetched,
+                                                              k == 0, y + m * ldy + n * PANEL_ROWS, ldy);
                         };
                         if (next >= end) {
                             const auto* other = also ? (const uint32_t*)also->take(count) : nullptr;
@@ -704,11 +717,12 @@ void quantise(size_t M, size_t cols, const Area& area, const float* x, size_t ld
 }
 
 void reserve(const Weight& w, size_t M, Rows& out) {
+    out.borrowed = nullptr;
     const size_t scales = M * w.cols / BLOCK_COLS * (w.type == Type::I8 ? SCALES<true> : SCALES<false>);
     switch (w.type) {
         case Type::F32: return grow(Wide::place(out), M * padded_to(w.cols, Wide::STEP));
         case Type::BF16: return grow(Half::place(out), M * padded_to(w.cols, Half::STEP));
-        case Type::PANELS: return grow(Half::place(out), M * w.cols);
+        case Type::PANELS: return grow(Half::place(out), M * apart_in_panels(w.cols));
         default: grow(out.values, M * w.cols), grow(out.scales, scales), grow(out.starts, scales);
     }
 }
@@ -717,10 +731,18 @@ void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t
     switch (w.type) {
         case Type::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
         case Type::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
-        case Type::PANELS: return prepare_panels(M, w.cols, area, x, ldx, out);
+        case Type::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
         case Type::I8: return quantise<true>(M, w.cols, area, x, ldx, out);
         default: return quantise<false>(M, w.cols, area, x, ldx, out);
     }
+}
+
+void prepare_all(const Weight& w, size_t M, const float* x, size_t ldx, Rows& out) {
+    reserve(w, M, out);
+    if (w.type == Type::PANELS && std::is_same_v<Half::X, float> && (M == 1 || ldx * sizeof(float) % SAME_SETS))
+        out.borrowed = x, out.apart = ldx;
+    else
+        prepare(w, M, {0, M, 0, w.cols}, x, ldx, out);
 }
 
 // --------------------------------------------------------------------------------------------- element-wise operators
@@ -994,8 +1016,8 @@ void attend(const float* q, size_t ldq, size_t Q, const Visible* visible, const 
 
 const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
     using namespace GEMMA_ISA;
-    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), reserve, prepare, linear, rms_norm, add_rms_norm, rotate, gated, scale, axpy,
-                             softcap, gather, attend, softmax, largest};
+    static const Kernels all{GEMMA_TEXT(GEMMA_ISA), reserve, prepare, prepare_all, linear, rms_norm, add_rms_norm, rotate,
+                             gated, scale, axpy, softcap, gather, attend, softmax, largest};
     return all;
 }
 

@@ -69,6 +69,8 @@ struct Weight {
 
 // Rows of activations in the form that a type of weights is multiplied with, made by `prepare`.
 struct Rows {
+    const float* borrowed = nullptr;  // where `prepare_all` left them as they are: the rows, `apart` from one another
+    size_t apart = 0;
     Buffer<float> wide;      // floating point; for PANELS row by row, as `half` is
     Buffer<uint16_t> half;   // bf16, in place of `wide` where the machine multiplies it
     Buffer<int8_t> values;   // I8, I4: quantised by row and group, in the weights' order
@@ -139,6 +141,8 @@ struct Kernels {
     void (*reserve)(const Weight& w, size_t M, Rows& out);
     // An area of M such rows made ready, where there is room; x is where it begins
     void (*prepare)(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Rows& out);
+    // Both for all M rows, which may be left where they are: they must stay as they are until they have been multiplied
+    void (*prepare_all)(const Weight& w, size_t M, const float* x, size_t ldx, Rows& out);
     // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1
     void (*linear)(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const Next& then);
     // out = x / rms(x) * weight; weight may be null; out may be x

@@ -160,7 +160,8 @@ NB_MODULE(_native, m) {
         })
         .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, const std::vector<const View*>& views,
                            const Numbers& rows, const Numbers& keep, const std::vector<int64_t>& positions, uintptr_t hidden) {
-            s.forward(at<const int64_t>(tokens), segments(views, rows, keep, positions), caches.layers.data(), at<float>(hidden));
+            s.forward(at<const int64_t>(tokens), segments(views, rows, keep, positions), caches.layers.data(),
+                      at<float>(hidden));
         }, release())
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));
@@ -216,8 +217,7 @@ NB_MODULE(_native, m) {
         Pool::instance().run([&](Worker& me) {
             static thread_local Rows prepared;
             const Part p = me.part(w.rows, 8);
-            k.reserve(w, rows, prepared);
-            k.prepare(w, rows, {0, rows, 0, w.cols}, at<const float>(x), w.cols, prepared);
+            k.prepare_all(w, rows, at<const float>(x), w.cols, prepared);
             k.linear(w, prepared, rows, p.begin, p.end, at<float>(y) + p.begin, w.rows, nullptr);
         });
     }, release());

@@ -64,11 +64,9 @@ inline V even(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
 }
 inline V odd(const uint16_t* p) {
-    // the mask from memory: loops over tiles have no register for it
-    alignas(32) static constexpr uint32_t mask[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
-                                                     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
-    __m256i v = _mm256_loadu_si256((const __m256i*)p);
-    asm("vpand %1, %0, %0" : "+x"(v) : "m"(*(const __m256i*)mask));
+    // loaded as it is masked: the compiler would hold what `even` loaded in a register, and loops over tiles have none left
+    __m256i v;
+    asm("vpand %1, %2, %0" : "=x"(v) : "m"(*(const __m256i_u*)p), "x"(_mm256_set1_epi32((int)0xffff0000)));
     return _mm256_castsi256_ps(v);
 }
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
@@ -141,6 +139,16 @@ inline V exponent(V n) {
 
 #endif
 
+// sum += a * b, in place. Left to itself the compiler moves sums from register to register, and spills some of them where a
+// loop over a tile is unrolled.
+inline void accumulate(V& sum, V a, V b) {
+#if defined(GEMMA_AVX2)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+    sum = fma(a, b, sum);
+#endif
+}
+
 #if defined(GEMMA_AVX512)
 
 // `sum` of sixteen vectors, by the same tree; those of the vectors 4 g .. 4 g + 3 go to out[g]
@@ -163,7 +171,8 @@ inline void sum16(const V* v, float* const* out) {
 // the same of eight
 inline void sum8(const V* v, float* const* out) {
     V ab[4];
-    for (int j = 0; j < 4; j++) ab[j] = add(_mm512_shuffle_f32x4(v[j], v[j + 4], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 4], 0xee));
+    for (int j = 0; j < 4; j++)
+        ab[j] = add(_mm512_shuffle_f32x4(v[j], v[j + 4], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 4], 0xee));
     V q01 = add(_mm512_shuffle_f32x4(ab[0], ab[1], 0x88), _mm512_shuffle_f32x4(ab[0], ab[1], 0xdd));  // of vectors 0, 4, 1, 5
     V q23 = add(_mm512_shuffle_f32x4(ab[2], ab[3], 0x88), _mm512_shuffle_f32x4(ab[2], ab[3], 0xdd));
     V low = add(_mm512_unpacklo_ps(q01, q23), _mm512_unpackhi_ps(q01, q23));

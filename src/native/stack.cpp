@@ -102,9 +102,9 @@ struct Stack::Private {
     Rows rows;
     Stretches later;  // keys or values that this thread attends to after the product under way or a later one
 
+    // `in` stays as it is until the product.
     void prepare(const Weight& w, const float* in, size_t ldx, size_t count) {
-        kernels().reserve(w, count, rows);
-        kernels().prepare(w, count, {0, count, 0, w.cols}, in, ldx, rows);
+        kernels().prepare_all(w, count, in, ldx, rows);
     }
     // Columns p.begin .. p.end of the product with the prepared rows; `out` is where the first of them goes, `then` what
     // this thread reads next.
@@ -161,7 +161,8 @@ void Batch::divide(int threads, size_t window) {
     for (size_t b = 1; b < blocks.size(); b++)
         if (rows[blocks[b].first].view == rows[blocks[b - 1].first].view) return;
     const auto cost = [&](size_t b) {
-        return (ROW_POSITIONS + std::min<size_t>(rows[blocks[b].first].position, window)) * (blocks[b].second - blocks[b].first);
+        const auto [begin, end] = blocks[b];
+        return (ROW_POSITIONS + std::min<size_t>(rows[begin].position, window)) * (end - begin);
     };
     size_t total = 0, sum = 0;
     for (size_t b = 0; b < blocks.size(); b++) total += cost(b);
@@ -183,9 +184,11 @@ void Stack::prepare() {
     shared_ = std::make_shared<Shared>();
     size_t bytes = config.head.rows * config.head.row_bytes();
     for (const Layer& l : layers)
-        for (const Weight* w : {&l.qkv, &l.o, &l.gate_up, &l.down, &l.moe.gate_up, &l.moe.down}) bytes += w->rows * w->row_bytes();
+        for (const Weight* w : {&l.qkv, &l.o, &l.gate_up, &l.down, &l.moe.gate_up, &l.moe.down})
+            bytes += w->rows * w->row_bytes();
     large_ = bytes >= SHARED_BYTES;
-    divisible_ = bytes < CACHED_BYTES && std::none_of(layers.begin(), layers.end(), [](const Layer& l) { return l.moe.experts; });
+    const bool sparse = std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return l.moe.experts; });
+    divisible_ = bytes < CACHED_BYTES && !sparse;
 }
 
 Stack::Shared& Stack::shared(size_t rows, int threads) {
@@ -667,7 +670,8 @@ void Stack::best(const std::vector<const float*>& states, const Choice* choices,
     const auto score = [&](Part p, bool) {
         for (size_t n = p.begin; n < p.end; n += HEAD_BLOCK) {
             const size_t count = std::min(HEAD_BLOCK, p.end - n);
-            own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK, share_of(config.head, {n + count, config.vocab}));
+            const void* then = share_of(config.head, {n + count, config.vocab});
+            own.multiply(config.head, rows, {n, n + count}, scores, HEAD_BLOCK, then);
             for (size_t m = 0; m < rows; m++) {
                 float* s = scores + m * HEAD_BLOCK;
                 if (config.softcap > 0) kernels().softcap(s, config.softcap, count);
