@@ -66,8 +66,8 @@ def test_linear(isa: str, dtype: torch.dtype, N: int, K: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 256), (144, 96), (96, 512), (208, 1056)])
 def test_linear_in_panels(isa: str, N: int, K: int) -> None:
-    """Shares of threads end anywhere in a panel, and rows are gone through in parts; those of activations are read where
-    they lie, or, where they would share sets of the cache, further apart."""
+    """Shares of threads end anywhere in a panel, and rows are gone through in parts; activations are read where they
+    lie, or, where their rows would share sets of the cache, are copied."""
     memory, w = Memory(), randn(N, K).bfloat16()
     holds_as_linear(isa, memory.panels(Panels(w)), w)
 
