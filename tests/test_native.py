@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +361,38 @@ def test_sequences_in_one_call_are_each_alone(name: str, weights: str) -> None:
 
     alone = played(1, together=False)
     assert all(torch.equal(played(threads, together=True), alone) for threads in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", DIVIDED)
+@torch.inference_mode()
+def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> None:
+    """They end at the last layer that has keys and values: states that are wanted, now and in the next call, are those
+    of calls that want all of them."""
+    native.set_threads(threads)
+    target = random_target(6, DIVIDED[name]).to(torch.bfloat16)
+    target.pack_()
+    generator = torch.Generator().manual_seed(2)
+    calls = [[torch.randint(0, VOCAB, (rows,), generator=generator).tolist() for rows in call]
+             for call in ([40, 1, 6, 17], [3, 1, 2, 5])]  # fmt: skip
+
+    def played(keep: Callable[[int], int]) -> list[Tensor]:
+        """Of every sequence in every call the last state, and the one before it where two rows are wanted."""
+        blocks = {kind: 4 * count for kind, count in block_counts(target.config, 80, 64).items()}
+        pool = KVPool(target.config, blocks, torch.float32, "cpu")
+        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in calls[0]]
+        out = []
+        for call in calls:
+            rows = [Rows(sequence, tokens, min(keep(i), len(tokens)))
+                    for i, (sequence, tokens) in enumerate(zip(sequences, call, strict=True))]  # fmt: skip
+            states_of = forward_rows(target, rows).split([row.keep for row in rows])
+            out += [of_one[-min(2 if i == 2 else 1, len(of_one)) :] for i, of_one in enumerate(states_of)]
+            for row in rows:
+                row.sequence.cache.commit(len(row.tokens))
+        return out
+
+    every, some = played(lambda i: 64), played(lambda i: 2 if i == 2 else 1)
+    assert all(torch.equal(a, b) for a, b in zip(some, every, strict=True))
 
 
 def test_the_comparison_sees_another_order_of_sums() -> None:

@@ -117,26 +117,23 @@ struct Stack::Private {
         prepare(w, in, ldx, count);
         multiply(w, count, p, out, ldy, then);
     }
-    // The whole product, shared out among the threads in whole units; `then` as above. Who has made columns calls
-    // done(Part) for them.
+    // Columns of the product, shared out among the threads in whole units; `then` as above, `out` for column 0. Who has made
+    // columns calls done(Part) for them.
     template <class F>
-    void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, size_t unit, float* out,
-                       size_t ldy, const Next& then, F done) {
-        prepare(w, in, ldx, count);
-        shared_linear(me, w, rows, count, unit, out, ldy, then, done);
-    }
-    template <class F>
-    static void shared_linear(Worker& me, const Weight& w, const Rows& ready, size_t count, size_t unit, float* out, size_t ldy,
-                              const Next& then, F done) {
-        me.each(w.rows, unit, chunk(w, count, unit), [&](Part p, bool last) {
-            const Next next(last ? then.weights : share_of(w, {p.end, w.rows}), then.also);
+    static void shared_linear(Worker& me, const Weight& w, const Rows& ready, size_t count, Part columns, size_t unit,
+                              float* out, size_t ldy, const Next& then, F done) {
+        me.each(columns.end - columns.begin, unit, chunk(w, count, unit), [&](Part p, bool last) {
+            p.begin += columns.begin, p.end += columns.begin;
+            const Next next(last ? then.weights : share_of(w, {p.end, columns.end}), then.also);
             kernels().linear(w, ready, count, p.begin, p.end, out + p.begin, ldy, next);
             done(p);
         });
     }
+    // All of them.
     void shared_linear(Worker& me, const Weight& w, const float* in, size_t ldx, size_t count, float* out, size_t ldy,
                        const void* then = nullptr) {
-        shared_linear(me, w, in, ldx, count, UNIT, out, ldy, then, [](Part) {});
+        prepare(w, in, ldx, count);
+        shared_linear(me, w, rows, count, {0, w.rows}, UNIT, out, ldy, then, [](Part) {});
     }
     static Private& here() {
         static thread_local Private own;
@@ -153,6 +150,11 @@ Batch::Batch(const std::vector<Segment>& segments, const Cache* caches, bool dra
         for (size_t m = first; m < rows.size(); m += ROW_BLOCK) blocks.emplace_back(m, std::min(rows.size(), m + ROW_BLOCK));
         source += s.rows;
     }
+}
+
+void Batch::keep(float* x, size_t size) const {
+    for (size_t m = 0; m < rows.size(); m++)  // rows move towards the front only
+        if (rows[m].source != m) std::copy_n(x + rows[m].source * size, size, x + m * size);
 }
 
 void Batch::divide(int threads, size_t window) {
@@ -437,27 +439,31 @@ void Stack::finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, 
     }
 }
 
-// Queries, keys and values. Shares of whole heads need no barrier before their norms, nor do whole rows.
-void Stack::project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me) {
-    const size_t rows = batch.size(), d = l.head_dim, heads = l.qkv.rows / d, D = config.hidden;
+// Those of queries, keys and values whose heads these are, of `in`, every row's. Shares of whole heads need no barrier before
+// their norms, nor do whole rows.
+void Stack::project(const Layer& l, const Batch& batch, Part heads, const float* in, const void* then, Private& own,
+                    Shared& all, Worker& me) {
+    const size_t rows = batch.size(), d = l.head_dim, count = heads.end - heads.begin, D = config.hidden;
+    const Part columns{heads.begin * d, heads.end * d};
     if (batch.divided()) {
         const Part mine = batch.rows_of(me);
-        own.linear(l.qkv, in + mine.begin * D, D, mine.end - mine.begin, {0, l.qkv.rows},
-                   all.qkv.data() + mine.begin * l.qkv.rows, l.qkv.rows, l.o.data);
+        own.linear(l.qkv, in + mine.begin * D, D, mine.end - mine.begin, columns,
+                   all.qkv.data() + mine.begin * l.qkv.rows + columns.begin, l.qkv.rows, then);
         for (size_t m = mine.begin; m < mine.end; m++)
-            for (size_t h = 0; h < heads; h++) finish_head(l, batch, m, h, all);
+            for (size_t h = heads.begin; h < heads.end; h++) finish_head(l, batch, m, h, all);
         return;
     }
-    list_cached(l, batch, &HeadRows::keys, l.qkv, KEY_BYTES, own, me);
-    const Next then(share_of(l.o, me.part(D, UNIT)), &own.later);
-    if (!by_heads(heads, me.threads)) {
-        own.shared_linear(me, l.qkv, in, D, rows, UNIT, all.qkv.data(), l.qkv.rows, then, [](Part) {});
+    if (heads.begin == 0) list_cached(l, batch, &HeadRows::keys, l.qkv, KEY_BYTES, own, me);
+    const Next next(then, &own.later);
+    own.prepare(l.qkv, in, D, rows);
+    if (!by_heads(count, me.threads)) {
+        own.shared_linear(me, l.qkv, own.rows, rows, columns, UNIT, all.qkv.data(), l.qkv.rows, next, [](Part) {});
         me.wait();
-        const Part tasks = me.part(rows * heads, 1);
-        for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / heads, t % heads, all);
+        const Part tasks = me.part(rows * count, 1);
+        for (size_t t = tasks.begin; t < tasks.end; t++) finish_head(l, batch, t / count, heads.begin + t % count, all);
         return;
     }
-    own.shared_linear(me, l.qkv, in, D, rows, d, all.qkv.data(), l.qkv.rows, then, [&](Part p) {
+    own.shared_linear(me, l.qkv, own.rows, rows, columns, d, all.qkv.data(), l.qkv.rows, next, [&](Part p) {
         for (size_t m = 0; m < rows; m++)
             for (size_t h = p.begin / d; h < p.end / d; h++) finish_head(l, batch, m, h, all);
     });
@@ -525,16 +531,25 @@ const void* Stack::after(size_t index, const Batch& batch, const Worker& me) con
     return share_of(l.qkv, me.part(l.qkv.rows, by_heads(l.qkv.rows / l.head_dim, me.threads) ? l.head_dim : UNIT));
 }
 
-void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me) {
+// Keys and values of `all_rows`, and the layer's output of those that are kept, `batch`; often they are the same.
+void Stack::layer(const Layer& l, size_t index, const Batch& all_rows, const Batch& batch, Private& own, Shared& all,
+                  Worker& me) {
     const Kernels& k = kernels();
-    const size_t rows = batch.size(), D = config.hidden;
-    const Part mine = batch.rows_of(me);
+    const size_t rows = batch.size(), D = config.hidden, heads = l.qkv.rows / l.head_dim;
+    const Part mine = batch.rows_of(me), before = all_rows.rows_of(me);
     const float eps = config.eps;
     const void* next_layer = after(index, batch, me);
-    float *x = own.x.data(), *n = grown(own.n, rows * D), *out = all.out.data();
+    float *x = own.x.data(), *n = grown(own.n, all_rows.size() * D), *out = all.out.data();
 
-    for (size_t m = mine.begin; m < mine.end; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
-    project(l, batch, n, own, all, me);
+    for (size_t m = before.begin; m < before.end; m++) k.rms_norm(x + m * D, l.input_norm, eps, D, n + m * D);
+    const void* o = batch.divided() ? l.o.data : share_of(l.o, me.part(D, UNIT));
+    if (rows == all_rows.size()) {
+        project(l, batch, {0, heads}, n, o, own, all, me);
+    } else {
+        project(l, all_rows, {l.heads, heads}, n, share_of(l.qkv, me.part(l.heads * l.head_dim, l.head_dim)), own, all, me);
+        batch.keep(x, D), batch.keep(n, D);
+        project(l, batch, {0, l.heads}, n, o, own, all, me);
+    }
     if (!batch.divided()) me.wait();
     attention(l, batch, all, own, me);
     const void* then = share_of(l.gate_up, me.part(l.down.cols, AREA_COLS));
@@ -559,7 +574,7 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
     me.wait();
     then = config.ple ? nullptr : next_layer;
     if (batch.divided()) {
-        own.shared_linear(me, l.down, all.ready_act, rows, UNIT, out, D, then, [](Part) {});
+        own.shared_linear(me, l.down, all.ready_act, rows, {0, D}, UNIT, out, D, then, [](Part) {});
     } else {
         fetch(all.act.data(), rows * l.down.cols);
         own.shared_linear(me, l.down, all.act.data(), l.down.cols, rows, out, D, then);
@@ -577,7 +592,8 @@ void Stack::layer(const Layer& l, size_t index, const Batch& batch, Private& own
 }
 
 void Stack::head(const float* hidden, size_t rows, float* out, size_t ldo, Private& own, Worker& me) {
-    own.shared_linear(me, config.head, hidden, config.hidden, rows, UNIT, out, ldo, nullptr, [&](Part p) {
+    own.prepare(config.head, hidden, config.hidden, rows);
+    own.shared_linear(me, config.head, own.rows, rows, {0, config.vocab}, UNIT, out, ldo, nullptr, [&](Part p) {
         if (config.softcap > 0)
             for (size_t m = 0; m < rows; m++) kernels().softcap(out + m * ldo + p.begin, config.softcap, p.end - p.begin);
     });
@@ -704,15 +720,10 @@ void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments,
         Shared& all = *shared_;
         Private& own = Private::here();
         embed(tokens, whole, own, all, me);
-        const auto keep = [&] {  // rows move towards the front only
-            for (size_t m = 0; m < rows; m++)
-                if (kept.rows[m].source != m) std::copy_n(own.x.data() + kept.rows[m].source * D, D, own.x.data() + m * D);
-        };
-        // layers without keys and values of their own need no rows but those that are wanted
+        // of the last layer with keys and values of its own, and those after it, no rows are needed but those that are wanted
         const size_t shared_from = std::min(config.first_shared, layers.size());
-        for (size_t i = 0; i < shared_from; i++) layer(layers[i], i, whole, own, all, me);
-        if (rows < whole.size()) keep();
-        for (size_t i = shared_from; i < layers.size(); i++) layer(layers[i], i, kept, own, all, me);
+        for (size_t i = 0; i < layers.size(); i++)
+            layer(layers[i], i, i < shared_from ? whole : kept, i + 1 < shared_from ? whole : kept, own, all, me);
         const Part mine = kept.rows_of(me);
         if (!kept.divided() && me.thread > 0) return;  // all have the same
         for (size_t m = mine.begin; m < mine.end; m++)
@@ -745,7 +756,7 @@ void DraftStack::one_step(const Batch& batch, Stack::Private& own, Stack::Shared
     own.shared_linear(me, pre_projection, input, 2 * backbone, rows, all.out.data(), D);
     me.wait();
     std::copy_n(all.out.data(), rows * D, grown(own.x, rows * D));
-    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, batch, own, all, me);
+    for (size_t i = 0; i < stack.layers.size(); i++) stack.layer(stack.layers[i], i, batch, batch, own, all, me);
     for (size_t m = 0; m < rows; m++)
         kernels().rms_norm(own.x.data() + m * D, stack.config.norm, stack.config.eps, D, state + m * D);
     own.shared_linear(me, post_projection, state, D, rows, projected, backbone);

@@ -76,6 +76,8 @@ struct Batch {
     Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only = false);
     size_t size() const { return rows.size(); }
 
+    // Of all the call's rows, of so many numbers, those of this batch to the front.
+    void keep(float* x, size_t size) const;
     // Divide the sequences among so many threads where each has enough of them. What a sequence costs is counted in
     // positions that are attended to, of the last `window` ones.
     void divide(int threads, size_t window);
@@ -138,8 +140,9 @@ class Stack {
     struct Private;
 
     void embed(const int64_t* tokens, const Batch& batch, Private& own, Shared& all, Worker& me);
-    void layer(const Layer& l, size_t index, const Batch& batch, Private& own, Shared& all, Worker& me);
-    void project(const Layer& l, const Batch& batch, const float* in, Private& own, Shared& all, Worker& me);
+    void layer(const Layer& l, size_t index, const Batch& all_rows, const Batch& batch, Private& own, Shared& all, Worker& me);
+    void project(const Layer& l, const Batch& batch, Part heads, const float* in, const void* then, Private& own, Shared& all,
+                 Worker& me);
     void finish_head(const Layer& l, const Batch& batch, size_t m, size_t h, Shared& all);
     void attention(const Layer& l, const Batch& batch, Shared& all, Private& own, Worker& me);
     HeadRows head_rows(const Layer& l, const Batch& batch, size_t group, size_t block) const;
