@@ -249,8 +249,9 @@ def show_batch(content: Content) -> Table:
 
 def show_levels(content: Content) -> Table:
     table = _table(
-        "clients", *content["levels"][0]["sides"], "tokens/s", "time to first token", "time per token", "same"
-    )
+        "clients", *content["levels"][0]["sides"], "tokens/s", "time to first token", "time per token",
+        "drafts a token", "same",
+    )  # fmt: skip
     for level in content["levels"]:
         speeds = [
             statistics.median(own["output_tokens_per_second"] for own in side["repeats"])
@@ -260,10 +261,15 @@ def show_levels(content: Content) -> Table:
             _ratio(level["ratios"].get(name))
             for name in ("output_tokens_per_second", "time_to_first_token", "time_per_output_token")
         ]
+        drafts = [_drafts_a_token(side) for side in level["sides"].values()]
         same = content.get("same_outputs", {}).get(str(level["clients"]))
         said = "" if same is None else "yes" if same else "NO"
-        table.add_row(str(level["clients"]), *(f"{speed:.1f}" for speed in speeds), *found, said)
+        table.add_row(str(level["clients"]), *(f"{speed:.1f}" for speed in speeds), *found, ", ".join(drafts), said)
     return table
+
+
+def _drafts_a_token(side: Content) -> str:
+    return f"{(side['accepted_drafts'] + side['rejected_drafts']) / side['output_tokens']:.3f}"
 
 
 def show_prefix(content: Content) -> Table:
