@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, bundled_directory
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.measure.load import Reply, Send
-from gemma_mtp.measure.load_client import stream
+from gemma_mtp.measure.load_client import reply_of, stream
 from gemma_mtp.measure.load_requests import Ask
 
 #: the request of a number
@@ -126,9 +127,8 @@ def to_server(client: httpx.AsyncClient, model: str, requests: Requests, whole: 
             return await stream(client, ask)
         answer = await client.post(ask.path, json=ask.body)
         answer.raise_for_status()
-        usage = answer.json()["usage"]
-        times = (asyncio.get_running_loop().time(),)
-        return Reply(times, usage["prompt_tokens"], usage["completion_tokens"])
+        now = asyncio.get_running_loop().time()
+        return replace(reply_of(answer.json()["usage"]), chunk_times=(now,))
 
     return send
 

@@ -8,16 +8,17 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 import serving
-from engine_load import body, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine
+from engine_load import body, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine, to_server
 from models import VOCAB, agreeing_pair, packed
 
 from gemma_mtp import load_pair
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.measure.load import ClosedLoop, Extent, run_load
+from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, run_load
 
 PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]
 
@@ -100,6 +101,21 @@ def test_a_request_says_the_same_to_a_server() -> None:
     assert body(stopping) == {**said, "stop": ["a"], "logprobs": 2}
     options = argparse.Namespace(target="T", drafter="D", quantize=None, threads=2)
     assert serve_options(options) == ["--target", "T", "--drafter", "D", "--threads", "2"]
+
+
+def test_a_whole_answer_has_the_counts_of_its_usage() -> None:
+    details = {"accepted_prediction_tokens": 5, "rejected_prediction_tokens": 3}
+    usage = {"prompt_tokens": 3, "completion_tokens": 12, "completion_tokens_details": details}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"usage": usage}))
+
+    async def asked() -> Reply:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            reply = await to_server(client, "m", greedy(PROMPTS, 12, "auto"), whole=True)(0)
+            return reply if isinstance(reply, Reply) else reply()
+
+    reply = asyncio.run(asked())
+    assert (reply.prompt_tokens, reply.output_tokens, reply.accepted_drafts, reply.rejected_drafts) == (3, 12, 5, 3)
+    assert len(reply.chunk_times) == 1 and reply.error is None
 
 
 def test_the_prefix_measurement_sends_what_it_says(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ async def _stream(client: httpx.AsyncClient, ask: Ask, times: list[float]) -> Re
                 usage = event.get("usage") or usage
         except (ValueError, LookupError, AttributeError, TypeError):
             return Reply(error="protocol")
-    return Reply(error="protocol") if usage is None else _reply(usage)
+    return Reply(error="protocol") if usage is None else reply_of(usage)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
@@ -143,7 +143,8 @@ def _refusal(response: httpx.Response) -> Reply:
     return Reply(error=f"http {response.status_code}", retry_after=float(wait) if known else None)
 
 
-def _reply(usage: Mapping[str, Any]) -> Reply:
+def reply_of(usage: Mapping[str, Any]) -> Reply:
+    """The counts of a `usage` object."""
     prompt, output = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
     return Reply(
         prompt_tokens=usage.get("prompt_tokens") or 0,
