@@ -78,13 +78,14 @@ class NativeTarget:
         caches are of one pool.
         """
         ids, hidden = array("q", token_ids), torch.empty(sum(keep), self.hidden_size)
-        views, rows, lengths = [], [], []
+        views, rows, lengths, pool = [], [], [], sequences[0].cache.pool
         for sequence in sequences:
             cache = sequence.cache
+            assert cache.pool is pool
             views.append(_view(sequence))
             rows.append(cache.rows)
             lengths.append(cache.length)
-        self._stack.forward(ids.buffer_info()[0], _layers(cache.pool), views, rows, keep, lengths, hidden.data_ptr())
+        self._stack.forward(ids.buffer_info()[0], _layers(pool), views, rows, keep, lengths, hidden.data_ptr())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
