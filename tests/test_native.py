@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -375,24 +375,34 @@ def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> Non
     generator = torch.Generator().manual_seed(2)
     calls = [[torch.randint(0, VOCAB, (rows,), generator=generator).tolist() for rows in call]
              for call in ([40, 1, 6, 17], [3, 1, 2, 5])]  # fmt: skip
+    wanted = [1, 1, 2, 1]  # of each sequence's rows the last
 
-    def played(keep: Callable[[int], int]) -> list[Tensor]:
-        """Of every sequence in every call the last state, and the one before it where two rows are wanted."""
+    def played(every: bool) -> list[Tensor]:
+        """The wanted states, of calls that want these or every one."""
         blocks = {kind: 4 * count for kind, count in block_counts(target.config, 80, 64).items()}
         pool = KVPool(target.config, blocks, torch.float32, "cpu")
-        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in calls[0]]
+        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in wanted]
         out = []
         for call in calls:
-            rows = [Rows(sequence, tokens, min(keep(i), len(tokens)))
-                    for i, (sequence, tokens) in enumerate(zip(sequences, call, strict=True))]  # fmt: skip
-            states_of = forward_rows(target, rows).split([row.keep for row in rows])
-            out += [of_one[-min(2 if i == 2 else 1, len(of_one)) :] for i, of_one in enumerate(states_of)]
+            keep = [len(tokens) if every else count for tokens, count in zip(call, wanted, strict=True)]
+            rows = [Rows(*row) for row in zip(sequences, call, keep, strict=True)]
+            states_of = forward_rows(target, rows).split(keep)
+            out += [of_one[-count:] for of_one, count in zip(states_of, wanted, strict=True)]
             for row in rows:
                 row.sequence.cache.commit(len(row.tokens))
         return out
 
-    every, some = played(lambda i: 64), played(lambda i: 2 if i == 2 else 1)
-    assert all(torch.equal(a, b) for a, b in zip(some, every, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(played(every=False), played(every=True), strict=True))
+
+
+@torch.inference_mode()
+def test_sequences_of_several_pools_are_no_call() -> None:
+    """The first one's keys and values would be read and written for all."""
+    target = random_target()
+    target.pack_()
+    rows = [Rows(open_sequence(target, 8, 0, 1, SamplingParams()), [3], 1) for _ in range(2)]
+    with pytest.raises(AssertionError, match="share a pool"):
+        forward_rows(target, rows)
 
 
 def test_the_comparison_sees_another_order_of_sums() -> None:

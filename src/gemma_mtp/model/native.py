@@ -78,14 +78,14 @@ class NativeTarget:
         caches are of one pool.
         """
         ids, hidden = array("q", token_ids), torch.empty(sum(keep), self.hidden_size)
-        views, rows, lengths, pool = [], [], [], sequences[0].cache.pool
+        views, rows, lengths = [], [], []
         for sequence in sequences:
             cache = sequence.cache
-            assert cache.pool is pool
             views.append(_view(sequence))
             rows.append(cache.rows)
             lengths.append(cache.length)
-        self._stack.forward(ids.buffer_info()[0], _layers(pool), views, rows, keep, lengths, hidden.data_ptr())
+        layers = _layers(_pool(sequences))
+        self._stack.forward(ids.buffer_info()[0], layers, views, rows, keep, lengths, hidden.data_ptr())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class NativeDrafter:
 
     def _places(self, sequences: Sequence[Placed]) -> tuple[Any, list[Any], list[int]]:
         """The donor layers in the order of the drafter's layers, and where each sequence is in them."""
-        pool = sequences[0].cache.pool
+        pool = _pool(sequences)
         layers = [pool.config.donor_layers[kind] for kind in self._layer_types]
         views = [_view(sequence) for sequence in sequences]
         return _layers(pool, layers), views, [sequence.cache.length for sequence in sequences]
@@ -223,6 +223,13 @@ def _moe(memory: Memory, moe: MoE) -> Any:
                moe.pre_feedforward_layernorm_2.weight, moe.post_feedforward_layernorm_2.weight)  # fmt: skip
     out.set_vectors(*map(memory.vector, vectors))
     return out
+
+
+def _pool(sequences: Sequence[Placed]) -> KVPool:
+    """The one that all of them are of."""
+    pool = sequences[0].cache.pool
+    assert all(sequence.cache.pool is pool for sequence in sequences), "sequences of one call share a pool"
+    return pool
 
 
 def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> Any:
