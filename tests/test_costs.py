@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,23 @@ def test_measuring_takes_no_longer_than_its_budget(monkeypatch: pytest.MonkeyPat
     measured = measure_costs(random_target(), random_drafter())
     assert next(ticks) * 0.05 < 1
     assert len(measured.seconds) == LONGEST + 1 and min(measured.seconds) > 0
+
+
+def test_a_few_lengths_are_played_again_rather_than_many_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of many sequences take long: those with few drafts are known well, the others follow from them. What was
+    disturbed once, the second round of four drafts here, is not what counts."""
+    clock, played = [0.0], Counter[int]()
+
+    def round_seconds(target: object, drafter: object, prompts: object, drafts: int) -> tuple[float, float]:
+        played[drafts] += 1
+        took = 0.004 * (1 + drafts) * (2.0 if (drafts, played[drafts]) == (4, 2) else 1.0)
+        clock[0] += took
+        return 0.001 * drafts, took
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(costs, "_round_seconds", round_seconds)
+    measured = measure_costs(random_target(), random_drafter(), sequences=4)
+    assert set(played) == {0, 4, 1, 2, 8}
+    assert min(played.values()) >= 3
+    assert clock[0] < 1.4 * costs.BUDGET_SECONDS
+    assert measured.seconds == pytest.approx([0.004 * (1 + k) for k in range(LONGEST + 1)])

@@ -139,19 +139,31 @@ def test_a_useless_drafter_costs_less_than_three_percent(costs: RoundCosts, toke
     assert any(lengths[200:]) or tokens <= 300, "it looks again now and then"
 
 
-@given(st.lists(st.integers(0, LONGEST), min_size=1, max_size=300), st.floats(0.01, 2.0))
+@given(st.lists(st.integers(0, LONGEST), min_size=1, max_size=300), st.floats(0.01, 2.0), st.integers(1, 5))
 @settings(max_examples=200, derandomize=True)
-def test_no_drafter_however_hostile_costs_more(accepts: list[int], step: float) -> None:
-    """The bound holds after every round, whatever was accepted before."""
+def test_no_drafter_however_hostile_costs_more(accepts: list[int], step: float, sequences: int) -> None:
+    """The bound holds after every round, whatever was accepted before; for a sequence and for several together."""
     costs = RoundCosts({0: 1.0, LONGEST: 1.0 + step * LONGEST})
-    policy, seconds, committed = DraftLength(costs), 0.0, 0
+    policy, seconds, committed = DraftLength(costs), 0.0, 0.0
     for accept in accepts:
         drafted = policy.choose().longest
-        accepted = min(drafted, accept)
-        policy.record(drafted, accepted)
+        for i in range(sequences):
+            accepted = min(drafted, (accept + 5 * i) % (LONGEST + 1))
+            policy.record(drafted, accepted, share=1 / sequences)
+            committed += (accepted + 1) / sequences
         seconds += costs.seconds[drafted]
-        committed += accepted + 1
         assert seconds <= committed * (1 + LOSS_SHARE) + LOSS_ROUNDS + 1e-9
+
+
+def test_several_sequences_count_as_one_that_does_as_they_do() -> None:
+    """In what they may lose and how fast they forget; what is known of a position comes of all their rounds."""
+    lone, together = DraftLength(CHEAP), DraftLength(CHEAP)
+    for drafted, accepted in [(2, 1), (0, 0), (4, 3), (1, 0), (16, 16), (7, 2)] * 40:
+        lone.record(drafted, accepted)
+        for _ in range(4):
+            together.record(drafted, accepted, share=0.25)
+    assert together.allowance == pytest.approx(lone.allowance) and together.rounds == lone.rounds
+    assert together.reached == pytest.approx([4 * reached for reached in lone.reached], rel=0.02)
 
 
 def test_the_bound_is_kept_in_measured_time() -> None:

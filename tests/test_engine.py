@@ -19,6 +19,7 @@ from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import engine as engine_module
 from gemma_mtp.engine.engine import Engine, EngineSettings
@@ -372,3 +373,45 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
     asked.clear()
     Engine(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
     assert set(asked) == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}
+
+
+@native_only
+def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newcomer drafts by what was accepted of the others' drafts; a lone one begins with little."""
+    monkeypatch.setattr(Pair, "round_costs", lambda self, *key: RoundCosts({0: 1.0, LONGEST: 4.0}))
+    monkeypatch.setattr(Pair, "draft_length", lambda self, costs: DraftLength(costs, early_stop=False))
+    params, request = SamplingParams(max_tokens=60), Request(LONG[:9], SamplingParams(max_tokens=60))
+    expected = pair.generate(LONG[:9], params, draft_tokens=0).token_ids
+
+    def first_drafts(engine: Engine) -> int:
+        result = engine.submit(request).wait()
+        assert result.token_ids == expected
+        return result.rounds[1].drafted  # after the one that ended the prompt
+
+    known = DraftLength(RoundCosts({0: 1.0, LONGEST: 4.0}), early_stop=False)
+    for _ in range(30):
+        known.record(LONGEST, LONGEST)
+    shares: list[float] = []
+    monkeypatch.setattr(known, "record", lambda *what: shares.append(what[-1]) or DraftLength.record(known, *what))
+    with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
+        assert 0 < first_drafts(engine) < 5
+        assert not engine._policies
+        engine._policies["argmax"] = known
+        engine._ran_lately = 9  # as where others have just ended
+        assert first_drafts(engine) == LONGEST
+        assert shares and set(shares) == {1.0}
+        shares.clear()
+        for generation in [engine.submit(request) for _ in range(3)]:
+            assert generation.wait().token_ids == expected
+        assert set(shares) & {1 / 2, 1 / 3}  # of those that play a round, each has a part of it
+        assert sum(shares) == pytest.approx(round(sum(shares)))
+
+
+@native_only
+def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = RoundCosts({0: 1.0, LONGEST: (LONGEST + 1) / (0.99 * LEAST_GAIN)})
+    monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
+    with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
+        assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
+        engine._ran_lately = 999  # falls by one a step
+        assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted == 0

@@ -29,9 +29,9 @@ DECAY = 0.98
 #: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
 LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.01
 PLAIN_WEIGHT = 0.1
-#: among several sequences, where perfect drafts would not gain this much, real ones lose: about half of it is left when
-#: a tenth of the drafts is refused and sequences draft unequally
-LEAST_GAIN = 2.2
+#: among several sequences, where perfect drafts would not gain this much, real ones lose: a tenth to a fifth of them is
+#: refused, sequences draft unequally, and a step waits for the longest chain of drafts
+LEAST_GAIN = 1.45
 #: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
 PLAN_ROUNDS = 8
 #: plain rounds in a row, at most, before drafting is looked at again
@@ -58,7 +58,8 @@ class RoundCosts:
         verify = list(itertools.accumulate(reversed(verify), min))[::-1]
         self.seconds = [_interpolated(known, verify, k) + k * step for k in range(LONGEST + 1)]
         self._last: tuple[int, float] | None = None
-        self._best_gain: float | None = None
+        self._best_gain: float | None = None  # this and the next one are asked for at every step
+        self._next_draft: list[float] | None = None
 
     def note(self, drafts: int, seconds: float) -> None:
         """Take a played round into account, by its ratio to the one before it.
@@ -69,14 +70,14 @@ class RoundCosts:
         if last is None or last[0] == drafts:
             return
         change = math.log(seconds * self.seconds[last[0]] / (last[1] * self.seconds[drafts]))
-        self._best_gain = None
+        self._best_gain = self._next_draft = None
         factor = math.exp(NOTE_WEIGHT / 2 * max(-NOTE_LIMIT, min(NOTE_LIMIT, change)))
         self.seconds[drafts] *= factor
         self.seconds[last[0]] /= factor
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        if self._best_gain is None:  # asked for at every step
+        if self._best_gain is None:
             self._best_gain = max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
         return self._best_gain
 
@@ -90,6 +91,8 @@ class RoundCosts:
         A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
         makes possible, and noise in the measurements evens out.
         """
+        if self._next_draft is not None:
+            return self._next_draft
         seconds, hull, slopes = self.seconds, [0], list[float]()
         for k in range(1, LONGEST + 1):  # Andrew's monotone chain
             rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
@@ -99,7 +102,9 @@ class RoundCosts:
                 rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
             slopes.append(rate)
             hull.append(k)
-        return [max(rate, 0.0) for rate, a, b in zip(slopes, hull, hull[1:], strict=False) for _ in range(a, b)]
+        self._next_draft = [max(rate, 0.0) for rate, a, b in zip(slopes, hull, hull[1:], strict=False)
+                            for _ in range(a, b)]  # fmt: skip
+        return self._next_draft
 
 
 def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:
@@ -148,7 +153,8 @@ PLAIN = Plan(0)
 
 @dataclass
 class DraftLength:
-    """One sequence's policy: its running record of acceptance by position, and what follows from it.
+    """One sequence's policy: its running record of acceptance by position, and what follows from it. Or that of several
+    sequences that play each round together.
 
     With `early_stop`, rounds are planned long and cut short by the drafter's confidence; without, their length is fixed
     before they begin.
@@ -162,14 +168,14 @@ class DraftLength:
     allowance: float = LOSS_ROUNDS  # what drafting may still lose, in plain rounds
     plain_seconds: float = 0.0  # of this sequence's plain rounds, recent ones most; 0 before the first
     plan: Plan = PLAIN
-    rounds: int = 0  # rounds with drafts
-    planned: int = -1  # how many of them there were when the plan was made
+    rounds: float = 0.0  # rounds with drafts
+    planned: float = -1.0  # how many of them there were when the plan was made
     pause: int = 0  # plain rounds to play before the next look
 
     def use(self, costs: RoundCosts) -> None:
         """Go on with other costs, as where more sequences or fewer play a round together."""
         if costs is not self.costs:
-            self.costs, self.planned = costs, -1
+            self.costs, self.planned = costs, -1.0
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
@@ -191,7 +197,7 @@ class DraftLength:
             if not self.plan.longest:
                 return self._rest(self.costs.loss(1))
         elif not self.plan.longest:
-            self.planned = -1  # the look, whose outcome makes a new plan
+            self.planned = -1.0  # the look, whose outcome makes a new plan
         return self._affordable(self.plan if self.plan.longest else Plan(1))
 
     def _new_plan(self) -> Plan:
@@ -217,18 +223,24 @@ class DraftLength:
         self.pause = max(0, min(math.ceil(loss / LOSS_SHARE), LONGEST_PAUSE) - 1)
         return PLAIN
 
-    def record(self, drafted: int, accepted: int, confidences: Sequence[float] = (), seconds: float = 0.0) -> None:
-        """Note a round, how sure the drafter was of each draft if that is known, and what it took if that is."""
-        self.allowance += LOSS_SHARE
+    def record(
+        self, drafted: int, accepted: int, confidences: Sequence[float] = (), seconds: float = 0.0, share: float = 1.0
+    ) -> None:
+        """Note a round, how sure the drafter was of each draft if that is known, and what it took if that is.
+
+        `share`: of the sequences that played it together, of which each has its round noted.
+        """
+        self.allowance += share * LOSS_SHARE
         if not drafted:
             old = self.plain_seconds or seconds
             self.plain_seconds = old + PLAIN_WEIGHT * (min(seconds, 2 * old) - old)
             return
-        self.rounds += 1
-        self.allowance += (1 + LOSS_SHARE) * accepted - self._loss(drafted, seconds)
+        self.rounds += share
+        self.allowance += share * ((1 + LOSS_SHARE) * accepted - self._loss(drafted, seconds))
+        decay = DECAY**share
         for i in range(min(drafted, accepted + 1, LONGEST)):
-            self.reached[i] = DECAY * self.reached[i] + 1
-            self.accepted[i] = DECAY * self.accepted[i] + (accepted > i)
+            self.reached[i] = decay * self.reached[i] + 1
+            self.accepted[i] = decay * self.accepted[i] + (accepted > i)
         self.calibration.learn(confidences, accepted)
 
     def _loss(self, drafted: int, seconds: float) -> float:

@@ -18,9 +18,11 @@ from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
 #: seconds that measuring may take; a pair so large that two rounds take longer is measured by two rounds
-BUDGET_SECONDS = 0.2
-#: lengths in the order they are measured: the ends and the middle first; costs of the others lie between
-ORDER = (0, 4, LONGEST, 8, 2, 6, 12, 1, 3, 5, 7, 10, 14)
+BUDGET_SECONDS = 0.3
+#: share of them for the first round of every length: rather few lengths, each played again and again, than many once
+FIRST_ROUNDS = 0.2
+#: lengths in the order they are measured: costs of the others lie between, or on the line that the last two begin
+ORDER = (0, 4, 1, 2, 8, LONGEST, 6, 12, 3, 5, 7, 10, 14)
 CONTEXT_ROWS, REPEATS = 32, 12
 #: share of the cores' time that other processes may take while costs are measured that are kept
 MOST_ELSEWHERE = 0.1
@@ -51,16 +53,19 @@ def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax",
 
 @torch.inference_mode()
 def measure_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
-    """Play rounds of every length of so many sequences after the same made-up prompt; the least of up to twelve times
-    each, of all the sequences' rounds together."""
+    """Play rounds of so many sequences after the same made-up prompt, of as many lengths as there is time for; the
+    least of up to twelve times each, of all the sequences' rounds together."""
     prompts = _made_up_sequences(target, CHOICES[choice], sequences)
     rounds: dict[int, float] = {}
     steps: list[float] = []
     started = time.perf_counter()
     for repeat in range(REPEATS + 1):  # the first warms up, and stands where there is no time for more
-        for drafts in ORDER:
-            if len(rounds) >= 2 and time.perf_counter() - started > BUDGET_SECONDS:
+        for drafts in ORDER if repeat == 0 else tuple(rounds):
+            taken = time.perf_counter() - started
+            if len(rounds) >= 2 and taken > BUDGET_SECONDS:
                 return RoundCosts(rounds, min(steps))
+            if repeat == 0 and len(rounds) >= 2 and taken > FIRST_ROUNDS * BUDGET_SECONDS:
+                break
             drafting, took = _round_seconds(target, drafter, prompts, drafts)
             rounds[drafts] = took if repeat <= 1 else min(took, rounds[drafts])
             steps += [drafting / drafts] if drafts else []

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gemma_mtp.config import FULL, SLIDING, LayerType
 from gemma_mtp.decoding.draft import Drafts
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, PLAIN, DraftLength, Plan, RoundCosts
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, PLAIN, DraftLength, Plan
 from gemma_mtp.decoding.round import (
     CHUNK_ROWS,
     NATIVE_CHUNK_ROWS,
@@ -111,7 +111,7 @@ class Job:
     output: OutputBuilder
     tokens: list[int]  # prompt and committed output
     fixed: Plan
-    policy: DraftLength | None = None
+    policy: DraftLength | None = None  # while it runs alone
     sequence: Sequence | None = None
     plain: Turn | None = None  # a round without drafts
     admitted: bool = False  # whether it has run at all
@@ -139,8 +139,9 @@ class Step:
     turns: list[Turn] = field(default_factory=list)  # theirs, in the same order
     readers: list[Job] = field(default_factory=list)
     chunks: list[Rows] = field(default_factory=list)  # theirs
-    #: what rounds cost, by how they choose; None where drafting can not pay for any sequence
-    costs: dict[ChoiceKind, RoundCosts | None] = field(default_factory=dict)
+    #: of `auto` draft lengths, by how rounds choose; None where drafting can not pay
+    policies: dict[ChoiceKind, DraftLength | None] = field(default_factory=dict)
+    plans: dict[ChoiceKind, Plan] = field(default_factory=dict)
 
 
 class Engine:
@@ -166,6 +167,7 @@ class Engine:
         self._stats = EngineStats()
         self._row_seconds = 0.0
         self._ran_lately = 0  # sequences, those that read their prompts too
+        self._policies: dict[ChoiceKind, DraftLength] = {}  # of sequences that run together
         self._step_began: float | None = None  # seconds of `time.monotonic`
         self._stopping = False
         self._froze = False  # what was in memory at the start
@@ -411,13 +413,7 @@ class Engine:
         return max(BLOCK_ROWS, min(self._chunk_rows, rows))
 
     def _turn(self, step: Step, job: Job, sequence: Sequence) -> Turn:
-        plan = job.fixed
-        if job.result.draft_tokens == "auto":
-            choice = sequence.params.choice
-            if choice not in step.costs:
-                step.costs[choice] = self._costs(choice)
-            costs = step.costs[choice]
-            plan = PLAIN if costs is None else self._policy(job, costs).choose()
+        plan = job.fixed if job.result.draft_tokens != "auto" else self._auto_plan(step, job, sequence.params.choice)
         if not plan.longest:
             if job.plain is None:
                 job.plain = Turn(sequence, 0, job.generation.request.verification)
@@ -426,16 +422,28 @@ class Engine:
         drafts = min(plan.longest, job.output.remaining - 1, self._chunk_rows - 1)
         return Turn(sequence, drafts, job.generation.request.verification, plan.stop)
 
-    def _costs(self, choice: ChoiceKind) -> RoundCosts | None:
-        """What rounds of as many sequences cost as ran lately; None where drafting can not pay."""
-        costs = self.pair.round_costs(choice, _batch_size(self._ran_lately))
-        return None if self._ran_lately > 1 and costs.best_gain() < LEAST_GAIN else costs
+    def _auto_plan(self, step: Step, job: Job, choice: ChoiceKind) -> Plan:
+        if choice not in step.plans:
+            policy = step.policies[choice] = self._policy(job, choice)
+            step.plans[choice] = PLAIN if policy is None else policy.choose()
+        return step.plans[choice]
 
-    def _policy(self, job: Job, costs: RoundCosts) -> DraftLength:
-        if job.policy is None:
-            job.policy = self.pair.draft_length(costs)
-        job.policy.use(costs)
-        return job.policy
+    def _policy(self, job: Job, choice: ChoiceKind) -> DraftLength | None:
+        """A lone job's own; one for all that play together: each draft makes all of them wait, and what was accepted of
+        the others' says at once what a new one's are worth. None where drafting can not pay."""
+        costs = self.pair.round_costs(choice, _batch_size(self._ran_lately))
+        together = self._ran_lately > 1
+        if together and costs.best_gain() < LEAST_GAIN:
+            return None
+        policy = self._policies.get(choice) if together else job.policy
+        if policy is None:
+            policy = self.pair.draft_length(costs)
+            if together:
+                self._policies[choice] = policy
+            else:
+                job.policy = policy
+        policy.use(costs)
+        return policy
 
     def _reserve(self, job: Job, rows: int) -> bool:
         """Take the blocks for a job's rows. Where there are too few, the job that comes last, which has no part in the
@@ -480,6 +488,7 @@ class Engine:
                 played.append((job, conclude(turn, made, hidden_RD, of_turn)))
             except Exception as error:
                 self._fail(job, error)
+        rounds = [(job, output) for job, output in played if output is not None]
         for row, (job, chunk) in enumerate(zip(step.readers, step.chunks, strict=True), start=sum(rows)):
             try:
                 played.append((job, self._read(job, chunk, hidden_RD, row)))
@@ -487,9 +496,10 @@ class Engine:
                 self._fail(job, error)
         seconds = time.perf_counter() - began
         self._note(sum([len(call.tokens) for call in calls]), seconds)
+        self._learn(step, rounds, seconds if len(calls) == 1 else 0.0)
         for job, output in played:
             try:
-                self._deliver(job, output, seconds, lone=len(calls) == 1)
+                self._deliver(job, output, seconds)
             except Exception as error:
                 self._fail(job, error)
         self._count([output for _, output in played if output is not None])
@@ -527,14 +537,12 @@ class Engine:
             return None
         return end_prompt(self.pair.target, sequence, hidden_RD, row)
 
-    def _deliver(self, job: Job, played: RoundOutput | None, seconds: float, lone: bool) -> None:
+    def _deliver(self, job: Job, played: RoundOutput | None, seconds: float) -> None:
         """Hand a job's tokens out, and end it where it is done."""
         output = job.output
         result = output.result
         if job.started:
             result.decode_seconds += seconds
-            if job.policy is not None and played is not None:
-                job.policy.record(played.drafted, played.accepted, played.confidences, seconds if lone else 0.0)
         else:
             result.prefill_seconds += seconds
         if played is None:
@@ -562,6 +570,18 @@ class Engine:
                     stats.accepted_tokens += output.accepted
                     stats.drafted_at.update(range(output.drafted))
                     stats.accepted_at.update(range(output.accepted))
+
+    def _learn(self, step: Step, rounds: list[tuple[Job, RoundOutput]], seconds: float) -> None:
+        """Let policies know what came of their plans. `seconds`: of a lone job's round, else 0."""
+        for choice, policy in step.policies.items():
+            if policy is None:
+                continue
+            planned = [
+                output for job, output in rounds
+                if job.result.draft_tokens == "auto" and job.generation.request.params.choice == choice
+            ]  # fmt: skip
+            for output in planned:
+                policy.record(output.drafted, output.accepted, output.confidences, seconds, 1 / len(planned))
 
     def _note(self, rows: int, seconds: float) -> None:
         of_one = seconds / rows
