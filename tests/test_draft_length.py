@@ -204,6 +204,16 @@ def test_it_comes_back_to_a_drafter_that_got_better() -> None:
     assert lengths[-1] == LONGEST
 
 
+def test_it_looks_again_at_once_where_costs_have_changed() -> None:
+    """As where many sequences ran together, and few are left: it was resting for the costs of many."""
+    policy = DraftLength(DEAR)
+    for _ in range(5):
+        policy.record(policy.choose().longest, 0)
+    assert policy.pause > 50
+    policy.use(CHEAP)
+    assert policy.choose().longest > 0
+
+
 def informed(costs: RoundCosts, tokens: int, early_stop: bool, confusion: float, seed: int = 0) -> float:
     """Tokens for the time of a plain round, by a drafter that is sure of some drafts and unsure of others.
 

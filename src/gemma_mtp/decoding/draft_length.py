@@ -102,8 +102,8 @@ class RoundCosts:
                 rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
             slopes.append(rate)
             hull.append(k)
-        self._next_draft = [max(rate, 0.0) for rate, a, b in zip(slopes, hull, hull[1:], strict=False)
-                            for _ in range(a, b)]  # fmt: skip
+        drafts = [b - a for a, b in itertools.pairwise(hull)]
+        self._next_draft = [max(rate, 0.0) for rate, n in zip(slopes, drafts, strict=True) for _ in range(n)]
         return self._next_draft
 
 
@@ -153,8 +153,8 @@ PLAIN = Plan(0)
 
 @dataclass
 class DraftLength:
-    """One sequence's policy: its running record of acceptance by position, and what follows from it. Or that of several
-    sequences that play each round together.
+    """The policy of one sequence, or of several that play each round together: the running record of acceptance by
+    position, and what follows from it.
 
     With `early_stop`, rounds are planned long and cut short by the drafter's confidence; without, their length is fixed
     before they begin.
@@ -166,7 +166,7 @@ class DraftLength:
     accepted: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     calibration: Calibration = field(default_factory=Calibration)
     allowance: float = LOSS_ROUNDS  # what drafting may still lose, in plain rounds
-    plain_seconds: float = 0.0  # of this sequence's plain rounds, recent ones most; 0 before the first
+    plain_seconds: float = 0.0  # of plain rounds, recent ones most; 0 before the first
     plan: Plan = PLAIN
     rounds: float = 0.0  # rounds with drafts
     planned: float = -1.0  # how many of them there were when the plan was made
@@ -175,7 +175,7 @@ class DraftLength:
     def use(self, costs: RoundCosts) -> None:
         """Go on with other costs, as where more sequences or fewer play a round together."""
         if costs is not self.costs:
-            self.costs, self.planned = costs, -1.0
+            self.costs, self.planned, self.pause = costs, -1.0, 0
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
