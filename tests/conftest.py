@@ -1,7 +1,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,16 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with 
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and so the processes that it starts
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rough_costs() -> Iterator[None]:
+    """Hundreds of pairs measure what their rounds cost, and no test depends on what was found."""
+    from gemma_mtp.engine import costs
+
+    budget, costs.BUDGET_SECONDS = costs.BUDGET_SECONDS, 0.05
+    yield
+    costs.BUDGET_SECONDS = budget
 
 
 @pytest.fixture(scope="session")

@@ -239,6 +239,7 @@ def test_measuring_takes_no_longer_than_its_budget(monkeypatch: pytest.MonkeyPat
     """With a clock on which every round takes a tenth of a second."""
     ticks = iter(range(1000))
     monkeypatch.setattr(costs.time, "perf_counter", lambda: 0.05 * next(ticks))
+    monkeypatch.setattr(costs, "BUDGET_SECONDS", 0.3)
     measured = measure_costs(random_target(), random_drafter())
     assert next(ticks) * 0.05 < 1
     assert len(measured.seconds) == LONGEST + 1 and min(measured.seconds) > 0
@@ -256,6 +257,7 @@ def test_a_few_lengths_are_played_again_rather_than_many_once(monkeypatch: pytes
         return 0.001 * drafts, took
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(costs, "BUDGET_SECONDS", 0.3)
     monkeypatch.setattr(costs, "_round_seconds", round_seconds)
     measured = measure_costs(random_target(), random_drafter(), sequences=4)
     assert set(played) == {0, 4, 1, 2, 8}
