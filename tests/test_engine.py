@@ -75,7 +75,7 @@ def test_a_mixed_load_gives_what_lone_runs_give(tmp_path: Path, centroids: bool)
 
 
 @native_only
-@pytest.mark.parametrize("count", [80, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
     settings = EngineSettings(max_running=8, max_tokens=250, kv_memory_mb=3, max_stall_seconds=0.002)
     loaded = play(bundled, bundled_load(bundled, count), settings)
@@ -93,7 +93,7 @@ from mixed_load import play
 from test_engine import EngineSettings, bundled_load
 assert module().isa() == "control"
 pair = load_pair()
-print(len(play(pair, bundled_load(pair, 40), EngineSettings(max_running=8, max_tokens=250)).mismatches))
+print(len(play(pair, bundled_load(pair, 20), EngineSettings(max_running=8, max_tokens=250)).mismatches))
 """
 
 
@@ -115,7 +115,7 @@ def test_a_shared_block_of_other_tokens_is_seen(bundled: Pair, monkeypatch: pyte
 
     right = kv_cache._names
     monkeypatch.setattr(kv_cache, "_names", lambda ids, before=b"": [n[:1] for n in right(ids, before)])
-    loaded = play(bundled, bundled_load(bundled, 40), EngineSettings(max_running=8, max_tokens=250))
+    loaded = play(bundled, bundled_load(bundled, 24), EngineSettings(max_running=8, max_tokens=250))
     assert loaded.mismatches
 
 
