@@ -89,6 +89,7 @@ def test_a_length_measured_wrong_is_put_right_by_playing_it() -> None:
 def test_the_best_gain_follows_the_costs() -> None:
     costs = RoundCosts({0: 1.0, LONGEST: 2.0})
     assert costs.best_gain() == pytest.approx((LONGEST + 1) / 2)
+    slopes = costs.next_draft()
     for _ in range(500):
         costs.note(0, 1.0)
         costs.note(LONGEST, 20.0)
@@ -96,6 +97,8 @@ def test_the_best_gain_follows_the_costs() -> None:
         max((k + 1) * costs.seconds[0] / costs.seconds[k] for k in range(LONGEST + 1))
     )
     assert costs.best_gain() < (LONGEST + 1) / 2
+    assert sum(costs.next_draft()) == pytest.approx(costs.seconds[LONGEST] - costs.seconds[0])
+    assert costs.next_draft() != pytest.approx(slopes)
 
 
 def test_a_machine_that_gets_slower_changes_no_ratio() -> None:

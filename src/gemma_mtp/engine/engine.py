@@ -111,7 +111,7 @@ class Job:
     output: OutputBuilder
     tokens: list[int]  # prompt and committed output
     fixed: Plan
-    policy: DraftLength | None = None  # while it runs alone
+    policies: dict[ChoiceKind, DraftLength] = field(default_factory=dict)  # while it runs alone
     sequence: Sequence | None = None
     plain: Turn | None = None  # a round without drafts
     admitted: bool = False  # whether it has run at all
@@ -435,15 +435,11 @@ class Engine:
         together = self._ran_lately > 1
         if together and costs.best_gain() < LEAST_GAIN:
             return None
-        policy = self._policies.get(choice) if together else job.policy
-        if policy is None:
-            policy = self.pair.draft_length(costs)
-            if together:
-                self._policies[choice] = policy
-            else:
-                job.policy = policy
-        policy.use(costs)
-        return policy
+        policies = self._policies if together else job.policies
+        if choice not in policies:
+            policies[choice] = self.pair.draft_length(costs)
+        policies[choice].use(costs)
+        return policies[choice]
 
     def _reserve(self, job: Job, rows: int) -> bool:
         """Take the blocks for a job's rows. Where there are too few, the job that comes last, which has no part in the
