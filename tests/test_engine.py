@@ -12,9 +12,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from mixed_load import play, requests
+from mixed_load import lone, play, requests
 from models import VOCAB, agreeing_pair, letters, packed, random_drafter, random_target
 
+from gemma_mtp import kv_cache
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding import draft as draft_module
@@ -26,9 +27,11 @@ from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
+from gemma_mtp.kv_cache import BLOCK_ROWS
 from gemma_mtp.ops.native import module, set_threads
 
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
+NAMES = kv_cache._names
 LONG = [(7 * i * i + i) % VOCAB for i in range(300)]
 OTHER = [(5 * i + 3) % VOCAB for i in range(200)]
 
@@ -53,9 +56,15 @@ def bundled() -> Iterator[Pair]:
     set_threads(threads)
 
 
+def held_out_prompts(pair: Pair, least: int = 1) -> list[list[int]]:
+    """Of so many tokens at least."""
+    examples = read_examples(bundled_directory() / "heldout_prompts.jsonl")
+    prompts = [pair.encode(example.content) for example in examples]  # type: ignore[arg-type]
+    return [prompt for prompt in prompts if len(prompt) >= least]
+
+
 def bundled_load(pair: Pair, count: int) -> list[Request]:
-    prompts = [pair.encode(example.content) for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]  # type: ignore[arg-type]
-    return requests(prompts[:6], count, seed=count, longest=24)
+    return requests(held_out_prompts(pair)[:6], count, seed=count, longest=24)
 
 
 #: room for little more than one request of the longest kind, so that a load of eight at a time sends some away
@@ -108,15 +117,28 @@ def test_another_order_of_sums_is_seen() -> None:
     assert int(run.stdout) > 0
 
 
-@native_only
-def test_a_shared_block_of_other_tokens_is_seen(bundled: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control for prefix reuse: blocks named by fewer tokens than they depend on must fail the test above."""
-    from gemma_mtp import kv_cache
+def own_names(ids: list[int], before: bytes = b"") -> list[bytes]:
+    """Blocks named by their own tokens alone, whatever tokens come before them."""
+    return [name for i in range(0, len(ids), BLOCK_ROWS) for name in NAMES(ids[i : i + BLOCK_ROWS])]
 
-    right = kv_cache._names
-    monkeypatch.setattr(kv_cache, "_names", lambda ids, before=b"": [n[:1] for n in right(ids, before)])
-    loaded = play(bundled, bundled_load(bundled, 24), EngineSettings(max_running=8, max_tokens=250))
-    assert loaded.mismatches
+
+@native_only
+@pytest.mark.parametrize(("names", "exact"), [(NAMES, True), (own_names, False)])
+def test_a_block_is_shared_where_all_tokens_before_it_are_the_same(
+    bundled: Pair, monkeypatch: pytest.MonkeyPatch, names: Any, exact: bool
+) -> None:
+    """And its control: blocks named by fewer tokens than they depend on give other outputs."""
+    monkeypatch.setattr(kv_cache, "_names", names)
+    first, second, third, fourth = (one[:BLOCK_ROWS] for one in held_out_prompts(bundled, BLOCK_ROWS)[:4])
+    params = SamplingParams(max_tokens=8, logprobs=2)
+    load = [Request([*prompt, 5], params) for prompt in (first + second, third + fourth, first + fourth)]
+    with Engine(bundled, EngineSettings(max_tokens=250)) as engine:
+        results = [engine.submit(request).wait() for request in load]
+        reused = engine.stats().prefix_hit_tokens
+    alone = [lone(bundled, request) for request in load]
+    same = [(a.token_ids, a.logprobs) == (b.token_ids, b.logprobs) for a, b in zip(results, alone, strict=True)]
+    assert same == [True, True, exact]
+    assert reused == (BLOCK_ROWS if exact else 2 * BLOCK_ROWS)
 
 
 def test_pytorchs_operators_take_sequences_one_by_one(tmp_path: Path) -> None:
