@@ -364,11 +364,87 @@ void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1
 // Every output element has one lane of one accumulator for each part of columns, filled in order of k, whatever the tile it
 // is computed in; the parts' sums are added in their order.
 
-constexpr int MAX_PANEL_TILE = 6;  // rows of a tile
 // Activations' rows are kept a line further apart than they are long: rows a multiple of SAME_SETS bytes apart would have
 // every second one's columns in the same set of the first-level cache.
 constexpr size_t apart_in_panels(size_t K) { return K + LINE / sizeof(Half::X); }
 constexpr size_t SAME_SETS = 2048;
+
+#if defined(GEMMA_AMX)
+
+constexpr int MAX_PANEL_TILE = 16;  // rows of a tile
+constexpr int panels_for(size_t) { return GROUP_PANELS; }
+
+// What the machine's tiles hold while this lives: sums and activations so many rows, weights STEP columns of a panel.
+class Tiles {
+   public:
+    ~Tiles() {
+        if (rows_) _tile_release();
+    }
+    // Calls f for a tile of so many rows.
+    template <class Call>
+    void with(size_t rows, Call f) {
+        if (rows != rows_) hold(rows);
+        f(std::integral_constant<int, MAX_PANEL_TILE>());
+    }
+
+   private:
+    void hold(size_t rows) {
+        struct alignas(LINE) {  // the operand of LDTILECFG
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shapes;
+        for (int t = 0; t < 6; t++) shapes.row_bytes[t] = LINE, shapes.rows[t] = t < 5 ? (uint8_t)rows : PANEL_ROWS;
+        _tile_loadconfig(&shapes);
+        rows_ = rows;
+    }
+    size_t rows_ = 0;
+};
+
+// The rows that the tiles hold by a part of NP panels, added to y unless it is the first part. Sums stay in four tiles, which
+// take the products of a step's even columns in order, and of its odd ones, and then both. Fetches FETCH lines from `next` on
+// at every pair of columns.
+template <int, int NP, int FETCH>
+[[gnu::noinline]] void panel_tile(const uint32_t* w, const Half::X* x, size_t ldx, size_t pairs, const uint32_t* next,
+                                  bool first, float* y, size_t ldy) {
+    constexpr size_t STEP_PAIRS = Half::STEP / 2;
+    const size_t panel = pairs * PANEL_ROWS, apart = ldx * sizeof *x, y_apart = ldy * sizeof *y;
+    const auto fetch = [&](size_t i, int n) {  // a panel's share of a step's
+        constexpr size_t LINES = FETCH * STEP_PAIRS;
+        for (size_t l = LINES * n / NP; l < LINES * (n + 1) / NP; l++)
+            __builtin_prefetch(next + (i * FETCH + l) * PANEL_ROWS, 0, 3);
+    };
+    asm volatile("" ::: "memory");  // the compiler does not see what tiles are loaded from
+// tiles are named by literals
+#define EACH_PANEL(f)                 \
+    f(0);                             \
+    if constexpr (NP > 1) { f(1); }   \
+    if constexpr (NP > 2) { f(2); }   \
+    if constexpr (NP > 3) { f(3); }
+#define BEGIN(n)               \
+    if (first) _tile_zero(n); \
+    else _tile_loadd(n, y + n * PANEL_ROWS, y_apart)
+#define ADD(n)                                            \
+    fetch(i, n);                                          \
+    _tile_loadd(5, w + n * panel + i * PANEL_ROWS, LINE); \
+    _tile_dpbf16ps(n, 4, 5)
+#define END(n) _tile_stored(n, y + n * PANEL_ROWS, y_apart)
+    EACH_PANEL(BEGIN)
+    for (size_t i = 0; i < pairs; i += STEP_PAIRS) {
+        _tile_loadd(4, x + 2 * i, apart);
+        EACH_PANEL(ADD)
+    }
+    EACH_PANEL(END)
+#undef EACH_PANEL
+#undef BEGIN
+#undef ADD
+#undef END
+    asm volatile("" ::: "memory");
+}
+
+#else
+
+constexpr int MAX_PANEL_TILE = 6;  // rows of a tile
 // Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
 #if defined(GEMMA_AVX512)
 #define PAIRS_AT_ONCE
@@ -377,6 +453,14 @@ constexpr int panels_for(size_t) { return GROUP_PANELS; }
 #define PAIRS_AT_ONCE _Pragma("GCC unroll 2")
 constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
+
+struct Tiles {
+    // Calls f for a tile of so many rows, which is a constant.
+    template <class Call>
+    void with(size_t rows, Call f) {
+        with_constant<MAX_PANEL_TILE>(rows, f);
+    }
+};
 
 // MR rows by a part of NP panels, added to y unless it is the first part. Fetches FETCH lines from `next` on at every pair
 // of columns. A function of its own: among its callers' variables the loop has too few registers for its sums.
@@ -403,6 +487,8 @@ template <int MR, int NP, int FETCH>
     }
 }
 
+#endif
+
 // Rows as `panel_tile` reads them: one after the other, in order.
 void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows& out) {
     const size_t apart = apart_in_panels(K);
@@ -413,12 +499,12 @@ void prepare_panels(size_t K, const Area& area, const float* x, size_t ldx, Rows
 
 // Whole panels n0 .. n1 of one group.
 void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const uint32_t* then,
-                     Stretches* also) {
+                     Stretches* also, Tiles& tiles) {
     const auto* from = x.borrowed ? (const Half::X*)x.borrowed : Half::place(x).data();
     const size_t ldx = x.borrowed ? x.apart : apart_in_panels(w.cols);
     const size_t pairs = w.cols / 2, group_end = std::min((n0 / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
-    const size_t panels = (n1 - n0) / PANEL_ROWS, tiles = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE, together = panels_for(M);
-    const size_t passes = tiles * ((panels + together - 1) / together);
+    const size_t panels = (n1 - n0) / PANEL_ROWS, together = panels_for(M);
+    const size_t passes = (M + MAX_PANEL_TILE - 1) / MAX_PANEL_TILE * ((panels + together - 1) / together);
     for (size_t k = 0; k < pairs; k += PART_PAIRS) {
         const size_t count = std::min(PART_PAIRS, pairs - k), panel = count * PANEL_ROWS;
         const uint32_t* part = w.panels(n0, k);
@@ -428,7 +514,7 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
         const size_t lines = (left ? panels : GROUP_PANELS) * later, each = (lines + passes * count - 1) / (passes * count);
         const uint32_t* end = next + lines * PANEL_ROWS;
         each_tile(M, MAX_PANEL_TILE, false, [&](size_t m, size_t rows) {
-            with_constant<MAX_PANEL_TILE>(rows, [&](auto constant) {
+            tiles.with(rows, [&](auto constant) {
                 constexpr int NP = panels_for(constant);
                 for (size_t n = 0; n < panels; n += NP)
                     with_constant<NP>(panels - n, [&](auto here) {
@@ -456,17 +542,18 @@ void multiply_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t
 // The share's groups in turn; of a panel that is not wholly within it, the columns that are.
 void linear_panels(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy, const Next& then) {
     static thread_local Buffer<float> whole;
+    Tiles tiles;
     for (size_t n = n0, end; n < n1; n = end) {
         const size_t begin = n / PANEL_ROWS * PANEL_ROWS, stop = std::min((n / GROUP_ROWS + 1) * GROUP_ROWS, w.rows);
         end = std::min(stop, n1);
         const auto* next = end == n1 ? (const uint32_t*)then.weights : nullptr;
         if (n == begin && end % PANEL_ROWS == 0) {
-            multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next, then.also);
+            multiply_panels(w, x, M, n, end, y + (n - n0), ldy, next, then.also, tiles);
             continue;
         }
         const size_t width = padded_to(end, PANEL_ROWS) - begin;
         grow(whole, M * width);
-        multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next, then.also);
+        multiply_panels(w, x, M, begin, begin + width, whole.data(), width, next, then.also, tiles);
         for (size_t m = 0; m < M; m++) std::copy_n(whole.data() + m * width + (n - begin), end - n, y + m * ldy + (n - n0));
     }
 }
