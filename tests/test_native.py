@@ -85,7 +85,7 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * exact.abs().max())
     for threads in (1, 2, 3):
         native.set_threads(threads)
-        for rows in (*range(1, 14), 31, 32):
+        for rows in (*range(1, 14), 16, 17, 31, 32):
             assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
     for start in (1, 7, 40):  # at any place among the others
         assert torch.equal(linear(isa, weight, x[start : start + 5], N), whole[start : start + 5])
