@@ -11,7 +11,9 @@ from gemma_mtp.decoding.draft_length import (
     LONGEST,
     LOSS_ROUNDS,
     LOSS_SHARE,
+    STOP_EARLY_AMONG,
     DraftLength,
+    Plan,
     RoundCosts,
     best_length,
     expected_tokens,
@@ -213,8 +215,22 @@ def test_it_looks_again_at_once_where_costs_have_changed() -> None:
     for _ in range(5):
         policy.record(policy.choose().longest, 0)
     assert policy.pause > 50
-    policy.use(CHEAP)
+    policy.use(CHEAP, 1)
     assert policy.choose().longest > 0
+
+
+def test_many_together_draft_equally_many() -> None:
+    """One that ended early would wait for the others all the same."""
+    policy = DraftLength(CHEAP)
+    for _ in range(20):
+        policy.record(4, 3)
+    few, many = RoundCosts({0: 1.0, LONGEST: 4.0}), RoundCosts({0: 1.0, LONGEST: 4.0})
+    policy.use(few, STOP_EARLY_AMONG)
+    plan = policy.choose()
+    assert plan.longest == LONGEST and plan.stop is not None
+    policy.use(many, STOP_EARLY_AMONG + 1)
+    assert policy.choose() == Plan(best_length(policy.acceptance(), many.seconds)[0])
+    assert 0 < policy.choose().longest < LONGEST
 
 
 def informed(costs: RoundCosts, tokens: int, early_stop: bool, confusion: float, seed: int = 0) -> float:

@@ -415,12 +415,15 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
         known.record(LONGEST, LONGEST)
     shares: list[float] = []
     monkeypatch.setattr(known, "record", lambda *what: shares.append(what[-1]) or DraftLength.record(known, *what))
+    together: list[int] = []
+    monkeypatch.setattr(known, "use", lambda *what: together.append(what[-1]) or DraftLength.use(known, *what))
     with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert 0 < first_drafts(engine) < 5
         assert not engine._policies
         engine._policies["argmax"] = known
         engine._ran_lately = 9  # as where others have just ended
         assert first_drafts(engine) == LONGEST
+        assert together[:3] == [7, 6, 5]  # one less a step, the first of which read the prompt
         assert shares and set(shares) == {1.0}
         shares.clear()
         for generation in [engine.submit(request) for _ in range(3)]:

@@ -76,7 +76,7 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     """No further from float64 than PyTorch in fp32 may be; each row's bits do not depend on how many there are."""
     N, x = len(w), randn(70, w.shape[1], seed=1)
     whole = linear(isa, weight, x, N)
-    if isa in ("avx512_bf16", "amx") and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's own are
+    if isa in ("avx512_bf16", "amx") and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's are
         torchs = (F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max()
         assert (whole - x.double() @ w.double().T).abs().max() <= max(torchs, 1e-7)
         x = x.bfloat16().float()

@@ -30,8 +30,11 @@ DECAY = 0.98
 LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.01
 PLAIN_WEIGHT = 0.1
 #: among several sequences, where perfect drafts would not gain this much, real ones lose: a tenth to a fifth of them is
-#: refused, sequences draft unequally, and a step waits for the longest chain of drafts
+#: refused
 LEAST_GAIN = 1.45
+#: sequences that play together of which each may end its own drafts: of more, all wait for the longest chain, and for
+#: how sure the drafter is of every draft, which costs more than the drafts that are spared
+STOP_EARLY_AMONG = 2
 #: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
 PLAN_ROUNDS = 8
 #: plain rounds in a row, at most, before drafting is looked at again
@@ -156,12 +159,13 @@ class DraftLength:
     """The policy of one sequence, or of several that play each round together: the running record of acceptance by
     position, and what follows from it.
 
-    With `early_stop`, rounds are planned long and cut short by the drafter's confidence; without, their length is fixed
-    before they begin.
+    With `early_stop`, and few sequences, rounds are planned long and cut short by the drafter's confidence; else their
+    length is fixed before they begin.
     """
 
     costs: RoundCosts
     early_stop: bool = True
+    sequences: int = 1
     reached: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     accepted: list[float] = field(default_factory=lambda: [0.0] * LONGEST)
     calibration: Calibration = field(default_factory=Calibration)
@@ -172,10 +176,11 @@ class DraftLength:
     planned: float = -1.0  # how many of them there were when the plan was made
     pause: int = 0  # plain rounds to play before the next look
 
-    def use(self, costs: RoundCosts) -> None:
-        """Go on with other costs, as where more sequences or fewer play a round together."""
+    def use(self, costs: RoundCosts, sequences: int) -> None:
+        """Go on with more sequences or fewer that play a round together, and with what it costs them."""
         if costs is not self.costs:
             self.costs, self.planned, self.pause = costs, -1.0, 0
+        self.sequences = sequences
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
@@ -203,7 +208,7 @@ class DraftLength:
     def _new_plan(self) -> Plan:
         chances = self.acceptance()
         best, rate = best_length(chances, self.costs.seconds)
-        if best == 0 or not self.early_stop:
+        if best == 0 or not self.early_stop or self.sequences > STOP_EARLY_AMONG:
             return Plan(best)
         costs = self.costs.next_draft()
         least = tuple(rate * cost / max(a, 1e-9) for cost, a in zip(costs, chances, strict=True))

@@ -438,7 +438,7 @@ class Engine:
         policies = self._policies if together else job.policies
         if choice not in policies:
             policies[choice] = self.pair.draft_length(costs)
-        policies[choice].use(costs)
+        policies[choice].use(costs, self._ran_lately)
         return policies[choice]
 
     def _reserve(self, job: Job, rows: int) -> bool:
