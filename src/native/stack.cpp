@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -73,15 +74,23 @@ constexpr size_t CHUNK = 1 << 20;  // multiply-adds that a thread takes at once,
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
 constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by every thread, which spares a barrier
-// Models of so many bytes are read from caches, so that each thread may read all of a layer's weights for its sequences;
-// so many blocks it has at least.
-constexpr size_t CACHED_BYTES = 32 << 20;
-constexpr size_t LEAST_BLOCKS = 4;
+constexpr size_t LEAST_BLOCKS = 4;  // a thread from which on sequences are divided among threads
 constexpr size_t LEAST_SHARED = 4;  // blocks a thread from which on attention is shared out by blocks
 // A thread fetches so much of a layer's keys ahead, at most, so that its second-level cache holds them, and of its values,
 // earlier, so that the last level does.
 constexpr size_t KEY_BYTES = 256 << 10, VALUE_BYTES = 1 << 20;
 constexpr size_t ROW_POSITIONS = 64;  // positions that are attended to while a row's other work is done, about
+
+// Bytes of the last-level cache: smaller models are read from there, so that each thread may read all of a layer's weights for
+// its sequences. As Linux says, or what many processors have.
+size_t cached_bytes() {
+    size_t kib = 32 << 10;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+        if (std::fscanf(file, "%zuK", &kib) != 1) kib = 32 << 10;
+        std::fclose(file);
+    }
+    return kib << 10;
+}
 
 // Shares of whole heads, where that gives every thread nearly as much.
 bool by_heads(size_t heads, int threads) { return heads % threads == 0 || heads >= 4 * (size_t)threads; }
@@ -217,7 +226,7 @@ void Stack::prepare() {
             bytes += w->rows * w->row_bytes();
     large_ = bytes >= SHARED_BYTES;
     const bool sparse = std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return l.moe.experts; });
-    divisible_ = bytes < CACHED_BYTES && !sparse;
+    divisible_ = bytes < cached_bytes() && !sparse;
 }
 
 Stack::Shared& Stack::shared(size_t rows, int threads) {
