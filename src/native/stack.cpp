@@ -74,7 +74,8 @@ constexpr size_t CHUNK = 1 << 20;  // multiply-adds that a thread takes at once,
 constexpr size_t ROW_BLOCK = 4;   // rows whose queries share a pass over the cache
 constexpr size_t HEAD_BLOCK = 256;  // rows of the head scored at once
 constexpr size_t REPEATED_BYTES = 32 << 10;  // a matrix below is multiplied by every thread, which spares a barrier
-constexpr size_t LEAST_BLOCKS = 4;  // a thread from which on sequences are divided among threads
+// Of sequences, and of blocks of their rows, so many for each thread at least where sequences are divided among threads.
+constexpr size_t LEAST_SEQUENCES = 2, LEAST_BLOCKS = 4;
 constexpr size_t LEAST_SHARED = 4;  // blocks a thread from which on attention is shared out by blocks
 // A thread fetches so much of a layer's keys ahead, at most, so that its second-level cache holds them, and of its values,
 // earlier, so that the last level does.
@@ -195,22 +196,33 @@ void Batch::keep(float* x, size_t size) const {
 
 void Batch::divide(int threads, size_t window) {
     cuts.clear();
-    if (threads == 1 || blocks.size() < LEAST_BLOCKS * threads) return;
-    for (size_t b = 1; b < blocks.size(); b++)
-        if (rows[blocks[b].first].view == rows[blocks[b - 1].first].view) return;
-    const auto cost = [&](size_t b) {
-        const auto [begin, end] = blocks[b];
-        return (ROW_POSITIONS + std::min<size_t>(rows[begin].position, window)) * (end - begin);
+    struct Whole {  // sequence
+        size_t block, cost;  // its first one
     };
-    size_t total = 0, sum = 0;
-    for (size_t b = 0; b < blocks.size(); b++) total += cost(b);
+    std::vector<Whole> sequences;
+    size_t total = 0;
+    for (size_t b = 0; b < blocks.size(); b++) {
+        const auto [begin, end] = blocks[b];
+        const size_t cost = (ROW_POSITIONS + std::min<size_t>(rows[begin].position, window)) * (end - begin);
+        if (!b || rows[begin].view != rows[blocks[b - 1].first].view) sequences.push_back({b, 0});
+        sequences.back().cost += cost;
+        total += cost;
+    }
+    if (threads == 1 || sequences.size() < LEAST_SEQUENCES * threads || blocks.size() < LEAST_BLOCKS * threads) return;
+    size_t sum = 0, before = 0, most = 0;
     cuts.push_back(0);
-    for (size_t b = 0; b < blocks.size(); b++) {  // a cut goes to the nearer end of the block it falls into
-        const size_t half = 2 * sum + cost(b);
-        while (cuts.size() < (size_t)threads && half * threads > 2 * total * cuts.size()) cuts.push_back(b);
-        sum += cost(b);
+    for (const Whole& s : sequences) {  // a cut goes to the nearer end of the sequence it falls into
+        const size_t half = 2 * sum + s.cost;
+        while (cuts.size() < (size_t)threads && half * threads > 2 * total * cuts.size()) {
+            cuts.push_back(s.block);
+            most = std::max(most, sum - before);
+            before = sum;
+        }
+        sum += s.cost;
     }
     cuts.resize(threads + 1, blocks.size());
+    most = std::max(most, sum - before);
+    if (4 * most * threads > 5 * total) cuts.clear();  // one would wait too long for another
 }
 
 void Stack::prepare() {
