@@ -78,8 +78,8 @@ struct Batch {
 
     // Of all the call's rows, of so many numbers, those of this batch to the front.
     void keep(float* x, size_t size) const;
-    // Divide the sequences among so many threads where each has enough of them. What a sequence costs is counted in
-    // positions that are attended to, of the last `window` ones.
+    // Divide the sequences among so many threads where each gets enough of them, and none much more than its share. What a
+    // sequence costs is counted in positions that are attended to, of the last `window` ones.
     void divide(int threads, size_t window);
     bool divided() const { return !cuts.empty(); }
     Part blocks_of(const Worker& me) const { return {cuts[me.thread], cuts[me.thread + 1]}; }
