@@ -362,17 +362,22 @@ void linear_dense(const Weight& w, const Rows& x, size_t M, size_t n0, size_t n1
 // -------------------------------------------------------------------------------------------- linear, bf16 in panels
 //
 // Every output element has one lane of one accumulator for each part of columns, filled in order of k, whatever the tile it
-// is computed in; the parts' sums are added in their order.
+// is computed in; the parts' sums are added in their order. The machine's own tiles go on from the sum of the parts before.
 
 // Activations' rows are kept a line further apart than they are long: rows a multiple of SAME_SETS bytes apart would have
 // every second one's columns in the same set of the first-level cache.
 constexpr size_t apart_in_panels(size_t K) { return K + LINE / sizeof(Half::X); }
 constexpr size_t SAME_SETS = 2048;
+// Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
+#if defined(GEMMA_AVX512)
+constexpr int panels_for(size_t) { return GROUP_PANELS; }
+#else
+constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#endif
 
 #if defined(GEMMA_AMX)
 
 constexpr int MAX_PANEL_TILE = 16;  // rows of a tile
-constexpr int panels_for(size_t) { return GROUP_PANELS; }
 
 // What the machine's tiles hold while this lives: sums and activations so many rows, weights STEP columns of a panel.
 class Tiles {
@@ -445,13 +450,10 @@ template <int, int NP, int FETCH>
 #else
 
 constexpr int MAX_PANEL_TILE = 6;  // rows of a tile
-// Panels that a tile of so many rows goes through at once: as many accumulators as registers hold beside the weights.
 #if defined(GEMMA_AVX512)
 #define PAIRS_AT_ONCE
-constexpr int panels_for(size_t) { return GROUP_PANELS; }
 #else
 #define PAIRS_AT_ONCE _Pragma("GCC unroll 2")
-constexpr int panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 
 struct Tiles {

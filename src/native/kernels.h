@@ -172,9 +172,7 @@ const Kernels& kernels_control();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
-#if defined(GEMMA_WITH_AMX)  // where the compiler knows it
-const Kernels& kernels_amx();
-#endif
+const Kernels& kernels_amx();  // where the compiler knows it: GEMMA_WITH_AMX
 #endif
 
 }  // namespace gemma

@@ -70,7 +70,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
     m.def("isas", [] {
         std::vector<std::string> names;
-        for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2", "portable"})
+        for (const char* name : ISAS)
             if (kernels_named(name)) names.emplace_back(name);
         return names;
     });

@@ -58,7 +58,7 @@ const Kernels& kernels() {
         const char* wanted = std::getenv("GEMMA_MTP_ISA");
         if (wanted)
             if (const Kernels* k = kernels_named(wanted)) return *k;
-        for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2"})
+        for (const char* name : ISAS)
             if (const Kernels* k = kernels_named(name)) return *k;
         return kernels_portable();
     }();
@@ -196,6 +196,7 @@ void Batch::keep(float* x, size_t size) const {
 
 void Batch::divide(int threads, size_t window) {
     cuts.clear();
+    if (threads == 1 || blocks.size() < LEAST_BLOCKS * threads) return;
     struct Whole {  // sequence
         size_t block, cost;  // its first one
     };
@@ -204,11 +205,11 @@ void Batch::divide(int threads, size_t window) {
     for (size_t b = 0; b < blocks.size(); b++) {
         const auto [begin, end] = blocks[b];
         const size_t cost = (ROW_POSITIONS + std::min<size_t>(rows[begin].position, window)) * (end - begin);
-        if (!b || rows[begin].view != rows[blocks[b - 1].first].view) sequences.push_back({b, 0});
+        if (!continues(b)) sequences.push_back({b, 0});
         sequences.back().cost += cost;
         total += cost;
     }
-    if (threads == 1 || sequences.size() < LEAST_SEQUENCES * threads || blocks.size() < LEAST_BLOCKS * threads) return;
+    if (sequences.size() < LEAST_SEQUENCES * threads) return;
     size_t sum = 0, before = 0, most = 0;
     cuts.push_back(0);
     for (const Whole& s : sequences) {  // a cut goes to the nearer end of the sequence it falls into
@@ -342,7 +343,7 @@ void Stack::list_cached(const Layer& l, const Batch& batch, const float* HeadRow
     size_t left = most / LINE;
     const auto add = [&](size_t group, size_t block) {
         const Batch::Row& row = batch.rows[batch.blocks[block].first];
-        if (block && row.view == batch.rows[batch.blocks[block - 1].first].view) return;  // listed with the block before
+        if (batch.continues(block)) return;  // listed with the block before
         const HeadRows rows = head_rows(l, batch, group, block);
         for (int64_t at = visible(l, row, batch).first; at < row.position && left;) {
             const int64_t stop = std::min((at / BLOCK_ROWS + 1) * BLOCK_ROWS, row.position);

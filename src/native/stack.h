@@ -13,6 +13,7 @@ namespace gemma {
 
 const Kernels& kernels();                       // of this machine, or of the environment's GEMMA_MTP_ISA
 const Kernels* kernels_named(const char* name);  // null where the machine lacks it
+constexpr const char* ISAS[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // the best first
 
 struct MoE {
     size_t experts = 0, top_k = 0, width = 0;
@@ -76,6 +77,10 @@ struct Batch {
     Batch(const std::vector<Segment>& segments, const Cache* caches, bool drafting, bool kept_only = false);
     size_t size() const { return rows.size(); }
 
+    // Whether a block's rows are of the same sequence as those of the block before.
+    bool continues(size_t block) const {
+        return block && rows[blocks[block].first].view == rows[blocks[block - 1].first].view;
+    }
     // Of all the call's rows, of so many numbers, those of this batch to the front.
     void keep(float* x, size_t size) const;
     // Divide the sequences among so many threads where each gets enough of them, and none much more than its share. What a
