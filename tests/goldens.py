@@ -102,8 +102,9 @@ def generate(count: int, first: int = 0) -> Iterator[tuple[int, str]]:
     """Case numbers and digests. Those that run together share an engine too small for all of them: some wait, some are
     preempted, and prompts that begin alike share blocks."""
     from gemma_mtp import Grammar, SamplingParams
-    from gemma_mtp.engine.engine import Engine, EngineSettings
     from gemma_mtp.engine.request import Request
+    from gemma_mtp.engine.settings import EngineSettings
+    from gemma_mtp.engine.thread import EngineThread
 
     cases = {i: draw(i) for i in range(first, first + count)}
     pairs = load_pairs({case["name"] for case in cases.values()})
@@ -122,7 +123,7 @@ def generate(count: int, first: int = 0) -> Iterator[tuple[int, str]]:
     for name, requests in shared.items():
         memory = 0.8 if "," in name else 3
         settings = EngineSettings(max_running=5, max_tokens=260, kv_memory_mb=memory, max_stall_seconds=0.002)
-        with Engine(pairs[name], settings) as engine:
+        with EngineThread(pairs[name], settings) as engine:
             waiting = [(i, engine.submit(request)) for i, request in [*requests, *requests]]  # again: prefix reuse
             for i, generation in waiting:
                 yield i, digest(generation.wait())

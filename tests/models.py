@@ -10,15 +10,19 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from gemma_mtp.backend.base import Backend
+from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.round import Sequence, open_sequence, play_round, prefill
+from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.kv_cache import CommittedKeyValues
+from gemma_mtp.engine.round import play_rounds, prefill
+from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
+from gemma_mtp.kv.blocks import block_counts
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
@@ -107,11 +111,11 @@ def agreeing_pair(seed: int = 0) -> tuple[Target, Drafter]:
     return target, drafter
 
 
-def packed(target: Target, drafter: Drafter) -> tuple[Target, Drafter]:
-    """The same pair, made ready to decode: natively where the operators are built."""
-    target.pack_()
-    drafter.pack_(target.native)
-    return target, drafter
+def backends(target: Target, drafter: Drafter | None = None) -> dict[str, Backend]:
+    """The same models on every backend of this machine, by name."""
+    found: dict[str, Backend] = {"reference": ReferenceBackend(target, drafter)}
+    best = make_backend(target, drafter)
+    return found if isinstance(best, ReferenceBackend) else {**found, "native": best}
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -155,39 +159,37 @@ class Played:
     confidences: list[list[float]] = dataclasses.field(default_factory=list)
 
 
+def opened(
+    backend: Backend, prompt: list[int], params: SamplingParams, room: int = 300, chunk_rows: int | None = None,
+    grammar: GrammarState | None = None,
+) -> tuple[Sequence, list[int]]:  # fmt: skip
+    """A sequence with a pool of its own and `room` rows beside the prompt's, and the first output tokens."""
+    rows = len(prompt) + room
+    pool = backend.make_pool(block_counts(backend.target.config.sliding_window, rows, max(rows, 1)), slots=1)
+    cache = pool.cache(rows)
+    cache.open()
+    sequence = open_sequence(backend, cache, params, prompt, grammar)
+    return sequence, prefill(backend, sequence, prompt, chunk_rows).token_ids
+
+
 @torch.inference_mode()
 def play(
-    target: Target, drafter: Drafter | None, prompt: list[int], params: SamplingParams, draft_tokens: int,
-    verification: Verification = "exact", chunk_rows: int = 512, after_round=lambda sequence: None,
+    backend: Backend, prompt: list[int], params: SamplingParams, draft_tokens: int,
+    verification: Verification = "exact", chunk_rows: int | None = None, after_round=lambda sequence: None,
     stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
-    sequence = open_sequence(target, len(prompt), params.max_tokens, draft_tokens, params)
-    tokens = prefill(target, sequence, torch.tensor(prompt), chunk_rows).token_ids
+    sequence, tokens = opened(backend, prompt, params, params.max_tokens + draft_tokens, chunk_rows)
     played = Played(list(tokens), [], [], sequence)
     while len(played.tokens) < params.max_tokens:
         drafts = min(draft_tokens, params.max_tokens - len(played.tokens) - 1)
-        output = play_round(target, drafter, sequence, drafts, verification, stop)
+        (output,) = play_rounds(backend, [Turn(sequence, drafts, verification, stop)])
         played.tokens += output.token_ids
         played.accepted.append(output.accepted)
         played.drafted.append(output.drafted)
-        played.confidences.append(output.confidences)
+        played.confidences.append(list(output.confidences))
         after_round(sequence)
     return played
-
-
-def draft_step(
-    drafter: Drafter, target: Target, sequence: Sequence, token_11: Tensor, hidden_11D: Tensor
-) -> tuple[Tensor, Tensor]:
-    """State for the head [1, 1, H] and projected state [1, 1, D] of a step, natively where the drafter is packed so."""
-    embeds = target.embed(token_11)
-    if drafter.native is not None:
-        state, projected = drafter.native.step(torch.cat((embeds, hidden_11D), -1)[0], [sequence])
-        return state[None], projected[None]
-    position = sequence.length - 1
-    kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
-    outputs: tuple[Tensor, Tensor] = drafter(embeds, hidden_11D, slice_rope(sequence.rope, position, position + 1), kv)
-    return outputs
 
 
 def last_row_logits(target: Target, tokens: list[int]) -> Tensor:

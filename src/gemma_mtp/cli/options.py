@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.errors import SamplingError
-from gemma_mtp.ops.native import set_threads
 
 DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
 GRAMMAR, OUTPUT = "Constrained output", "Output"

@@ -12,8 +12,9 @@ from gemma_mtp.cli.generate import parse_draft_tokens
 from gemma_mtp.cli.options import DRAFTING, MODELS, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import PromptError, ServerError
 from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 
@@ -127,7 +128,7 @@ def serve(
         with progress("loading"):
             pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
-        engine = Engine(pair, engine_settings)
+        engine = EngineThread(pair, engine_settings)
         with progress("measuring what rounds cost"):
             engine.warm_up()
         with engine:

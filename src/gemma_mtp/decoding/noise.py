@@ -10,6 +10,7 @@ Shapes: `...` any leading dimensions (usually R rows), C candidates.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +60,10 @@ def uniform(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Ten
 
     `positions` int64 [...]; `token_ids` int64 [C] or [..., C].
     """
-    row_keys = _mix_(positions * _signed(_GOLDEN) + _signed(_stream_key(seed, stream)))
+    return _uniform_of_keys(_mix_(positions * _signed(_GOLDEN) + _signed(_stream_key(seed, stream))), token_ids)
+
+
+def _uniform_of_keys(row_keys: Tensor, token_ids: Tensor) -> Tensor:
     words = _mix_(row_keys.unsqueeze(-1) + (token_ids + 1) * _signed(_GOLDEN))
     bits = (words >> 12).bitwise_and_((1 << 52) - 1)
     return bits.mul_(2).add_(1).to(torch.float64).mul_(2.0**-53)  # odd numbers below 2**53: exact, never 0 or 1
@@ -80,7 +84,18 @@ def gumbel(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Tens
 
     The logarithms are taken in float64: a winner's uniform lies near 1, where float32 is coarse.
     """
-    return uniform(seed, positions, token_ids, stream).log_().neg_().log_().neg_().to(torch.float32)
+    return _gumbel_of(uniform(seed, positions, token_ids, stream))
+
+
+def keyed_gumbel(keys: Sequence[int], token_ids: Tensor) -> Tensor:
+    """The same from `row_key`s, one a row: float32 [R, C]."""
+    return _gumbel_of(
+        _uniform_of_keys(torch.tensor([_signed(key) for key in keys], device=token_ids.device), token_ids)
+    )
+
+
+def _gumbel_of(uniform_RC: Tensor) -> Tensor:
+    return uniform_RC.log_().neg_().log_().neg_().to(torch.float32)
 
 
 def round_counters(first_position: Tensor, count: int) -> Tensor:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterable
@@ -21,11 +20,9 @@ from typing import Any
 
 import torch
 
+from gemma_mtp.backend.base import Backend
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind
-from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.target import Target
-from gemma_mtp.ops.native import module
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
 VERSION = 1
@@ -47,35 +44,14 @@ def cache_directory() -> Path | None:
     return None
 
 
-def cost_key(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> Key:
-    """What the costs depend on: the machine, how it is used, and both models' geometry and weight types."""
-    device = target.embed_tokens.weight.device
+def cost_key(backend: Backend, choice: ChoiceKind = "argmax", sequences: int = 1) -> Key:
+    """Returns what the costs depend on: the machine, how it is used, and both models' geometry and weight types."""
+    target, drafter = backend.target, backend.drafter
+    assert drafter is not None
     return {
-        "processor": processor(device),
-        "operators": "torch" if target.native is None else f"native {module().isa()}",
-        "choice": choice,
-        "sequences": sequences,
-        "threads": torch.get_num_threads() if target.native is None else module().threads(),
-        "torch": torch.__version__,
-        "target": _digest(target, target.config),
-        "drafter": _digest(drafter, drafter.config),
-    }
-
-
-def processor(device: torch.device) -> str:
-    """The name of the processor that a device is. Virtual machines give different ones the same name ("AMD EPYC"), so
-    family and model are part of it."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    facts: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
-        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    exactly = "".join(
-        f", {fact.removeprefix('cpu ')} {facts[fact]}" for fact in ("cpu family", "model") if fact in facts
-    )
-    return f"{name}{exactly}, {os.cpu_count()} cores"
+        **backend.identity, "choice": choice, "sequences": sequences, "torch": torch.__version__,
+        "target": _digest(target, target.config), "drafter": _digest(drafter, drafter.config),
+    }  # fmt: skip
 
 
 def load_costs(directory: Path, key: Key) -> RoundCosts | None:

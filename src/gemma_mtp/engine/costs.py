@@ -8,14 +8,15 @@ import time
 
 import torch
 
+from gemma_mtp.backend.base import Backend
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
-from gemma_mtp.decoding.round import Sequence, Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
-from gemma_mtp.kv_cache import KVPool, block_counts
-from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.target import Target
+from gemma_mtp.engine.draft import propose
+from gemma_mtp.engine.round import prefill, verify_round
+from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
+from gemma_mtp.kv.blocks import block_counts
 
 #: seconds that measuring may take; a pair so large that two rounds take longer is measured by two rounds
 BUDGET_SECONDS = 0.3
@@ -33,29 +34,29 @@ CHOICES: dict[ChoiceKind, SamplingParams] = {
 }  # fmt: skip
 
 
-def round_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
+def round_costs(backend: Backend, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
     """Costs from the cache if it has them, else measured, and then kept there, unless the machine was busy meanwhile.
 
     `choice`: of rounds that choose so (`SamplingParams.choice`). `sequences`: that many play each round together.
     """
     directory = cache_directory()
     if directory is None:
-        return measure_costs(target, drafter, choice, sequences)
-    key = cost_key(target, drafter, choice, sequences)
+        return measure_costs(backend, choice, sequences)
+    key = cost_key(backend, choice, sequences)
     costs = load_costs(directory, key)
     if costs is None:
         clock = CpuClock([os.getpid()])
-        costs = measure_costs(target, drafter, choice, sequences)
+        costs = measure_costs(backend, choice, sequences)
         if (clock.share_elsewhere() or 0.0) <= MOST_ELSEWHERE:
             store_costs(directory, key, costs)
     return costs
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
+def measure_costs(backend: Backend, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
     """Play rounds of so many sequences after the same made-up prompt, of as many lengths as there is time for; the
     least of up to twelve times each, of all the sequences' rounds together."""
-    prompts = _made_up_sequences(target, CHOICES[choice], sequences)
+    prompts = _made_up_sequences(backend, CHOICES[choice], sequences)
     rounds: dict[int, float] = {}
     steps: list[float] = []
     started = time.perf_counter()
@@ -66,31 +67,36 @@ def measure_costs(target: Target, drafter: Drafter, choice: ChoiceKind = "argmax
                 return RoundCosts(rounds, min(steps))
             if repeat == 0 and len(rounds) >= 2 and taken > FIRST_ROUNDS * BUDGET_SECONDS:
                 break
-            drafting, took = _round_seconds(target, drafter, prompts, drafts)
+            drafting, took = _round_seconds(backend, prompts, drafts)
             rounds[drafts] = took if repeat <= 1 else min(took, rounds[drafts])
             steps += [drafting / drafts] if drafts else []
     return RoundCosts(rounds, min(steps))
 
 
-def _made_up_sequences(target: Target, params: SamplingParams, count: int) -> list[Sequence]:
-    """Short prompts, with room for a round of any length."""
-    rows = CONTEXT_ROWS + 1 + LONGEST
-    counts = {kind: count * blocks for kind, blocks in block_counts(target.config, rows, CONTEXT_ROWS).items()}
-    pool = KVPool(target.config, counts, target.compute_dtype, target.embed_tokens.weight.device)
-    sequences = [open_sequence(target, CONTEXT_ROWS, 1, LONGEST, params, pool) for _ in range(count)]
-    ids = torch.arange(3, 3 + CONTEXT_ROWS, device=pool.device) % target.config.vocab_size
-    for sequence in sequences:
-        prefill(target, sequence, ids)
+def _made_up_sequences(backend: Backend, params: SamplingParams, count: int) -> list[Sequence]:
+    """Returns sequences of short prompts, with room for a round of any length."""
+    config, rows = backend.target.config, CONTEXT_ROWS + 1 + LONGEST
+    of_one = block_counts(config.sliding_window, rows, CONTEXT_ROWS)
+    pool = backend.make_pool({kind: count * blocks for kind, blocks in of_one.items()}, count)
+    prompt = [token_id % config.vocab_size for token_id in range(3, 3 + CONTEXT_ROWS)]
+    sequences = []
+    for _ in range(count):
+        cache = pool.cache(rows)
+        cache.open()
+        sequences.append(open_sequence(backend, cache, params, prompt))
+        prefill(backend, sequences[-1], prompt)
     return sequences
 
 
-def _round_seconds(target: Target, drafter: Drafter, prompts: list[Sequence], drafts: int) -> tuple[float, float]:
-    """Of drafting, and of the whole of a round after the prompts, which are left as they were."""
+def _round_seconds(backend: Backend, prompts: list[Sequence], drafts: int) -> tuple[float, float]:
+    """Returns the seconds of drafting, and of the whole of a round after the prompts, which are left as they were."""
+    states = [prompt.cache.state.clone() for prompt in prompts]
     started = time.perf_counter()
-    proposed = propose(target, drafter, [Turn(prompt, drafts) for prompt in prompts])
+    proposed = propose(backend, [Turn(prompt, drafts) for prompt in prompts])
     drafted = time.perf_counter()
-    verify_round(target, [Turn(dataclasses.replace(prompt), drafts) for prompt in prompts], proposed)
+    verify_round(backend, [Turn(dataclasses.replace(prompt), drafts) for prompt in prompts], proposed)
     took = time.perf_counter() - started  # it ended with a read of the device
-    for prompt in prompts:
-        prompt.cache.length = CONTEXT_ROWS  # the round's rows are garbage again
+    for prompt, state in zip(prompts, states, strict=True):
+        prompt.cache.table.length = CONTEXT_ROWS  # the round's rows are garbage again
+        prompt.cache.state.copy_(state)
     return drafted - started, took

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gemma_mtp.decoding.round import RoundOutput
 from gemma_mtp.decoding.sampling import SamplingParams, TopLogprobs
 from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
+from gemma_mtp.engine.round import RoundOutput
 
 PLAIN_ROUND = RoundStats(0, 0, 1)
 

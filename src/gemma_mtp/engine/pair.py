@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 import torch
 
 from gemma_mtp import checkpoint
+from gemma_mtp.backend.native import module
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config import DrafterConfig, TargetConfig
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
-from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
-from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
-from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
-from gemma_mtp.engine.costs import round_costs
-from gemma_mtp.engine.output import OutputBuilder
+from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.engine import Engine
+from gemma_mtp.engine.loaded import LoadedPair
+from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.target import Target
-from gemma_mtp.ops.native import module
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
-#: prompt rows of one target call; `decoding.round` has a bound of its own
-PREFILL_CHUNK_ROWS = CHUNK_ROWS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
-class Pair:
-    """A loaded target, its drafter if any, and its tokenizer if the checkpoint has one."""
+class Pair(LoadedPair):
+    """A loaded pair that completes prompts, one at a time. Each has an engine of its own, of just the size it needs."""
 
-    target: Target
-    drafter: Drafter | None
-    tokenizer: Tokenizer | None
-    generation: checkpoint.GenerationDefaults
-    _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
+    def with_drafter(self, drafter: Drafter | None) -> Pair:
+        """Returns a pair of the same target and another drafter."""
+        return replace(self, backend=self.backend.with_drafter(drafter), _costs={})
 
     def generate(
         self,
@@ -77,158 +70,29 @@ class Pair:
         """
         params = params or SamplingParams()
         prompt_ids = self.encode(prompt)
-        self.check(params, draft_tokens, verification)
-        used: DraftTokens = draft_tokens if self.drafter is not None else 0
-        return TextStream(self, self.new_result(prompt_ids, params, used, verification), params, verification)
-
-    def new_result(
-        self, prompt_ids: list[int], params: SamplingParams, draft_tokens: DraftTokens, verification: Verification
-    ) -> GenerationResult:
-        """To be filled by decoding."""
-        return GenerationResult(prompt_ids, draft_tokens, verification, tokenizer=self.tokenizer, stop=params.stop)
-
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt, checked. Raises PromptError (empty, out of range, too long) or TokenizerError."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise TokenizerError(
-                    "the target's directory has no tokenizer.json, so a text prompt can not be encoded;"
-                    " pass token ids, or add the tokenizer's files."
-                )
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
-        self._check_prompt(token_ids)
-        return token_ids
-
-    def check(self, params: SamplingParams, draft_tokens: DraftTokens, verification: str) -> None:
-        """Raise SamplingError or TokenizerError where a request can not be decoded so by this pair."""
-        _check_decoding(draft_tokens, verification)
-        self._check_params(params)
-
-    def grammar_state(self, params: SamplingParams) -> GrammarState | None:
-        """The state that a sequence with a grammar starts from. Raises SamplingError, TokenizerError."""
-        if params.grammar is None:
-            return None
-        ends = () if params.ignore_eos else self.eos_token_ids
-        return self._grammars.start(params.grammar, ends, self.target.embed_tokens.weight.device)
-
-    def round_costs(self, choice: ChoiceKind = "argmax", sequences: int = 1) -> RoundCosts:
-        """What rounds of every length cost on this machine: as kept from an earlier run, or measured in 0.2 seconds.
-
-        Rounds that draw cost another thing than those that take the arg max (`SamplingParams.choice`), and those of
-        several `sequences` together another than those of one.
-        """
-        key = choice, sequences
-        if key not in self._costs:
-            assert self.drafter is not None
-            self._costs[key] = round_costs(self.target, self.drafter, choice, sequences)
-        return self._costs[key]
-
-    def draft_length(self, costs: RoundCosts) -> DraftLength:
-        """A new sequence's policy. On a GPU, looking at every draft would make the host wait for each."""
-        return DraftLength(costs, early_stop=self.target.embed_tokens.weight.device.type == "cpu")
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return self.generation.eos_token_ids
-
-    @functools.cached_property
-    def _grammars(self) -> GrammarCompiler:
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "a grammar needs a tokenizer, and the target's directory has none; add the tokenizer's files."
-            )
-        return GrammarCompiler(self.tokenizer, self.target.config.vocab_size)
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        config = self.target.config
-        if not token_ids:
-            raise PromptError("the prompt is empty; give at least one token.")
-        for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
-                raise PromptError(
-                    f"the prompt has token id {token_id!r}, but the target's ids run from 0 to {config.vocab_size - 1}."
-                )
-        if len(token_ids) >= config.max_position_embeddings:
-            raise PromptError(
-                f"the prompt has {len(token_ids)} tokens, but the target takes at most"
-                f" {config.max_position_embeddings - 1} (max_position_embeddings less one for the output); shorten it."
-            )
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.stop and self.tokenizer is None:
-            raise TokenizerError(
-                "stop strings need a tokenizer, and the target's directory has none; use stop token ids."
-            )
-        vocab_size = self.target.config.vocab_size
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in ids:
-                if token_id >= vocab_size:
-                    raise SamplingError(
-                        f"{name} has token id {token_id}, but the target's ids end at {vocab_size - 1}."
-                    )
-        if params.grammar is not None:
-            self._grammars.check(params.grammar)
+        longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
+        engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
+        return TextStream(engine, engine.submit(Request(prompt_ids, params, draft_tokens, verification)))
 
 
 class TextStream(Iterator[str]):
     """Text pieces of one generation; `result` holds what has been generated so far."""
 
-    def __init__(
-        self, pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification
-    ) -> None:
-        self.result = result
-        self._pieces = _decode(pair, result, params, verification)
+    def __init__(self, engine: Engine, generation: Generation) -> None:
+        self.result = generation.result
+        self._pieces = _pieces(engine, generation)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
 
-def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verification: Verification) -> Iterator[str]:
-    """Prefill, then rounds until a stop condition holds. Times exclude what the reader does between pieces."""
-    prompt = result.prompt_token_ids
-    limit = min(params.max_tokens, pair.target.config.max_position_embeddings - len(prompt))
-    output, reader = OutputBuilder(result, params, limit, pair.eos_token_ids), result.text_reader()
-    device = pair.target.embed_tokens.weight.device
-    policy, fixed = None, Plan(LONGEST)
-    if result.draft_tokens == "auto":
-        policy = pair.draft_length(pair.round_costs(params.choice))
-    else:
-        fixed = Plan(result.draft_tokens)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        grammar = pair.grammar_state(params)
-        sequence = open_sequence(pair.target, len(prompt), limit, fixed.longest, params, grammar=grammar)
-        first = prefill(pair.target, sequence, torch.tensor(prompt, device=device), PREFILL_CHUNK_ROWS)
-    token_ids = output.push(first)
-    result.prefill_seconds = time.perf_counter() - started
-    while True:
-        if reader is not None and (text := reader.push(token_ids, last=output.done)):
-            yield text
-        if output.done:
-            return
-        started = time.perf_counter()
-        plan = fixed if policy is None else policy.choose()
-        drafts = min(plan.longest, output.remaining - 1)
-        with torch.inference_mode():
-            played = play_round(pair.target, pair.drafter, sequence, drafts, verification, plan.stop)
-        token_ids = output.push(played)
-        seconds = time.perf_counter() - started
-        result.decode_seconds += seconds
-        if policy is not None:
-            policy.record(played.drafted, played.accepted, played.confidences, seconds)
-            policy.costs.note(played.drafted, seconds)
-
-
-def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
-    whole = isinstance(draft_tokens, int) and 0 <= draft_tokens <= MAX_DRAFT_TOKENS
-    if not whole and draft_tokens != "auto":
-        raise SamplingError(
-            f"draft_tokens is {draft_tokens!r}, but must be auto, or from 0 (plain) to {MAX_DRAFT_TOKENS}."
-        )
-    if verification not in VERIFICATIONS:
-        raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
+def _pieces(engine: Engine, generation: Generation) -> Iterator[str]:
+    """Steps until the request has ended. What the reader does between pieces is in nobody's time."""
+    while not generation.ended:
+        engine.step()
+        for update in generation.take():
+            if update.text:
+                yield update.text
 
 
 def bundled_directory() -> Path:
@@ -265,14 +129,11 @@ def load_pair(
         check_pair(target_config, drafter_config)
     chosen_dtype = _dtype(dtype, chosen_device, target)
     loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types)
-    loaded_target.pack_()
     loaded_drafter = None
     if drafter is not None:
         loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types)
-        loaded_drafter.pack_(loaded_target.native)
     return Pair(
-        target=loaded_target,
-        drafter=loaded_drafter,
+        backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
         generation=checkpoint.read_generation_config(target),
     )

@@ -65,7 +65,7 @@ def steady_costs(pair: Pair, choice: ChoiceKind, repeats: int = 5) -> RoundCosts
     `choice`: of rounds that choose so (`SamplingParams.choice`).
     """
     assert pair.drafter is not None
-    measured = [measure_costs(pair.target, pair.drafter, choice) for _ in range(repeats)]
+    measured = [measure_costs(pair.backend, choice) for _ in range(repeats)]
     return min(measured, key=lambda costs: sum(costs.seconds))
 
 

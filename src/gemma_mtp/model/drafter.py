@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices
-from gemma_mtp.model.native import NativeDrafter, NativeTarget
-from gemma_mtp.ops import native, quantise
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices
+from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Chooser, Embedding, Linear, Matrix, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Chooser, Embedding, Linear, Matrix
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
 
@@ -58,8 +57,6 @@ class Drafter(nn.Module):
         self.masked_embedding = CentroidHead(config) if config.use_ordered_embeddings else None
         self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size)
         self.weight_types = WeightTypes()
-        self.packed_head: Tensor | None = None
-        self.native: NativeDrafter | None = None
 
     def forward(
         self, embeds_BTD: Tensor, hidden_BTD: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues
@@ -79,14 +76,10 @@ class Drafter(nn.Module):
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits over the whole vocabulary [..., V] (training; decoding uses `candidates`)."""
-        if self.packed_head is not None:
-            return packed_linear(state, self.packed_head)
-        return quantise.linear(state, self.head_table) if self.lm_head is None else self.lm_head(state)
+        return quantise.linear(state, self.head_table)
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
-        if self.native is not None:
-            return self.native.candidates(state_RH)
         if self.masked_embedding is None:
             return self.logits(state_RH), None
         return self.masked_embedding.candidates(state_RH, self.head_table)
@@ -102,27 +95,13 @@ class Drafter(nn.Module):
         return self.head.stored
 
     def quantise_(self, types: WeightTypes) -> None:
-        """Quantise the parts that `types` names. Before `pack_`; the model can not be trained after.
+        """Quantise the parts that `types` names. The model can not be trained after.
 
         Raises QuantisationError where a part is quantised otherwise.
         """
         self.weight_types = merge(self.weight_types, types.of_drafter())
         quantise_matrices([self.embed_tokens, self.lm_head], types.drafter_head)
         quantise_matrices([*self.layers.modules(), self.pre_projection, self.post_projection], types.drafter)
-
-    def pack_(self, target: NativeTarget | None = None) -> None:
-        """Make ready to decode on this device, natively beside a target that is; the model can not be trained after."""
-        if target is not None and native.usable(self.embed_tokens.weight):
-            self.native = NativeDrafter(self, target)
-            return
-        gathered = self.masked_embedding is not None  # the centroid head gathers rows, so its table stays dense
-        if gathered and self.lm_head is not None:
-            self.embed_tokens.weight, self.embed_tokens.quantised = self.lm_head.weight, self.lm_head.quantised
-            self.lm_head = None
-        pack_linears(self)
-        table = self.embed_tokens
-        if not gathered and self.lm_head is None and table.quantised is None and can_pack(table.weight):
-            self.packed_head = pack(table.weight)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """Official tensor names and views of the weights that hold them."""

@@ -24,6 +24,8 @@ from gemma_mtp.weight_types import Quantisation
 #: (cos, signed sin), each [T, d], for one layer type; see `ops.reference.rope_tables`
 Rope = tuple[Tensor, Tensor]
 NamedWeights = Iterator[tuple[str, Weight]]
+#: rows that experts are gathered for, row by row; of more, an expert's rows are multiplied together
+GATHERED_ROWS = 16
 
 
 class KeyValues(Protocol):
@@ -132,17 +134,19 @@ class Experts(nn.Module):
         self.down_proj = Matrix(E, D, I)
 
     def forward(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
-        few = experts_RK.numel() <= self.experts
-        return (self._gathered if few else self._grouped)(x_RD, weights_RK, experts_RK)
+        few = len(x_RD) <= GATHERED_ROWS
+        return (self._row_by_row if few else self._grouped)(x_RD, weights_RK, experts_RK)
 
-    def _gathered(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
-        """Decode: gather each row's experts; needs no host synchronisation."""
-        R, K = experts_RK.shape
-        flat = experts_RK.reshape(-1)
-        x = x_RD.repeat_interleave(K, 0)
-        hidden = ops.gated_mlp(quantise.gathered_linear(x, self.gate_up_proj.stored, flat))
-        out = quantise.gathered_linear(hidden, self.down_proj.stored, flat).view(R, K, -1)
-        return (out * weights_RK.unsqueeze(-1)).to(x_RD.dtype).sum(1)
+    def _row_by_row(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        """Decode: gather one row's experts at a time, so that no row's result depends on the others' choice."""
+        rows = zip(x_RD.split(1), weights_RK, experts_RK, strict=True)
+        return torch.cat([self._one_row(x_1D, weights_K, experts_K) for x_1D, weights_K, experts_K in rows])
+
+    def _one_row(self, x_1D: Tensor, weights_K: Tensor, experts_K: Tensor) -> Tensor:
+        x_KD = x_1D.expand(len(experts_K), -1)
+        hidden = ops.gated_mlp(quantise.gathered_linear(x_KD, self.gate_up_proj.stored, experts_K))
+        out_KD = quantise.gathered_linear(hidden, self.down_proj.stored, experts_K)
+        return (out_KD * weights_K[:, None]).to(x_1D.dtype).sum(0, keepdim=True)
 
     def _grouped(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
         """Prefill and training: each expert's weights are read once for all of its rows."""
@@ -254,13 +258,6 @@ def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dic
     return tables
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Pack every linear layer of a loaded model for decoding."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.pack_()
-
-
 def quantise_matrices(modules: Iterable[nn.Module | None], kind: Quantisation | None) -> None:
     """Quantise every matrix among the modules whose columns allow; None leaves all as they are."""
     for module in list(modules):
@@ -269,5 +266,5 @@ def quantise_matrices(modules: Iterable[nn.Module | None], kind: Quantisation | 
 
 
 def slice_rope(tables: Mapping[LayerType, Rope], start: int, stop: int) -> dict[LayerType, Rope]:
-    """The rows of positions start..stop-1."""
+    """Returns the rows of positions start .. stop-1."""
     return {kind: (cos[start:stop], sin[start:stop]) for kind, (cos, sin) in tables.items()}

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, pack_linears, quantise_matrices, rope_for
-from gemma_mtp.model.native import NativeTarget
-from gemma_mtp.ops import native, quantise
+from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices, rope_for
+from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Embedding, Linear, Matrix, can_pack, pack, packed_linear
+from gemma_mtp.ops.linear import Embedding, Linear, Matrix
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
 
@@ -39,8 +38,6 @@ class Target(nn.Module):
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
         self.weight_types = WeightTypes()
-        self.packed_head: Tensor | None = None
-        self.native: NativeTarget | None = None
         if P:
             self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, L * P)
             self.per_layer_model_projection = Linear(D, L * P)
@@ -50,11 +47,6 @@ class Target(nn.Module):
         """Scaled token embeddings, [..., D]. The scale is rounded to the weights' dtype, as Gemma was trained."""
         x = self.embed_tokens(token_ids)
         return x * _rounded(math.sqrt(self.config.hidden_size), x.dtype)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of activations, rotary tables, keys and values when decoding."""
-        return torch.float32 if self.native is not None else self.embed_tokens.weight.dtype
 
     def per_layer_inputs(self, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor | None:
         """Per-layer embeddings (PLE), [L, B, T, P]: the token's own, mixed with a projection of its embedding."""
@@ -68,34 +60,25 @@ class Target(nn.Module):
         return ((projected + own) * 2**-0.5).permute(2, 0, 1, 3)
 
     def forward(
-        self, token_ids_BT: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues, last_only: bool = False
+        self, token_ids_BT: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues, store_only: bool = False
     ) -> Tensor:
-        """Hidden states after the final norm: [B, T, D], or [B, 1, D] of the last row with `last_only`.
+        """Returns hidden states after the final norm, [B, T, D]. `rope` holds this call's positions.
 
-        `rope` holds this call's positions. With `last_only` (prefill), only the last row goes through the KV-shared
-        layers: they store nothing, so no later row needs the others.
+        With `store_only` the rows end at the last layer that stores keys and values, because nobody wants their states:
+        what is returned then is of no use.
         """
         config = self.config
         x = self.embed(token_ids_BT)
         per_layer = self.per_layer_inputs(token_ids_BT, x)
-        for i, layer in enumerate(self.layers):
-            if last_only and i == config.first_kv_shared_layer:
-                x, rope = x[:, -1:], {kind: (cos[-1:], sin[-1:]) for kind, (cos, sin) in rope.items()}
-                per_layer = None if per_layer is None else per_layer[:, :, -1:]
+        count = config.first_kv_shared_layer if store_only else len(self.layers)
+        for i, layer in enumerate(self.layers[:count]):
             x = layer(x, rope[config.layer_types[i]], kv, None if per_layer is None else per_layer[i])
-        return self.norm(x[:, -1:] if last_only else x)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits [..., V] of hidden states after the final norm."""
-        if self.native is not None and hidden.dtype == torch.float32:
-            return self.native.logits(hidden)
-        if self.packed_head is not None:
-            scores = packed_linear(hidden, self.packed_head)
-        elif self.lm_head is not None:
-            scores = self.lm_head(hidden)
-        else:
-            scores = quantise.linear(hidden, self.embed_tokens.stored)
-        return ops.softcap(scores, self.config.final_logit_softcapping)
+        head = self.embed_tokens.stored if self.lm_head is None else self.lm_head.stored
+        return ops.softcap(quantise.linear(hidden, head), self.config.final_logit_softcapping)
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
         """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""
@@ -106,7 +89,7 @@ class Target(nn.Module):
         return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
 
     def quantise_(self, types: WeightTypes) -> None:
-        """Quantise the parts that `types` names. Before `pack_`; the model can not be trained after.
+        """Quantise the parts that `types` names. The model can not be trained after.
 
         Raises QuantisationError where a part is quantised otherwise.
         """
@@ -124,17 +107,6 @@ class Target(nn.Module):
             if isinstance(module, Matrix):
                 module.dequantise_()
         self.weight_types = WeightTypes()
-
-    def pack_(self) -> None:
-        """Make ready to decode on this device: natively on a CPU (`model.native`), else with weights packed for PyTorch
-        (`ops.linear`). The model can not be trained after."""
-        if native.usable(self.embed_tokens.weight):
-            self.native = NativeTarget(self)
-            return
-        pack_linears(self)
-        table = self.embed_tokens
-        if self.lm_head is None and table.quantised is None and can_pack(table.weight):
-            self.packed_head = pack(table.weight)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """Official tensor names, with the `model.` prefix, and views of the weights that hold them."""

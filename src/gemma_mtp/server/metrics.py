@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gemma_mtp.engine.engine import Engine
+from gemma_mtp.engine.thread import EngineThread
 
 PREFIX = "gemma_mtp:"
 #: seconds
@@ -22,7 +22,7 @@ TOKENS = tuple(2**power for power in range(18))
 class Metrics:
     """All metrics of one server, in a registry of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineThread) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         ProcessCollector(registry=self.registry)
@@ -58,7 +58,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's counters as metrics."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineThread) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:

@@ -21,12 +21,12 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message
 
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.engine.request import Request
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import QueueFullError
-from gemma_mtp.ops.native import set_threads
 from gemma_mtp.server import logs
 from gemma_mtp.server.app import create_app
 from gemma_mtp.server.ray_ingress import Door, Forwarded
@@ -54,7 +54,7 @@ def build(args: dict[str, Any]) -> Application:
 class Replica:
     """A loaded pair, its engine and the server's application; one process. Raises what loading a pair raises."""
 
-    engine: Engine | None = None
+    engine: EngineThread | None = None
 
     def __init__(self, settings: RaySettings) -> None:
         logs.configure()
@@ -63,7 +63,7 @@ class Replica:
             settings.target, settings.drafter, dtype=settings.dtype, device=settings.device,
             use_drafter=not settings.no_drafter, quantize=settings.quantize,
         )  # fmt: skip
-        self.engine = Engine(pair, settings.engine())
+        self.engine = EngineThread(pair, settings.engine())
         self.engine.start()
         self._pulse = Pulse(self.engine, settings.stall_seconds)
         self._name = serve.get_replica_context().replica_tag
@@ -113,7 +113,7 @@ class Replica:
 class Pulse:
     """Whether an engine plays steps. An idle one is given a token to decode; a busy one must have got on."""
 
-    def __init__(self, engine: Engine, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: EngineThread, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._stall_seconds, self._clock = engine, stall_seconds, clock
         self._steps, self._since = -1, clock()
 

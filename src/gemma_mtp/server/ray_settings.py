@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.engine.engine import EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server.settings import ServerSettings
 

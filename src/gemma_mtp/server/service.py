@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
 
-from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import EngineError, GemmaMtpError, TokenizerError
 from gemma_mtp.server.errors import ApiError, from_engine, internal_error, shutting_down
 from gemma_mtp.server.metrics import Metrics
@@ -47,7 +47,7 @@ class InWork:
 class Service(InWork):
     """What requests share. Raises TokenizerError for a checkpoint without a tokenizer."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(self, engine: EngineThread, settings: ServerSettings) -> None:
         if engine.pair.tokenizer is None:
             raise TokenizerError("the target's directory has no tokenizer.json, and a server needs one; add it.")
         self.engine = engine

@@ -54,8 +54,7 @@ class EngineGate:
         """The pair with the drafter of a checkpoint directory, ready to decode."""
         table = self.pair.target.embed_tokens.weight
         drafter = load_drafter(directory, table.dtype, table.device, self.weight_types.of_drafter())
-        drafter.pack_(self.pair.target.native)
-        return replace(self.pair, drafter=drafter, _costs={})
+        return self.pair.with_drafter(drafter)
 
     def measure(self, directory: Path, on_prompt: Callable[[Any], object] = lambda prompt: None) -> Reports:
         """Acceptance of the drafter in `directory`, at each temperature."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gemma_mtp import checkpoint
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
@@ -18,7 +19,6 @@ from gemma_mtp.errors import TrainingError
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops import native
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
@@ -85,17 +85,16 @@ class Run:
         self.pair = self._engine_pair()
 
     def _engine_pair(self) -> Pair:
-        """The target again, as the engine runs it, sharing the weights where the engine leaves them as they are."""
+        """Returns the target again, as the engine runs it. It shares the weights where it runs on the same device."""
         settings = self.settings
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
-        packed_anew = not native.usable(self.target.embed_tokens.weight) and device.type == "cpu"
-        if device != self.device or packed_anew or self.weight_types.of_target():
+        if device != self.device or self.weight_types.of_target():
             return load_pair(settings.target, device=device, quantize=settings.quantize)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
-        target.eval().requires_grad_(False).pack_()
-        return Pair(target, None, self.tokenizer, checkpoint.read_generation_config(settings.target))
+        backend = make_backend(target.eval().requires_grad_(False))
+        return Pair(backend, self.tokenizer, checkpoint.read_generation_config(settings.target))
 
     def material(self) -> Material:
         """The data, tokenised, with prompts held out of it or read from elsewhere."""

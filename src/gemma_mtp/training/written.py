@@ -15,9 +15,10 @@ import numpy as np
 from gemma_mtp.checkpoint import read_headers
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.examples import ExampleSet, TokenExample
 from gemma_mtp.training.material import Beginning
@@ -49,7 +50,7 @@ def write_texts(
     store = WrittenStore(cache / f"written-{fingerprint}.jsonl")
     examples: list[TokenExample] = []
     tokens = 0
-    with Engine(pair, _engine_settings(pair, beginnings)) as engine:
+    with EngineThread(pair, _engine_settings(pair, beginnings)) as engine:
         for beginning, params, ids in _written(engine, store, _plan(beginnings, writing)):
             tokens += len(ids)
             sequence = np.array([*beginning.ids, *ids], np.int32)
@@ -67,7 +68,7 @@ def _engine_settings(pair: Pair, beginnings: Sequence[Beginning]) -> EngineSetti
 
 
 def _written(
-    engine: Engine, store: WrittenStore, plan: Iterator[tuple[Beginning, SamplingParams]]
+    engine: EngineThread, store: WrittenStore, plan: Iterator[tuple[Beginning, SamplingParams]]
 ) -> Iterator[tuple[Beginning, SamplingParams, list[int]]]:
     """The plan's texts in its order, from the store or written: several at once, which changes no text. Those that are
     under way when the reader leaves are cancelled as the engine stops."""

@@ -1,0 +1,69 @@
+"""How many tokens the jobs of an engine draft: as asked for, or by what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan, RoundCosts
+from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.engine.round import RoundOutput
+
+#: policies by how rounds choose
+Policies = dict[ChoiceKind, DraftLength]
+
+
+@dataclass
+class DraftPolicy:
+    """The `auto` draft lengths of an engine.
+
+    A lone job has policies of its own. Jobs that run together share one: each draft makes all of them wait, and what
+    was accepted of the others' says at once what a new one's are worth.
+    """
+
+    costs: Callable[[ChoiceKind, int], RoundCosts]  # of rounds that choose so, of so many sequences together
+    watches_drafts: bool
+    shared: Policies = field(default_factory=dict)
+    sequences: int = 1  # that run together in the step under way
+    _in_force: dict[ChoiceKind, DraftLength | None] = field(default_factory=dict)
+    _plans: dict[ChoiceKind, Plan] = field(default_factory=dict)
+
+    def begin_step(self, sequences: int) -> None:
+        """Forget the last step's plans. `sequences`: how many run together."""
+        self.sequences = sequences
+        self._in_force, self._plans = {}, {}
+
+    def plan(self, choice: ChoiceKind, own: Policies) -> Plan:
+        """Returns the plan of this step for jobs that choose so. `own`: the asking job's policies."""
+        if choice not in self._plans:
+            policy = self._in_force[choice] = self._policy(choice, own)
+            self._plans[choice] = PLAIN if policy is None else policy.choose()
+        return self._plans[choice]
+
+    def learn(self, choice: ChoiceKind, outputs: Sequence[RoundOutput], alone_seconds: float) -> None:
+        """Let the policy in force know what came of its plan. `alone_seconds`: of the step where one round was all that
+        it did, else 0."""
+        policy = self._in_force.get(choice)
+        if policy is None:
+            return
+        for output in outputs:
+            policy.record(output.drafted, output.accepted, output.confidences, alone_seconds, 1 / len(outputs))
+        if alone_seconds:
+            policy.costs.note(outputs[0].drafted, alone_seconds)
+
+    def _policy(self, choice: ChoiceKind, own: Policies) -> DraftLength | None:
+        """Returns the policy to ask; None where drafting can not pay."""
+        costs = self.costs(choice, batch_size(self.sequences))
+        together = self.sequences > 1
+        if together and costs.best_gain() < LEAST_GAIN:
+            return None
+        policies = self.shared if together else own
+        if choice not in policies:
+            policies[choice] = DraftLength(costs, early_stop=self.watches_drafts)
+        policies[choice].use(costs, self.sequences)
+        return policies[choice]
+
+
+def batch_size(sequences: int) -> int:
+    """Returns the number of sequences whose costs stand for so many: the next power of two."""
+    return 1 << (sequences - 1).bit_length()

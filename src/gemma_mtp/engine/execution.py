@@ -1,0 +1,72 @@
+"""Run what was scheduled: one call of the target over the rounds of many sequences and the chunks of their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+from gemma_mtp.backend.base import Backend, Rows
+from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
+from gemma_mtp.engine.round import RoundOutput, Scored, forward, settle, verify_rows
+from gemma_mtp.engine.sequence import Sequence, Turn
+
+#: what a part of a step came to: tokens, none yet, or the exception that it ended in
+Outcome = RoundOutput | Exception | None
+
+
+class Chunk(NamedTuple):
+    """Tokens of one sequence to read. `ends`: no more are missing after them. `started`: what is read was lost by a
+    preemption, and the output goes on after it; else the last row chooses the first output token."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    ends: bool
+    started: bool
+
+
+def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> tuple[list[Outcome], list[Outcome]]:
+    """Play a round of each turn and read the chunks. Returns the outcomes of the turns and those of the chunks.
+
+    A part that fails by itself ends in its exception. What is raised came from the call that all share.
+    """
+    drafts = _propose(backend, turns)
+    calls: list[Rows] = []
+    scored: dict[int, Scored] = {}  # by turn, then by chunk
+    begin = 0
+    for i, (turn, of_one) in enumerate(zip(turns, drafts, strict=True)):
+        if isinstance(of_one, Drafts):
+            scored[i] = Scored(turn, of_one, begin)
+            calls.append(verify_rows(turn, of_one))
+            begin += calls[-1].keep
+    calls += [Rows(chunk.sequence.cache, chunk.token_ids, keep=1) for chunk in chunks]
+    outcomes: list[Outcome] = [None if isinstance(of_one, Drafts) else of_one for of_one in drafts]
+    outcomes += [None] * len(chunks)
+    if not calls:
+        return outcomes[: len(turns)], outcomes[len(turns) :]
+    hidden_RD = forward(backend, calls)
+    resumed = []
+    for row, (i, chunk) in enumerate(enumerate(chunks, start=len(turns)), start=begin):
+        chunk.sequence.cache.table.commit(len(chunk.token_ids))
+        if chunk.ends and chunk.started:
+            resumed.append((chunk.sequence.cache, row))
+        elif chunk.ends:
+            scored[i] = Scored(Turn(chunk.sequence, 0), NO_DRAFTS, row)
+    if resumed:  # all tokens are there, and now the state that produced the last one
+        backend.keep_states([cache for cache, _ in resumed], hidden_RD, [row for _, row in resumed])
+    for i, output in zip(scored, settle(backend, list(scored.values()), hidden_RD), strict=True):
+        outcomes[i] = output
+    return outcomes[: len(turns)], outcomes[len(turns) :]
+
+
+def _propose(backend: Backend, turns: Items[Turn]) -> list[Drafts | Exception]:
+    """Returns every turn's drafts, or the exception that its drafting ended in."""
+    try:
+        return list(propose(backend, turns))
+    except Exception:  # whose it was shows when they draft one by one
+        drafts: list[Drafts | Exception] = []
+        for turn in turns:
+            try:
+                drafts += propose(backend, [turn])
+            except Exception as error:
+                drafts.append(error)
+        return drafts

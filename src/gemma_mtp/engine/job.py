@@ -1,0 +1,68 @@
+"""A request under way inside the engine: what the scheduler sees, what decoding holds, and who waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemma_mtp.decoding.draft_length import LONGEST, PLAIN, Plan
+from gemma_mtp.engine.draft_policy import Policies
+from gemma_mtp.engine.output import OutputBuilder
+from gemma_mtp.engine.request import Generation, Request
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.engine.round import RoundOutput
+from gemma_mtp.engine.scheduler import Entry
+from gemma_mtp.engine.sequence import Sequence
+from gemma_mtp.kv.pool import KVCache
+
+
+@dataclass(eq=False)
+class Job:
+    """One request. `sequence` is there from the first admission on, and outlives a preemption."""
+
+    generation: Generation
+    entry: Entry
+    cache: KVCache
+    output: OutputBuilder
+    policies: Policies = field(default_factory=dict)  # of its own, for steps in which it runs alone
+    plan: Plan = PLAIN  # of the step under way
+    sequence: Sequence | None = None
+
+    @property
+    def request(self) -> Request:
+        return self.generation.request
+
+    @property
+    def result(self) -> GenerationResult:
+        return self.generation.result
+
+    @property
+    def fixed_plan(self) -> Plan | None:
+        """The plan of a job that asked for a number of drafts; None for `auto`."""
+        drafts = self.result.draft_tokens
+        return None if drafts == "auto" else Plan(drafts)
+
+    @property
+    def longest(self) -> int:
+        """Drafts of one of its rounds at most."""
+        drafts = self.result.draft_tokens
+        return LONGEST if drafts == "auto" else drafts
+
+    def deliver(self, output: RoundOutput | None, seconds: float) -> int:
+        """Take what a step brought into the result. Returns how many tokens there are."""
+        result, entry = self.result, self.entry
+        if entry.started:
+            result.decode_seconds += seconds
+        else:
+            result.prefill_seconds += seconds
+        if output is None:
+            return 0
+        entry.started = True
+        entry.tokens += output.token_ids
+        return len(self.output.push(output))
+
+    def tell(self, count: int) -> None:
+        """Let the reader know of the last `count` tokens, and of the end where it has come."""
+        result = self.result
+        token_ids = result.token_ids[len(result.token_ids) - count :]
+        logprobs = None if result.logprobs is None else result.logprobs[len(result.logprobs) - count :]
+        self.generation.update(token_ids, result.rounds[-1], logprobs, result.finish_reason if result.ended else None)

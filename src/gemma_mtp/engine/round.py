@@ -1,0 +1,195 @@
+"""One round: draft K tokens, verify K+1 positions in one target call, commit what agrees, discard the rest.
+
+A round with K = 0 is plain decoding, and so is the end of a prompt, whose last row chooses the first token. Several
+sequences play a round together, each as it would alone, because no row's result depends on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.backend.base import Backend, Rows
+from gemma_mtp.decoding.sampling import TopLogprobs, choose, probabilities, process, top_logprobs
+from gemma_mtp.decoding.verify import Verified, agreeing, verify_block, verify_exact, verify_rejection
+from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
+from gemma_mtp.engine.sequence import Sequence, Turn
+
+
+class RoundOutput(NamedTuple):
+    """What a round committed: `accepted` drafts and one token of the target's own."""
+
+    token_ids: list[int]
+    drafted: int
+    accepted: int
+    logprobs: TopLogprobs | None
+    confidences: Items[float] = ()  # in each draft, where a stop rule asked for them
+    complete_after: int | None = None  # so many tokens end the output: the grammar allows none after them
+
+
+class Scored(NamedTuple):
+    """A turn with its drafts, and the first of its rows among the hidden states of the call."""
+
+    turn: Turn
+    drafts: Drafts
+    begin: int
+
+    @property
+    def rows(self) -> range:
+        """Its rows: that of the last token, then those of its drafts."""
+        return range(self.begin, self.begin + len(self.drafts) + 1)
+
+
+def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
+    """Returns what a sequence sends through the target in a round: its last token, then its drafts."""
+    return Rows(turn.sequence.cache, [turn.sequence.last_token, *drafts.token_ids], len(drafts) + 1)
+
+
+def forward(backend: Backend, calls: Items[Rows]) -> Tensor:
+    """Begin the calls of the caches and run them. Returns the wanted hidden states, [sum of keep, D]."""
+    for call in calls:
+        call.cache.table.begin(len(call.token_ids))
+    return backend.forward(calls)
+
+
+def play_rounds(backend: Backend, turns: Items[Turn]) -> list[RoundOutput]:
+    """Play one round of each sequence: draft, verify, commit. Raises what the first turn that fails raised."""
+    drafts = propose(backend, turns)
+    return verify_round(backend, turns, drafts)
+
+
+def verify_round(backend: Backend, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
+    """The second half of a round: one target call over each sequence's last token and drafts, and what follows."""
+    hidden_RD = forward(backend, [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)])
+    scored, begin = [], 0
+    for turn, of_one in zip(turns, drafts, strict=True):
+        scored.append(Scored(turn, of_one, begin))
+        begin += len(of_one) + 1
+    return _or_raise(settle(backend, scored, hidden_RD))
+
+
+def prefill(backend: Backend, sequence: Sequence, prompt_ids: Items[int], chunk_rows: int | None = None) -> RoundOutput:
+    """Run a prompt through the target in chunks and commit the first output token."""
+    rows = min(chunk_rows or backend.chunk_rows, backend.chunk_rows)
+    hidden_1D = torch.empty(0)
+    for start in range(sequence.cache.table.length, len(prompt_ids), rows):
+        chunk = list(prompt_ids[start : start + rows])
+        hidden_1D = forward(backend, [Rows(sequence.cache, chunk, keep=1)])
+        sequence.cache.table.commit(len(chunk))
+    (output,) = _or_raise(settle(backend, [Scored(Turn(sequence, 0), NO_DRAFTS, 0)], hidden_1D))
+    return output
+
+
+def settle(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[RoundOutput | Exception]:
+    """Choose at every row, count the accepted drafts, and move the sequences on.
+
+    Returns each turn's output, or the exception that it ended in: a turn that fails does not touch the others. All
+    turns of a kind share one pass over the head, and the host reads the device once for each kind.
+    """
+    committed: dict[int, list[int]] = {}
+    logprobs: dict[int, TopLogprobs] = {}
+    outputs: dict[int, RoundOutput | Exception] = {}
+    plain = [i for i, one in enumerate(scored) if one.turn.backend_chooses(backend, len(one.drafts))]
+    if plain:
+        _choose_plain(backend, scored, plain, hidden_RD, committed)
+    others = [i for i in range(len(scored)) if i not in committed]
+    if others:
+        _choose_processed(backend, scored, others, hidden_RD, committed, logprobs, outputs)
+    for i, tokens in committed.items():
+        try:
+            outputs[i] = _commit(scored[i], tokens, logprobs.get(i))
+        except Exception as error:
+            outputs[i] = error
+    kept = [i for i in committed if isinstance(outputs[i], RoundOutput)]
+    if kept:
+        rows = [scored[i].begin + len(committed[i]) - 1 for i in kept]
+        backend.keep_states([scored[i].turn.sequence.cache for i in kept], hidden_RD, rows)
+    return [outputs[i] for i in range(len(scored))]
+
+
+def _choose_plain(
+    backend: Backend, scored: Items[Scored], plain: Items[int], hidden_RD: Tensor, committed: dict[int, list[int]]
+) -> None:
+    """Fill in the committed tokens of turns whose choices the backend makes."""
+    rows: list[int] = []
+    temperatures: list[float] = []
+    keys: list[int] = []
+    for i in plain:
+        one, sequence = scored[i], scored[i].turn.sequence
+        count = len(one.drafts) + 1
+        rows += one.rows
+        temperatures += [sequence.params.temperature] * count
+        keys += sequence.keys(count)
+    tokens, begin = backend.choose(hidden_RD, rows, temperatures, keys), 0
+    for i in plain:
+        drafts = scored[i].drafts
+        choices = tokens[begin : begin + len(drafts) + 1]
+        begin += len(choices)
+        committed[i] = choices[: agreeing(choices, drafts.token_ids) + 1] if drafts.token_ids else choices
+
+
+def _choose_processed(
+    backend: Backend, scored: Items[Scored], others: Items[int], hidden_RD: Tensor, committed: dict[int, list[int]],
+    logprobs: dict[int, TopLogprobs], outputs: dict[int, RoundOutput | Exception],
+) -> None:  # fmt: skip
+    """Fill in the committed tokens and log-probabilities of turns that need logits, or the exceptions."""
+    states = [hidden_RD[scored[i].rows.start : scored[i].rows.stop] for i in others]
+    logits_RV = backend.logits(states[0] if len(states) == 1 else torch.cat(states))
+    found: list[tuple[int, Tensor, Verified]] = []
+    for i, logits_TV in zip(others, logits_RV.split([len(one) for one in states]), strict=True):
+        try:
+            found.append((i, logits_TV, _verify(scored[i], logits_TV)))
+        except Exception as error:
+            outputs[i] = error
+    if not found:
+        return
+    numbers = iter(torch.cat([torch.cat((v.n_accepted.view(1), v.tokens)) for _, _, v in found]).tolist())
+    for i, logits_TV, verified in found:
+        accepted = next(numbers)
+        tokens = [next(numbers) for _ in range(len(verified.tokens))][: accepted + 1]
+        committed[i] = tokens
+        params = scored[i].turn.sequence.params
+        if params.logprobs is not None:
+            count = len(tokens)
+            logprobs[i] = top_logprobs(logits_TV[:count], verified.tokens[:count], params.logprobs)
+
+
+def _commit(one: Scored, committed: list[int], logprobs: TopLogprobs | None) -> RoundOutput:
+    """Move a sequence on by the tokens of its round."""
+    sequence, accepted = one.turn.sequence, len(committed) - 1
+    if sequence.history is not None:
+        sequence.history.commit(torch.tensor(committed, device=sequence.history.output_V.device))
+    complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
+    if sequence.cache.table.rows:  # a round's; those of a prompt are committed chunk by chunk
+        sequence.cache.table.commit(len(committed))
+    sequence.length += len(committed)
+    sequence.last_token = committed[-1]
+    return RoundOutput(committed, len(one.drafts), accepted, logprobs, one.drafts.confidences, complete_after)
+
+
+def _verify(one: Scored, logits_TV: Tensor) -> Verified:
+    """Returns how many drafts are kept and the tokens, on the device."""
+    sequence, drafts, verification = one.turn.sequence, one.drafts, one.turn.verification
+    params, drafted, device = sequence.params, len(drafts), logits_TV.device
+    tokens_K = torch.tensor(drafts.token_ids, dtype=torch.int64, device=device)
+    counts = None if sequence.history is None else sequence.history.rows(tokens_K)
+    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.token_ids)
+    candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
+    if verification == "exact" or drafted == 0:
+        positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)
+        return verify_exact(choose(candidates, params, positions), tokens_K)
+    vocab = logits_TV.shape[-1]
+    verify = verify_rejection if verification == "rejection" else verify_block
+    draft_probs = torch.cat([probabilities(c, params, vocab) for c in drafts.candidates])
+    first_position = torch.tensor(sequence.length, device=device)
+    return verify(probabilities(candidates, params, vocab), draft_probs, tokens_K, params.seed, first_position)
+
+
+def _or_raise(outputs: Items[RoundOutput | Exception]) -> list[RoundOutput]:
+    for output in outputs:
+        if isinstance(output, Exception):
+            raise output
+    return [output for output in outputs if not isinstance(output, Exception)]

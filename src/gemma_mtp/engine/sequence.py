@@ -1,0 +1,68 @@
+"""A sequence being decoded, and its part in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gemma_mtp.backend.base import Backend
+from gemma_mtp.decoding.early_stop import StopRule
+from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
+from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.kv.pool import KVCache
+
+
+@dataclass
+class Sequence:
+    """A sequence of `length` committed tokens.
+
+    Between rounds its cache has length - 1 rows, because the last token has not been through the target yet, and its
+    slot holds the target's state that produced the last token. `grammar` is there if and only if the parameters have
+    one.
+    """
+
+    params: SamplingParams
+    cache: KVCache
+    history: TokenHistory | None = None
+    grammar: GrammarState | None = None
+    length: int = 0
+    last_token: int = -1
+
+    def keys(self, count: int) -> list[int]:
+        """Returns the noise keys of the next `count` positions; 0 where the choice has no noise."""
+        if self.params.greedy:
+            return [0] * count
+        seed = self.params.seed
+        return [row_key(seed, position, STREAM_CHOICE) for position in range(self.length, self.length + count)]
+
+
+class Turn(NamedTuple):
+    """A sequence's part in a round: `draft_tokens` drafts, or fewer where `stop` says so."""
+
+    sequence: Sequence
+    draft_tokens: int
+    verification: Verification = "exact"
+    stop: StopRule | None = None
+
+    def backend_chooses(self, backend: Backend, drafts: int) -> bool:
+        """Returns whether the backend makes the choices of this turn itself: by logits, and by noise of their
+        positions."""
+        choice = self.sequence.params.choice
+        return choice == "argmax" or (choice in backend.chooses and (self.verification == "exact" or not drafts))
+
+
+def open_sequence(
+    backend: Backend, cache: KVCache, params: SamplingParams, prompt_ids: Items[int],
+    grammar: GrammarState | None = None,
+) -> Sequence:  # fmt: skip
+    """Returns a sequence of a prompt, of which no row has been computed.
+
+    `grammar`: the state to start from, needed if and only if there is a `params.grammar`.
+    """
+    assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
+    vocab_size = backend.target.config.vocab_size
+    history = TokenHistory(prompt_ids, vocab_size, backend.device) if params.uses_history else None
+    return Sequence(params, cache, history, grammar, length=len(prompt_ids))
