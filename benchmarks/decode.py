@@ -38,7 +38,7 @@ from gemma_mtp import load_pair
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
-from gemma_mtp.ops.native import set_threads
+from gemma_mtp.backend.native import set_threads
 
 #: the other programs, by the package that brings them
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_mtp import SamplingParams
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.engine import Engine
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair, bundled_directory
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.measure.load import Reply, Send
@@ -61,7 +61,7 @@ def serve_options(args: argparse.Namespace) -> list[str]:
 
 
 def to_engine(
-    engine: Engine,
+    engine: EngineThread,
     requests: Requests,
     finished: Callable[[int, list[int]], object] = lambda number, token_ids: None,
     cancelled: Callable[[int], bool] = lambda number: False,
@@ -90,7 +90,7 @@ def to_engine(
     return send
 
 
-def streamed_from_engine(engine: Engine, requests: Requests) -> Send:
+def streamed_from_engine(engine: EngineThread, requests: Requests) -> Send:
     """Submit to the engine and read each update's text as it comes, as who shows or sends it on must."""
 
     async def send(number: int) -> Reply:

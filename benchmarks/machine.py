@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemma_mtp.engine import cost_cache
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 
 BANDWIDTH_BYTES = 512 << 20
 

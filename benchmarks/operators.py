@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp.ops.linear import Panels, can_pack, pack, packed_linear
-from gemma_mtp.ops.native import Memory, module
+from gemma_mtp.backend.native import Memory, module
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, quantise
 from gemma_mtp.weight_types import QUANTISATIONS
 

@@ -31,7 +31,7 @@ from gemma_mtp.checkpoint import read_generation_config, stored_tensors
 from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS, Rows, forward_rows, open_sequence
 from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.native import module, set_threads
+from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training import data
 

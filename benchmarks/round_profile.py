@@ -22,7 +22,7 @@ from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.ops.native import set_threads
+from gemma_mtp.backend.native import set_threads
 
 
 class Clock:

@@ -37,14 +37,15 @@ from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.measure.load import ClosedLoop, Extent, Send, run_load
 from gemma_mtp.measure.load_client import connect, first_model
 from gemma_mtp.measure.load_runs import LevelResult, Ratio, failed_share, measure_levels, ratios
 from gemma_mtp.measure.load_server import own_server
-from gemma_mtp.ops.native import set_threads
+from gemma_mtp.backend.native import set_threads
 
 PREFIX_TAIL = 32
 #: readings of the resident memory after the first
@@ -65,7 +66,7 @@ def measure_batch(pair: Pair, args: argparse.Namespace) -> Content:
         engines = {}
         for running in args.sequences:
             settings = EngineSettings(running, max_waiting=args.requests * running, prefix_reuse=False)
-            engines[running] = stack.enter_context(Engine(pair, settings))
+            engines[running] = stack.enter_context(EngineThread(pair, settings))
         for repeat in range(args.repeats + 1):  # the first warms up
             for running in list(args.sequences)[:: -1 if repeat % 2 else 1]:
                 started = time.perf_counter()
@@ -92,7 +93,7 @@ def measure_engine(pair: Pair, args: argparse.Namespace) -> Content:
     prompts, results, same = held_out(pair, args.prompt_tokens), list[LevelResult](), {}
     for sequences in args.sequences:
         # prompts come again, and are to be read anew
-        with Engine(pair, EngineSettings(max_running=sequences, prefix_reuse=False)) as engine:
+        with EngineThread(pair, EngineSettings(max_running=sequences, prefix_reuse=False)) as engine:
             outputs: dict[str, dict[int, list[int]]] = {"no drafts": {}, "auto": {}}
             sides = {
                 "no drafts": _side(engine, greedy(prompts, args.max_tokens, 0), outputs["no drafts"]),
@@ -104,7 +105,7 @@ def measure_engine(pair: Pair, args: argparse.Namespace) -> Content:
     return {**_levels(results), "same_outputs": same}
 
 
-def _side(engine: Engine, requests: Requests, outputs: dict[int, list[int]]) -> Callable[[int], Send]:
+def _side(engine: EngineThread, requests: Requests, outputs: dict[int, list[int]]) -> Callable[[int], Send]:
     send = to_engine(engine, requests, outputs.__setitem__)
     return lambda run: send
 
@@ -116,7 +117,7 @@ def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
     options = [*serve_options(args), "--no-prefix-reuse", "--max-running", str(max(args.sequences))]
     requests = greedy(prompts, args.max_tokens, "auto")
 
-    async def measured(engine: Engine, url: str) -> list[LevelResult]:
+    async def measured(engine: EngineThread, url: str) -> list[LevelResult]:
         async with connect(url) as client:
             model = await first_model(client)
             sides = {
@@ -130,7 +131,7 @@ def measure_server(pair: Pair, args: argparse.Namespace) -> Content:
             return found
 
     settings = EngineSettings(max_running=max(args.sequences), prefix_reuse=False)
-    with own_server(options) as server, Engine(pair, settings) as engine:
+    with own_server(options) as server, EngineThread(pair, settings) as engine:
         clock = CpuClock([os.getpid(), server.process.pid])
         results = asyncio.run(measured(engine, server.url))
         elsewhere = clock.share_elsewhere()
@@ -162,7 +163,7 @@ def measure_prefix(pair: Pair, args: argparse.Namespace) -> Content:
     def tokens(count: int) -> list[int]:
         return draw.integers(3, config.vocab_size, count).tolist()
 
-    with Engine(pair, EngineSettings(max_running=1)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=1)) as engine:
         for repeat in range(args.repeats + 1):  # the first warms up
             known, other = tokens(args.prefix_tokens), tokens(args.prefix_tokens)
             turn = [("first", known), ("same beginning", known)]
@@ -198,7 +199,7 @@ def measure_memory(pair: Pair, args: argparse.Namespace) -> Content:
         with own_server(serve_options(args)) as server:
             content = asyncio.run(_served_memory(server.url, server.process.pid, requests, args))
         return {"cpu_share_elsewhere": None, **content}  # decides nothing here
-    with Engine(pair, EngineSettings(max_running=MIXED_CLIENTS)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=MIXED_CLIENTS)) as engine:
         send = to_engine(engine, requests, cancelled=lambda number: number % 16 == 0, at_once=True)
         return asyncio.run(_memory(send, os.getpid(), args))
 

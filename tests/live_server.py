@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.server import run
 from gemma_mtp.server.service import Service
@@ -79,7 +80,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 @contextmanager
 def serving(pair: Pair, engine_settings: EngineSettings | None = None, **settings: Any) -> Iterator[Live]:
     """A server of a pair on a free port, with `ServerSettings(**settings)`."""
-    with Engine(pair, engine_settings) as engine, run.listen("127.0.0.1", 0) as listener:
+    with EngineThread(pair, engine_settings) as engine, run.listen("127.0.0.1", 0) as listener:
         service = Service(engine, ServerSettings(**settings))
         ready, loop = threading.Event(), list[asyncio.AbstractEventLoop]()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine, EngineSettings, EngineStats
+from gemma_mtp.engine.settings import EngineSettings, EngineStats
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
@@ -60,7 +61,7 @@ def play(pair: Pair, load: Sequence[Request], settings: EngineSettings, seed: in
     """Send a load in bursts, cancel one request in four somewhere on its way, compare all outputs."""
     rng = random.Random(seed)
     finished: list[tuple[Request, GenerationResult]] = []
-    with Engine(pair, settings) as engine:
+    with EngineThread(pair, settings) as engine:
         pending: list[Generation] = []
         for request in load:
             pending.append(engine.submit(request))

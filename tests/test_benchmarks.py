@@ -14,7 +14,7 @@ from sides import Side, measure
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 
 PROMPT = [7, 3, 11]
 PARAMS = SamplingParams(max_tokens=400, ignore_eos=True)

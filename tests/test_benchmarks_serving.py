@@ -16,7 +16,8 @@ from models import VOCAB, agreeing_pair, packed
 
 from gemma_mtp import load_pair
 from gemma_mtp.checkpoint import GenerationDefaults
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, run_load
 
@@ -31,7 +32,7 @@ def pair() -> Pair:
 def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
     outputs: dict[int, list[int]] = {}
     requests = greedy(PROMPTS, 12, 3)
-    with Engine(pair) as engine:
+    with EngineThread(pair) as engine:
         send = to_engine(engine, requests, outputs.__setitem__)
         records = asyncio.run(run_load(ClosedLoop(2), send, Extent(3, warmup=1)))
     expected = [pair.generate(PROMPTS[i % 2], requests(i).params, draft_tokens=3) for i in range(4)]
@@ -46,7 +47,7 @@ def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
 def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
     pair = load_pair()
     requests = greedy(held_out(pair, 8), 24, 3)
-    with Engine(pair) as engine:
+    with EngineThread(pair) as engine:
         (record,) = asyncio.run(run_load(ClosedLoop(1), streamed_from_engine(engine, requests), Extent(1)))
     result = pair.generate(requests(0).prompt_token_ids, requests(0).params, draft_tokens=3)
     assert record.reply.output_tokens == 24 and record.reply.accepted_drafts == result.accepted
@@ -59,12 +60,12 @@ def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     most: dict[int, int] = {}
     plan = Engine._plan
 
-    def watched(engine: Engine) -> Any:
+    def watched(engine: EngineThread) -> Any:
         allowed = engine.settings.max_running
         most[allowed] = max(most.get(allowed, 0), len(engine._running))
         return plan(engine)
 
-    monkeypatch.setattr(Engine, "_plan", watched)
+    monkeypatch.setattr(EngineThread, "_plan", watched)
     options = ["batch", "--sequences", "1", "3", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
     args = serving.parse([*options, "--prompt-tokens", "5"])
     content = serving.measure_batch(load_pair(), args)
@@ -76,7 +77,7 @@ def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_cancelled_requests_end_early(pair: Pair) -> None:
-    with Engine(pair) as engine:
+    with EngineThread(pair) as engine:
         send = to_engine(engine, greedy(PROMPTS, 4000, 0), cancelled=lambda number: True)
         (record,) = asyncio.run(run_load(ClosedLoop(1), send, Extent(1)))
     assert record.completed and record.reply.output_tokens < 4000
@@ -121,7 +122,7 @@ def test_a_whole_answer_has_the_counts_of_its_usage() -> None:
 def test_the_prefix_measurement_sends_what_it_says(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[list[int]] = []
     submit = Engine.submit
-    monkeypatch.setattr(Engine, "submit", lambda engine, request: prompts.append(list(request.prompt_token_ids))
+    monkeypatch.setattr(EngineThread, "submit", lambda engine, request: prompts.append(list(request.prompt_token_ids))
                         or submit(engine, request))  # fmt: skip
     content = serving.measure_prefix(pair, serving.parse(["prefix", "--prefix-tokens", "40", "--repeats", "2"]))
     assert {name: len(seconds) for name, seconds in content["seconds"].items()} == {

@@ -20,7 +20,7 @@ from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.costs import measure_costs, round_costs
 from gemma_mtp.engine.pair import load_pair
-from gemma_mtp.ops.native import module, set_threads
+from gemma_mtp.backend.native import module, set_threads
 
 KEY: Key = {"processor": "one", "threads": 2}
 COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021})
@@ -182,7 +182,7 @@ def test_the_key_tells_weight_types_apart() -> None:
 def test_the_key_is_the_same_in_every_process() -> None:
     imports = (
         "from models import agreeing_pair; from gemma_mtp.engine.cost_cache import cost_key;"
-        " from gemma_mtp.ops.native import set_threads"
+        " from gemma_mtp.backend.native import set_threads"
     )
     threads = torch.get_num_threads()  # part of the key
     command = [sys.executable, "-c", f"{imports}; set_threads({threads}); print(cost_key(*agreeing_pair()))"]

@@ -15,7 +15,7 @@ from gemma_mtp.decoding.draft_length import LONGEST
 from gemma_mtp.decoding.early_stop import BIAS, SLOPE, Calibration, StopRule, chance, log_odds
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import block_weights, residual_probs, verify_block, verify_rejection
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 
 probabilities = st.floats(0, 1)
 

@@ -23,12 +23,13 @@ from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import engine as engine_module
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
 from gemma_mtp.kv_cache import BLOCK_ROWS
-from gemma_mtp.ops.native import module, set_threads
+from gemma_mtp.backend.native import module, set_threads
 
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
 NAMES = kv_cache._names
@@ -97,7 +98,7 @@ def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
 
 CONTROL = """
 from gemma_mtp.engine.pair import load_pair
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 from mixed_load import play
 from test_engine import EngineSettings, bundled_load
 assert module().isa() == "control"
@@ -132,7 +133,7 @@ def test_a_block_is_shared_where_all_tokens_before_it_are_the_same(
     first, second, third, fourth = (one[:BLOCK_ROWS] for one in held_out_prompts(bundled, BLOCK_ROWS)[:4])
     params = SamplingParams(max_tokens=8, logprobs=2)
     load = [Request([*prompt, 5], params) for prompt in (first + second, third + fourth, first + fourth)]
-    with Engine(bundled, EngineSettings(max_tokens=250)) as engine:
+    with EngineThread(bundled, EngineSettings(max_tokens=250)) as engine:
         results = [engine.submit(request).wait() for request in load]
         reused = engine.stats().prefix_hit_tokens
     alone = [lone(bundled, request) for request in load]
@@ -144,14 +145,14 @@ def test_a_block_is_shared_where_all_tokens_before_it_are_the_same(
 def test_pytorchs_operators_take_sequences_one_by_one(tmp_path: Path) -> None:
     pair = tiny_pair(tmp_path, native=False)
     load = [Request(LONG[:n], SamplingParams(max_tokens=12), 3) for n in (1, 40, 70, 40)]
-    with Engine(pair, EngineSettings(max_running=3, max_tokens=120, prefix_reuse=False)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=3, max_tokens=120, prefix_reuse=False)) as engine:
         results = [generation.wait() for generation in [engine.submit(request) for request in load]]
     assert [r.token_ids for r in results] == [pair.generate(r.prompt_token_ids, r.params).token_ids for r in load]
 
 
 @pytest.fixture
-def engine(pair: Pair) -> Iterator[Engine]:
-    with Engine(pair, EngineSettings(max_running=4, max_waiting=8, max_tokens=400)) as engine:
+def engine(pair: Pair) -> Iterator[EngineThread]:
+    with EngineThread(pair, EngineSettings(max_running=4, max_waiting=8, max_tokens=400)) as engine:
         yield engine
 
 
@@ -159,7 +160,7 @@ def updates(generation: Generation) -> list[Update]:
     return list(generation)
 
 
-def test_updates_make_up_the_result(engine: Engine) -> None:
+def test_updates_make_up_the_result(engine: EngineThread) -> None:
     generation = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30, logprobs=1), 4))
     seen = updates(generation)
     result = generation.result
@@ -172,7 +173,7 @@ def test_updates_make_up_the_result(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 4])
-def test_readers_see_no_stop_string(engine: Engine, draft_tokens: int) -> None:
+def test_readers_see_no_stop_string(engine: EngineThread, draft_tokens: int) -> None:
     """They make the text of the tokens themselves, and come to where the engine ended the output."""
     text = engine.pair.generate(LONG[:50], SamplingParams(max_tokens=30)).text
     assert text is not None
@@ -184,7 +185,7 @@ def test_readers_see_no_stop_string(engine: Engine, draft_tokens: int) -> None:
         assert seen[-1].finish_reason == "stop"
 
 
-def test_counters(engine: Engine) -> None:
+def test_counters(engine: EngineThread) -> None:
     result = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()
     again = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30), 4)).wait()
     stats = engine.stats()
@@ -198,7 +199,7 @@ def test_counters(engine: Engine) -> None:
     assert engine.stats().finished == {"length": 2}, "a snapshot"
 
 
-def test_a_request_says_how_long_it_drafts(engine: Engine) -> None:
+def test_a_request_says_how_long_it_drafts(engine: EngineThread) -> None:
     for drafts in (0, 3, 8):
         result = engine.submit(Request([5, 6, 7], SamplingParams(max_tokens=20), drafts)).wait()
         assert {r.drafted for r in result.decode_rounds[:-1]} <= {drafts, 20 - 1}
@@ -207,7 +208,7 @@ def test_a_request_says_how_long_it_drafts(engine: Engine) -> None:
 
 def test_more_drafts_than_a_lone_request_has_blocks_for(pair: Pair) -> None:
     params = SamplingParams(max_tokens=300)
-    engine = Engine(pair, EngineSettings(max_running=1, max_tokens=400))
+    engine = EngineThread(pair, EngineSettings(max_running=1, max_tokens=400))
     engine.start()
     generation = engine.submit(Request([5, 6], params, 250))
     engine.stop(drain_seconds=30)  # and cancels what never comes to an end
@@ -216,7 +217,7 @@ def test_more_drafts_than_a_lone_request_has_blocks_for(pair: Pair) -> None:
 
 
 def test_lower_priority_numbers_go_first(pair: Pair) -> None:
-    with Engine(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
         order: list[int] = []
         first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
         later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
@@ -229,7 +230,7 @@ def test_lower_priority_numbers_go_first(pair: Pair) -> None:
 
 def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds go on between its chunks."""
-    with Engine(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
         played: list[tuple[int, int]] = []
         forward = engine_module.forward_rows
 
@@ -247,7 +248,7 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
     assert all(rounds == 1 and rows <= 32 for rounds, rows in with_chunk[1:-1])
 
 
-def test_cancelling_frees_everything(engine: Engine) -> None:
+def test_cancelling_frees_everything(engine: EngineThread) -> None:
     generations = [engine.submit(Request(LONG, SamplingParams(max_tokens=90))) for _ in range(8)]
     next(iter(generations[0]))
     for generation in generations:
@@ -261,7 +262,7 @@ def test_cancelling_frees_everything(engine: Engine) -> None:
 
 
 def test_too_many_waiting_are_refused(pair: Pair) -> None:
-    with Engine(pair, EngineSettings(max_running=1, max_waiting=2, max_tokens=400)) as engine:
+    with EngineThread(pair, EngineSettings(max_running=1, max_waiting=2, max_tokens=400)) as engine:
         running = engine.submit(Request(LONG, SamplingParams(max_tokens=90)))
         next(iter(running))
         for _ in range(2):
@@ -282,7 +283,7 @@ def test_too_many_waiting_are_refused(pair: Pair) -> None:
         (Request([1], SamplingParams(stop_token_ids=[VOCAB])), SamplingError, "stop_token_ids"),
     ],
 )
-def test_bad_requests_are_refused(engine: Engine, request_: Request, error: type[Exception], match: str) -> None:
+def test_bad_requests_are_refused(engine: EngineThread, request_: Request, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         engine.submit(request_)
     assert engine.stats().waiting == 0
@@ -290,11 +291,11 @@ def test_bad_requests_are_refused(engine: Engine, request_: Request, error: type
 
 def test_memory_that_holds_no_request(pair: Pair) -> None:
     with pytest.raises(EngineError, match=r"0.001 MB do not hold .* of 400 tokens, which take .* MB"):
-        Engine(pair, EngineSettings(max_tokens=400, kv_memory_mb=0.001))
+        EngineThread(pair, EngineSettings(max_tokens=400, kv_memory_mb=0.001))
 
 
 @pytest.mark.parametrize("where", ["drafting", "concluding"])
-def test_a_request_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_request_that_fails_fails_alone(engine: EngineThread, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     place = draft_module if where == "drafting" else round_module
     process = place.process
 
@@ -316,7 +317,7 @@ def test_a_request_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.Mo
         assert result.token_ids == engine.pair.generate([5, 6], params, draft_tokens=0).token_ids
 
 
-def test_after_a_call_that_fails_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_call_that_fails_the_engine_goes_on(engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "forward_rows", lambda *_: 1 / 0)
     with pytest.raises(EngineError, match="division by zero"):
         engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait()
@@ -326,14 +327,14 @@ def test_after_a_call_that_fails_the_engine_goes_on(engine: Engine, monkeypatch:
 
 
 def test_stopping_drains_or_cancels(pair: Pair) -> None:
-    engine = Engine(pair, EngineSettings(max_running=2, max_tokens=4000))
+    engine = EngineThread(pair, EngineSettings(max_running=2, max_tokens=4000))
     engine.start()
     short = [engine.submit(Request([5, 6], SamplingParams(max_tokens=20))) for _ in range(4)]
     engine.stop(drain_seconds=60)
     assert [generation.wait().finish_reason for generation in short] == ["length"] * 4
     with pytest.raises(EngineError, match="stopping"):
         engine.submit(Request([5, 6]))
-    engine = Engine(pair, EngineSettings(max_running=2, max_tokens=4000))
+    engine = EngineThread(pair, EngineSettings(max_running=2, max_tokens=4000))
     engine.start()
     long = [engine.submit(Request([5, 6], SamplingParams(max_tokens=3900), 0)) for _ in range(4)]
     engine.stop()
@@ -342,13 +343,13 @@ def test_stopping_drains_or_cancels(pair: Pair) -> None:
 
 def test_garbage_is_not_looked_for_in_the_models_of_an_engine(pair: Pair) -> None:
     assert not gc.get_freeze_count()
-    with Engine(pair) as first:
+    with EngineThread(pair) as first:
         assert all(pair.target is not known for known in gc.get_objects())
     assert not gc.get_freeze_count()
     assert any(pair.target is known for known in gc.get_objects())
     gc.freeze()  # the caller's own, which an engine leaves alone
     try:
-        with Engine(pair):
+        with EngineThread(pair):
             pass
         first.stop()
         assert gc.get_freeze_count()
@@ -356,7 +357,7 @@ def test_garbage_is_not_looked_for_in_the_models_of_an_engine(pair: Pair) -> Non
         gc.unfreeze()
 
 
-def test_updates_in_an_event_loop(engine: Engine) -> None:
+def test_updates_in_an_event_loop(engine: EngineThread) -> None:
     async def run() -> list[str]:
         async def text(seed: int) -> str:
             generation = engine.submit(Request([5, 6], SamplingParams(max_tokens=15, temperature=1.0, seed=seed)))
@@ -370,7 +371,7 @@ def test_updates_in_an_event_loop(engine: Engine) -> None:
     assert asyncio.run(run()) == expected
 
 
-def test_a_reader_that_left_does_no_harm(engine: Engine) -> None:
+def test_a_reader_that_left_does_no_harm(engine: EngineThread) -> None:
     async def leave() -> None:
         async for _ in engine.submit(Request([5, 6], SamplingParams(max_tokens=200), 0)).updates():
             return
@@ -383,7 +384,7 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
     asked: list[tuple[ChoiceKind, int]] = []
     measured = Pair.round_costs
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.append(key) or measured(self, *key))
-    with Engine(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
+    with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
         for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
             generation.wait()
         assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
@@ -393,7 +394,7 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
         counts = [count for _, count in asked]
     assert counts[0] > 1 and counts == sorted(counts, reverse=True) and counts[4:] == [1] * len(counts[4:])
     asked.clear()
-    Engine(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
+    EngineThread(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
     assert set(asked) == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}
 
 
@@ -405,7 +406,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
     params, request = SamplingParams(max_tokens=60), Request(LONG[:9], SamplingParams(max_tokens=60))
     expected = pair.generate(LONG[:9], params, draft_tokens=0).token_ids
 
-    def first_drafts(engine: Engine) -> int:
+    def first_drafts(engine: EngineThread) -> int:
         result = engine.submit(request).wait()
         assert result.token_ids == expected
         return result.rounds[1].drafted  # after the one that ended the prompt
@@ -417,7 +418,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
     monkeypatch.setattr(known, "record", lambda *what: shares.append(what[-1]) or DraftLength.record(known, *what))
     together: list[int] = []
     monkeypatch.setattr(known, "use", lambda *what: together.append(what[-1]) or DraftLength.use(known, *what))
-    with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
+    with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert 0 < first_drafts(engine) < 5
         assert not engine._policies
         engine._policies["argmax"] = known
@@ -436,7 +437,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
 def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = RoundCosts({0: 1.0, LONGEST: (LONGEST + 1) / (0.99 * LEAST_GAIN)})
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
-    with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
+    with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
         engine._ran_lately = 999  # falls by one a step
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted == 0

@@ -13,7 +13,7 @@ from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import pair as engine
 from gemma_mtp.engine.pair import DraftTokens, Pair, bundled_directory, load_pair
-from gemma_mtp.ops.native import module, set_threads
+from gemma_mtp.backend.native import module, set_threads
 
 PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 
@@ -80,7 +80,7 @@ def test_generations_drawn_at_random(pairs: dict[str, Pair], count: int) -> None
 
 CONTROL = """
 from gemma_mtp.engine.pair import load_pair
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 from test_exactness import play
 assert module().isa() == "control"
 pairs = {dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}

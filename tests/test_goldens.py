@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from goldens import COUNT, ENVIRONMENT, FILE
 
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 
 pytestmark = pytest.mark.skipif(
     module() is None or "avx2" not in module().isas() or platform.machine() != "x86_64",

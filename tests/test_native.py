@@ -23,7 +23,7 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.ops.native import Memory, module
+from gemma_mtp.backend.native import Memory, module
 from gemma_mtp.ops.quantise import quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 

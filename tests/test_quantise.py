@@ -38,7 +38,7 @@ from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import quantise
 from gemma_mtp.ops.linear import Chooser, Matrix
-from gemma_mtp.ops.native import module
+from gemma_mtp.backend.native import module
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 

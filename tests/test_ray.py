@@ -29,10 +29,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import ServerError
-from gemma_mtp.ops.native import set_threads
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_app import Pulse, build
 from gemma_mtp.server.ray_ingress import Door, Forwarded, is_opening, merge_metrics
@@ -392,10 +393,10 @@ def test_what_says_something_is_no_opening(event: bytes) -> None:
 
 
 def test_an_idle_engine_is_healthy_and_a_stopped_one_is_not(pair: Pair) -> None:
-    with Engine(pair) as engine:
+    with EngineThread(pair) as engine:
         asyncio.run(Pulse(engine, 30.0).check())
         assert engine.stats().output_tokens == 1
-    dead = Engine(pair)  # its thread never runs
+    dead = EngineThread(pair)  # its thread never runs
     with pytest.raises(RuntimeError, match="not decoded a token"):
         asyncio.run(Pulse(dead, 0.05).check())
 

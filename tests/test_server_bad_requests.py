@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from live_server import SECONDS, Live, serving
 
-from gemma_mtp.engine.engine import EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.pair import load_pair
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"

@@ -21,7 +21,8 @@ from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.engine import Engine, EngineSettings
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import ServerError
@@ -439,7 +440,7 @@ def test_a_server_whose_engine_ended_says_so(pair: Pair) -> None:
 
 def test_a_server_whose_engine_hangs_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, play = threading.Event(), Engine._play
-    monkeypatch.setattr(Engine, "_play", lambda self, step: (go_on.wait(SECONDS), play(self, step)))
+    monkeypatch.setattr(EngineThread, "_play", lambda self, step: (go_on.wait(SECONDS), play(self, step)))
     with serving(pair, request_seconds=0.2) as live:
         assert live.client.get("/health/live").status_code == 200
         try:
