@@ -13,34 +13,33 @@ from typing import Any, get_args
 import pytest
 import torch
 from mixed_load import lone, play, requests
-from models import VOCAB, agreeing_pair, letters, packed, random_drafter, random_target
+from models import VOCAB, agreeing_pair, letters, random_drafter, random_target
 
-from gemma_mtp import kv_cache
+from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.decoding import draft as draft_module
-from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
-from gemma_mtp.engine import engine as engine_module
-from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.engine.thread import EngineThread
+from gemma_mtp.engine import draft as draft_module
+from gemma_mtp.engine import round as round_module
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
-from gemma_mtp.kv_cache import BLOCK_ROWS
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.kv import blocks as blocks_module
+from gemma_mtp.kv.blocks import BLOCK_ROWS
 
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
-NAMES = kv_cache._names
+NAMES = blocks_module.block_names
 LONG = [(7 * i * i + i) % VOCAB for i in range(300)]
 OTHER = [(5 * i + 3) % VOCAB for i in range(200)]
 
 
-def tiny_pair(directory: Path, centroids: bool = False, native: bool = True) -> Pair:
+def tiny_pair(directory: Path, centroids: bool = False) -> Pair:
     models = (random_target(3), random_drafter(seed=4, centroids=True)) if centroids else agreeing_pair(3)
-    target, drafter = packed(*models) if native else models
-    return Pair(target, drafter, letters(directory), GenerationDefaults(eos_token_ids=()))
+    return Pair(make_backend(*models), letters(directory), GenerationDefaults(eos_token_ids=()))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_another_order_of_sums_is_seen() -> None:
     assert int(run.stdout) > 0
 
 
-def own_names(ids: list[int], before: bytes = b"") -> list[bytes]:
+def own_names(ids: list[int], *before: Any, **extras: Any) -> list[bytes]:
     """Blocks named by their own tokens alone, whatever tokens come before them."""
     return [name for i in range(0, len(ids), BLOCK_ROWS) for name in NAMES(ids[i : i + BLOCK_ROWS])]
 
@@ -129,7 +128,7 @@ def test_a_block_is_shared_where_all_tokens_before_it_are_the_same(
     bundled: Pair, monkeypatch: pytest.MonkeyPatch, names: Any, exact: bool
 ) -> None:
     """And its control: blocks named by fewer tokens than they depend on give other outputs."""
-    monkeypatch.setattr(kv_cache, "_names", names)
+    monkeypatch.setattr(blocks_module, "block_names", names)
     first, second, third, fourth = (one[:BLOCK_ROWS] for one in held_out_prompts(bundled, BLOCK_ROWS)[:4])
     params = SamplingParams(max_tokens=8, logprobs=2)
     load = [Request([*prompt, 5], params) for prompt in (first + second, third + fourth, first + fourth)]
@@ -140,14 +139,6 @@ def test_a_block_is_shared_where_all_tokens_before_it_are_the_same(
     same = [(a.token_ids, a.logprobs) == (b.token_ids, b.logprobs) for a, b in zip(results, alone, strict=True)]
     assert same == [True, True, exact]
     assert reused == (BLOCK_ROWS if exact else 2 * BLOCK_ROWS)
-
-
-def test_pytorchs_operators_take_sequences_one_by_one(tmp_path: Path) -> None:
-    pair = tiny_pair(tmp_path, native=False)
-    load = [Request(LONG[:n], SamplingParams(max_tokens=12), 3) for n in (1, 40, 70, 40)]
-    with EngineThread(pair, EngineSettings(max_running=3, max_tokens=120, prefix_reuse=False)) as engine:
-        results = [generation.wait() for generation in [engine.submit(request) for request in load]]
-    assert [r.token_ids for r in results] == [pair.generate(r.prompt_token_ids, r.params).token_ids for r in load]
 
 
 @pytest.fixture
@@ -232,13 +223,13 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
     """Rounds go on between its chunks."""
     with EngineThread(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
         played: list[tuple[int, int]] = []
-        forward = engine_module.forward_rows
+        forward = pair.backend.forward
 
-        def spy(target: Any, calls: Any) -> Any:
-            played.append((sum(c.keep == len(c.tokens) for c in calls), max(len(c.tokens) for c in calls)))
-            return forward(target, calls)
+        def spy(calls: Any) -> Any:
+            played.append((sum(c.keep == len(c.token_ids) for c in calls), max(len(c.token_ids) for c in calls)))
+            return forward(calls)
 
-        monkeypatch.setattr(engine_module, "forward_rows", spy)
+        monkeypatch.setattr(pair.backend, "forward", spy)
         running = engine.submit(Request([5, 6], SamplingParams(max_tokens=390, ignore_eos=True), 0))
         next(iter(running))
         engine.submit(Request(LONG * 2, SamplingParams(max_tokens=2), 0)).wait()
@@ -318,7 +309,7 @@ def test_a_request_that_fails_fails_alone(engine: EngineThread, monkeypatch: pyt
 
 
 def test_after_a_call_that_fails_the_engine_goes_on(engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "forward_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.pair.backend, "forward", lambda *_: 1 / 0)
     with pytest.raises(EngineError, match="division by zero"):
         engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait()
     monkeypatch.undo()
@@ -388,7 +379,7 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
         for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
             generation.wait()
         assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
-        engine._ran_lately = 6  # as where all have ended in the same step
+        engine.engine.scheduler.ran_lately = 6  # as where all have ended in the same step
         asked.clear()
         engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait()
         counts = [count for _, count in asked]
@@ -402,7 +393,6 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
 def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A newcomer drafts by what was accepted of the others' drafts; a lone one begins with little."""
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: RoundCosts({0: 1.0, LONGEST: 4.0}))
-    monkeypatch.setattr(Pair, "draft_length", lambda self, costs: DraftLength(costs, early_stop=False))
     params, request = SamplingParams(max_tokens=60), Request(LONG[:9], SamplingParams(max_tokens=60))
     expected = pair.generate(LONG[:9], params, draft_tokens=0).token_ids
 
@@ -419,10 +409,11 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
     together: list[int] = []
     monkeypatch.setattr(known, "use", lambda *what: together.append(what[-1]) or DraftLength.use(known, *what))
     with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
+        engine.engine.policy.watches_drafts = False
         assert 0 < first_drafts(engine) < 5
-        assert not engine._policies
-        engine._policies["argmax"] = known
-        engine._ran_lately = 9  # as where others have just ended
+        assert not engine.engine.policy.shared
+        engine.engine.policy.shared["argmax"] = known
+        engine.engine.scheduler.ran_lately = 9  # as where others have just ended
         assert first_drafts(engine) == LONGEST
         assert together[:3] == [7, 6, 5]  # one less a step, the first of which read the prompt
         assert shares and set(shares) == {1.0}
@@ -439,5 +430,5 @@ def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monk
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
     with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
-        engine._ran_lately = 999  # falls by one a step
+        engine.engine.scheduler.ran_lately = 999  # falls by one a step
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted == 0
