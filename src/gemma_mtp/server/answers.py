@@ -38,7 +38,8 @@ from gemma_mtp.server.protocol import (
 )
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import Prompt
-from gemma_mtp.tokenizer import TextDecoder, Tokenizer
+from gemma_mtp.token_text import TextDecoder
+from gemma_mtp.tokenizer import Tokenizer
 
 FINGERPRINT = f"gemma-mtp-{__version__}"
 END = b"data: [DONE]\n\n"
@@ -275,9 +276,8 @@ class ChatAnswers(Answers):
         return ChatLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text = token_text(token_id, self.tokenizer)
-        whole = "\ufffd" not in text  # a part of a character has no text, and so no bytes that we know
-        return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()) if whole else None)
+        text, content = token_text(token_id, self.tokenizer), self.tokenizer.token_bytes(token_id)
+        return TopLogprob(token=text, logprob=logprob, bytes=list(content))
 
 
 def _reason(reason: str) -> FinishReason:
