@@ -1,16 +1,12 @@
 """The text of tokens: pieces that join to the whole, the library's own text, stop strings inside runs of bytes."""
 
 import functools
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-import torch
-from byte_fallback import CHARACTERS, FIRST_BYTE, OPEN, SPECIAL, gemma_like
+from byte_fallback import FIRST_BYTE, OPEN, gemma_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, agreeing_pair
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 

@@ -1,7 +1,6 @@
 """Tokenizer directories in every state that other programs leave them in, against transformers' AutoTokenizer."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.material import gather
 
 TEXTS = [
-    "", "hello", "hello the ok hello the ok hello the ok hello the ok, and so on and on and on", "<|turn>user\nhi<turn|>",
-    "a<tool>b <tool> c<TOOL>", "x<end>y <end>  z", " <|image|>  word<extra> the wordy word", "日本 ᚠᚢᚦ é", "hello!?", "<eos>",
+    "", "hello", "hello the ok hello the ok hello the ok hello the ok, and so on",
+    "<|turn>user\nhi<turn|>",
+    "a<tool>b <tool> c<TOOL>", "x<end>y <end>  z", " <|image|>  word<extra> the wordy word", "日本 ᚠᚢᚦ é", "hello!?",
+    "<eos>",
 ]  # fmt: skip
 NAMED = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 GENERIC = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMED}
@@ -69,7 +70,9 @@ STATES: dict[str, Parts] = {
         }
     ),
     "additional": config(additional_special_tokens=["<extra>", "<tool>", "<eos>"]),
-    "extra as a list": config(extra_special_tokens=["<extra>", {"__type": "AddedToken", **entry("<tool>", special=True)}]),
+    "extra as a list": config(
+        extra_special_tokens=["<extra>", {"__type": "AddedToken", **entry("<tool>", special=True)}]
+    ),
     "extra by name": config(extra_special_tokens={"boi_token": "<tool>", "image_token": "<|image|>"}),
     "own": config(eot_token="<turn|>", boi_token="<tool>", etc_token=None),
     "own, listed apart": config(model_specific_special_tokens={"boi_token": "<tool>", "eot_token": "<turn|>"}),
@@ -78,7 +81,9 @@ STATES: dict[str, Parts] = {
     "Gemma's class with own": gemma(boi_token="<tool>", eos_token="<end>"),
     "older files": older(),
     "older files beside newer": older(added_tokens_decoder=ADDED),
-    "older map with extra by name": {"special_tokens_map.json": {"extra_special_tokens": {"x_token": "<tool>"}}, **config()},
+    "older map with extra by name": {
+        "special_tokens_map.json": {"extra_special_tokens": {"x_token": "<tool>"}}, **config(),
+    },
     "older map with an extra list": {
         "special_tokens_map.json": {"extra_special_tokens": ["<tool>", {"content": "<end>", "rstrip": True}]},
         **config(extra_special_tokens=["<extra>"]),
@@ -215,7 +220,10 @@ def test_a_bos_that_a_text_has_is_not_doubled(tmp_path: Path) -> None:
                    clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True),
             "changes text that was already given out",
         ),
-        ({"decoder": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}}, "token by token"),
+        (
+            {"decoder": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}},
+            "token by token",
+        ),
         ({"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, "decoder is BPEDecoder"),
     ],
 )  # fmt: skip
