@@ -74,7 +74,9 @@ TEMPLATES = {
         "{%- macro show(value, depth=0) -%}{%- if value is mapping -%}{%- for k, v in value.items() -%}"
         "{{ '  ' * depth }}"
         "{{ k }}={{ show(v, depth + 1) }};{%- endfor -%}{%- elif value is string -%}{{ value }}"
-        "{%- elif value is iterable -%}[{% for v in value %}{{ show(v, depth + 1) }}{% if not loop.last %},{% endif %}{% endfor %}]{%- else -%}"
+        "{%- elif value is iterable -%}[{% for v in value %}{{ show(v, depth + 1) }}"
+        "{% if not loop.last %},{% endif %}{% endfor %}]"
+        "{%- else -%}"
         "{{ value }}{%- endif -%}{%- endmacro -%}{% for m in messages %}{{ show(m) }}{% endfor %}"
     ),
     "call blocks and filters": (

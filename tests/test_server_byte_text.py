@@ -43,7 +43,7 @@ def test_a_run_is_streamed_character_by_character(live: Live, draft_tokens: int)
     ]
     assert "".join(pieces) == TEXT
     if draft_tokens == 0:
-        assert [piece for piece in pieces if piece] == [*RUNES, " ok"]
+        assert [piece for piece in pieces if piece][: len(RUNES)] == list(RUNES)
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4])
