@@ -66,11 +66,6 @@ class Tokenizer:
         """A decoder to feed token by token."""
         return TextDecoder(self._texts, self._special_ids if skip_special_tokens else frozenset())
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token by itself adds to a text; parts of a character too."""
-        piece = self._texts.piece(token_id, first=True) or b""
-        return piece.encode() if isinstance(piece, str) else piece
-
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -276,8 +276,9 @@ class ChatAnswers(Answers):
         return ChatLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text, content = token_text(token_id, self.tokenizer), self.tokenizer.token_bytes(token_id)
-        return TopLogprob(token=text, logprob=logprob, bytes=list(content))
+        text = token_text(token_id, self.tokenizer)
+        whole = "\ufffd" not in text  # a part of a character has no text, and so no bytes that we know
+        return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()) if whole else None)
 
 
 def _reason(reason: str) -> FinishReason:
