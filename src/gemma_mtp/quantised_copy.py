@@ -28,6 +28,8 @@ KEPT_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+#: files that a copy takes along from a directory of templates
+KEPT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes) -> WeightTypes:
@@ -54,9 +56,11 @@ def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes
             made = drafter.weight_types
         written = {"quantization_config": weight_types_to_hf(made), "dtype": str(dtype).removeprefix("torch.")}
         write_json(directory / "config.json", {**read_json(Path(source) / "config.json"), **written})
-        for name in KEPT_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, directory / name)
+        for path in (*(Path(source) / name for name in KEPT_FILES), *Path(source).glob(KEPT_TEMPLATES)):
+            if path.is_file():
+                kept = directory / path.relative_to(source)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, kept)
     return made
 
 

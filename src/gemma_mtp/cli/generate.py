@@ -173,8 +173,8 @@ def generate(
         logprobs=logprobs,
         grammar=grammar,
     )
-    text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
+    prompt_ids = _chat_ids(pair, given, system) if chat else given
+    run = Run(pair, prompt_ids, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -258,12 +258,12 @@ def _logit_bias(entries: list[str]) -> dict[int, float]:
     return biases
 
 
-def _chat_text(pair: Pair, prompt: str | list[int], system: str | None) -> str:
+def _chat_ids(pair: Pair, prompt: str | list[int], system: str | None) -> list[int]:
     if pair.tokenizer is None:
         raise TokenizerError("--chat needs a tokenizer with a chat template, and the target's directory has none.")
     assert isinstance(prompt, str)
     messages = [{"role": "system", "content": system}] if system else []
-    return pair.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    return pair.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
 
 
 def _print_stream(run: Run, quiet: bool) -> None:
