@@ -46,6 +46,14 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)]
 Threads = Annotated[int | None, option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)]
+Strict = Annotated[
+    bool,
+    option(
+        "--strict",
+        help="Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning.",
+        panel=MODELS,
+    ),
+]
 Quantize = Annotated[
     str | None,
     option(
