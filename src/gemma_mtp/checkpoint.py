@@ -212,8 +212,8 @@ def _named(
     stored: Mapping[str, TensorHeader], config: TargetConfig | DrafterConfig, types: WeightTypes
 ) -> dict[str, TensorHeader]:
     """The stored tensors that a configuration calls for, and a head that it does not, by official name."""
-    wanted = {*stored_tensors(_empty(config, types).checkpoint_tensors()), HEAD, HEAD + SCALES}
-    return {name: stored[place] for name, place in find_tensors(stored, wanted).items()}
+    needed = stored_tensors(_empty(config, types).checkpoint_tensors())
+    return {name: stored[place] for name, place in find_tensors(stored, needed, (HEAD, HEAD + SCALES)).items()}
 
 
 def _with_stored_head(config: TextConfig, headers: dict[str, TensorHeader]) -> tuple[TextConfig, list[str]]:

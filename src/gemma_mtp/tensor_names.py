@@ -29,17 +29,17 @@ OUTSIDE_TEXT = frozenset({
 ANCHORS = ("layers.0.input_layernorm.weight", "norm.weight", "embed_tokens.weight")
 
 
-def find_tensors(found: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """The stored name of each official name in `wanted` that is there, all in one place.
+def find_tensors(found: Collection[str], needed: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
+    """The stored name of each official name that is there, all in one place.
 
-    `wanted` are all names that the configuration calls for, with or without `lm_head.weight`. Where no place has them
-    all, the one with the most is taken, and names are missing from the answer. Raises CheckpointError where two places
-    have them all, or where two stored names mean the same tensor.
+    `needed` are all names that the configuration calls for, of which the embedding or the head may be missing, as one
+    may stand for both. Where no place has them all, the one with the most is taken, and names are missing from the
+    answer. Raises CheckpointError where two places have them all, or where two stored names mean the same tensor.
     """
     plain = _unwrapped(found)
-    needed = [name for name in wanted if name not in (EMBEDDING, HEAD)]  # either may stand for both (see checkpoint)
-    places = {prefix: _placed(plain, wanted, prefix) for prefix in _prefixes(plain)}
-    complete = [prefix for prefix, names in places.items() if all(name in names for name in needed)]
+    telling = [name for name in needed if name not in (EMBEDDING, HEAD)]
+    places = {prefix: _placed(plain, {*needed, *optional}, prefix) for prefix in _prefixes(plain)}
+    complete = [prefix for prefix, names in places.items() if all(name in names for name in telling)]
     if len(complete) > 1:
         shown = " and ".join(repr(prefix) for prefix in complete)
         raise CheckpointError(

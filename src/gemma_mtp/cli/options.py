@@ -26,11 +26,6 @@ def use_threads(threads: int | None) -> None:
         set_threads(threads)
 
 
-def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
-
-
 Target = Annotated[
     Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
 ]

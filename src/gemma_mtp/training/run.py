@@ -148,9 +148,8 @@ class Run:
     def start(self) -> tuple[Drafter, Path]:
         """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
         if self.settings.drafter is not None:
-            drafter = checkpoint.load_drafter(
-                self.settings.drafter, self.dtype, self.device, strict=self.settings.strict
-            )
+            start, strict = self.settings.drafter, self.settings.strict
+            drafter = checkpoint.load_drafter(start, self.dtype, self.device, strict=strict)
             self.known_head, drafter.masked_embedding, drafter.config = (
                 drafter.masked_embedding, None, self.plain_config,
             )  # fmt: skip
