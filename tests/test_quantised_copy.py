@@ -206,7 +206,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("kind", ["target", "drafter"])
 def test_damaged_copies(kind: str, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is refused before any weight is read."""
-    monkeypatch.setattr(checkpoint, "_copy_file", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(checkpoint, "copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole, config = load_file(directory / SINGLE), json.loads((directory / "config.json").read_text())
     edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})

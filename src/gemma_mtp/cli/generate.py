@@ -18,7 +18,7 @@ from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair, load_pair, sampling_params
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import GemmaMtpError, PromptError, SamplingError, TokenizerError
 
@@ -66,6 +66,7 @@ def generate(
     no_drafter: options.NoDrafter = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    strict: options.Strict = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     draft_tokens: Annotated[
@@ -78,7 +79,9 @@ def generate(
         ),
     ] = "auto",
     verification: options.Verify = "exact",
-    max_tokens: Annotated[int, option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
+    max_tokens: Annotated[
+        int | None, option("--max-tokens", "-n", help="At most so many tokens; default: 128.", panel=SAMPLING)
+    ] = None,
     temperature: Annotated[
         float | None, option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
     ] = None,
@@ -87,11 +90,12 @@ def generate(
         float | None, option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
     ] = None,
     min_p: Annotated[
-        float, option("--min-p", help="Drop tokens below this share of the likeliest one's chance.", panel=SAMPLING)
-    ] = 0.0,
+        float | None,
+        option("--min-p", help="Drop tokens below this share of the likeliest one's chance; 0: none.", panel=SAMPLING),
+    ] = None,
     repetition_penalty: Annotated[
-        float, option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
-    ] = 1.0,
+        float | None, option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
+    ] = None,
     presence_penalty: Annotated[
         float, option("--presence-penalty", help="Taken off every token already in the output.", panel=SAMPLING)
     ] = 0.0,
@@ -153,21 +157,22 @@ def generate(
     if compare and (no_drafter or (target is not None and drafter is None)):
         raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
     with progress("loading"):
-        pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
-    defaults = pair.generation
-    suppressed = dict.fromkeys(defaults.suppress_tokens if chat else (), float("-inf"))
-    params = SamplingParams(
-        temperature=options.first_given(temperature, defaults.temperature if chat else None, 0.0),
-        top_k=options.first_given(top_k, defaults.top_k if chat else None, 0),
-        top_p=options.first_given(top_p, defaults.top_p if chat else None, 1.0),
+        pair = load_pair(
+            target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize, strict=strict
+        )
+    params = sampling_params(
+        pair.generation.conversation() if chat else {},
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias={**suppressed, **_logit_bias(logit_bias or [])},
+        logit_bias=_logit_bias(logit_bias or []),
         seed=seed,
         max_tokens=max_tokens,
-        stop=tuple(stop or ()),
+        stop=stop,
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module
@@ -42,7 +44,7 @@ class Pair:
     target: Target
     drafter: Drafter | None
     tokenizer: Tokenizer | None
-    generation: checkpoint.GenerationDefaults
+    generation: GenerationDefaults
     _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
 
     def generate(
@@ -80,6 +82,14 @@ class Pair:
         self.check(params, draft_tokens, verification)
         used: DraftTokens = draft_tokens if self.drafter is not None else 0
         return TextStream(self, self.new_result(prompt_ids, params, used, verification), params, verification)
+
+    def default_params(self, **given: Any) -> SamplingParams:
+        """How the checkpoint's generation_config.json asks for a model's turn to be sampled, but for what is given.
+
+        The arguments are those of SamplingParams; None is not given, and `logit_bias` is joined with the tokens that
+        the file suppresses. Raises SamplingError.
+        """
+        return sampling_params(self.generation.conversation(), **given)
 
     def new_result(
         self, prompt_ids: list[int], params: SamplingParams, draft_tokens: DraftTokens, verification: Verification
@@ -231,6 +241,13 @@ def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
         raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
 
 
+def sampling_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
+    """SamplingParams of defaults and of what is given; None is not given, and `logit_bias` is joined."""
+    given = {name: value for name, value in given.items() if value is not None}
+    biases = {**defaults.get("logit_bias", {}), **given.get("logit_bias", {})}
+    return SamplingParams(**{**defaults, **given, "logit_bias": biases})
+
+
 def bundled_directory() -> Path:
     """Where the bundled pair lies: `target`, `drafter`, its card and the held-out prompts."""
     return Path(str(resources.files("gemma_mtp") / "bundled"))
@@ -244,14 +261,16 @@ def load_pair(
     device: str | torch.device = "auto",
     use_drafter: bool = True,
     quantize: str | WeightTypes | None = None,
+    strict: bool = False,
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
     A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
     weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
     where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
-    (`weight_types.parse_weight_types`). The pair's fit is checked before any weight is read. Raises CheckpointError,
-    ConfigError, PairError, QuantisationError.
+    (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that contradicts
+    something else and can be loaded all the same, is logged as a warning, or refused with `strict`. The pair's fit is
+    checked before any weight is read. Raises CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if target is None:
@@ -263,19 +282,33 @@ def load_pair(
     if drafter is not None:
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
         check_pair(target_config, drafter_config)
+    generation = _generation_defaults(target, target_config, strict)
     chosen_dtype = _dtype(dtype, chosen_device, target)
-    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types)
+    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types, strict)
     loaded_target.pack_()
     loaded_drafter = None
     if drafter is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types)
+        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types, strict)
         loaded_drafter.pack_(loaded_target.native)
     return Pair(
         target=loaded_target,
         drafter=loaded_drafter,
         tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
-        generation=checkpoint.read_generation_config(target),
+        generation=generation,
     )
+
+
+def _generation_defaults(target: str | Path, config: TargetConfig, strict: bool) -> GenerationDefaults:
+    """Those of the checkpoint, held to be usable; a suppressed token that the model does not have is left out."""
+    found = checkpoint.read_generation_config(target)
+    checkpoint.report(target, found.notes, strict)
+    known = tuple(i for i in found.suppress_tokens if 0 <= i < config.text.vocab_size)
+    generation = replace(found, suppress_tokens=known)
+    try:
+        SamplingParams(**generation.conversation())
+    except SamplingError as error:
+        raise CheckpointError(f"{target}: generation_config.json asks for what can not be done: {error}") from None
+    return generation
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -299,7 +332,8 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
         stored = checkpoint.stored_dtypes(target)
-        return torch.bfloat16 if "F32" not in stored and "BF16" in stored and module() is not None else torch.float32
+        narrow = "BF16" in stored and not stored & {"F32", "F64"}
+        return torch.bfloat16 if narrow and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

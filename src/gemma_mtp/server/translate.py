@@ -62,11 +62,13 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[
     prompt = await _prompt(text, False, service, special=False)  # the template writes its own
     room = service.engine.max_tokens - len(prompt.token_ids)
     limit = min(room, service.settings.max_output_tokens or room)
-    max_tokens = body.max_completion_tokens or body.max_tokens or limit
+    defaults = service.engine.pair.generation
+    max_tokens = body.max_completion_tokens or body.max_tokens or min(limit, defaults.max_new_tokens or limit)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, logprobs, max_tokens, await _grammar(body, service), service)
-    suppressed = dict.fromkeys(service.engine.pair.generation.suppress_tokens, float("-inf"))
-    params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias})
+    suppressed = dict.fromkeys(defaults.suppress_tokens, float("-inf"))
+    stop = defaults.stop if body.stop is None else params.stop
+    params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias}, stop=stop)
     return [prompt], _requests(body, prompt, params, service)
 
 
@@ -144,8 +146,8 @@ def _params(
             temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
             top_k=int(_given(body.top_k, defaults.top_k, 0)),
             top_p=_given(body.top_p, defaults.top_p, 1.0),
-            min_p=body.min_p or 0.0,
-            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            min_p=_given(body.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
