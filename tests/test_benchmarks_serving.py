@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +16,14 @@ import httpx
 import pytest
 import serving
 from engine_load import body, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine, to_server
+from live_server import SECONDS, wait_for
 from models import VOCAB, agreeing_pair, packed
 
 from gemma_mtp import load_pair
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.engine.engine import Engine, EngineSettings
 from gemma_mtp.engine.pair import Pair
+from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, run_load
 
 PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]
@@ -43,7 +49,22 @@ def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
         assert len(record.chunks) == len(result.rounds)
 
 
-def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
+def test_a_stream_from_the_engine_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its end: the engine goes on after some steps when the first text has been read."""
+    steps, seen, play, updates = itertools.count(), threading.Event(), Engine._play, Generation.updates
+
+    def waiting(engine: Engine, step: Any) -> None:
+        assert next(steps) < 3 or seen.wait(SECONDS)
+        play(engine, step)
+
+    async def noticed(generation: Generation) -> AsyncIterator[Update]:
+        async for update in updates(generation):
+            if update.text:
+                seen.set()
+            yield update
+
+    monkeypatch.setattr(Engine, "_play", waiting)
+    monkeypatch.setattr(Generation, "updates", noticed)
     pair = load_pair()
     requests = greedy(held_out(pair, 8), 24, 3)
     with Engine(pair) as engine:
@@ -57,13 +78,21 @@ def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
 def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many run as may, while requests wait; outputs are compared."""
     most: dict[int, int] = {}
-    plan = Engine._plan
+    submitted = Counter[Engine]()
+    plan, submit = Engine._plan, Engine.submit
+
+    def counted(engine: Engine, request: Request) -> Generation:
+        generation = submit(engine, request)
+        submitted[engine] += 1
+        return generation
 
     def watched(engine: Engine) -> Any:
         allowed = engine.settings.max_running
+        wait_for(lambda: submitted[engine] % (2 * allowed) == 0)  # all of a repeat's, before its first step
         most[allowed] = max(most.get(allowed, 0), len(engine._running))
         return plan(engine)
 
+    monkeypatch.setattr(Engine, "submit", counted)
     monkeypatch.setattr(Engine, "_plan", watched)
     options = ["batch", "--sequences", "1", "3", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
     args = serving.parse([*options, "--prompt-tokens", "5"])

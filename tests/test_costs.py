@@ -187,7 +187,7 @@ def test_the_key_is_the_same_in_every_process() -> None:
     threads = torch.get_num_threads()  # part of the key
     command = [sys.executable, "-c", f"{imports}; set_threads({threads}); print(cost_key(*agreeing_pair()))"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=300)
     assert ran.stdout.strip() == str(cost_key(*agreeing_pair()))
 
 
@@ -210,7 +210,7 @@ def test_costs_of_a_busy_machine_are_not_kept(
 
 def test_others_work_is_seen() -> None:
     clock = CpuClock([os.getpid()])
-    script = "import time; t = time.monotonic()\nwhile time.monotonic() < t + 0.5: pass"
+    script = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", script], check=True)
     share = clock.share_elsewhere()
     assert share is None or share > 0.2 / (os.cpu_count() or 1)

@@ -82,4 +82,4 @@ def test_the_package_needs_no_test_dependency() -> None:
 
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, gemma_mtp; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
