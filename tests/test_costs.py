@@ -14,7 +14,7 @@ import torch
 from models import agreeing_pair, packed, random_drafter, random_target
 
 from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs

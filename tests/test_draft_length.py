@@ -8,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_mtp.decoding.draft_length import (
-    LONGEST,
     LOSS_ROUNDS,
     LOSS_SHARE,
     STOP_EARLY_AMONG,
     DraftLength,
     Plan,
-    RoundCosts,
     best_length,
     expected_tokens,
 )
 from gemma_mtp.decoding.early_stop import chance
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 
 #: verifying a row more costs a tenth of a step, a draft as much again
 CHEAP = RoundCosts({0: 1.0, LONGEST: 1.0 + 0.2 * LONGEST})

@@ -20,7 +20,8 @@ from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import engine as engine_module
 from gemma_mtp.engine.engine import Engine, EngineSettings
