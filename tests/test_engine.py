@@ -437,6 +437,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
 def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = RoundCosts({0: 1.0, LONGEST: (LONGEST + 1) / (0.99 * LEAST_GAIN)})
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
+    monkeypatch.setattr(costs, "note", lambda *what: None)
     with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
         engine._ran_lately = 999  # falls by one a step

@@ -91,7 +91,7 @@ PLAIN = Plan(0)
 
 
 class Outcome(Protocol):
-    """What came of a sequence's round: drafts made, how many of them were accepted, how sure the drafter was of each."""
+    """What came of a round: drafts made, how many of them were accepted, how sure the drafter was of each."""
 
     @property
     def drafted(self) -> int: ...
