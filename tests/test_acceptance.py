@@ -11,7 +11,7 @@ from models import agreeing_pair, packed, random_drafter, random_target
 
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats

@@ -14,7 +14,7 @@ import torch
 from models import agreeing_pair, packed, random_drafter, random_target
 
 from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
@@ -23,7 +23,7 @@ from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.ops.native import module, set_threads
 
 KEY: Key = {"processor": "one", "threads": 2}
-COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021})
+COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021}, 0.00005)
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def test_costs_come_back_as_they_were_stored(tmp_path: Path) -> None:
     assert load_costs(directory, KEY) is None
     store_costs(directory, KEY, COSTS)
     loaded = load_costs(directory, KEY)
-    assert loaded is not None and loaded.seconds == COSTS.seconds
+    assert loaded is not None and loaded.seconds == pytest.approx(COSTS.seconds)
+    assert loaded.draft_step == COSTS.draft_step
     assert load_costs(directory, {**KEY, "threads": 3}) is None
     assert the_file(directory).name.startswith("costs-"), "nothing temporary is left"
 
@@ -86,7 +87,8 @@ def test_a_damaged_file_counts_for_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"version": 0}, {"key": {}}, {"seconds": COSTS.seconds[:-1]}, {"seconds": [*COSTS.seconds[:-1], -1.0]},
-     {"seconds": [*COSTS.seconds[:-1], float("nan")]}, {"seconds": [*COSTS.seconds[:-1], "1"]}, {"seconds": 3}],
+     {"seconds": [*COSTS.seconds[:-1], float("nan")]}, {"seconds": [*COSTS.seconds[:-1], "1"]}, {"seconds": 3},
+     {"draft_step": -1.0}, {"draft_step": None}],
 )  # fmt: skip
 def test_values_that_are_not_what_they_should_be_count_for_nothing(change: dict, tmp_path: Path) -> None:
     store_costs(tmp_path, KEY, COSTS)
@@ -116,7 +118,7 @@ def test_many_writers_leave_one_whole_file(tmp_path: Path) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         loaded = load_costs(tmp_path, KEY)
-        assert loaded is None or loaded.seconds == COSTS.seconds
+        assert loaded is None or loaded.seconds == pytest.approx(COSTS.seconds)
     assert the_file(tmp_path)
 
 
@@ -196,7 +198,7 @@ def test_costs_are_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     first = round_costs(target, drafter)
     assert the_file(cache).is_file()
     monkeypatch.setattr(costs, "measure_costs", lambda *pair: pytest.fail("measured again"))
-    assert round_costs(target, drafter).seconds == first.seconds
+    assert round_costs(target, drafter).seconds == pytest.approx(first.seconds)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(None, True), (0.05, True), (0.4, False)])

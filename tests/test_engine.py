@@ -24,7 +24,8 @@ from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import engine as engine_module
 from gemma_mtp.engine.engine import Engine, EngineSettings
@@ -468,6 +469,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
 def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = RoundCosts({0: 1.0, LONGEST: (LONGEST + 1) / (0.99 * LEAST_GAIN)})
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
+    monkeypatch.setattr(costs, "note", lambda *what: None)
     with Engine(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
         engine._ran_lately = 999  # falls by one a step

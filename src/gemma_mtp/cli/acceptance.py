@@ -18,7 +18,7 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair, sampling_params
 from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError

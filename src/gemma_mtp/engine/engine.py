@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gemma_mtp.config import FULL, SLIDING, LayerType
 from gemma_mtp.decoding.draft import Drafts
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, PLAIN, DraftLength, Plan
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan
 from gemma_mtp.decoding.round import (
     CHUNK_ROWS,
     NATIVE_CHUNK_ROWS,
@@ -44,6 +44,7 @@ from gemma_mtp.decoding.round import (
     score_rows,
     verify_rows,
 )
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.pair import Pair
@@ -471,6 +472,7 @@ class Engine:
         """One call of the target for all, then each job's own outcome; one that fails ends alone."""
         began = time.perf_counter()
         target, drafts = self.pair.target, self._drafts(step)
+        drafting = time.perf_counter() - began
         calls = [verify_rows(turn, made) for turn, made in zip(step.turns, drafts, strict=True)]
         rows = [call.keep for call in calls]
         calls += step.chunks
@@ -492,7 +494,7 @@ class Engine:
                 self._fail(job, error)
         seconds = time.perf_counter() - began
         self._note(sum([len(call.tokens) for call in calls]), seconds)
-        self._learn(step, rounds, seconds if len(calls) == 1 else 0.0)
+        self._learn(step, rounds, seconds, drafting)
         for job, output in played:
             try:
                 self._deliver(job, output, seconds)
@@ -567,8 +569,8 @@ class Engine:
                     stats.drafted_at.update(range(output.drafted))
                     stats.accepted_at.update(range(output.accepted))
 
-    def _learn(self, step: Step, rounds: list[tuple[Job, RoundOutput]], seconds: float) -> None:
-        """Let policies know what came of their plans. `seconds`: of a lone job's round, else 0."""
+    def _learn(self, step: Step, rounds: list[tuple[Job, RoundOutput]], seconds: float, drafting: float) -> None:
+        """Let policies know what came of their plans."""
         for choice, policy in step.policies.items():
             if policy is None:
                 continue
@@ -576,8 +578,10 @@ class Engine:
                 output for job, output in rounds
                 if job.result.draft_tokens == "auto" and job.generation.request.params.choice == choice
             ]  # fmt: skip
-            for output in planned:
-                policy.record(output.drafted, output.accepted, output.confidences, seconds, 1 / len(planned))
+            if len(planned) == len(step.turns) + len(step.chunks):  # nobody else took part in the step
+                policy.learn(planned, seconds, drafting)
+            else:
+                policy.learn(planned)
 
     def _note(self, rows: int, seconds: float) -> None:
         of_one = seconds / rows

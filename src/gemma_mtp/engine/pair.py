@@ -14,10 +14,11 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config import DrafterConfig, TargetConfig
-from gemma_mtp.decoding.draft_length import LONGEST, DraftLength, DraftTokens, Plan, RoundCosts
+from gemma_mtp.decoding.draft_length import DraftLength, DraftTokens, Plan
 from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.round import CHUNK_ROWS, open_sequence, play_round, prefill
+from gemma_mtp.decoding.round import CHUNK_ROWS, Turn, open_sequence, prefill, propose, verify_round
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
@@ -222,13 +223,15 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
         plan = fixed if policy is None else policy.choose()
         drafts = min(plan.longest, output.remaining - 1)
         with torch.inference_mode():
-            played = play_round(pair.target, pair.drafter, sequence, drafts, verification, plan.stop)
+            turns = [Turn(sequence, drafts, verification, plan.stop)]
+            proposed = propose(pair.target, pair.drafter, turns)
+            drafted = time.perf_counter()
+            (played,) = verify_round(pair.target, turns, proposed)
         token_ids = output.push(played)
         seconds = time.perf_counter() - started
         result.decode_seconds += seconds
         if policy is not None:
-            policy.record(played.drafted, played.accepted, played.confidences, seconds)
-            policy.costs.note(played.drafted, seconds)
+            policy.learn([played], seconds, drafted - started)
 
 
 def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
