@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemma_mtp.checkpoint import read_drafter_config, read_headers, read_target_config, text_headers
+from gemma_mtp.checkpoint import read_drafter_config, read_target_config, text_headers
 from gemma_mtp.config import FULL, TextConfig
 
 TYPES = {
@@ -83,13 +83,12 @@ def _write(
 ) -> None:
     writer = gguf.GGUFWriter(file, architecture, use_temp_file=False)
     _add_keys(writer, text, architecture, extra)
-    headers = text_headers(read_headers(directory))
+    headers = text_headers(directory)
     for name, header in headers.items():
         if "masked_embedding" in name:
             continue
         with safe_open(header.file, "pt") as tensors:
-            stored = name if name in tensors.keys() else name.replace("model.", "model.language_model.", 1)  # noqa: SIM118
-            tensor = tensors.get_tensor(stored)
+            tensor = tensors.get_tensor(header.name)
         data = _converted(tensor, kind if tensor.ndim == 2 else "F32")
         writer.add_tensor(_gguf_name(name), data, raw_dtype=TYPES[kind] if data.dtype == np.uint8 else None)
     writer.add_tensor("rope_freqs.weight", _rope_divisors(text))

@@ -1,3 +1,5 @@
+import gemma_mtp.cli.environment  # isort: skip  (before PyTorch)
+
 import importlib.util
 import os
 import sys
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import gemma_mtp
 
@@ -23,6 +26,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with 
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and so the processes that it starts
 
+# time decides no test, and every run tries the same examples
+settings.register_profile(
+    "ours", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ours")
+
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
 
 
@@ -34,6 +43,18 @@ def rough_costs() -> Iterator[None]:
     budget, costs.BUDGET_SECONDS = costs.BUDGET_SECONDS, 0.05
     yield
     costs.BUDGET_SECONDS = budget
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """The numbers of threads that a test sets are those before it again. With more than a worker's share, all tests
+    after it would wait for the cores: some took twenty times as long."""
+    threads, native = torch.get_num_threads(), sys.modules.get("gemma_mtp._native")
+    of_native = native and native.threads()
+    yield
+    torch.set_num_threads(threads)
+    if native is not None and native.threads() != of_native:
+        native.set_threads(of_native)
 
 
 @pytest.fixture(scope="session")

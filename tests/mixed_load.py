@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.settings import EngineSettings, EngineStats
-from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.engine.settings import EngineSettings, EngineStats
+from gemma_mtp.engine.thread import EngineThread
 
 
 @dataclass

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import agreeing_pair, packed, random_drafter, random_target
+from models import agreeing_pair, random_drafter, random_target
 
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats
@@ -34,13 +35,13 @@ PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair(*packed(*agreeing_pair(3)), None, GenerationDefaults(()))
+    return Pair(make_backend(*agreeing_pair(3)), None, GenerationDefaults(()))
 
 
 @pytest.fixture(scope="module")
 def stranger() -> Pair:
     """The same target with a drafter that knows nothing."""
-    return Pair(*packed(agreeing_pair(3)[0], random_drafter(seed=9)), None, GenerationDefaults(()))
+    return Pair(make_backend(agreeing_pair(3)[0], random_drafter(seed=9)), None, GenerationDefaults(()))
 
 
 def played(*rounds: tuple[int, int, int]) -> GenerationResult:
@@ -198,6 +199,6 @@ def test_examples_become_prompts_of_the_pair() -> None:
     with pytest.raises(DataError, match=r"long:3 has .* tokens, but at most 2047"):
         prompts_of(pair, [replace(request, content=str(long.content), origin="long:3")])
     with pytest.raises(TokenizerError, match="a data set needs a tokenizer"):
-        prompts_of(Pair(random_target(), None, None, GenerationDefaults(())), held_out)
+        prompts_of(Pair(make_backend(random_target()), None, GenerationDefaults(())), held_out)
     report = measure_acceptance(pair, prompts[:2], params=replace(GREEDY, max_tokens=24))
     assert report.pooled.mean_length > 1.5

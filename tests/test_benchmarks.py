@@ -12,9 +12,9 @@ from ours import drafter_bytes, target_bytes, unreliable
 from sides import Side, measure
 
 from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp.backend.native import module
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.backend.native import module
 
 PROMPT = [7, 3, 11]
 PARAMS = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -27,7 +27,7 @@ def agreeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     target = dataclasses.replace(TINY, vocab_size=64, vocab_size_per_layer_input=64, hidden_size=64)
     text = dataclasses.replace(
         target, hidden_size=32, num_hidden_layers=4, num_kv_shared_layers=4, use_double_wide_mlp=False,
-        layer_types=TINY.layer_types[1:5], hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
+        layer_types=TINY.layer_types[2:6], hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
         final_logit_softcapping=None,
     )  # fmt: skip
     drafter = DrafterConfig(

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import pytest
 import serving
 from engine_load import body, greedy, held_out, mixed, serve_options, streamed_from_engine, to_engine, to_server
-from models import VOCAB, agreeing_pair, packed
+from live_server import SECONDS, wait_for
+from models import VOCAB, agreeing_pair
 
 from gemma_mtp import load_pair
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults
+from gemma_mtp.engine.engine import Engine
+from gemma_mtp.engine.job import Job
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.engine.request import Generation, Update
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, run_load
 
 PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]
@@ -26,7 +34,7 @@ PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair(*packed(*agreeing_pair(3)), None, GenerationDefaults(()))
+    return Pair(make_backend(*agreeing_pair(3)), None, GenerationDefaults(()))
 
 
 def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
@@ -44,7 +52,22 @@ def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
         assert len(record.chunks) == len(result.rounds)
 
 
-def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
+def test_a_stream_from_the_engine_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its end: the engine goes on after some steps when the first text has been read."""
+    steps, seen, play, updates = itertools.count(), threading.Event(), Engine.step, Generation.updates
+
+    def waiting(engine: Engine) -> None:
+        assert next(steps) < 3 or seen.wait(SECONDS)
+        play(engine)
+
+    async def noticed(generation: Generation) -> AsyncIterator[Update]:
+        async for update in updates(generation):
+            if update.text:
+                seen.set()
+            yield update
+
+    monkeypatch.setattr(Engine, "step", waiting)
+    monkeypatch.setattr(Generation, "updates", noticed)
     pair = load_pair()
     requests = greedy(held_out(pair, 8), 24, 3)
     with EngineThread(pair) as engine:
@@ -58,14 +81,22 @@ def test_a_stream_from_the_engine_is_read_as_it_comes() -> None:
 def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many run as may, while requests wait; outputs are compared."""
     most: dict[int, int] = {}
-    plan = Engine._plan
+    submitted = Counter[Engine]()
+    step, add = Engine.step, Engine.add
 
-    def watched(engine: EngineThread) -> Any:
+    def counted(engine: Engine, job: Job) -> Generation:
+        generation = add(engine, job)
+        submitted[engine] += 1
+        return generation
+
+    def watched(engine: Engine) -> None:
         allowed = engine.settings.max_running
-        most[allowed] = max(most.get(allowed, 0), len(engine._running))
-        return plan(engine)
+        wait_for(lambda: submitted[engine] % (2 * allowed) == 0)  # all of a repeat's, before its first step
+        step(engine)
+        most[allowed] = max(most.get(allowed, 0), engine.scheduler.ran_lately)
 
-    monkeypatch.setattr(EngineThread, "_plan", watched)
+    monkeypatch.setattr(Engine, "add", counted)
+    monkeypatch.setattr(Engine, "step", watched)
     options = ["batch", "--sequences", "1", "3", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
     args = serving.parse([*options, "--prompt-tokens", "5"])
     content = serving.measure_batch(load_pair(), args)
@@ -121,7 +152,7 @@ def test_a_whole_answer_has_the_counts_of_its_usage() -> None:
 
 def test_the_prefix_measurement_sends_what_it_says(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[list[int]] = []
-    submit = Engine.submit
+    submit = EngineThread.submit
     monkeypatch.setattr(EngineThread, "submit", lambda engine, request: prompts.append(list(request.prompt_token_ids))
                         or submit(engine, request))  # fmt: skip
     content = serving.measure_prefix(pair, serving.parse(["prefix", "--prefix-tokens", "40", "--repeats", "2"]))

@@ -17,7 +17,7 @@ from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.acceptance import spread
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure import plot, speedup

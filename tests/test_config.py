@@ -233,11 +233,14 @@ def test_layer_types_left_out_are_those_of_transformers(layers: int) -> None:
 def text_configs(draw: st.DrawFn) -> TextConfig:
     size, heads = st.integers(1, 300), draw(st.sampled_from([1, 2, 6, 8]))
     divisors = st.sampled_from([d for d in range(1, heads + 1) if heads % d == 0])
-    owned = draw(st.lists(st.sampled_from([S, F]), min_size=1, max_size=9))
-    shared = draw(st.lists(st.sampled_from(owned), max_size=4))
+    owned = [*draw(st.lists(st.sampled_from([S, F]), max_size=8)), F]
+    shared = draw(st.just([]) | st.lists(st.sampled_from(owned), max_size=4).map(lambda kinds: [*kinds, F]))
     kv_heads, k_eq_v, experts = draw(divisors), draw(st.booleans()), draw(st.integers(1, 9))
-    ropes = st.builds(RopeConfig, st.floats(1, 1e7)) | st.builds(
-        RopeConfig, st.floats(1, 1e7), st.just("proportional"), st.sampled_from([0.25, 0.5, 1.0])
+    theta, factor = st.floats(1, 1e7), st.floats(0.1, 100)
+    ropes = (
+        st.builds(RopeConfig, theta)
+        | st.builds(RopeConfig, theta, st.just("linear"), st.just(1.0), factor)
+        | st.builds(RopeConfig, theta, st.just("proportional"), st.sampled_from([0.25, 0.5, 1.0]), factor)
     )
     return TextConfig(
         vocab_size=draw(size), hidden_size=draw(size), intermediate_size=draw(size), num_attention_heads=heads,
@@ -371,7 +374,7 @@ def test_targets_refused(changes: dict[str, Any], named: list[str]) -> None:
     ({"backbone_hidden_size": "32"}, ["backbone_hidden_size", "'32'", "int"]),
     ({"use_ordered_embeddings": 1}, ["use_ordered_embeddings", "1", "bool"]),
     ({"text_config": {**DRAFTER["text_config"], "num_hidden_layers": None}}, ["num_hidden_layers"]),
-    ({"text_config": {**DRAFTER["text_config"], "num_kv_shared_layers": 3, "layer_types": [S] * 4}},
+    ({"text_config": {**DRAFTER["text_config"], "num_kv_shared_layers": 3, "layer_types": [F] * 4}},
      ["num_kv_shared_layers", "num_hidden_layers = 4"]),
     ({"text_config": {**DRAFTER["text_config"], "num_kv_shared_layers": 5}}, ["num_kv_shared_layers", "5", "4"]),
     ({"text_config": {**DRAFTER["text_config"], "num_kv_shared_layers": "4"}}, ["num_kv_shared_layers", "'4'", "int"]),

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from models import agreeing_pair, packed, play, random_drafter, random_target
 from test_verify import VERIFIERS, Tables, Verify, all_drafts, length_law, make_tables, next_probs
 
-from gemma_mtp.decoding.draft_length import LONGEST
+from gemma_mtp.backend.native import module
 from gemma_mtp.decoding.early_stop import BIAS, SLOPE, Calibration, StopRule, chance, log_odds
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import block_weights, residual_probs, verify_block, verify_rejection
-from gemma_mtp.backend.native import module
 
 probabilities = st.floats(0, 1)
 

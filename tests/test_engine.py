@@ -3,15 +3,19 @@
 import asyncio
 import dataclasses
 import gc
+import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from live_server import SECONDS
 from mixed_load import lone, play, requests
 from models import VOCAB, agreeing_pair, letters, random_drafter, random_target
 
@@ -19,9 +23,11 @@ from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, LONGEST, DraftLength, RoundCosts
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import draft as draft_module
+from gemma_mtp.engine import execution as execution_module
 from gemma_mtp.engine import round as round_module
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
@@ -151,6 +157,25 @@ def updates(generation: Generation) -> list[Update]:
     return list(generation)
 
 
+@contextmanager
+def held(calls: int = 1) -> Iterator[None]:
+    """The engine makes so many calls of the target, and the next one when the block has ended: however late this thread
+    comes, nothing ends before."""
+    go_on, made, forward = threading.Event(), itertools.count(), execution_module.forward
+
+    def wait(target: Any, rows: Any) -> Any:
+        if next(made) >= calls:
+            assert go_on.wait(SECONDS)
+        return forward(target, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution_module, "forward", wait)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+
 def test_updates_make_up_the_result(engine: EngineThread) -> None:
     generation = engine.submit(Request(LONG[:50], SamplingParams(max_tokens=30, logprobs=1), 4))
     seen = updates(generation)
@@ -202,7 +227,7 @@ def test_more_drafts_than_a_lone_request_has_blocks_for(pair: Pair) -> None:
     engine = EngineThread(pair, EngineSettings(max_running=1, max_tokens=400))
     engine.start()
     generation = engine.submit(Request([5, 6], params, 250))
-    engine.stop(drain_seconds=30)  # and cancels what never comes to an end
+    engine.stop(drain_seconds=SECONDS)  # and cancels what never comes to an end
     assert generation.wait().finish_reason == "length"
     assert generation.result.token_ids == pair.generate([5, 6], params, draft_tokens=0).token_ids
 
@@ -210,12 +235,13 @@ def test_more_drafts_than_a_lone_request_has_blocks_for(pair: Pair) -> None:
 def test_lower_priority_numbers_go_first(pair: Pair) -> None:
     with EngineThread(pair, EngineSettings(max_running=1, max_tokens=400)) as engine:
         order: list[int] = []
-        first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
-        later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
-        for generation in later:
-            generation.update = lambda *_, g=generation: order.append(g.request.priority)  # type: ignore[method-assign]
+        with held():
+            first = engine.submit(Request(LONG, SamplingParams(max_tokens=60)))
+            later = [engine.submit(Request([5], SamplingParams(max_tokens=1), priority=p)) for p in (2, 0, 1, -5)]
+            for one in later:
+                one.update = lambda *_, g=one: order.append(g.request.priority)  # type: ignore[method-assign]
         first.wait()
-        engine.stop(drain_seconds=60)
+        engine.stop(drain_seconds=SECONDS)
     assert order == [-5, 0, 1, 2]
 
 
@@ -223,16 +249,18 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
     """Rounds go on between its chunks."""
     with EngineThread(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
         played: list[tuple[int, int]] = []
-        forward = pair.backend.forward
+        forward = execution_module.forward
 
-        def spy(calls: Any) -> Any:
+        def spy(target: Any, calls: Any) -> Any:
             played.append((sum(c.keep == len(c.token_ids) for c in calls), max(len(c.token_ids) for c in calls)))
-            return forward(calls)
+            return forward(target, calls)
 
-        monkeypatch.setattr(pair.backend, "forward", spy)
-        running = engine.submit(Request([5, 6], SamplingParams(max_tokens=390, ignore_eos=True), 0))
-        next(iter(running))
-        engine.submit(Request(LONG * 2, SamplingParams(max_tokens=2), 0)).wait()
+        monkeypatch.setattr(execution_module, "forward", spy)
+        with held():
+            running = engine.submit(Request([5, 6], SamplingParams(max_tokens=390, ignore_eos=True), 0))
+            next(iter(running))
+            long = engine.submit(Request(LONG * 2, SamplingParams(max_tokens=2), 0))
+        long.wait()
         running.cancel()
     with_chunk = [(rounds, rows) for rounds, rows in played if rows > 1]
     assert len(with_chunk) >= 600 // 32
@@ -240,10 +268,11 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
 
 
 def test_cancelling_frees_everything(engine: EngineThread) -> None:
-    generations = [engine.submit(Request(LONG, SamplingParams(max_tokens=90))) for _ in range(8)]
-    next(iter(generations[0]))
-    for generation in generations:
-        generation.cancel()
+    with held(calls=4):  # of which the first read prompts, all of them at most 128 rows a call
+        generations = [engine.submit(Request(LONG, SamplingParams(max_tokens=90))) for _ in range(8)]
+        next(iter(generations[0]))
+        for generation in generations:
+            generation.cancel()
     assert [generation.wait().finish_reason for generation in generations[1:]] == ["cancelled"] * 7
     assert updates(generations[0])[-1].finish_reason == "cancelled"
     stats = engine.stats()
@@ -254,12 +283,13 @@ def test_cancelling_frees_everything(engine: EngineThread) -> None:
 
 def test_too_many_waiting_are_refused(pair: Pair) -> None:
     with EngineThread(pair, EngineSettings(max_running=1, max_waiting=2, max_tokens=400)) as engine:
-        running = engine.submit(Request(LONG, SamplingParams(max_tokens=90)))
-        next(iter(running))
-        for _ in range(2):
-            engine.submit(Request([5], SamplingParams(max_tokens=2)))
-        with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
-            engine.submit(Request([5], SamplingParams(max_tokens=2)))
+        with held():
+            running = engine.submit(Request([5], SamplingParams(max_tokens=90)))
+            next(iter(running))
+            for _ in range(2):
+                engine.submit(Request([5], SamplingParams(max_tokens=2)))
+            with pytest.raises(QueueFullError, match="2 requests are waiting") as caught:
+                engine.submit(Request([5], SamplingParams(max_tokens=2)))
         assert caught.value.retry_after > 0
 
 
@@ -309,7 +339,7 @@ def test_a_request_that_fails_fails_alone(engine: EngineThread, monkeypatch: pyt
 
 
 def test_after_a_call_that_fails_the_engine_goes_on(engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.pair.backend, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(execution_module, "forward", lambda *_: 1 / 0)
     with pytest.raises(EngineError, match="division by zero"):
         engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait()
     monkeypatch.undo()
@@ -321,7 +351,7 @@ def test_stopping_drains_or_cancels(pair: Pair) -> None:
     engine = EngineThread(pair, EngineSettings(max_running=2, max_tokens=4000))
     engine.start()
     short = [engine.submit(Request([5, 6], SamplingParams(max_tokens=20))) for _ in range(4)]
-    engine.stop(drain_seconds=60)
+    engine.stop(drain_seconds=SECONDS)
     assert [generation.wait().finish_reason for generation in short] == ["length"] * 4
     with pytest.raises(EngineError, match="stopping"):
         engine.submit(Request([5, 6]))
@@ -376,7 +406,9 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
     measured = Pair.round_costs
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: asked.append(key) or measured(self, *key))
     with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=6, max_tokens=400)) as engine:
-        for generation in [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]:
+        with held(calls=0):
+            six = [engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))) for _ in range(6)]
+        for generation in six:
             generation.wait()
         assert ("argmax", 8) in asked and all(choice == "argmax" for choice, _ in asked)
         engine.engine.scheduler.ran_lately = 6  # as where all have ended in the same step
@@ -418,7 +450,9 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
         assert together[:3] == [7, 6, 5]  # one less a step, the first of which read the prompt
         assert shares and set(shares) == {1.0}
         shares.clear()
-        for generation in [engine.submit(request) for _ in range(3)]:
+        with held(calls=0):
+            three = [engine.submit(request) for _ in range(3)]
+        for generation in three:
             assert generation.wait().token_ids == expected
         assert set(shares) & {1 / 2, 1 / 3}  # of those that play a round, each has a part of it
         assert sum(shares) == pytest.approx(round(sum(shares)))
@@ -428,6 +462,7 @@ def test_sequences_that_run_together_have_one_plan(pair: Pair, monkeypatch: pyte
 def test_no_drafts_together_where_even_perfect_ones_gain_little(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = RoundCosts({0: 1.0, LONGEST: (LONGEST + 1) / (0.99 * LEAST_GAIN)})
     monkeypatch.setattr(Pair, "round_costs", lambda self, *key: costs)
+    monkeypatch.setattr(costs, "note", lambda *what: None)
     with EngineThread(dataclasses.replace(pair), EngineSettings(max_running=3, max_tokens=400)) as engine:
         assert engine.submit(Request(LONG[:9], SamplingParams(max_tokens=60))).wait().drafted > 0
         engine.engine.scheduler.ran_lately = 999  # falls by one a step

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import pair as engine
 from gemma_mtp.engine.pair import DraftTokens, Pair, bundled_directory, load_pair
-from gemma_mtp.backend.native import module, set_threads
 
 PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 

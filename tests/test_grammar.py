@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, agreeing_pair, random_drafter, random_target
@@ -21,7 +22,6 @@ from gemma_mtp.cli import main
 from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
-from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams, process
 from gemma_mtp.decoding.verify import VERIFICATIONS
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -533,7 +533,7 @@ def test_a_grammar_needs_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_llguidance_is_imported_by_the_first_grammar_only() -> None:
     code = "import sys; from gemma_mtp.engine import pair; sys.exit('llguidance' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import TINY, VOCAB, F, S, agreeing_pair, play, random_drafter, random_target, slow_decode
-
 from gemma_mtp.decoding.round import Sequence
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.kv_cache import (
     BLOCK_ROWS,
     HUGE_PAGE_BYTES,
@@ -19,6 +14,11 @@ from gemma_mtp.kv_cache import (
     OutOfBlocksError,
     block_counts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import TINY, VOCAB, F, S, agreeing_pair, play, random_drafter, random_target, slow_decode
+
+from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.model.layers import rope_for, slice_rope
 from gemma_mtp.ops import reference as ops
 

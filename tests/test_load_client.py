@@ -246,7 +246,7 @@ server.serve_forever()
 def test_a_started_server_is_waited_for_and_stopped_by_sigterm() -> None:
     server = OwnServer([sys.executable, "-c", SERVER])
     try:
-        server.wait_until_ready(60.0)
+        server.wait_until_ready()
         assert httpx.get(f"{server.url}/health/ready").is_success
     finally:
         server.stop()
@@ -256,7 +256,7 @@ def test_a_started_server_is_waited_for_and_stopped_by_sigterm() -> None:
 def test_a_server_that_ends_or_never_gets_ready_is_an_error_that_says_what_it_said() -> None:
     ended = OwnServer([sys.executable, "-c", "import sys; print('no such model.'); sys.exit(2)"])
     with pytest.raises(ServerError, match=r"ended with code 2 and said: no such model\.$"):
-        ended.wait_until_ready(60.0)
+        ended.wait_until_ready()
     ended.stop()
     silent = OwnServer([sys.executable, "-c", "import time; time.sleep(600)"])
     with pytest.raises(ServerError, match=r"was not ready within 0\.2 seconds"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma_mtp.kv_cache import BLOCK_ROWS, KVCache, block_bytes, block_counts
 from oracle import build_target
 
 from gemma_mtp.config import PRESETS, TargetConfig
-from gemma_mtp.kv_cache import BLOCK_ROWS, KVCache, block_bytes, block_counts
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
 from gemma_mtp.model.target import Target
 

@@ -12,18 +12,18 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence
+from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from models import TINY, VOCAB, WIDE, packed, play, random_drafter, random_target
 from torch import Tensor, nn
 
+from gemma_mtp.backend.native import Memory, module
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
-from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.backend.native import Memory, module
 from gemma_mtp.ops.quantise import quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import LONG, Live, serving, wait_for
+from live_server import LONG, SECONDS, Live, serving, wait_for
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -21,13 +21,17 @@ from gemma_mtp.engine.pair import Pair, load_pair
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright; it is not installed")
 expect = sync_api.expect
 #: what a loaded machine may take; no test waits for it in vain
-MILLISECONDS = 60_000
+MILLISECONDS = 1000 * SECONDS
 expect.set_options(timeout=MILLISECONDS)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser_test = pytest.mark.browser(
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; apt-get install chromium")
-)
+without_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; apt-get install chromium")
+
+
+def browser_test(test: Any) -> Any:
+    return pytest.mark.browser(without_browser(test))
+
+
 PAGE = Path(str(resources.files("gemma_mtp") / "server" / "page"))
 #: `make build/axe-core` brings it
 AXE = Path(__file__).parent.parent / "build" / "axe-core" / "package" / "axe.min.js"

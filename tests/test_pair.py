@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, VOCAB, agreeing_pair, letters, packed, random_drafter, random_target, save_pair
+from models import TINY, VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
 
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults, save_drafter
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -20,8 +21,11 @@ PROMPT = [9, 8, 7]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    target, drafter = packed(*agreeing_pair(3))
-    return Pair(target, drafter, letters(tmp_path_factory.mktemp("tokenizer")), GenerationDefaults(eos_token_ids=()))
+    return Pair(
+        make_backend(*agreeing_pair(3)),
+        letters(tmp_path_factory.mktemp("tokenizer")),
+        GenerationDefaults(eos_token_ids=()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,9 @@ def test_statistics_add_up(raw_pair: Pair) -> None:
 
 def test_the_context_ends_at_max_position_embeddings() -> None:
     config = dataclasses.replace(TINY, max_position_embeddings=40)
-    short = Pair(random_target(0, config), random_drafter(config), None, GenerationDefaults(eos_token_ids=()))
+    short = Pair(
+        make_backend(random_target(0, config), random_drafter(config)), None, GenerationDefaults(eos_token_ids=())
+    )
     result = short.generate([1] * 30, SamplingParams(max_tokens=500), draft_tokens=4)
     assert len(result.token_ids) == 10 and result.finish_reason == "length"
     assert short.generate([1] * 39, SamplingParams(max_tokens=5)).finish_reason == "length"

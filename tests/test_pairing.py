@@ -86,6 +86,7 @@ def test_pairs_of_transformers_fit(checkpoints: Checkpoints, family: str) -> Non
      lambda c: c.full_rope.partial_rotary_factor),
     ({"full_rope": {"rope_type": "default"}}, f"rope_type of {F} layers", lambda c: c.full_rope.rope_type),
     ({"sliding_rope": {"rope_type": "proportional"}}, f"rope_type of {S} layers", lambda c: c.sliding_rope.rope_type),
+    ({"full_rope": {"factor": 8.0}}, f"factor of {F} layers", lambda c: c.full_rope.factor),
 ])  # fmt: skip
 @pytest.mark.parametrize("changed", ["target", "drafter"])
 def test_any_one_field_is_enough(changes: dict[str, Any], field: str, of_text: Any, changed: str) -> None:
@@ -111,9 +112,9 @@ def test_backbone_hidden_size() -> None:
 
 def test_a_target_without_a_donor_of_the_layers_type() -> None:
     target, drafter = preset_pair("31B", "31B")
-    sliding = dataclasses.replace(target.text, layer_types=(S,) * 60)
-    field = f"a {F} layer with keys and values of its own"
-    check_refused(dataclasses.replace(target, text=sliding), drafter, field, "absent", "needed")
+    full = dataclasses.replace(target.text, layer_types=(F,) * 60)
+    field = f"a {S} layer with keys and values of its own"
+    check_refused(dataclasses.replace(target, text=full), drafter, field, "absent", "needed")
 
 
 def test_what_a_drafter_does_not_use_may_differ() -> None:

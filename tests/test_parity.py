@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, play_round, prefill
 from models import draft_step, play
 from oracle import FAMILIES, VOCAB, WINDOW, F, S, build_drafter, build_target
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, play_round, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
 from gemma_mtp.model.layers import rope_for

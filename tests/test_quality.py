@@ -7,9 +7,9 @@ import pytest
 import quality
 import torch
 import torch.nn.functional as F
+from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS
 from models import PLE, VOCAB, random_target
 
-from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.tokenizer import Tokenizer

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, prefill
+from gemma_mtp.kv_cache import CommittedKeyValues
 from models import (
     PLE,
     TINY,
@@ -26,19 +28,17 @@ from oracle import FAMILIES, build_target
 from torch import Tensor
 
 from gemma_mtp import checkpoint
+from gemma_mtp.backend.native import module
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.config import TextConfig
-from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
-from gemma_mtp.kv_cache import CommittedKeyValues
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import quantise
 from gemma_mtp.ops.linear import Chooser, Matrix
-from gemma_mtp.backend.native import module
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 

@@ -38,6 +38,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_drafter(drafter, drafter.config, root / "drafter")
     for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md"):
         (root / "target" / name).write_text("{}", encoding="utf-8")
+    (root / "target" / "additional_chat_templates").mkdir()
+    (root / "target" / "additional_chat_templates" / "tool_use.jinja").write_text("{}", encoding="utf-8")
     return root
 
 
@@ -103,8 +105,9 @@ def test_a_copy_decodes_to_the_same_bits(saved: Path, copied: Path) -> None:
 
 
 def test_the_files_of_a_copy(saved: Path, copied: Path) -> None:
-    names = {file.name for file in (copied / "target").iterdir()}
+    names = {str(path.relative_to(copied / "target")) for path in (copied / "target").rglob("*") if path.is_file()}
     kept = {"tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    kept.add("additional_chat_templates/tool_use.jinja")
     assert names == {SINGLE, "config.json", *kept}
     before, after = (json.loads((root / "target" / "config.json").read_text()) for root in (saved, copied))
     assert after.pop("quantization_config") == {
@@ -203,7 +206,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("kind", ["target", "drafter"])
 def test_damaged_copies(kind: str, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is refused before any weight is read."""
-    monkeypatch.setattr(checkpoint, "_copy_file", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(checkpoint, "copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole, config = load_file(directory / SINGLE), json.loads((directory / "config.json").read_text())
     edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})

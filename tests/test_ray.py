@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import live_server
 import pytest
 import ray
+import virtual_time
 import yaml
+from live_server import SECONDS
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -27,13 +30,13 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import ServerError
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_app import Pulse, build
 from gemma_mtp.server.ray_ingress import Door, Forwarded, is_opening, merge_metrics
@@ -290,7 +293,7 @@ def ask(
                 return await client.get(path, headers=headers)
             return await client.post(path, json=body, headers=headers)
 
-    return asyncio.run(asked())
+    return virtual_time.run(asked())
 
 
 def test_an_answer_comes_through_with_one_request_id_at_most() -> None:
@@ -394,7 +397,7 @@ def test_what_says_something_is_no_opening(event: bytes) -> None:
 
 def test_an_idle_engine_is_healthy_and_a_stopped_one_is_not(pair: Pair) -> None:
     with EngineThread(pair) as engine:
-        asyncio.run(Pulse(engine, 30.0).check())
+        asyncio.run(Pulse(engine, SECONDS).check())
         assert engine.stats().output_tokens == 1
     dead = EngineThread(pair)  # its thread never runs
     with pytest.raises(RuntimeError, match="not decoded a token"):
@@ -418,7 +421,6 @@ def test_a_busy_engine_must_get_on() -> None:
 # a cluster
 
 PROMPTS = ("def fibonacci(n):\n", "class Stack:\n", "import os\n", "def quicksort(items):\n")
-SECONDS = 120.0
 ARGUMENTS: dict[str, Any] = {
     "min_replicas": 2, "num_cpus": 0, "threads": 1, "max_running": 8, "max_tokens": 1024, "draft_tokens": 2,
     "max_ongoing_requests": 12, "max_queued_requests": 8, "drain_seconds": 60, "health_seconds": 2,
@@ -471,11 +473,7 @@ def cluster(pair: Pair) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.2)
+wait_for = functools.partial(live_server.wait_for, pause=0.2)  # conditions ask the cluster
 
 
 def replica_actors() -> dict[str, str]:

@@ -4,16 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gemma_mtp.decoding.draft import draft_noise
+from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
+from gemma_mtp.kv_cache import KVPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, F, Played, S, agreeing_pair, packed, play, random_drafter, random_target, slow_decode
 
 from gemma_mtp.decoding import draft as draft_module
-from gemma_mtp.decoding.draft import draft_noise
-from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS
-from gemma_mtp.kv_cache import KVPool
 
 PAIRS = {
     "random": (random_target(), random_drafter()),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from live_server import SECONDS, Live, serving
 
-from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.engine.settings import EngineSettings
 
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 USER = {"role": "user", "content": "hello"}

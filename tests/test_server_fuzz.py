@@ -9,7 +9,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
-from live_server import Live, serving, wait_for
+from live_server import SECONDS, Live, serving, wait_for
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
@@ -17,13 +17,11 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from gemma_mtp.engine.pair import load_pair
 
 #: short outputs, so that the time goes into requests
-LIMITS = {"max_output_tokens": 6, "max_choices": 2, "request_seconds": 20.0}
+LIMITS = {"max_output_tokens": 6, "max_choices": 2}
 #: of each operation; the fuzzing of a release is `GEMMA_MTP_FUZZ=500 pytest tests/test_server_fuzz.py`
 CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "12"))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
-MANY = settings(
-    max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+MANY = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 POSTED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 
 
@@ -45,11 +43,9 @@ def test_made_up_requests(live: Live, schema: Any, mode: GenerationMode) -> None
     for operation in (found.ok() for found in schema.get_all_operations()):
 
         @given(operation.as_strategy(generation_mode=mode))
-        @settings(
-            max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-        )
+        @MANY
         def play(case: Any) -> None:
-            response = case.call(base_url=live.url, timeout=60)
+            response = case.call(base_url=live.url, timeout=SECONDS)
             played[f"{case.method} {case.path}"] += 1
             streamed = "event-stream" in response.headers.get("content-type", [""])[0]
             case.validate_response(response, checks=CHECKS[:2] if streamed else CHECKS)

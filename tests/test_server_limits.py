@@ -21,10 +21,10 @@ from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.engine.thread import EngineThread
+from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.request import Request
+from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run
 from gemma_mtp.server.settings import read_keys
@@ -136,7 +136,7 @@ def request_bytes(body: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_ends_in_its_time(pair: Pair, stream: bool) -> None:
-    with serving(pair, request_seconds=0.5) as live:
+    with serving(pair, request_seconds=0.1) as live:
         answer = live.post(COMPLETIONS, {**LONG, "stream": stream})
         if stream:
             assert answer.status_code == 200
@@ -203,7 +203,7 @@ def test_failures_inside_stay_inside(pair: Pair, monkeypatch: pytest.MonkeyPatch
 
 
 def test_draining_ends_what_runs_and_refuses_what_comes(pair: Pair) -> None:
-    with serving(pair, drain_seconds=1.0) as live:
+    with serving(pair, drain_seconds=SECONDS) as live:
         with long_stream(live) as coming:
             with httpx.Client(base_url=live.url, timeout=SECONDS) as other:
                 assert other.get("/health/ready").status_code == 200
@@ -212,6 +212,15 @@ def test_draining_ends_what_runs_and_refuses_what_comes(pair: Pair) -> None:
                 assert error_of(other.get("/health/ready"), 503)["code"] == "shutting_down"
                 error_of(other.post(COMPLETIONS, json=SHORT), 503)
                 assert other.get("/health/live").status_code == 200
+            assert not live.server.should_exit
+            next(coming)  # the answer goes on
+        wait_for(lambda: live.server.should_exit)  # with the last request, long before its time
+
+
+def test_what_outlasts_the_draining_is_told(pair: Pair) -> None:
+    with serving(pair, drain_seconds=0.1) as live:
+        with long_stream(live) as coming:
+            live.stop()
             lines = [line for line in coming if line]
             assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         wait_for(lambda: live.server.should_exit)
@@ -300,11 +309,12 @@ def test_a_log_that_can_not_be_written_fails_no_request(pair: Pair) -> None:
 
 def test_what_leaves_and_what_fails_is_logged(pair: Pair) -> None:
     handler = Lines()
-    with logged(handler), serving(pair, request_seconds=0.5) as live:
+    with logged(handler), serving(pair) as live:
         with socket.create_connection(("127.0.0.1", live.port)) as connection:
             connection.sendall(request_bytes(LONG))
             wait_for(lambda: live.service.engine.stats().running == LONG["n"])
         wait_for(lambda: handler.lines)
+    with logged(handler), serving(pair, request_seconds=0.1) as live:
         live.post(COMPLETIONS, LONG)
     left, late = handler.lines
     assert left["status"] == 499 and left["finish"] == ["cancelled"] * LONG["n"]
@@ -439,8 +449,8 @@ def test_a_server_whose_engine_ended_says_so(pair: Pair) -> None:
 
 
 def test_a_server_whose_engine_hangs_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, play = threading.Event(), Engine._play
-    monkeypatch.setattr(EngineThread, "_play", lambda self, step: (go_on.wait(SECONDS), play(self, step)))
+    go_on, step = threading.Event(), Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (go_on.wait(SECONDS), step(self)))
     with serving(pair, request_seconds=0.2) as live:
         assert live.client.get("/health/live").status_code == 200
         try:

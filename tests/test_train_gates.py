@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gemma_mtp.decoding.round import Rows, Sequence, Turn, forward_rows, open_sequence, play_round, prefill, propose
+from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from models import TINY, agreeing_pair, packed, random_drafter, random_target
 from torch import Tensor
 
 from gemma_mtp.config import SLIDING, LayerType
-from gemma_mtp.decoding.round import Rows, Sequence, Turn, forward_rows, open_sequence, play_round, prefill, propose
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
 from gemma_mtp.model.layers import Rope, rope_for, slice_rope
 from gemma_mtp.model.target import Target

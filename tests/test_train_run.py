@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -104,7 +107,7 @@ def test_a_temperature_given_twice_is_measured_once(tiny: Path, tmp_path: Path) 
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None = None) -> subprocess.Popen[str]:
@@ -112,25 +115,46 @@ def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+#: kills itself at a call of a function of the trainer's, or at none where its number is negative
+MORTAL = """
+import os, signal, sys
+from test_train_run import calls_of_the_trainer
+from gemma_mtp.cli import main
+last = int(sys.argv[1])
+with calls_of_the_trainer(lambda number: number == last and os.kill(os.getpid(), signal.SIGKILL)):
+    code = main(sys.argv[3:])
+sys.exit(code)
+"""
+
+
+@contextmanager
+def calls_of_the_trainer(at: Callable[[int], object]) -> Iterator[None]:
+    """`at` is called with the number of each call of a function in gemma_mtp.training, and where one returns."""
+    numbers = itertools.count()
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "return") and "/gemma_mtp/training/" in frame.f_code.co_filename:
+            at(next(numbers))
+
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, at any stage, until a run gets through; the weights are those of an unbroken run."""
+    """SIGKILL at a random call of each part of the way; the weights are those of an unbroken run."""
     options = ["--drafter", tiny / "drafter", "--steps", 40, "--lr", 3e-3, "--checkpoint-steps", 6, "--gate-steps", 15,
                "--force", "--resume", "--threads", 1]  # fmt: skip
-    assert train(tiny, tmp_path / "whole", *options) == 0
-    broken, kills, chooser = tmp_path / "broken", 0, random.Random(1)
-    log = broken / "training" / "drafter.csv"
-    while True:
-        process = run_process(tiny, broken, *options)
-        if kills < 3:
-            seen = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and not (log.exists() and log.stat().st_size > seen):
-                time.sleep(0.005)
-            time.sleep(chooser.uniform(0.0, 0.4))
-            process.kill()
-            kills += process.wait() == -9
-        elif process.wait() == 0:
-            break
-        assert process.returncode in (0, -9), process.stdout.read() if process.stdout else ""
+    calls: list[int] = []
+    with calls_of_the_trainer(calls.append):
+        assert train(tiny, tmp_path / "whole", *options) == 0
+    broken, chooser, third = tmp_path / "broken", random.Random(1), len(calls) // 3
+    for last in (*(chooser.randrange(third // 2, third) for _ in range(3)), -1):
+        process = run_process(tiny, broken, *options, launcher=[sys.executable, "-c", MORTAL, str(last)])
+        output, _ = process.communicate()
+        assert process.returncode == (-signal.SIGKILL if last >= 0 else 0), output
     for name in ("model.safetensors", "training/drafter.csv"):
         assert _without_speed(tmp_path / "whole" / name) == _without_speed(broken / name)
 
@@ -178,7 +202,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
     """One that still let go of a message while Python ended has aborted a process that had done its work."""
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING)
-    shown = subprocess.run([*TORCHRUN, str(script)], env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
+    shown = subprocess.run([*TORCHRUN, str(script)], env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == ["True 0"] * 2
 

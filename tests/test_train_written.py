@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from models import agreeing_pair, packed
+from models import agreeing_pair
 
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
@@ -21,7 +21,7 @@ TEMPERATURES = (0.0, 1.0, 1.0)
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair(*packed(*agreeing_pair()), None, GenerationDefaults(eos_token_ids=()))
+    return Pair(make_backend(*agreeing_pair()), None, GenerationDefaults(eos_token_ids=()))
 
 
 def beginnings(count: int = 12, limit: int = 24) -> list[Beginning]:
@@ -35,7 +35,7 @@ def texts(examples: ExampleSet) -> list[tuple[list[int], float]]:
 
 @pytest.mark.parametrize("drafted", [False, True])
 def test_texts_written_together_are_those_written_alone(pair: Pair, tmp_path: Path, drafted: bool) -> None:
-    writer = pair if drafted else replace(pair, drafter=None)
+    writer = pair if drafted else pair.with_drafter(None)
     found = write_texts(writer, beginnings(), Writing(TEMPERATURES, seed=3), tmp_path, "target")
     assert len(found) == 36 and sorted({t for _, t in texts(found)}) == [0.0, 1.0]
     order = np.random.default_rng(3).permutation(12).tolist()

@@ -74,9 +74,8 @@ def test_the_record_says_bits_and_group() -> None:
 @pytest.mark.parametrize(("raw", "named"), [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["'bitsandbytes'", "unquantised checkpoint"]),
     ({"quant_method": "compressed-tensors"}, ["'compressed-tensors'"]),
-    ({}, ["None"]),
-    ("int8", ["None"]),
-    ([], ["None"]),
+    ("int8", ["'int8'"]),
+    ([], ["[]"]),
     ({"quant_method": "gemma-mtp"}, ["parts None"]),
     ({"quant_method": "gemma-mtp", "parts": {"vision": {"bits": 8, "group_size": 64}}}, ["vision"]),
     ({"quant_method": "gemma-mtp", "parts": {"target": {"bits": 4, "group_size": 128}}}, ["128", "(4, 32)"]),
@@ -92,6 +91,8 @@ def test_a_record_that_can_not_be_read(raw: Any, named: list[str]) -> None:
 
 def test_without_a_record_nothing_is_quantised() -> None:
     assert not parse_quantization_config(None)
+    assert not parse_quantization_config({})
+    assert not parse_quantization_config({"quant_method": None, "bits": 4})  # beside plain tensors, as Google has it
 
 
 @given(TYPES, TYPES)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from gemma_mtp.config_values import field_value
 from gemma_mtp.errors import ConfigError
+from gemma_mtp.rope_config import DEFAULT_ROPES, RopeConfig, parse_ropes, rope_to_hf
 
 LayerType = Literal["sliding_attention", "full_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
@@ -27,19 +30,6 @@ TARGET_MODEL_TYPES: dict[str, str | None] = {
     "gemma4_unified_text": None,
 }
 DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of one layer type.
-
-    `proportional` rotates `partial_rotary_factor` of the head dimensions, with exponents divided by the whole head_dim
-    (transformers 5.22.2, `modeling_rope_utils._compute_proportional_rope_parameters`).
-    """
-
-    rope_theta: float
-    rope_type: Literal["default", "proportional"] = "default"
-    partial_rotary_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +62,8 @@ class TextConfig:
     final_logit_softcapping: float | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 131072
-    sliding_rope: RopeConfig = RopeConfig(1e4)
-    full_rope: RopeConfig = RopeConfig(1e6, "proportional", 0.25)
+    sliding_rope: RopeConfig = DEFAULT_ROPES[SLIDING]
+    full_rope: RopeConfig = DEFAULT_ROPES[FULL]
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -176,12 +166,13 @@ def parse_drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     text_raw = dict(raw["text_config"])
     # transformers writes 0 where an all-shared stack was left to the default (Gemma4AssistantConfig.__post_init__)
     text_raw["num_kv_shared_layers"] = text_raw.get("num_kv_shared_layers") or text_raw.get("num_hidden_layers")
+    text_raw.setdefault("hidden_size_per_layer_input", 0)  # no drafter has any
     return DrafterConfig(
         text=_parse_text_config(text_raw, raw),
-        backbone_hidden_size=_get(raw, "backbone_hidden_size", int, 1536),
-        use_ordered_embeddings=_get(raw, "use_ordered_embeddings", bool, False),
-        num_centroids=_get(raw, "num_centroids", int, 2048),
-        centroid_intermediate_top_k=_get(raw, "centroid_intermediate_top_k", int, 32),
+        backbone_hidden_size=field_value(raw, "backbone_hidden_size", int, 1536),
+        use_ordered_embeddings=field_value(raw, "use_ordered_embeddings", bool, False),
+        num_centroids=field_value(raw, "num_centroids", int, 2048),
+        centroid_intermediate_top_k=field_value(raw, "centroid_intermediate_top_k", int, 32),
         model_type=model_type,
     )
 
@@ -228,80 +219,73 @@ def _model_type(raw: Any) -> str:
     return model_type
 
 
-_REQUIRED = object()
-
-
-def _get(raw: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """Field `name` of `raw`, checked to be of `kind`; a missing or null field takes the default."""
-    value = raw.get(name)
-    if value is None:
-        if default is _REQUIRED:
-            raise ConfigError(f"config.json has no {name!r}; it is needed to build the model.")
-        return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"config.json has {name} = {value!r}, but a {kind.__name__} was expected.")
-    return value
-
-
 def _parse_text_config(raw: dict[str, Any], outer: dict[str, Any]) -> TextConfig:
-    layers = _get(raw, "num_hidden_layers", int)
+    layers = field_value(raw, "num_hidden_layers", int)
     layer_types = _parse_layer_types(raw, layers)
-    head_dim = _get(raw, "head_dim", int, 256)
-    kv_heads = _get(raw, "num_key_value_heads", int)
-    k_eq_v = _get(raw, "attention_k_eq_v", bool, False)
+    head_dim = field_value(raw, "head_dim", int, 256)
+    kv_heads = field_value(raw, "num_key_value_heads", int)
+    k_eq_v = field_value(raw, "attention_k_eq_v", bool, False)
     # transformers >= 5.20 stores what differs in full layers in per_layer_config; the hub's files name it directly
-    overrides = _full_layer_overrides(raw, layer_types)
+    overrides = full_layer_overrides(raw, layer_types)
     if overrides is not None:
-        global_head_dim = _get(overrides, "head_dim", int, head_dim)
-        global_kv = _get(overrides, "num_key_value_heads", int, kv_heads)
+        global_head_dim = field_value(overrides, "head_dim", int, head_dim)
+        global_kv = field_value(overrides, "num_key_value_heads", int, kv_heads)
+        _check_agrees(raw, "global_head_dim", "head_dim", global_head_dim)
+        if k_eq_v:  # elsewhere transformers does not look at it
+            _check_agrees(raw, "num_global_key_value_heads", "num_key_value_heads", global_kv)
     else:
-        global_head_dim = _get(raw, "global_head_dim", int, 512)
+        global_head_dim = field_value(raw, "global_head_dim", int, 512)
         # Gemma4TextConfig applies num_global_key_value_heads only where keys are values
-        global_kv = _get(raw, "num_global_key_value_heads", int, kv_heads) if k_eq_v else kv_heads
-    activation = _get(raw, "hidden_activation", str, "gelu_pytorch_tanh")
+        global_kv = field_value(raw, "num_global_key_value_heads", int, kv_heads) if k_eq_v else kv_heads
+    activation = field_value(raw, "hidden_activation", str, "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise ConfigError(f"config.json has hidden_activation {activation!r}, but Gemma 4 uses 'gelu_pytorch_tanh'.")
-    if _get(raw, "attention_bias", bool, False):
+    if field_value(raw, "attention_bias", bool, False):
         raise ConfigError("config.json has attention_bias true, but Gemma 4 attention has no biases.")
     if raw.get("use_bidirectional_attention") == "all":
         raise ConfigError("config.json has use_bidirectional_attention 'all': such an encoder cannot decode text.")
-    ple = _get(raw, "hidden_size_per_layer_input", int, 0)
-    vocab = _get(raw, "vocab_size", int)
-    rope = _get(raw, "rope_parameters", dict, {})
+    if outer.get("transformers_weights") is not None:
+        raise ConfigError(
+            f"config.json has transformers_weights = {outer['transformers_weights']!r}, but weights are read from"
+            " model.safetensors or model.safetensors.index.json; rename the file, and remove the field."
+        )
+    model_type = field_value(raw, "model_type", str, "gemma4_text")
+    unified = "unified" in model_type  # whose configuration has no per-layer embeddings, and another default context
+    ple = field_value(raw, "hidden_size_per_layer_input", int, 0 if unified else 256)
+    vocab = field_value(raw, "vocab_size", int)
+    ropes = parse_ropes(raw, layer_types)
     eos = outer.get("eos_token_id")
     return TextConfig(
         vocab_size=vocab,
-        hidden_size=_get(raw, "hidden_size", int),
-        intermediate_size=_get(raw, "intermediate_size", int),
+        hidden_size=field_value(raw, "hidden_size", int),
+        intermediate_size=field_value(raw, "intermediate_size", int),
         num_hidden_layers=layers,
-        num_attention_heads=_get(raw, "num_attention_heads", int),
+        num_attention_heads=field_value(raw, "num_attention_heads", int),
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         global_head_dim=global_head_dim,
         num_global_key_value_heads=global_kv,
         layer_types=layer_types,
-        sliding_window=_get(raw, "sliding_window", int),
-        num_kv_shared_layers=_get(raw, "num_kv_shared_layers", int, 0),
-        use_double_wide_mlp=_get(raw, "use_double_wide_mlp", bool, False),
+        sliding_window=field_value(raw, "sliding_window", int),
+        num_kv_shared_layers=field_value(raw, "num_kv_shared_layers", int, 0),
+        use_double_wide_mlp=field_value(raw, "use_double_wide_mlp", bool, False),
         attention_k_eq_v=k_eq_v,
         hidden_size_per_layer_input=ple,
-        vocab_size_per_layer_input=_get(raw, "vocab_size_per_layer_input", int, vocab if ple else 0),
-        enable_moe_block=_get(raw, "enable_moe_block", bool, False),
-        num_experts=_get(raw, "num_experts", int, 0),
-        top_k_experts=_get(raw, "top_k_experts", int, 0),
-        moe_intermediate_size=_get(raw, "moe_intermediate_size", int, 0),
-        final_logit_softcapping=_get(raw, "final_logit_softcapping", float, None),
-        rms_norm_eps=_get(raw, "rms_norm_eps", float, 1e-6),
-        max_position_embeddings=_get(raw, "max_position_embeddings", int, 131072),
-        sliding_rope=_parse_rope(rope.get(SLIDING), RopeConfig(1e4)),
-        full_rope=_parse_rope(rope.get(FULL), RopeConfig(1e6, "proportional", 0.25)),
-        tie_word_embeddings=_get(outer, "tie_word_embeddings", bool, True),
-        pad_token_id=_get(raw, "pad_token_id", int, None),
-        bos_token_id=_get(raw, "bos_token_id", int, None),
-        eos_token_ids=_parse_eos(raw.get("eos_token_id") if eos is None else eos),
-        model_type=_get(raw, "model_type", str, "gemma4_text"),
+        vocab_size_per_layer_input=field_value(raw, "vocab_size_per_layer_input", int, vocab if ple else 0),
+        enable_moe_block=field_value(raw, "enable_moe_block", bool, False),
+        num_experts=field_value(raw, "num_experts", int, 0),
+        top_k_experts=field_value(raw, "top_k_experts", int, 0),
+        moe_intermediate_size=field_value(raw, "moe_intermediate_size", int, 0),
+        final_logit_softcapping=field_value(raw, "final_logit_softcapping", float, None),
+        rms_norm_eps=field_value(raw, "rms_norm_eps", float, 1e-6),
+        max_position_embeddings=field_value(raw, "max_position_embeddings", int, 262144 if unified else 131072),
+        sliding_rope=ropes[SLIDING],
+        full_rope=ropes[FULL],
+        tie_word_embeddings=field_value(outer, "tie_word_embeddings", bool, True),
+        pad_token_id=field_value(raw, "pad_token_id", int, None),
+        bos_token_id=field_value(raw, "bos_token_id", int, None),
+        eos_token_ids=_parse_eos(raw.get("eos_token_id", 1) if eos is None else eos),
+        model_type=model_type,
     )
 
 
@@ -317,35 +301,51 @@ def _parse_layer_types(raw: dict[str, Any], layers: int) -> tuple[LayerType, ...
     return tuple(given)
 
 
-def _full_layer_overrides(raw: dict[str, Any], layer_types: tuple[LayerType, ...]) -> dict[str, Any] | None:
-    """What per_layer_config says of full layers, the same for all of them; None where there is no such field."""
-    per_layer = _get(raw, "per_layer_config", dict, None)
+#: what per_layer_config can say of full-attention layers
+PER_LAYER_FIELDS = ("head_dim", "num_key_value_heads")
+
+
+def full_layer_overrides(raw: dict[str, Any], layer_types: Sequence[LayerType]) -> dict[str, Any] | None:
+    """What per_layer_config says of full layers, the same for all of them; None where there is no such field.
+
+    Raises ConfigError for anything else that it says: of sliding layers, or of other fields.
+    """
+    per_layer = field_value(raw, "per_layer_config", dict, None)
     if per_layer is None:
         return None
     # transformers pads the keys with zeros to the width of the highest
-    named = {key.lstrip("0") or "0": entry for key, entry in per_layer.items() if isinstance(key, str)}
+    named = {key.lstrip("0") or "0": entry for key, entry in per_layer.items()}
+    for key, entry in named.items():
+        _check_layer_entry(key, entry, raw, layer_types)
     entries = [named.get(str(i), {}) for i, kind in enumerate(layer_types) if kind == FULL]
-    first: Any = entries[0] if entries else {}
-    if not isinstance(first, dict) or any(entry != first for entry in entries):
+    first: dict[str, Any] = entries[0] if entries else {}
+    if any(entry != first for entry in entries):
         raise ConfigError("config.json has a per_layer_config that differs between full-attention layers.")
     return first
 
 
-def _parse_rope(raw: Any, default: RopeConfig) -> RopeConfig:
-    if raw is None:
-        return default
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config.json has rope_parameters entry {raw!r}, but an object was expected.")
-    kind = _get(raw, "rope_type", str, default.rope_type)
-    if kind not in ("default", "proportional"):
-        raise ConfigError(f"config.json has rope_type {kind!r}; Gemma 4 uses 'default' or 'proportional'.")
-    factor = _get(raw, "partial_rotary_factor", float, 1.0)
-    theta = _get(raw, "rope_theta", float, default.rope_theta)
-    if not (math.isfinite(theta) and theta > 0):
-        raise ConfigError(f"config.json has rope_theta = {theta}, but a positive number was expected.")
-    if not 0 < factor <= 1:
-        raise ConfigError(f"config.json has partial_rotary_factor = {factor}, but it must lie above 0 and at most 1.")
-    return RopeConfig(theta, kind, factor)
+def _check_layer_entry(key: str, entry: Any, raw: dict[str, Any], layer_types: Sequence[LayerType]) -> None:
+    where = f"config.json has per_layer_config of layer {key!r}"
+    if key not in map(str, range(len(layer_types))):
+        raise ConfigError(f"{where}, but the layers are 0 to {len(layer_types) - 1}.")
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where} = {entry!r}, but an object was expected.")
+    full = layer_types[int(key)] == FULL
+    for name, value in entry.items():
+        if value != raw.get(name) and not (full and name in PER_LAYER_FIELDS):
+            raise ConfigError(
+                f"{where} ({layer_types[int(key)]}) with {name} = {value!r}, but {name} = {raw.get(name)!r} for all;"
+                f" only {' and '.join(PER_LAYER_FIELDS)} of full-attention layers can differ."
+            )
+
+
+def _check_agrees(raw: dict[str, Any], name: str, per_layer_name: str, value: int) -> None:
+    given = field_value(raw, name, int, None)
+    if given not in (None, value):
+        raise ConfigError(
+            f"config.json has {name} = {given}, but per_layer_config gives full-attention layers {per_layer_name} ="
+            f" {value}; remove the one that is wrong."
+        )
 
 
 def _parse_eos(raw: Any) -> tuple[int, ...]:
@@ -359,7 +359,7 @@ def _text_config_to_hf(config: TextConfig) -> dict[str, Any]:
     raw = dataclasses.asdict(config)
     raw["layer_types"] = list(config.layer_types)
     raw["eos_token_id"] = list(raw.pop("eos_token_ids"))
-    raw["rope_parameters"] = {SLIDING: _rope_to_hf(config.sliding_rope), FULL: _rope_to_hf(config.full_rope)}
+    raw["rope_parameters"] = {SLIDING: rope_to_hf(config.sliding_rope), FULL: rope_to_hf(config.full_rope)}
     del raw["sliding_rope"], raw["full_rope"]
     if config.num_global_key_value_heads == config.num_key_value_heads:
         raw["num_global_key_value_heads"] = None
@@ -369,13 +369,6 @@ def _text_config_to_hf(config: TextConfig) -> dict[str, Any]:
     for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         raw[name] = raw[name] or None
     raw["hidden_activation"] = "gelu_pytorch_tanh"
-    return raw
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    raw: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
-    if rope.rope_type == "proportional":
-        raw["partial_rotary_factor"] = rope.partial_rotary_factor
     return raw
 
 
@@ -408,6 +401,9 @@ def _check_text_config(c: TextConfig) -> None:
     if c.enable_moe_block and not (0 < c.top_k_experts <= c.num_experts and c.moe_intermediate_size > 0):
         raise ConfigError("config.json has enable_moe_block true without usable num_experts, top_k_experts and"
                           " moe_intermediate_size.")  # fmt: skip
+    if c.layer_types[-1] != FULL:  # transformers makes a full layer of it, whatever its weights are
+        raise ConfigError(f"config.json has layer_types that end in {c.layer_types[-1]!r}, but the last layer of"
+                          f" Gemma 4 is {FULL!r}.")  # fmt: skip
 
 
 def _check_drafter_config(c: DrafterConfig) -> None:

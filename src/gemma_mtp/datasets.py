@@ -56,7 +56,7 @@ class Example:
         A prompt stands as it is where the checkpoint has no template. `template_variables` go to the template, such as
         `enable_thinking=True`. Raises DataError where the template is missing for messages or refuses them.
         """
-        if self.kind == "text" or (self.kind == "prompt" and tokenizer.chat_template is None):
+        if not self._is_chat(tokenizer):
             assert isinstance(self.content, str)
             return self.content
         try:
@@ -73,9 +73,14 @@ class Example:
         **template_variables: Any,
     ) -> list[int]:
         """The rendered text's ids. Raises DataError for one outside the vocabulary and for more than `max_tokens`."""
-        ids = tokenizer.encode(self.render(tokenizer, **template_variables))
+        text = self.render(tokenizer, **template_variables)
+        ids = tokenizer.encode(text, special=not self._is_chat(tokenizer))  # a template writes its own special tokens
         check_token_ids(ids, self.origin, vocab_size, max_tokens)
         return ids
+
+    def _is_chat(self, tokenizer: Tokenizer) -> bool:
+        """Whether it goes through the chat template."""
+        return self.kind == "messages" or (self.kind == "prompt" and tokenizer.chat_template is not None)
 
     def conversation(self) -> list[Message]:
         """The messages up to where the model speaks, of a prompt or of messages."""

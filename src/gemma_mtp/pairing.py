@@ -39,7 +39,7 @@ def _pairs(target: TargetConfig, drafter: DrafterConfig) -> Iterator[tuple[str, 
             return
         yield f"KV heads of {kind} layers", t.layer_kv_heads(donor), d.layer_kv_heads(layer)
         yield f"head size of {kind} layers", t.layer_head_dim(donor), d.layer_head_dim(layer)
-        for field in ("rope_theta", "rope_type", "partial_rotary_factor"):
+        for field in ("rope_theta", "rope_type", "partial_rotary_factor", "factor"):
             yield f"{field} of {kind} layers", getattr(t.rope(kind), field), getattr(d.rope(kind), field)
     if SLIDING in d.layer_types:
         yield "sliding_window", t.sliding_window, d.sliding_window

@@ -6,21 +6,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint import (
-    load_drafter,
-    load_target,
-    read_config,
-    read_json,
-    save_drafter,
-    save_target,
-    stored_dtypes,
-    write_json,
-)
+from gemma_mtp.checkpoint import load_drafter, load_target, read_config, save_drafter, save_target, stored_dtypes
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.errors import CheckpointError, QuantisationError
+from gemma_mtp.json_files import read_json, write_json
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
 
 #: files that a copy takes along, where the checkpoint has them
@@ -28,14 +21,16 @@ KEPT_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+#: files that a copy takes along from a directory of templates
+KEPT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
-def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes) -> WeightTypes:
+def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes, strict: bool = False) -> WeightTypes:
     """Write a target's text model, or a drafter, to the new directory `out`, quantised, with its tokenizer's files.
 
     `config.json` is the source's, with a `quantization_config`. Returns how the parts of the copy are quantised. The
     copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. Peak memory
-    is that of `load_target`. Raises CheckpointError, ConfigError or QuantisationError.
+    is that of `load_target`, and `strict` as there. Raises CheckpointError, ConfigError or QuantisationError.
     """
     config = read_config(source)
     kind = "target" if isinstance(config, TargetConfig) else "drafter"
@@ -45,18 +40,24 @@ def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes
     dtype = _dtype(stored_dtypes(source))
     with _new_directory(Path(out)) as directory:
         if isinstance(config, TargetConfig):
-            target = load_target(source, dtype, types=wanted)
+            target = load_target(source, dtype, types=wanted, strict=strict)
             save_target(target, config, directory, dtype)
-            made = target.weight_types
+            made, tied = target.weight_types, target.lm_head is None
         else:
-            drafter = load_drafter(source, dtype, types=wanted)
+            drafter = load_drafter(source, dtype, types=wanted, strict=strict)
             save_drafter(drafter, config, directory, dtype)
-            made = drafter.weight_types
-        written = {"quantization_config": weight_types_to_hf(made), "dtype": str(dtype).removeprefix("torch.")}
+            made, tied = drafter.weight_types, drafter.lm_head is None
+        written: dict[str, Any] = {
+            "quantization_config": weight_types_to_hf(made), "dtype": str(dtype).removeprefix("torch."),
+        }  # fmt: skip
+        if tied != config.text.tie_word_embeddings:  # the weights decided otherwise
+            written["tie_word_embeddings"] = tied
         write_json(directory / "config.json", {**read_json(Path(source) / "config.json"), **written})
-        for name in KEPT_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, directory / name)
+        for path in (*(Path(source) / name for name in KEPT_FILES), *Path(source).glob(KEPT_TEMPLATES)):
+            if path.is_file():
+                kept = directory / path.relative_to(source)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, kept)
     return made
 
 

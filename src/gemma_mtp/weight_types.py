@@ -101,10 +101,14 @@ def weight_types_to_hf(types: WeightTypes) -> dict[str, Any]:
 
 
 def parse_quantization_config(raw: Any) -> WeightTypes:
-    """What config.json says of its weights. Raises QuantisationError for what we never write."""
-    if raw is None:
+    """What config.json says of its weights. Raises QuantisationError for what we never write.
+
+    One without a quant_method says nothing of the tensors: Google's unquantised QAT checkpoints have it beside plain
+    ones. Where they are not plain, the check of every tensor's dtype says so.
+    """
+    if raw is None or (isinstance(raw, dict) and raw.get("quant_method") is None):
         return WeightTypes()
-    method = raw.get("quant_method") if isinstance(raw, dict) else None
+    method = raw.get("quant_method") if isinstance(raw, dict) else raw
     if method != METHOD:
         raise QuantisationError(
             f"config.json has a quantization_config of quant_method {method!r}, which can not be read; give the"

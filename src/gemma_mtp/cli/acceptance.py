@@ -18,8 +18,9 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, compare, measure_acceptance, prompts_of
@@ -67,6 +68,7 @@ def acceptance(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantize: options.Quantize = None,
+    strict: options.Strict = False,
     threads: options.Threads = None,
     pattern: Annotated[
         str, option("--pattern", help="Which files of a directory to read, such as '*.py'.", panel=DATA)
@@ -151,7 +153,7 @@ def acceptance(
     with progress("reading") as say:
         examples = spread(sources, pattern, limit)
         say("loading")
-        load = functools.partial(load_pair, target, dtype=dtype, device=device, quantize=quantize)
+        load = functools.partial(load_pair, target, dtype=dtype, device=device, quantize=quantize, strict=strict)
         pair, other = load(drafter), None if against is None else load(against)
         base = _params(pair, examples, top_k, top_p, seed, max_tokens, ignore_eos)
         settings = [
@@ -202,12 +204,10 @@ def _params(
     if conversations and not all(example.kind != "text" for example in examples):
         text = next(example.origin for example in examples if example.kind == "text")
         raise DataError(f"{text} is text among prompts or messages, which are sampled differently; measure them apart.")
-    defaults = pair.generation
-    own_k, own_p = (defaults.top_k, defaults.top_p) if conversations else (None, None)
-    return SamplingParams(
-        top_k=options.first_given(top_k, own_k, 0),
-        top_p=options.first_given(top_p, own_p, 1.0),
-        logit_bias=dict.fromkeys(defaults.suppress_tokens if conversations else (), float("-inf")),
+    return sampling_params(
+        pair.generation.conversation() if conversations else {},
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
         max_tokens=max_tokens,
         ignore_eos=not conversations if ignore_eos is None else ignore_eos,

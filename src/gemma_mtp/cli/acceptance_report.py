@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemma_mtp.decoding.draft_length import RoundCosts
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
 from gemma_mtp.measure.speedup import MeasuredSpeedup, Prediction, best, break_even, predict
 

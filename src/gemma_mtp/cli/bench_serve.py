@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from gemma_mtp.checkpoint import write_json
 from gemma_mtp.cli import bench_serve_report as shown
 from gemma_mtp.cli.acceptance import spread
 from gemma_mtp.cli.generate import parse_draft_tokens
@@ -23,6 +22,7 @@ from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import DataError, SamplingError, ServerError
+from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.load import ClosedLoop, Extent, OpenLoop, Send, Shape
 from gemma_mtp.measure.load_plot import plot_load
 from gemma_mtp.measure.load_requests import RequestMix

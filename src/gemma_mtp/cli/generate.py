@@ -18,6 +18,7 @@ from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import GemmaMtpError, PromptError, SamplingError, TokenizerError
@@ -66,6 +67,7 @@ def generate(
     no_drafter: options.NoDrafter = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    strict: options.Strict = False,
     device: options.Device = "auto",
     threads: options.Threads = None,
     draft_tokens: Annotated[
@@ -78,7 +80,9 @@ def generate(
         ),
     ] = "auto",
     verification: options.Verify = "exact",
-    max_tokens: Annotated[int, option("--max-tokens", "-n", help="At most so many tokens.", panel=SAMPLING)] = 128,
+    max_tokens: Annotated[
+        int | None, option("--max-tokens", "-n", help="At most so many tokens; default: 128.", panel=SAMPLING)
+    ] = None,
     temperature: Annotated[
         float | None, option("--temperature", "-t", help="0 is greedy, the default.", panel=SAMPLING)
     ] = None,
@@ -87,11 +91,12 @@ def generate(
         float | None, option("--top-p", help="Keep the likeliest tokens up to this mass; 1: all.", panel=SAMPLING)
     ] = None,
     min_p: Annotated[
-        float, option("--min-p", help="Drop tokens below this share of the likeliest one's chance.", panel=SAMPLING)
-    ] = 0.0,
+        float | None,
+        option("--min-p", help="Drop tokens below this share of the likeliest one's chance; 0: none.", panel=SAMPLING),
+    ] = None,
     repetition_penalty: Annotated[
-        float, option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
-    ] = 1.0,
+        float | None, option("--repetition-penalty", help="Above 1: repeat less; 1: off.", panel=SAMPLING)
+    ] = None,
     presence_penalty: Annotated[
         float, option("--presence-penalty", help="Taken off every token already in the output.", panel=SAMPLING)
     ] = 0.0,
@@ -153,28 +158,29 @@ def generate(
     if compare and (no_drafter or (target is not None and drafter is None)):
         raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
     with progress("loading"):
-        pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
-    defaults = pair.generation
-    suppressed = dict.fromkeys(defaults.suppress_tokens if chat else (), float("-inf"))
-    params = SamplingParams(
-        temperature=options.first_given(temperature, defaults.temperature if chat else None, 0.0),
-        top_k=options.first_given(top_k, defaults.top_k if chat else None, 0),
-        top_p=options.first_given(top_p, defaults.top_p if chat else None, 1.0),
+        pair = load_pair(
+            target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize, strict=strict
+        )
+    params = sampling_params(
+        pair.generation.conversation() if chat else {},
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias={**suppressed, **_logit_bias(logit_bias or [])},
+        logit_bias=_logit_bias(logit_bias or []),
         seed=seed,
         max_tokens=max_tokens,
-        stop=tuple(stop or ()),
+        stop=stop,
         stop_token_ids=tuple(stop_token_id or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
         grammar=grammar,
     )
-    text = _chat_text(pair, given, system) if chat else given
-    run = Run(pair, text, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
+    prompt_ids = _chat_ids(pair, given, system) if chat else given
+    run = Run(pair, prompt_ids, params, parse_draft_tokens(draft_tokens), verification)  # type: ignore[arg-type]  # checked by the engine
     if compare:
         _compare(run, repeats, as_json, show_drafts)
     elif as_json:
@@ -258,12 +264,12 @@ def _logit_bias(entries: list[str]) -> dict[int, float]:
     return biases
 
 
-def _chat_text(pair: Pair, prompt: str | list[int], system: str | None) -> str:
+def _chat_ids(pair: Pair, prompt: str | list[int], system: str | None) -> list[int]:
     if pair.tokenizer is None:
         raise TokenizerError("--chat needs a tokenizer with a chat template, and the target's directory has none.")
     assert isinstance(prompt, str)
     messages = [{"role": "system", "content": system}] if system else []
-    return pair.tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    return pair.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
 
 
 def _print_stream(run: Run, quiet: bool) -> None:

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config
+from gemma_mtp.cli import options
 from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
 from gemma_mtp.pairing import pair_verdict
 
@@ -18,13 +20,18 @@ from gemma_mtp.pairing import pair_verdict
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
     drafter: Annotated[Path | None, typer.Argument(help="A drafter's directory, to check that the pair fits.")] = None,
+    strict: options.Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print a checkpoint's geometry, parameters, bytes and KV bytes per token, and whether a pair fits.
 
-    Reads configurations and file headers only, never the weights. Exits with 1 if the pair does not fit.
+    Reads configurations and file headers, and no weights but those of a head that the configuration ties to the
+    embedding. Exits with 1 if the pair does not fit.
     """
-    reports = [inspect_checkpoint(path) for path in (directory, drafter) if path is not None]
+    paths = [path for path in (directory, drafter) if path is not None]
+    reports = [inspect_checkpoint(path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        checkpoint.report(path, report.notes, strict)
     verdict = None
     if drafter is not None:
         verdict = pair_verdict(read_target_config(directory), read_drafter_config(drafter))
@@ -34,7 +41,7 @@ def inspect(
         print(json.dumps({**content, **pair}))
     else:
         console = Console()
-        for path, report in zip((directory, drafter), reports, strict=False):
+        for path, report in zip(paths, reports, strict=True):
             console.print(_table(str(path), report))
         if drafter is not None:
             fit = "pair: fits" if verdict is None else f"pair: does not fit; {verdict}"

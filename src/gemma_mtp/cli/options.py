@@ -26,11 +26,6 @@ def use_threads(threads: int | None) -> None:
         set_threads(threads)
 
 
-def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
-
-
 Target = Annotated[
     Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
 ]
@@ -46,6 +41,14 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)]
 Threads = Annotated[int | None, option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)]
+Strict = Annotated[
+    bool,
+    option(
+        "--strict",
+        help="Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning.",
+        panel=MODELS,
+    ),
+]
 Quantize = Annotated[
     str | None,
     option(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_mtp.cli import options
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.quantised_copy import write_quantised_copy
@@ -19,6 +20,7 @@ def quantize(
     kinds: Annotated[
         str, typer.Option("--quantize", help="int8, int4, or parts, as for generate --quantize.", metavar="KINDS")
     ] = "int8",
+    strict: options.Strict = False,
 ) -> None:
     """Write a quantised copy of a checkpoint, which loads as fast as it is small.
 
@@ -28,7 +30,7 @@ def quantize(
     before = inspect_checkpoint(directory)
     types = parse_weight_types(kinds)
     with progress("quantising"):
-        made = write_quantised_copy(directory, out, types)
+        made = write_quantised_copy(directory, out, types, strict)
     after = inspect_checkpoint(out)
     parts = ", ".join(f"{part} {kind}" for part, kind in made.quantised.items())
     print(f"{out}: {parts}; {before.weight_bytes / 1e6:.1f} MB became {after.weight_bytes / 1e6:.1f} MB")

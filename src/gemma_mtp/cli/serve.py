@@ -27,6 +27,7 @@ def serve(
     no_drafter: options.NoDrafter = False,
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
+    strict: options.Strict = False,
     device: options.Device = "auto",
     threads: Annotated[
         int | None, option("--threads", help="CPU threads; default: all cores but one, which HTTP needs.", panel=MODELS)
@@ -126,7 +127,10 @@ def serve(
     )  # fmt: skip
     with run.listen(host, port) as listener:
         with progress("loading"):
-            pair = load_pair(target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize)
+            pair = load_pair(
+                target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize,
+                strict=strict,
+            )  # fmt: skip
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
         engine = EngineThread(pair, engine_settings)
         with progress("measuring what rounds cost"):

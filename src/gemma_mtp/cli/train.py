@@ -44,6 +44,7 @@ def train(
         Path | None, option("--drafter", help="Drafter to adapt; else give --new.", panel=MODELS)
     ] = None,
     quantize: options.Quantize = None,
+    strict: options.Strict = False,
     new: Annotated[
         bool, option("--new", help="Make a new drafter of the official shape for the target.", panel=MODELS)
     ] = False,
@@ -207,8 +208,8 @@ def train(
         recipe=DrafterRecipe(objective, steps, epochs, minutes, batch, lr, matrix_lr, warmup, clip, memory,
                              checkpoint_steps, gate_steps, patience, seed, compile),
         temperatures=tuple(temperature or (0.0, 1.0)), draft_tokens=draft_tokens, gate_tokens=gate_tokens,
-        dtype=dtype, device=device, quantize=parse_weight_types(quantize or "none"), force=force, resume=resume,
-        tensorboard=tensorboard,
+        dtype=dtype, device=device, quantize=parse_weight_types(quantize or "none"), strict=strict, force=force,
+        resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
     keep_freed_memory()
     console = Console(stderr=True, highlight=False)

@@ -7,19 +7,16 @@ ends the drafting where this very draft is less sure than the record.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from gemma_mtp.decoding.early_stop import Calibration, StopRule
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 
 #: drafts a round: a number, or what the policy below finds
 DraftTokens = int | Literal["auto"]
-#: most drafts of a round that the policy considers
-LONGEST = 16
 #: what is believed of the first position before anything was seen, and the rounds that this belief counts for
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.7, 2.0
 #: a later position is believed to be as good as the one before it; the rounds that this counts for
@@ -39,84 +36,6 @@ STOP_EARLY_AMONG = 2
 PLAN_ROUNDS = 8
 #: plain rounds in a row, at most, before drafting is looked at again
 LONGEST_PAUSE = 500
-#: how much of the difference between two played rounds goes into their costs; a log-ratio beyond the limit says no more
-NOTE_WEIGHT, NOTE_LIMIT = 0.05, 0.5
-
-
-class RoundCosts:
-    """What a round with 0, 1, ... drafts costs on this machine: `seconds`, whose ratios are kept up to date.
-
-    Nothing depends on more than their ratios.
-    """
-
-    def __init__(self, measured: Mapping[int, float], draft_step: float = 0.0) -> None:
-        """From some lengths' seconds and a draft step's; others follow on straight lines, the last one going on.
-
-        Verifying more rows never costs less: where it was measured to, the fewer rows were disturbed.
-        """
-        known = sorted(measured)
-        assert known and known[0] == 0
-        step = min([draft_step, *(0.9 * measured[k] / k for k in known[1:])])  # whatever the clock said
-        verify = [measured[k] - k * step for k in known]
-        verify = list(itertools.accumulate(reversed(verify), min))[::-1]
-        self.seconds = [_interpolated(known, verify, k) + k * step for k in range(LONGEST + 1)]
-        self._last: tuple[int, float] | None = None
-        self._best_gain: float | None = None  # this and the next one are asked for at every step
-        self._next_draft: list[float] | None = None
-
-    def note(self, drafts: int, seconds: float) -> None:
-        """Take a played round into account, by its ratio to the one before it.
-
-        A busy machine or a longer context makes both slower, and says nothing about lengths that are not being played.
-        """
-        last, self._last = self._last, (drafts, seconds)
-        if last is None or last[0] == drafts:
-            return
-        change = math.log(seconds * self.seconds[last[0]] / (last[1] * self.seconds[drafts]))
-        self._best_gain = self._next_draft = None
-        factor = math.exp(NOTE_WEIGHT / 2 * max(-NOTE_LIMIT, min(NOTE_LIMIT, change)))
-        self.seconds[drafts] *= factor
-        self.seconds[last[0]] /= factor
-
-    def best_gain(self) -> float:
-        """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        if self._best_gain is None:
-            self._best_gain = max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
-        return self._best_gain
-
-    def loss(self, drafts: int) -> float:
-        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
-        return self.seconds[drafts] / self.seconds[0] - 1
-
-    def next_draft(self) -> list[float]:
-        """Seconds that draft i + 1 adds, smoothed to never fall: the slopes of the lower convex hull.
-
-        A step that costs much (a seventh row where the hardware takes six at once) is shared by the drafts that it
-        makes possible, and noise in the measurements evens out.
-        """
-        if self._next_draft is not None:
-            return self._next_draft
-        seconds, hull, slopes = self.seconds, [0], list[float]()
-        for k in range(1, LONGEST + 1):  # Andrew's monotone chain
-            rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
-            while slopes and slopes[-1] >= rate:
-                slopes.pop()
-                hull.pop()
-                rate = (seconds[k] - seconds[hull[-1]]) / (k - hull[-1])
-            slopes.append(rate)
-            hull.append(k)
-        drafts = [b - a for a, b in itertools.pairwise(hull)]
-        self._next_draft = [max(rate, 0.0) for rate, n in zip(slopes, drafts, strict=True) for _ in range(n)]
-        return self._next_draft
-
-
-def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:
-    """The value at k of the line through the two known points beside it, or through the last two."""
-    if len(known) == 1:
-        return values[0]
-    right = min(max(1, bisect.bisect_left(known, k)), len(known) - 1)
-    low, high = known[right - 1], known[right]
-    return values[right - 1] + (values[right] - values[right - 1]) * (k - low) / (high - low)
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
@@ -143,6 +62,23 @@ def best_length(acceptance: Sequence[float], costs: Sequence[float]) -> tuple[in
     return best, best_rate
 
 
+def least_reach(acceptance: Sequence[float], costs: Sequence[float], rate: float) -> tuple[float, ...]:
+    """For 0, 1, ... drafts made: the chance that all of them are accepted, above which another draft pays.
+
+    `rate`: tokens for a unit of cost that drafting must keep up. A step in the costs (a seventh row where the hardware
+    takes six at once) is passed where the drafts behind it pay for it together.
+    """
+    least = []
+    for made in range(len(acceptance)):
+        lowest, tokens, chance = math.inf, 0.0, 1.0
+        for k in range(made + 1, len(acceptance) + 1):
+            chance *= acceptance[k - 1]
+            tokens += chance
+            lowest = min(lowest, rate * max(0.0, costs[k] - costs[made]) / max(tokens, 1e-9))
+        least.append(lowest)
+    return tuple(least)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Drafts of a round: at most `longest`, and fewer where `stop` says so."""
@@ -152,6 +88,17 @@ class Plan:
 
 
 PLAIN = Plan(0)
+
+
+class Outcome(Protocol):
+    """What came of a round: drafts made, how many of them were accepted, how sure the drafter was of each."""
+
+    @property
+    def drafted(self) -> int: ...
+    @property
+    def accepted(self) -> int: ...
+    @property
+    def confidences(self) -> Sequence[float]: ...
 
 
 @dataclass
@@ -207,12 +154,13 @@ class DraftLength:
 
     def _new_plan(self) -> Plan:
         chances = self.acceptance()
-        best, rate = best_length(chances, self.costs.seconds)
+        seconds = self.costs.seconds
+        best, rate = best_length(chances, seconds)
         if best == 0 or not self.early_stop or self.sequences > STOP_EARLY_AMONG:
             return Plan(best)
-        costs = self.costs.next_draft()
-        least = tuple(rate * cost / max(a, 1e-9) for cost, a in zip(costs, chances, strict=True))
-        return Plan(LONGEST, StopRule(least, self.calibration.bias, self.calibration.slope))
+        return Plan(
+            LONGEST, StopRule(least_reach(chances, seconds, rate), self.calibration.bias, self.calibration.slope)
+        )
 
     def _affordable(self, plan: Plan) -> Plan:
         """The plan, or the part of it that may be lost."""
@@ -227,6 +175,20 @@ class DraftLength:
         """Play plain rounds, this one included, until a loss has become affordable."""
         self.pause = max(0, min(math.ceil(loss / LOSS_SHARE), LONGEST_PAUSE) - 1)
         return PLAIN
+
+    def learn(self, rounds: Sequence[Outcome], seconds: float = 0.0, drafting: float = 0.0) -> None:
+        """Take the rounds into account that were played by the last plan, one of each sequence.
+
+        `seconds`: what they took together, and `drafting`: what of it went by until the drafts were there. 0 where the
+        sequences shared it with other work, which says nothing about costs.
+        """
+        lengths = {played.drafted for played in rounds}
+        if seconds and len(lengths) == 1:
+            # where drafts are not looked at, a device may still be making them when the host goes on
+            self.costs.note(lengths.pop(), seconds, drafting if self.early_stop else None)
+        alone = seconds if len(rounds) == 1 else 0.0
+        for played in rounds:
+            self.record(played.drafted, played.accepted, played.confidences, alone, 1 / len(rounds))
 
     def record(
         self, drafted: int, accepted: int, confidences: Sequence[float] = (), seconds: float = 0.0, share: float = 1.0

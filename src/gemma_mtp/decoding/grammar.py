@@ -95,8 +95,6 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         raw = RawTokenizer.from_str(tokenizer.raw.to_str())
-        raw.no_padding()
-        raw.no_truncation()
         raw.add_special_tokens([_END_TOKEN])
         end_id = raw.token_to_id(_END_TOKEN)
         assert end_id is not None

@@ -10,7 +10,7 @@ import torch
 
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.decoding.draft_length import LONGEST, RoundCosts
+from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.draft import propose

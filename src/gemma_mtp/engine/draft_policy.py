@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan, RoundCosts
+from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.round import RoundOutput
 
@@ -40,16 +41,14 @@ class DraftPolicy:
             self._plans[choice] = PLAIN if policy is None else policy.choose()
         return self._plans[choice]
 
-    def learn(self, choice: ChoiceKind, outputs: Sequence[RoundOutput], alone_seconds: float) -> None:
-        """Let the policy in force know what came of its plan. `alone_seconds`: of the step where one round was all that
-        it did, else 0."""
+    def learn(self, choice: ChoiceKind, outputs: Sequence[RoundOutput], seconds: float, drafting: float) -> None:
+        """Let the policy in force know what came of its plan.
+
+        `seconds` of the step, and of drafting in it; 0 where others took part in it.
+        """
         policy = self._in_force.get(choice)
-        if policy is None:
-            return
-        for output in outputs:
-            policy.record(output.drafted, output.accepted, output.confidences, alone_seconds, 1 / len(outputs))
-        if alone_seconds:
-            policy.costs.note(outputs[0].drafted, alone_seconds)
+        if policy is not None:
+            policy.learn(outputs, seconds, drafting)
 
     def _policy(self, choice: ChoiceKind, own: Policies) -> DraftLength | None:
         """Returns the policy to ask; None where drafting can not pay."""

@@ -19,10 +19,10 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from gemma_mtp.decoding.draft_length import LONGEST
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size
-from gemma_mtp.engine.execution import Chunk, Outcome, run_step
+from gemma_mtp.engine.execution import Chunk, Outcome, StepResult, run_step
 from gemma_mtp.engine.job import Job
 from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.output import OutputBuilder
@@ -126,8 +126,8 @@ class Engine:
         """Schedule, run, settle. Does nothing where nothing waits or runs."""
         began = time.perf_counter()
         step = self._schedule()
-        outcomes = self._run(step)
-        self._settle(step, outcomes, time.perf_counter() - began)
+        result = self._run(step)
+        self._settle(step, result, time.perf_counter() - began)
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of the counters."""
@@ -187,24 +187,23 @@ class Engine:
         job = self._jobs[entry]
         return min(job.plan.longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
 
-    def _run(self, step: Step) -> list[Outcome]:
-        """Returns the outcome of each job of the step."""
+    def _run(self, step: Step) -> StepResult:
         if not step.jobs:
-            return []
+            return StepResult([])
         try:
-            rounds, chunks = run_step(self.pair.backend, step.turns, step.chunks)
+            return run_step(self.pair.backend, step.turns, step.chunks)
         except Exception as error:  # of the call that all share: who is in it can not go on
-            return [error] * len(step.jobs)
-        return rounds + chunks
+            return StepResult([error] * len(step.jobs))
 
-    def _settle(self, step: Step, outcomes: Items[Outcome], seconds: float) -> None:
+    def _settle(self, step: Step, result: StepResult, seconds: float) -> None:
         """Learn from a step, hand its tokens out, and end what is done."""
         if not step.jobs:
             return
+        outcomes = result.outcomes
         rounds = outcomes[: len(step.turns)]
         rows = sum(output.drafted + 1 for output in rounds if isinstance(output, RoundOutput))
         self.scheduler.note(max(1, rows + sum(len(chunk.token_ids) for chunk in step.chunks)), seconds)
-        self._learn(step, rounds, seconds if len(step.jobs) == 1 else 0.0)
+        self._learn(step, rounds, seconds, result.drafting_seconds)
         for job in step.jobs[len(step.turns) :]:  # at once: what slides out of the window is kept if it is registered
             job.entry.reading = job.entry.table.length < job.entry.rows_wanted
             self.scheduler.register(job.entry)
@@ -227,14 +226,15 @@ class Engine:
                 if isinstance(outcome, RoundOutput):
                     stats.count_round(outcome.drafted, outcome.accepted)
 
-    def _learn(self, step: Step, rounds: Items[Outcome], alone_seconds: float) -> None:
+    def _learn(self, step: Step, rounds: Items[Outcome], seconds: float, drafting: float) -> None:
         """Let the policies know what came of their plans."""
         planned: dict[ChoiceKind, list[RoundOutput]] = {}
         for job, outcome in zip(step.jobs, rounds, strict=False):
             if isinstance(outcome, RoundOutput) and job.result.draft_tokens == "auto":
                 planned.setdefault(job.request.params.choice, []).append(outcome)
         for choice, outputs in planned.items():
-            self.policy.learn(choice, outputs, alone_seconds)
+            alone = len(outputs) == len(step.jobs)  # nobody else took part in the step
+            self.policy.learn(choice, outputs, *((seconds, drafting) if alone else (0.0, 0.0)))
 
     def _open(self, job: Job) -> None:
         """Give an admitted job what decoding holds; one that can not be opened ends."""

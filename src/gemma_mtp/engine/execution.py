@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -24,12 +25,21 @@ class Chunk(NamedTuple):
     started: bool
 
 
-def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> tuple[list[Outcome], list[Outcome]]:
-    """Play a round of each turn and read the chunks. Returns the outcomes of the turns and those of the chunks.
+class StepResult(NamedTuple):
+    """What a step came to: the outcomes of its turns, then those of its chunks, and the seconds that drafting took."""
+
+    outcomes: list[Outcome]
+    drafting_seconds: float = 0.0
+
+
+def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> StepResult:
+    """Play a round of each turn and read the chunks.
 
     A part that fails by itself ends in its exception. What is raised came from the call that all share.
     """
+    began = time.perf_counter()
     drafts = _propose(backend, turns)
+    drafting = time.perf_counter() - began
     calls: list[Rows] = []
     scored: dict[int, Scored] = {}  # by turn, then by chunk
     begin = 0
@@ -42,7 +52,7 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> tupl
     outcomes: list[Outcome] = [None if isinstance(of_one, Drafts) else of_one for of_one in drafts]
     outcomes += [None] * len(chunks)
     if not calls:
-        return outcomes[: len(turns)], outcomes[len(turns) :]
+        return StepResult(outcomes, drafting)
     hidden_RD = forward(backend, calls)
     resumed = []
     for row, (i, chunk) in enumerate(enumerate(chunks, start=len(turns)), start=begin):
@@ -55,7 +65,7 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> tupl
         backend.keep_states([cache for cache, _ in resumed], hidden_RD, [row for _, row in resumed])
     for i, output in zip(scored, settle(backend, list(scored.values()), hidden_RD), strict=True):
         outcomes[i] = output
-    return outcomes[: len(turns)], outcomes[len(turns) :]
+    return StepResult(outcomes, drafting)
 
 
 def _propose(backend: Backend, turns: Items[Turn]) -> list[Drafts | Exception]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gemma_mtp.decoding.draft_length import LONGEST, PLAIN, Plan
+from gemma_mtp.decoding.draft_length import PLAIN, Plan
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.draft_policy import Policies
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.request import Generation, Request

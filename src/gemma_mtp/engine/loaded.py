@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from gemma_mtp import checkpoint
 from gemma_mtp.backend.base import Backend
-from gemma_mtp.decoding.draft_length import DraftTokens, RoundCosts
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ class LoadedPair:
 
     backend: Backend
     tokenizer: Tokenizer | None
-    generation: checkpoint.GenerationDefaults
+    generation: GenerationDefaults
     _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
 
     @property
@@ -37,6 +39,15 @@ class LoadedPair:
     @property
     def drafter(self) -> Drafter | None:
         return self.backend.drafter
+
+    def default_params(self, **given: Any) -> SamplingParams:
+        """Returns how the checkpoint's generation_config.json asks for a model's turn to be sampled, but for what is
+        given.
+
+        The arguments are those of SamplingParams; None is not given, and `logit_bias` is joined with the tokens that
+        the file suppresses. Raises SamplingError.
+        """
+        return sampling_params(self.generation.conversation(), **given)
 
     def new_result(
         self, prompt_ids: list[int], params: SamplingParams, draft_tokens: DraftTokens, verification: Verification
@@ -133,3 +144,10 @@ def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
         )
     if verification not in VERIFICATIONS:
         raise SamplingError(f"verification is {verification!r}, but must be one of {', '.join(VERIFICATIONS)}.")
+
+
+def sampling_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
+    """Returns SamplingParams of defaults and of what is given; None is not given, and `logit_bias` is joined."""
+    given = {name: value for name, value in given.items() if value is not None}
+    biases = {**defaults.get("logit_bias", {}), **given.get("logit_bias", {})}
+    return SamplingParams(**{**defaults, **given, "logit_bias": biases})

@@ -21,7 +21,8 @@ from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.errors import CheckpointError
+from gemma_mtp.errors import CheckpointError, SamplingError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
@@ -108,14 +109,16 @@ def load_pair(
     device: str | torch.device = "auto",
     use_drafter: bool = True,
     quantize: str | WeightTypes | None = None,
+    strict: bool = False,
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
     A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
     weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
     where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
-    (`weight_types.parse_weight_types`). The pair's fit is checked before any weight is read. Raises CheckpointError,
-    ConfigError, PairError, QuantisationError.
+    (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that contradicts
+    something else and can be loaded all the same, is logged as a warning, or refused with `strict`. The pair's fit is
+    checked before any weight is read. Raises CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if target is None:
@@ -127,16 +130,31 @@ def load_pair(
     if drafter is not None:
         drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
         check_pair(target_config, drafter_config)
+    generation = _generation_defaults(target, target_config, strict)
     chosen_dtype = _dtype(dtype, chosen_device, target)
-    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types)
+    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types, strict)
     loaded_drafter = None
     if drafter is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types)
+        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types, strict)
     return Pair(
         backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
-        generation=checkpoint.read_generation_config(target),
+        generation=generation,
     )
+
+
+def _generation_defaults(target: str | Path, config: TargetConfig, strict: bool) -> GenerationDefaults:
+    """Returns those of the checkpoint, held to be usable; a suppressed token that the model does not have is left
+    out."""
+    found = checkpoint.read_generation_config(target)
+    checkpoint.report(target, found.notes, strict)
+    known = tuple(i for i in found.suppress_tokens if 0 <= i < config.text.vocab_size)
+    generation = replace(found, suppress_tokens=known)
+    try:
+        SamplingParams(**generation.conversation())
+    except SamplingError as error:
+        raise CheckpointError(f"{target}: generation_config.json asks for what can not be done: {error}") from None
+    return generation
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -160,7 +178,8 @@ def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
         stored = checkpoint.stored_dtypes(target)
-        return torch.bfloat16 if "F32" not in stored and "BF16" in stored and module() is not None else torch.float32
+        narrow = "BF16" in stored and not stored & {"F32", "F64"}
+        return torch.bfloat16 if narrow and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gemma_mtp.config import LayerType, TextConfig
-from gemma_mtp.decoding.draft_length import LONGEST
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
 from gemma_mtp.kv.blocks import block_counts

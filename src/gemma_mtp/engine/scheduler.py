@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gemma_mtp.decoding.draft_length import LONGEST
+from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import QueueFullError
 from gemma_mtp.kv.blocks import BLOCK_ROWS, BlockTable, OutOfBlocksError, block_counts

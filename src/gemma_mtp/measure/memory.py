@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,16 @@ from typing import Any
 import torch
 
 from gemma_mtp.checkpoint import (
-    TensorHeader,
     check_headers,
     read_config,
-    read_headers,
+    read_contents,
     read_weight_types,
     stored_tensors,
-    text_headers,
 )
 from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.weight_files import TensorHeader
 
 #: bytes of one cached element: bf16 and fp16, the dtypes a GPU decodes in
 HALF_BYTES = 2
@@ -54,38 +54,40 @@ class CheckpointReport:
     skipped_tensors: int
     skipped_bytes: int
     kv_bytes: KVBytes | None
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without what does not apply: a drafter has no KV of its own."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        return {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}
 
 
 def inspect_checkpoint(directory: str | Path) -> CheckpointReport:
-    """Read a target's or drafter's directory, without its weights, and hold every tensor against the configuration.
+    """Read a target's or drafter's directory, and hold every tensor against the configuration.
+
+    No weights are read, but for a head that the configuration ties to the embedding.
 
     Raises CheckpointError, ConfigError or QuantisationError where it could not be loaded.
     """
-    config = read_config(directory)
-    stored = read_headers(directory)
-    headers = text_headers(stored)
+    contents = read_contents(directory, read_config(directory))
+    config = contents.config
     with torch.device("meta"):
         model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
         model.quantise_(read_weight_types(directory))
     weights = model.checkpoint_tensors()
-    check_headers(stored_tensors(weights), headers)
-    used = {name: headers[name] for name in stored_tensors(weights)}
-    skipped = len(stored) - len(used)
+    check_headers(stored_tensors(weights), contents)
+    used = [contents.headers[name] for name in stored_tensors(weights)]
     return CheckpointReport(
         kind="target" if isinstance(config, TargetConfig) else "drafter",
         model_type=config.model_type,
         geometry=geometry(config),
         parameters=sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
-        stored_dtypes=dict(Counter(header.dtype for header in used.values())),
+        stored_dtypes=dict(Counter(header.dtype for header in used)),
         quantised=dict(model.weight_types.quantised),
         weight_bytes=_nbytes(used),
-        skipped_tensors=skipped,
-        skipped_bytes=_nbytes(stored) - _nbytes(used),
+        skipped_tensors=len(contents.unused),
+        skipped_bytes=_nbytes(contents.unused),
         kv_bytes=kv_bytes(config.text) if isinstance(config, TargetConfig) else None,
+        notes=contents.notes,
     )
 
 
@@ -146,5 +148,5 @@ def _pattern(text: TextConfig) -> str:
     return letters
 
 
-def _nbytes(headers: dict[str, TensorHeader]) -> int:
-    return sum(header.nbytes for header in headers.values())
+def _nbytes(headers: Iterable[TensorHeader]) -> int:
+    return sum(header.nbytes for header in headers)

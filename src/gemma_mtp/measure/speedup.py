@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemma_mtp.decoding.draft_length import RoundCosts, expected_tokens
+from gemma_mtp.decoding.draft_length import expected_tokens
+from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.costs import measure_costs

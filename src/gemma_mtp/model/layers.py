@@ -253,8 +253,9 @@ def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dic
         if kind not in tables:
             rope = config.rope(kind)
             tables[kind] = ops.rope_tables(
-                positions_T, config.layer_head_dim(layer), rope.rope_theta, rope.partial_rotary_factor, dtype
-            )
+                positions_T, config.layer_head_dim(layer), rope.rope_theta, rope.partial_rotary_factor, rope.factor,
+                dtype,
+            )  # fmt: skip
     return tables
 
 

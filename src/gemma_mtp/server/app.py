@@ -182,7 +182,8 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         """Token ids of a text or a conversation."""
         _check_model(body.model, settings)
         if isinstance(body, TokenizeChatRequest):
-            tokens = await encode(render_chat(body.messages, service, body.add_generation_prompt is not False), service)
+            text = render_chat(body.messages, service, body.add_generation_prompt is not False)
+            tokens = await encode(text, service, special=False)
         else:
             tokens = await encode(body.prompt, service, body.add_special_tokens is not False)
         strings = (

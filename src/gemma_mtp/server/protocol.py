@@ -117,8 +117,10 @@ class GenerationRequest(Strict):
     regex: str | None = Field(
         None, min_length=1, max_length=MAX_SOURCE_LENGTH, description="Extension: what the whole output must match."
     )
-    min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off, the default.")
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Extension: 1 is off, the default.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off; default: the checkpoint's own.")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="Extension: 1 is off; default: the checkpoint's own."
+    )
     ignore_eos: bool | None = Field(None, description="Extension: go on after end-of-sequence tokens.")
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
         None, description="Extension: token ids that end the output."

@@ -61,7 +61,7 @@ class Replica:
         set_threads(settings.threads or max(1, int(settings.num_cpus)))
         pair = load_pair(
             settings.target, settings.drafter, dtype=settings.dtype, device=settings.device,
-            use_drafter=not settings.no_drafter, quantize=settings.quantize,
+            use_drafter=not settings.no_drafter, quantize=settings.quantize, strict=settings.strict,
         )  # fmt: skip
         self.engine = EngineThread(pair, settings.engine())
         self.engine.start()

@@ -49,6 +49,7 @@ class RaySettings(BaseModel):
     no_drafter: bool = False
     dtype: str = "auto"
     quantize: str | None = None
+    strict: bool = False
     device: str = "auto"
     threads: Count = Field(None, ge=1)
     model_name: str | None = None

@@ -19,6 +19,8 @@ from gemma_mtp.server.settings import ServerSettings
 
 #: seconds between looks at whether the last request has ended
 DRAIN_TICK = 0.02
+#: seconds that answers get to say that they were cancelled
+LAST_WORDS = 1.0
 
 
 class InWork:
@@ -80,7 +82,7 @@ class Service(InWork):
         self.draining = True
         await self._wait_for_requests(seconds)
         await asyncio.to_thread(self.engine.stop)
-        await self._wait_for_requests(1.0)  # their last words
+        await self._wait_for_requests(LAST_WORDS)
 
     async def _wait_for_requests(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from gemma_mtp.decoding.grammar import Grammar, GrammarKind
@@ -59,14 +59,16 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[
     """A conversation as one prompt, and n requests for it. Raises ApiError."""
     _at_most("n", body.n or 1, service.engine.settings.max_waiting, "choices in all")
     text = render_chat(body.messages, service)
-    prompt = await _prompt(text, False, service)
+    prompt = await _prompt(text, False, service, special=False)  # the template writes its own
     room = service.engine.max_tokens - len(prompt.token_ids)
     limit = min(room, service.settings.max_output_tokens or room)
-    max_tokens = body.max_completion_tokens or body.max_tokens or limit
+    defaults = service.engine.pair.generation
+    max_tokens = body.max_completion_tokens or body.max_tokens or min(limit, defaults.max_new_tokens or limit)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, logprobs, max_tokens, await _grammar(body, service), service)
-    suppressed = dict.fromkeys(service.engine.pair.generation.suppress_tokens, float("-inf"))
-    params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias})
+    suppressed = dict.fromkeys(defaults.suppress_tokens, float("-inf"))
+    stop = defaults.stop if body.stop is None else params.stop
+    params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias}, stop=stop)
     return [prompt], _requests(body, prompt, params, service)
 
 
@@ -90,17 +92,13 @@ def content_text(content: Content | None) -> str:
 
 
 async def encode(text: str, service: Service, special: bool = True) -> list[int]:
-    """Token ids of a text, beginning with the BOS token where the tokenizer's files ask for it and `special` is set."""
-    encoded = service.tokenizer.encode if special else _encode_bare(service)
-    return encoded(text) if len(text) < SHORT_TEXT else await asyncio.to_thread(encoded, text)
+    """Token ids of a text; `special` adds what the tokenizer's files put around one, such as the BOS token."""
+    encoded = service.tokenizer.encode
+    return encoded(text, special) if len(text) < SHORT_TEXT else await asyncio.to_thread(encoded, text, special)
 
 
-def _encode_bare(service: Service) -> Callable[[str], list[int]]:
-    return lambda text: list(service.tokenizer.raw.encode(text, add_special_tokens=False).ids)
-
-
-async def _prompt(given: str | list[int], echo: bool, service: Service) -> Prompt:
-    token_ids = await encode(given, service) if isinstance(given, str) else given
+async def _prompt(given: str | list[int], echo: bool, service: Service, special: bool = True) -> Prompt:
+    token_ids = await encode(given, service, special) if isinstance(given, str) else given
     if len(token_ids) > service.longest_prompt:
         message = f"the prompt has {len(token_ids)} tokens, but at most {service.longest_prompt} are taken; shorten it."
         raise ApiError(400, message, param="prompt", code="context_length_exceeded")
@@ -148,8 +146,8 @@ def _params(
             temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
             top_k=int(_given(body.top_k, defaults.top_k, 0)),
             top_p=_given(body.top_p, defaults.top_p, 1.0),
-            min_p=body.min_p or 0.0,
-            repetition_penalty=_given(body.repetition_penalty, 1.0),
+            min_p=_given(body.min_p, defaults.min_p, 0.0),
+            repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},

@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gemma_mtp.checkpoint import save_target, write_json
+from gemma_mtp.checkpoint import save_target
 from gemma_mtp.config import TargetConfig
+from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import AcceptanceReport
 from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.json_files import replace_file
 
 TokenArray = npt.NDArray[np.uint16]
 

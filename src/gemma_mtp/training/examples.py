@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.json_files import replace_file
 
 #: sequences of a batch are padded to a multiple of this: few shapes, and whole chunks of attention
 PAD_MULTIPLE = 64

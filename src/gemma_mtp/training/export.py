@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.checkpoint import read_generation_config, read_json, replace_file, save_drafter, write_json
+from gemma_mtp.checkpoint import read_generation_config, save_drafter
 from gemma_mtp.config import DrafterConfig
+from gemma_mtp.json_files import read_json, replace_file, write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting

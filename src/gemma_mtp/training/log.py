@@ -13,8 +13,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.json_files import replace_file
 
 LINE_SECONDS = 10.0
 

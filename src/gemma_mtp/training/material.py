@@ -109,8 +109,7 @@ def _answered(example: Example, tokenizer: Tokenizer) -> list[int] | None:
     """The ids of a conversation with the assistant's last turn, or None where it has none."""
     if example.kind != "messages" or example.content[-1]["role"] not in ("assistant", "model"):  # type: ignore[index]
         return None
-    text = tokenizer.apply_chat_template(example.content, add_generation_prompt=False)  # type: ignore[arg-type]
-    return tokenizer.encode(text)
+    return tokenizer.encode_chat(example.content, add_generation_prompt=False)  # type: ignore[arg-type]
 
 
 def rows_of(ids: list[int], tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:

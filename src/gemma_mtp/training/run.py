@@ -12,10 +12,10 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
-from gemma_mtp.checkpoint import write_json
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
@@ -79,7 +79,9 @@ class Run:
         self.tokenizer = Tokenizer.from_dir(settings.target)
         if world.leads:  # one process alone, or two would move the same probe
             check_output(settings, self.state)
-        self.target = checkpoint.load_target(settings.target, self.dtype, self.device, settings.quantize)
+        self.target = checkpoint.load_target(
+            settings.target, self.dtype, self.device, settings.quantize, settings.strict
+        )
         self.target.dequantise_()
         self.target_name = _target_name(settings)
         self.pair = self._engine_pair()
@@ -145,7 +147,8 @@ class Run:
     def start(self) -> tuple[Drafter, Path]:
         """The drafter to train, fp32 or bf16 as asked for, and the directory that holds it as it is now."""
         if self.settings.drafter is not None:
-            drafter = checkpoint.load_drafter(self.settings.drafter, self.dtype, self.device)
+            start, strict = self.settings.drafter, self.settings.strict
+            drafter = checkpoint.load_drafter(start, self.dtype, self.device, strict=strict)
             self.known_head, drafter.masked_embedding, drafter.config = (
                 drafter.masked_embedding, None, self.plain_config,
             )  # fmt: skip

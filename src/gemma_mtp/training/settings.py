@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma_mtp import checkpoint
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.json_files import replace_file
 from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe
 from gemma_mtp.training.losses import choice_at
 from gemma_mtp.training.material import HELD_OUT_PROMPTS
@@ -55,6 +55,7 @@ class RunSettings:
     device: str = "auto"
     engine_device: str | None = None
     quantize: WeightTypes = field(default_factory=WeightTypes)
+    strict: bool = False
     force: bool = False
     resume: bool = False
     tensorboard: bool = False

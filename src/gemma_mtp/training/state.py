@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.json_files import replace_file
 from gemma_mtp.training.optim import Masters, Optimiser
 
 

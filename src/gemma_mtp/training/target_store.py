@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma_mtp.checkpoint import replace_file
 from gemma_mtp.config import LayerType
+from gemma_mtp.json_files import replace_file
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.unroll import TargetRows
 

@@ -1,0 +1,24 @@
+"""Reading one field of a JSON object, with its kind checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_mtp.errors import ConfigError
+
+REQUIRED = object()
+
+
+def field_value(raw: Mapping[str, Any], name: str, kind: type, default: Any = REQUIRED) -> Any:
+    """Field `name` of `raw`, checked to be of `kind`; a missing or null field takes the default. Raises ConfigError."""
+    value = raw.get(name)
+    if value is None:
+        if default is REQUIRED:
+            raise ConfigError(f"config.json has no {name!r}; it is needed to build the model.")
+        return default
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"config.json has {name} = {value!r}, but a {kind.__name__} was expected.")
+    return value

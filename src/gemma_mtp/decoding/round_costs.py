@@ -1,0 +1,151 @@
+"""What a round with 0, 1, ... drafts costs: measured once, then put right by every round that is played.
+
+A round takes `load * (drafts * step + verify[drafts])` seconds. The step and the 17 verify costs are believed to be
+what was measured, times a factor near 1. Factors of neighbouring lengths err alike, because what disturbs a measurement
+lasts for some rounds. The load is what the machine's other work and a longer context do to all rounds alike. It wanders
+from round to round, and says nothing about the factors. A Kalman filter over the 18 factors and the load takes in the
+seconds of each round; time spent drafting is told apart where it is known.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+
+#: most drafts of a round that are considered
+LONGEST = 16
+#: indexes behind the verify factors of 0 to LONGEST drafts
+STEP, LOAD = LONGEST + 1, LONGEST + 2
+#: how far measured costs may be off, as standard deviations of factors: of a draft step; of what more rows add, all
+#: alike; of neighbouring lengths (over about so many doublings of the number of rows); of each length alone
+STEP_ERROR, SLOPE_ERROR, ROWS_ERROR, ROWS_DOUBLINGS, LENGTH_ERROR = 0.35, 0.35, 0.15, 1.5, 0.05
+#: the same of the load at the start, and of its change from one round to the next
+LOAD_ERROR, LOAD_CHANGE = 0.6, 0.1
+#: how far single rounds are off, at the start, and the least that is ever believed; how fast it is learnt
+NOISE, LEAST_NOISE, NOISE_WEIGHT = 0.3, 0.02, 0.1
+#: a round further off than so many standard deviations counts as this far, and as no faster than a share of a guess
+SURPRISES, LEAST_SHARE = 1.5, 0.1
+#: gains below this are not lowered any more: costs that change slowly are followed, and most rounds cost little to note
+LEAST_ROUND_GAIN = 0.01
+
+
+class RoundCosts:
+    """What a round with 0, 1, ... drafts costs on this machine: `seconds`, whose ratios are kept up to date.
+
+    Nothing depends on more than their ratios.
+    """
+
+    def __init__(self, measured: Mapping[int, float], draft_step: float = 0.0) -> None:
+        """From some lengths' seconds and a draft step's; others follow on straight lines, the last one going on.
+
+        Verifying more rows never costs less: where it was measured to, the measurement was disturbed.
+        """
+        known = sorted(measured)
+        assert known and known[0] == 0
+        step = min([draft_step, *(0.9 * measured[k] / k for k in known[1:])])  # whatever the clock said
+        verify = [measured[k] - k * step for k in known]
+        verify = _rising(_without_outliers(verify))
+        self.draft_step = step
+        self._measured = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [step, 1.0]
+        self._factors = [1.0] * (LOAD + 1)
+        self._errors = _prior_errors(self._measured)
+        self._noise = NOISE
+        self._seconds: list[float] | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of rounds with 0 to LONGEST drafts, at the load at which they were measured."""
+        seconds = self._seconds
+        if seconds is None:
+            measured, factors = self._measured, self._factors
+            step = measured[STEP] * factors[STEP]
+            seconds = self._seconds = [k * step + measured[k] * factors[k] for k in range(LONGEST + 1)]
+        return seconds
+
+    def note(self, drafts: int, seconds: float, drafting: float | None = None) -> None:
+        """Take a played round into account. `drafting`: how many of its seconds its drafts took, where that is known.
+
+        A busy machine or a longer context makes all rounds slower, and says nothing about lengths that are not played.
+        """
+        self._errors[LOAD][LOAD] += LOAD_CHANGE**2
+        verify = self._measured[drafts] * self._factors[drafts]
+        step = self._measured[STEP] * self._factors[STEP]
+        if drafting is not None and drafts and step and 0 < drafting < seconds:
+            self._take(drafting / (drafts * step), {LOAD: 1.0, STEP: 1.0})
+            self._take((seconds - drafting) / verify, {LOAD: 1.0, drafts: 1.0})
+        else:
+            expected = drafts * step + verify
+            self._take(seconds / expected, {LOAD: 1.0, STEP: drafts * step / expected, drafts: verify / expected})
+        self._seconds = None
+
+    def _take(self, ratio: float, weights: Mapping[int, float]) -> None:
+        """One observation: `ratio` of what was seen to what the factors say at a load of 1. `weights`: how much each
+        factor's share is in it."""
+        errors, factors = self._errors, self._factors
+        rows = [(errors[i], w) for i, w in weights.items()]
+        spread = [sum(row[j] * w for row, w in rows) for j in range(LOAD + 1)]
+        variance = sum(spread[i] * w for i, w in weights.items()) + self._noise**2
+        limit = SURPRISES * math.sqrt(variance)
+        surprise = max(-min(limit, 1 - LEAST_SHARE), min(limit, ratio / factors[LOAD] - 1))
+        self._noise += NOISE_WEIGHT * (max(LEAST_NOISE, 1.25 * abs(surprise)) - self._noise)
+        gains = [s / variance for s in spread]
+        self._factors = [f * (1 + g * surprise) for f, g in zip(factors, gains, strict=True)]
+        if max(map(abs, gains[:LOAD])) < LEAST_ROUND_GAIN:
+            errors[LOAD][LOAD] -= gains[LOAD] * spread[LOAD]
+            return
+        self._errors = [
+            [e - gain * s for e, s in zip(row, spread, strict=True)] for row, gain in zip(errors, gains, strict=True)
+        ]
+
+    def best_gain(self) -> float:
+        """How many times as fast as plain rounds the best length would be if every draft were accepted."""
+        return max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
+
+    def loss(self, drafts: int) -> float:
+        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
+        return self.seconds[drafts] / self.seconds[0] - 1
+
+
+def _prior_errors(measured: Sequence[float]) -> list[list[float]]:
+    """Covariances of the factors before the first round."""
+    errors = [[0.0] * (LOAD + 1) for _ in range(LOAD + 1)]
+    doublings = [math.log2(k + 1) for k in range(LONGEST + 1)]
+    added = [1 - measured[0] / measured[k] for k in range(LONGEST + 1)]
+    for i in range(LONGEST + 1):
+        for j in range(LONGEST + 1):
+            near = math.exp(-(((doublings[i] - doublings[j]) / ROWS_DOUBLINGS) ** 2) / 2)
+            errors[i][j] = SLOPE_ERROR**2 * added[i] * added[j] + ROWS_ERROR**2 * near
+        errors[i][i] += LENGTH_ERROR**2
+    errors[STEP][STEP], errors[LOAD][LOAD] = STEP_ERROR**2, LOAD_ERROR**2
+    return errors
+
+
+def _without_outliers(values: Sequence[float]) -> list[float]:
+    """Each value or, where its two neighbours lie on one side of it, the nearer of them: the median of the three.
+
+    Values that rise stay as they are.
+    """
+    inner = [sorted(values[i - 1 : i + 2])[1] for i in range(1, len(values) - 1)]
+    return [*values[:1], *inner, *(values[-1:] if len(values) > 1 else ())]
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """What is nearest to the values and never falls: neighbours in the wrong order are averaged."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pool = (value, 1)
+        while pools and pools[-1][0] >= pool[0]:
+            (mean, n), (other, m) = pools.pop(), pool
+            pool = ((mean * n + other * m) / (n + m), n + m)
+        pools.append(pool)
+    return [mean for mean, n in pools for _ in range(n)]
+
+
+def _interpolated(known: Sequence[int], values: Sequence[float], k: int) -> float:
+    """The value at k of the line through the two known points beside it, or through the last two."""
+    if len(known) == 1:
+        return values[0]
+    right = min(max(1, bisect.bisect_left(known, k)), len(known) - 1)
+    low, high = known[right - 1], known[right]
+    return values[right - 1] + (values[right] - values[right - 1]) * (k - low) / (high - low)

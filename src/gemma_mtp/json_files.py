@@ -1,0 +1,58 @@
+"""Files of a checkpoint directory: JSON read and written, and any file replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from gemma_mtp.errors import CheckpointError
+
+
+def existing(directory: str | Path) -> Path:
+    """The directory as a path. Raises CheckpointError where it is none."""
+    path = Path(directory)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint directory {path} {what}; give a directory in the Hugging Face layout.")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises CheckpointError naming the file, and the line where it is malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; give a directory in the Hugging Face layout."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number too long, nested too deep
+        raise CheckpointError(f"{path} can not be read: {error}.") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file under a temporary name, then rename it into place. Raises CheckpointError."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it to `path`; nothing is left where either fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other processes may write the same file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} can not be written: {error}.") from None
