@@ -119,8 +119,9 @@ def _usable(content: Any, key: Key) -> bool:
     if not isinstance(content, dict) or content.get("version") != VERSION or content.get("key") != key:
         return False
     seconds, step = content.get("seconds"), content.get("draft_step")
-    whole = isinstance(seconds, list) and len(seconds) == LONGEST + 1
-    return whole and all(map(_is_duration, seconds)) and (step == 0 or _is_duration(step))
+    if not isinstance(seconds, list) or len(seconds) != LONGEST + 1:
+        return False
+    return all(map(_is_duration, seconds)) and (step == 0 or _is_duration(step))
 
 
 def _is_duration(value: Any) -> bool:
