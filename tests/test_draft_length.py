@@ -36,20 +36,21 @@ def test_expected_tokens_by_enumeration() -> None:
     assert expected_tokens(a) == pytest.approx(sum((n + 1) * p for n, p in outcomes.items()))
 
 
-@given(chances.filter(lambda a: len(a) < 9), st.floats(0, 1), st.randoms(use_true_random=False))
+@given(chances, st.floats(0.01, 1), st.lists(st.floats(0.01, 2), min_size=LONGEST, max_size=LONGEST))
 @settings(max_examples=100, derandomize=True)
-def test_a_draft_is_made_where_some_number_more_pays(acceptance: list[float], rate: float, rng: random.Random) -> None:
-    costs = list(itertools.accumulate((rng.uniform(0, 2) for _ in acceptance), initial=1.0))
+def test_a_draft_is_made_where_some_number_more_pays(acceptance: list[float], rate: float, steps: list[float]) -> None:
+    costs = list(itertools.accumulate(steps, initial=1.0))
     least = least_reach(acceptance, costs, rate)
     assert len(least) == len(acceptance)
     for made, need in enumerate(least):
-        for reach in (0.9 * need - 1e-6, 1.1 * need + 1e-6):
+        if not 1e-3 < need < 1e3:  # free drafts, or such that are never accepted
+            continue
+        for reach, pays in ((0.99 * need, False), (1.01 * need, True)):
             gains = [
                 reach * (expected_tokens(acceptance[made:k]) - 1) - rate * (costs[k] - costs[made])
                 for k in range(made + 1, len(acceptance) + 1)
             ]
-            if need < 1e6:  # a chance of nothing makes no draft pay
-                assert (max(gains) > -1e-5) == (reach > need) or abs(max(gains)) < 1e-5
+            assert (max(gains) > 0) == pays
 
 
 @given(chances, st.floats(0.01, 3))
