@@ -59,7 +59,7 @@ class Tokenizer:
             return frozenset()
         try:
             return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(self.chat_template)))
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise TokenizerError(f"the checkpoint's chat template is not valid Jinja: {error}.") from None
 
     def encode(self, text: str) -> list[int]:
@@ -95,8 +95,11 @@ class Tokenizer:
             return _environment().from_string(self.chat_template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **{**special, **variables}
             )  # fmt: skip
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the checkpoint's chat template can not render these messages: {error}.") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever an expression of the template raises
+            said = " ".join(f"{error}".split()).rstrip(".") or type(error).__name__
+            raise TokenizerError(f"the checkpoint's chat template can not render these messages: {said}.") from None
 
 
 class TextDecoder:
