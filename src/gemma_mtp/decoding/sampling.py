@@ -37,7 +37,7 @@ from gemma_mtp.errors import SamplingError
 from gemma_mtp.text import is_text
 
 MAX_LOGPROBS = 20
-#: a lower temperature is greedy: it would divide logits by less than the steps in which float32 counts them
+#: a lower temperature is greedy: float32 counts large logits in steps as coarse as that
 LOWEST_TEMPERATURE = 1e-5
 #: a higher one gives the same even distribution, and float32 has no numbers for it from 1e39 on
 HIGHEST_TEMPERATURE = 1e30
