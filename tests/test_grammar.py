@@ -414,7 +414,7 @@ def test_process_masks_before_everything_else() -> None:
     kept = process(logits, params, None, None, allowed)
     assert sorted(kept.token_ids_RC[0].tolist()) == [2, 3]  # places are counted among what is allowed
     ids = torch.tensor([[1, 4]])
-    assert process(logits[:, [1, 4]], params, ids, None, allowed).scores_RC[0].isinf().tolist() == [True, False]
+    assert process(logits[:, [1, 4]], params, ids, None, allowed).logits_RC[0].isinf().tolist() == [True, False]
     assert logits[0, 0] == 5
 
 
@@ -451,13 +451,15 @@ BAD_SCHEMAS = {
     "minLength above maxLength": '{"type": "string", "minLength": 5, "maxLength": 3}',
     "minimum above maximum": '{"type": "integer", "minimum": 5, "maximum": 3}', "enum of nothing": '{"enum": []}',
     "pattern": '{"type": "string", "pattern": "("}', "look-ahead": '{"type": "string", "pattern": "(?=a)b"}',
-    "format": '{"type": "string", "format": "nope"}', "not": '{"not": {"type": "string"}}',
+    "format": '{"type": "string", "format": 3}', "not": '{"not": {"type": "string"}}',
     "uniqueItems": '{"type": "array", "uniqueItems": true}', "minItems": '{"type": "array", "minItems": -1}',
     "remote": '{"$ref": "http://localhost:1/x.json"}', "dangling": '{"$ref": "#/$defs/zz"}',
     "circular": '{"allOf": [{"$ref": "#/$defs/a"}, {"type": "object"}], "$defs": {"a": {"allOf": '
                 '[{"$ref": "#/$defs/a"}, {"type": "object"}]}}}',
     "multipleOf 0": '{"type": "integer", "multipleOf": 0}', "multipleOf": '{"type": "integer", "multipleOf": 1000003}',
     "two multiples": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}',
+    "multipleOf of a property with a keyword's name": '{"properties": {"default": {"multipleOf": 1000003}}}',
+    "true multipleOf": '{"type": "integer", "multipleOf": true}', "huge multipleOf": f'{{"multipleOf": {7**900}}}',
     "tiny multipleOf": '{"type": "number", "multipleOf": 1e-300}', "half a pair": '{"const": "\\ud800"}',
     "deep": deep('{"items":', "}", 500), "very deep": deep('{"anyOf":[', "]}", 100_000), "deep list": "[" * 100_000,
     "long": json.dumps({"enum": [str(i) * 9 for i in range(20_000)]}),

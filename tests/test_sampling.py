@@ -83,11 +83,11 @@ def reference_choice(scores: list[float], params: SamplingParams, position: int)
 
 def dense_scores(candidates: Candidates) -> Tensor:
     """Scores by token id, as the reference has them."""
+    scores_RC = candidates.logits_RC / candidates.temperature
     if candidates.token_ids_RC is None:
-        return candidates.scores_RC
-    rows = candidates.scores_RC.shape[0]
-    ids = candidates.token_ids_RC.expand_as(candidates.scores_RC)
-    return torch.full((rows, VOCAB), -math.inf).scatter(-1, ids, candidates.scores_RC)
+        return scores_RC
+    ids = candidates.token_ids_RC.expand_as(scores_RC)
+    return torch.full((scores_RC.shape[0], VOCAB), -math.inf).scatter(-1, ids, scores_RC)
 
 
 # eighths make ties common and keep greedy sums exact
@@ -185,7 +185,7 @@ def test_a_row_alone_equals_the_row_among_others_bit_for_bit(vocab, values, dtyp
     for r in range(9):
         row_counts = TokenHistory([1, 2, 3], vocab, "cpu").rows(drafts[:r], first=r)
         alone = process(logits[r : r + 1].clone(), params, counts=row_counts)
-        assert torch.equal(alone.scores_RC[0], together.scores_RC[r])
+        assert torch.equal(alone.logits_RC[0], together.logits_RC[r])
         assert choose(alone, params, positions[r : r + 1]) == chosen[r]
         assert torch.equal(probabilities(alone, params, vocab)[0], probabilities(together, params, vocab)[r])
 
@@ -214,7 +214,7 @@ def test_greedy_is_one_argmax_whatever_the_filters() -> None:
     logits = torch.randn(3, 50, dtype=torch.bfloat16)
     params = SamplingParams(top_k=2, top_p=0.1, min_p=0.9)
     candidates = process(logits, params)
-    assert candidates.scores_RC is logits
+    assert candidates.logits_RC is logits
     assert torch.equal(choose(candidates, params, torch.zeros(3, dtype=torch.int64)), logits.argmax(-1))
 
 
@@ -298,6 +298,8 @@ BAD_VALUES = [
     {"temperature": math.nan},
     {"temperature": math.inf},
     {"temperature": "1"},
+    {"temperature": 10**400},
+    {"top_p": 10**400},
     {"top_k": -1},
     {"top_k": 1.5},
     {"top_p": 0.0},
@@ -320,6 +322,16 @@ BAD_VALUES = [
     {"max_tokens": 0},
     {"stop": ""},
     {"stop": ["a", ""]},
+    {"stop": ["a\ud83d"]},
+    {"stop": 3},
+    {"stop": None},
+    {"stop": [3]},
+    {"stop": b"abc"},
+    {"stop_token_ids": 5},
+    {"stop_token_ids": "5"},
+    {"logit_bias": [(3, 1.0)]},
+    {"logit_bias": 5},
+    {"logit_bias": {3: 10**400}},
     {"stop_token_ids": [-1]},
     {"logprobs": -1},
     {"logprobs": 21},
@@ -405,9 +417,10 @@ def test_choices_follow_the_softmax(vary: str) -> None:
     params = SamplingParams(temperature=0.8, seed=42)
     candidates = process(logits.unsqueeze(0), params)
     if vary == "position":
-        chosen = choose(Candidates(candidates.scores_RC.expand(n, -1), None), params, torch.arange(n))
+        repeated = dataclasses.replace(candidates, logits_RC=candidates.logits_RC.expand(n, -1))
+        chosen = choose(repeated, params, torch.arange(n))
     else:
-        rows = Candidates(candidates.scores_RC.expand(100, -1), None)
+        rows = dataclasses.replace(candidates, logits_RC=candidates.logits_RC.expand(100, -1))
         chosen = torch.cat(
             [choose(rows, dataclasses.replace(params, seed=s), torch.arange(100)) for s in range(n // 100)]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_wanted_is_what_decoding_draws_from(choice: SamplingParams) -> None:
     p = wanted(z, choice, 0.5).probs_NV[0].double()
     count = 20_000
     rows = process(z, choice)
-    rows = type(rows)(rows.scores_RC.expand(count, -1),
-                      None if rows.token_ids_RC is None else rows.token_ids_RC.expand(count, -1))  # fmt: skip
+    ids = None if rows.token_ids_RC is None else rows.token_ids_RC.expand(count, -1)
+    rows = replace(rows, logits_RC=rows.logits_RC.expand(count, -1), token_ids_RC=ids)
     drawn = choose(rows, choice, torch.arange(count)).bincount(minlength=V) / count
     assert (drawn - p).abs().le(5 * (p * (1 - p) / count).sqrt() + 1e-9).all()
     assert p.sum() == pytest.approx(1, abs=1e-5)

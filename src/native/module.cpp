@@ -42,7 +42,7 @@ std::vector<Segment> segments(const std::vector<const View*>& views, const Numbe
     return all;
 }
 
-std::vector<Choice> choices(const std::vector<float>& temperatures, const std::vector<uint64_t>& keys) {
+std::vector<Choice> choices(const std::vector<double>& temperatures, const std::vector<uint64_t>& keys) {
     std::vector<Choice> all;
     all.reserve(keys.size());
     for (size_t i = 0; i < keys.size(); i++) all.push_back({temperatures.at(i), keys[i]});
@@ -166,7 +166,7 @@ NB_MODULE(_native, m) {
         .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
             s.logits(at<const float>(hidden), rows, at<float>(out));
         }, release())
-        .def("choose", [](Stack& s, uintptr_t hidden, const Numbers& rows, const std::vector<float>& temperatures,
+        .def("choose", [](Stack& s, uintptr_t hidden, const Numbers& rows, const std::vector<double>& temperatures,
                           const std::vector<uint64_t>& keys) {
             std::vector<const float*> states;
             for (size_t row : rows) states.push_back(at<const float>(hidden) + row * s.config.hidden);
@@ -199,7 +199,7 @@ NB_MODULE(_native, m) {
         }, release())
         .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, const std::vector<uintptr_t>& hidden,
                          const Caches& caches, const std::vector<const View*>& views, const std::vector<int64_t>& positions,
-                         const Numbers& counts, const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
+                         const Numbers& counts, const std::vector<StopRule>& stops, const std::vector<double>& temperatures,
                          const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
             std::vector<const float*> states;
             for (uintptr_t address : hidden) states.push_back(at<const float>(address));

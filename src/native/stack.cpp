@@ -654,7 +654,7 @@ void Best::clear() {
     total = 0;
 }
 
-void Best::take(float other_value, int64_t other_id, float other_score) {
+void Best::take(double other_value, int64_t other_id, float other_score) {
     if (other_value > value || (other_value == value && other_id < id)) value = other_value, id = other_id, score = other_score;
 }
 
@@ -695,14 +695,15 @@ void take_best(float* scores, size_t count, const int64_t* ids, int64_t first, c
         return;
     }
     for (size_t i = 0; i < count; i++) {
-        const float score = scores[i] /= choice.temperature;
+        const double score = scores[i] / choice.temperature;  // in double: noise beside a large score still counts
+        scores[i] = (float)score;
         const int64_t id = ids ? ids[i] : first + (int64_t)i;
         const uint64_t bits = mixed(choice.key + ((uint64_t)id + 1) * 0x9E3779B97F4A7C15u) >> 12;
         // a uniform number above 1 - 2 ** -n has a noise of at most (n + 1) ln 2: most candidates need no logarithm
         const uint64_t below_one = ~bits & ((uint64_t(1) << 52) - 1);
         const int n = below_one ? __builtin_clzll(below_one) - 11 : 54;
-        if (score + 0.6932f * (float)(n + 1) < best.value) continue;
-        best.take(score + gumbel(bits), id, score);
+        if (score + 0.6932 * (n + 1) < best.value) continue;
+        best.take(score + gumbel(bits), id, scores[i]);
     }
 }
 

@@ -108,19 +108,19 @@ struct Config {
 // How a row's token is chosen: the arg max of its logits at temperature 0, else of logits / temperature + Gumbel noise
 // (decoding/noise.py). `key` is what noise.py calls the row's key.
 struct Choice {
-    float temperature = 0.0f;
+    double temperature = 0;
     uint64_t key = 0;
 };
 
 // The best token of a part of a row's candidates, the lowest id among equals, and what its softmax needs.
 struct Best {
-    float value;  // what was compared: score, and noise
+    double value;  // what was compared: score, and noise
     int64_t id;
     float score;  // its logit / temperature
     float top, total;  // the highest score, and the sum of exp(score - top)
 
     void clear();
-    void take(float other_value, int64_t other_id, float other_score);
+    void take(double other_value, int64_t other_id, float other_score);
     void merge(const Best& other);
     float probability() const;
 };

@@ -50,7 +50,7 @@ from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import EngineError, PromptError, QueueFullError
+from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, OutOfBlocksError, block_bytes, block_counts
 from gemma_mtp.model.layers import Rope, rope_for
 
@@ -214,6 +214,8 @@ class Engine:
                 " included; shorten it."
             )
         self.pair.check(request.params, request.draft_tokens, request.verification)
+        if not isinstance(request.priority, int):  # else it could not be compared with those that wait
+            raise SamplingError(f"priority is {request.priority!r}, but must be a whole number.")
         drafts = request.draft_tokens if self.pair.drafter is not None else 0
         result = self.pair.new_result(prompt, request.params, drafts, request.verification)
         generation = Generation(request, result, self._cancel)

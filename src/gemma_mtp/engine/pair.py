@@ -24,12 +24,13 @@ from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import CheckpointError, PromptError, SamplingError, TokenizerError
+from gemma_mtp.errors import CheckpointError, PromptError, QuantisationError, SamplingError, TokenizerError
 from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.native import module
 from gemma_mtp.pairing import check_pair
+from gemma_mtp.text import check_text
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
@@ -78,7 +79,7 @@ class Pair:
 
         Its `result` grows while it is read and is complete when it ends.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         prompt_ids = self.encode(prompt)
         self.check(params, draft_tokens, verification)
         used: DraftTokens = draft_tokens if self.drafter is not None else 0
@@ -106,14 +107,16 @@ class Pair:
                     "the target's directory has no tokenizer.json, so a text prompt can not be encoded;"
                     " pass token ids, or add the tokenizer's files."
                 )
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(check_text(prompt, "the prompt", PromptError))
         else:
-            token_ids = list(prompt)
+            token_ids = _listed(prompt)
         self._check_prompt(token_ids)
         return token_ids
 
     def check(self, params: SamplingParams, draft_tokens: DraftTokens, verification: str) -> None:
         """Raise SamplingError or TokenizerError where a request can not be decoded so by this pair."""
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"the parameters are of type {type(params).__name__}, but must be SamplingParams.")
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
 
@@ -157,7 +160,7 @@ class Pair:
         if not token_ids:
             raise PromptError("the prompt is empty; give at least one token.")
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
                 raise PromptError(
                     f"the prompt has token id {token_id!r}, but the target's ids run from 0 to {config.vocab_size - 1}."
                 )
@@ -234,9 +237,19 @@ def _decode(pair: Pair, result: GenerationResult, params: SamplingParams, verifi
             policy.learn([played], seconds, drafted - started)
 
 
+def _listed(prompt: Sequence[int]) -> list[int]:
+    """A prompt's token ids, not checked yet. Raises PromptError for what is no list."""
+    try:
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # which have numbers in them, too
+            return list(prompt)
+    except TypeError:
+        pass
+    raise PromptError(f"the prompt is of type {type(prompt).__name__}, but must be text or a list of token ids.")
+
+
 def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
-    whole = isinstance(draft_tokens, int) and 0 <= draft_tokens <= MAX_DRAFT_TOKENS
-    if not whole and draft_tokens != "auto":
+    number = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool)
+    if draft_tokens != "auto" and not (number and 0 <= draft_tokens <= MAX_DRAFT_TOKENS):
         raise SamplingError(
             f"draft_tokens is {draft_tokens!r}, but must be auto, or from 0 (plain) to {MAX_DRAFT_TOKENS}."
         )
@@ -276,6 +289,11 @@ def load_pair(
     checked before any weight is read. Raises CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
+    if not (types is None or isinstance(types, WeightTypes)):
+        raise QuantisationError(f"quantize is of type {type(types).__name__}, but must be text such as int8, or none.")
+    for directory in (target, drafter):
+        if not (directory is None or isinstance(directory, str | Path)):
+            raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
@@ -320,7 +338,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
