@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_we
 native: Any = module()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
 ISAS: list[str] = [] if native is None else native.isas()
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = native.threads()
-    yield
-    native.set_threads(before)
 
 
 @pytest.mark.skipif("GEMMA_MTP_BUILD" not in os.environ, reason="the installed build is what is tested")
