@@ -20,7 +20,7 @@ T* at(uintptr_t address) {
 
 Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size_t cols) {
     Weight w;
-    w.type = (Type)type;
+    w.type = (WeightType)type;
     w.data = at<const void>(data);
     w.scales = at<const float>(scales);
     w.rows = rows, w.cols = cols;
@@ -215,7 +215,7 @@ NB_MODULE(_native, m) {
     m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
         const Kernels& k = named(isa);
         Pool::instance().run([&](Worker& me) {
-            static thread_local Rows prepared;
+            static thread_local Activations prepared;
             const Part p = me.part(w.rows, 8);
             k.prepare_all(w, rows, at<const float>(x), w.cols, prepared);
             k.linear(w, prepared, rows, p.begin, p.end, at<float>(y) + p.begin, w.rows, nullptr);

@@ -8,62 +8,7 @@
 #include <limits>
 #include <numeric>
 
-#if defined(GEMMA_WITH_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace gemma {
-
-#if defined(GEMMA_WITH_AMX)
-namespace {
-
-// Whether the processor has tiles that multiply bf16, and Linux lets this process use them: it asks for every thread, once.
-bool may_use_tiles() {
-    static const bool may = [] {
-        constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-        constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        unsigned a, b, c, d;
-        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) &&
-               syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    }();
-    return may;
-}
-
-}  // namespace
-#endif
-
-const Kernels* kernels_named(const char* name) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#if defined(GEMMA_WITH_AMX)
-    if (!std::strcmp(name, "amx")) return bf16 && may_use_tiles() ? &kernels_amx() : nullptr;
-#endif
-    if (!std::strcmp(name, "avx512_bf16")) return bf16 ? &kernels_avx512_bf16() : nullptr;
-    if (!std::strcmp(name, "avx512")) return avx512 ? &kernels_avx512() : nullptr;
-    if (!std::strcmp(name, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2() : nullptr;
-#endif
-    if (!std::strcmp(name, "control")) return &kernels_control();
-    return std::strcmp(name, "portable") ? nullptr : &kernels_portable();
-}
-
-const Kernels& kernels() {
-    static const Kernels& chosen = []() -> const Kernels& {
-        const char* wanted = std::getenv("GEMMA_MTP_ISA");
-        if (wanted)
-            if (const Kernels* k = kernels_named(wanted)) return *k;
-        for (const char* name : ISAS)
-            if (const Kernels* k = kernels_named(name)) return *k;
-        return kernels_portable();
-    }();
-    return chosen;
-}
 
 namespace {
 
@@ -110,14 +55,8 @@ const void* share_of(const Weight& w, Part p) {
 // for they wait for the weights; a column's sums take a while, too.
 size_t chunk(const Weight& w, size_t rows, size_t unit) {
     const size_t column = (w.cols + 64) * std::max<size_t>(rows, 4);
-    const size_t whole = std::lcm(unit, w.type == Type::PANELS ? GROUP_ROWS : PASS);
+    const size_t whole = std::lcm(unit, w.type == WeightType::PANELS ? GROUP_ROWS : PASS);
     return std::max<size_t>(CHUNK / column / whole, 1) * whole;
-}
-
-template <class V>
-typename V::value_type* grown(V& v, size_t n) {
-    if (v.size() < n) v.resize(n);
-    return v.data();
 }
 
 }  // namespace
@@ -125,7 +64,7 @@ typename V::value_type* grown(V& v, size_t n) {
 // Written by parts, read by all threads after a barrier.
 struct Stack::Shared {
     Buffer<float> qkv, attended, out, act, ple, ple_gate, ple_out, expert_act, expert_out, clusters, projected;
-    Rows ready, ready_act;  // for the feed-forward products where threads divide the rows: each one's, made ready by it
+    Activations ready, ready_act;  // for the feed-forward products where threads divide the rows: each one's, made ready by it
     std::vector<Best> best;  // [threads, rows]
     size_t best_rows = 0;
 };
@@ -136,7 +75,7 @@ struct Stack::Private {
     Buffer<float> weights;
     std::vector<size_t> chosen;
     std::vector<Visible> visible;
-    Rows rows;
+    Activations rows;
     Stretches later;  // keys or values that this thread attends to after the product under way or a later one
 
     // `in` stays as it is until the product.
@@ -157,7 +96,7 @@ struct Stack::Private {
     // Columns of the product, shared out among the threads in whole units; `then` as above, `out` for column 0. Who has made
     // columns calls done(Part) for them.
     template <class F>
-    static void shared_linear(Worker& me, const Weight& w, const Rows& ready, size_t count, Part columns, size_t unit,
+    static void shared_linear(Worker& me, const Weight& w, const Activations& ready, size_t count, Part columns, size_t unit,
                               float* out, size_t ldy, const Next& then, F done) {
         me.each(columns.end - columns.begin, unit, chunk(w, count, unit), [&](Part p, bool last) {
             p.begin += columns.begin, p.end += columns.begin;
@@ -339,7 +278,7 @@ void Stack::list_cached(const Layer& l, const Batch& batch, const float* HeadRow
                         Private& own, const Worker& me) const {
     const size_t blocks = batch.blocks.size(), row_lines = l.head_dim * sizeof(float) / LINE;
     own.later.clear();
-    if (during.type != Type::PANELS || blocks < LEAST_SHARED * me.threads) return;
+    if (during.type != WeightType::PANELS || blocks < LEAST_SHARED * me.threads) return;
     size_t left = most / LINE;
     const auto add = [&](size_t group, size_t block) {
         const Batch::Row& row = batch.rows[batch.blocks[block].first];
@@ -529,7 +468,7 @@ void Stack::gate(const Layer& l, const Batch& batch, const float* in, Private& o
     } else {
         own.prepare(l.gate_up, in, D, rows);
     }
-    const Rows& ready = batch.divided() ? all.ready : own.rows;
+    const Activations& ready = batch.divided() ? all.ready : own.rows;
     me.each(I, unit, chunk(l.gate_up, 2 * rows, unit), [&](Part p, bool last) {
         const size_t width = p.end - p.begin;
         const Part up_part{I + p.begin, I + p.end};

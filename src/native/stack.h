@@ -6,14 +6,10 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "dispatch.h"
 #include "pool.h"
 
 namespace gemma {
-
-const Kernels& kernels();                       // of this machine, or of the environment's GEMMA_MTP_ISA
-const Kernels* kernels_named(const char* name);  // null where the machine lacks it
-constexpr const char* ISAS[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // the best first
 
 struct MoE {
     size_t experts = 0, top_k = 0, width = 0;

@@ -1,4 +1,4 @@
-// One vector type for each instruction set. Included by kernels.cpp, which is compiled once for each of them.
+// One vector type for each instruction set. The kernels are compiled once for each of them.
 //
 // Everything is lane-wise, or reduced by one fixed tree, so that a result depends on the values alone and never on how
 // many rows or columns share a call.
