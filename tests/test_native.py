@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import native_stub
 import pytest
 import scipy.stats
 import torch
@@ -23,8 +25,8 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.ops.native import Memory, module
-from gemma_mtp.ops.quantise import quantise
+from gemma_mtp.ops.native import Memory, floats, floats_of_row, int64s, module
+from gemma_mtp.ops.quantise import BLOCK, quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 
 native: Any = module()
@@ -227,8 +229,25 @@ def attend(
     return out
 
 
-def test_both_sides_know_the_size_of_a_block() -> None:
+def test_both_sides_know_the_sizes_of_blocks_and_groups() -> None:
+    """Python needs them where there is no native module, too."""
     assert native.BLOCK_ROWS == BLOCK_ROWS
+    assert native.QUANTISED_BLOCK == BLOCK
+    assert {"int8": native.INT8_GROUP, "int4": native.INT4_GROUP} == GROUPS
+
+
+def test_the_stub_is_that_of_the_module() -> None:
+    assert native_stub.STUB.read_text(encoding="utf-8") == native_stub.stub(), "run `make stub`"
+
+
+def test_an_address_is_of_the_type_that_is_asked_for() -> None:
+    """And of contiguous memory: the module trusts it."""
+    for take, wrong in ((floats, torch.zeros(4, dtype=torch.float64)), (floats, torch.zeros(4, 4).T[:2]),
+                        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s, array("i", [1]))):  # fmt: skip
+        with pytest.raises(AssertionError):
+            take(wrong)
+    rows = torch.zeros(3, 5)
+    assert floats_of_row(rows, 2) == rows[2].data_ptr()
 
 
 @pytest.mark.parametrize("isa", ISAS)

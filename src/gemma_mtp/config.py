@@ -34,12 +34,27 @@ class RopeConfig:
     """Rotary embedding of one layer type.
 
     `proportional` rotates `partial_rotary_factor` of the head dimensions, with exponents divided by the whole head_dim
-    (transformers 5.22.2, `modeling_rope_utils._compute_proportional_rope_parameters`).
+    (transformers 5.22.2, `modeling_rope_utils._compute_proportional_rope_parameters`). Frequencies are divided by
+    `factor`, as rope_type `linear` does.
     """
 
     rope_theta: float
     rope_type: Literal["default", "proportional"] = "default"
     partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What families of this skeleton do differently in a decoder layer. The defaults are Gemma 4's.
+
+    `value_norm`: values are normalised. `score_scale`: attention scores are multiplied by it. `layer_scalar`: a stored
+    number multiplies the layer's output.
+    """
+
+    value_norm: bool = True
+    score_scale: float = 1.0
+    layer_scalar: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class TextConfig:
     max_position_embeddings: int = 131072
     sliding_rope: RopeConfig = RopeConfig(1e4)
     full_rope: RopeConfig = RopeConfig(1e6, "proportional", 0.25)
+    options: LayerOptions = LayerOptions()
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -356,7 +372,12 @@ def _parse_eos(raw: Any) -> tuple[int, ...]:
 
 
 def _text_config_to_hf(config: TextConfig) -> dict[str, Any]:
+    if config.options != LayerOptions() or {config.sliding_rope.factor, config.full_rope.factor} != {1.0}:
+        raise ConfigError(
+            "a model whose layers differ from Gemma 4's (LayerOptions, RopeConfig.factor) can not be written as one."
+        )
     raw = dataclasses.asdict(config)
+    del raw["options"]
     raw["layer_types"] = list(config.layer_types)
     raw["eos_token_id"] = list(raw.pop("eos_token_ids"))
     raw["rope_parameters"] = {SLIDING: _rope_to_hf(config.sliding_rope), FULL: _rope_to_hf(config.full_rope)}

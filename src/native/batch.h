@@ -67,7 +67,8 @@ class Batch {
     HeadRows head_rows(const Layer& l, size_t group, size_t block) const;
     Visible visible(const Layer& l, const Row& row) const;
 
-    // Divides the sequences among threads, where each thread gets enough of them and none gets much more than its share.
+    // Divides the sequences among threads, where each thread gets enough of them and none gets much more than its
+    // share.
     void divide(int threads);
     bool divided() const { return !cuts_.empty(); }
     // Returns a thread's blocks and its rows of a divided batch.

@@ -22,7 +22,7 @@ def rotate(x_BTHd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
 
 
 def attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention with scale 1. Returns [B, T, H * d].
+    """Grouped-query attention. Queries carry the scale of their scores. Returns [B, T, H * d].
 
     The query heads that share a key-value head are stacked as rows, so keys and values are never repeated.
     `mask` is additive, [(H / G) * T, S], its rows stacked the same way (`stack_mask`); None: every row sees all of S.
@@ -66,17 +66,18 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def rope_tables(
-    positions_T: Tensor, head_dim: int, theta: float, rotated_share: float, dtype: torch.dtype
+    positions_T: Tensor, head_dim: int, theta: float, rotated_share: float, dtype: torch.dtype, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin for `rotate`, each [T, head_dim].
 
     Dimensions beyond `rotated_share` have frequency 0; the exponent's denominator is the whole head_dim in both RoPE
-    types of Gemma 4 (transformers 5.22.2, modeling_rope_utils._compute_proportional_rope_parameters).
+    types of Gemma 4 (transformers 5.22.2, modeling_rope_utils._compute_proportional_rope_parameters). `factor` divides
+    every frequency.
     """
     rotated = int(rotated_share * head_dim // 2)
     exponents = torch.arange(0, 2 * rotated, 2, dtype=torch.float32, device=positions_T.device) / head_dim
     frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device=positions_T.device)
-    frequencies[:rotated] = 1.0 / (theta**exponents)
+    frequencies[:rotated] = 1.0 / (theta**exponents) / factor
     angles = positions_T.float()[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)

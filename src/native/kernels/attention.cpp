@@ -1,5 +1,5 @@
-// Attention goes through the positions in chunks. Chunks begin at fixed positions, so that a query's sums have one order
-// whatever the queries beside it.
+// Attention goes through the positions in chunks. Chunks begin at fixed positions, so that a query's sums have one
+// order whatever the queries beside it.
 #include "attention.h"
 
 #include <limits>
@@ -75,8 +75,7 @@ inline size_t runs_of(const HeadRows& rows, int64_t begin, int64_t end, Run* run
         const size_t offset = rows.offset(at), from = (size_t)(at - begin), to = (size_t)(stop - begin);
         if (count && runs[count - 1].offset + (from - runs[count - 1].begin) * rows.d == offset)
             runs[count - 1].end = to;
-        else
-            runs[count++] = {from, to, offset};
+        else runs[count++] = {from, to, offset};
         at = stop;
     }
     return count;
@@ -147,14 +146,14 @@ void attend_some(const float* q, size_t ldq, size_t Q, const Visible* visible, c
         }
         float* const* acc = softmax.acc;
         for (size_t r = 0; r < run_count; r++) {
-            const float* v = rows.values + runs[r].offset - runs[r].begin * d;  // of the chunk's beginning, were it one run
+            const float* v =
+                rows.values + runs[r].offset - runs[r].begin * d;  // of the chunk's beginning, were it one run
             const auto within = [&](size_t j) { return std::clamp(j, runs[r].begin, runs[r].end); };
             if (common_from >= common_to) {
                 for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(from[i]), within(to[i]), d, acc + i);
                 continue;
             }
-            for (size_t i = 0; i < Q; i++)
-                weigh<1>(weights + i, v, within(from[i]), within(common_from), d, acc + i);
+            for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(from[i]), within(common_from), d, acc + i);
             weigh_all(Q, weights, v, within(common_from), within(common_to), d, acc);
             for (size_t i = 0; i < Q; i++) weigh<1>(weights + i, v, within(common_to), within(to[i]), d, acc + i);
         }

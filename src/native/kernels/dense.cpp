@@ -8,9 +8,9 @@ namespace gemma {
 namespace GEMMA_ISA {
 namespace {
 
-constexpr int MAX_ROWS = 6;                // rows of a tile
-constexpr size_t CHUNK_COLUMNS = 512;      // columns of a long row that are read at once
-constexpr size_t ROWS_BYTES = 24 << 10;    // activations that stay in the first-level cache beside the weights
+constexpr int MAX_ROWS = 6;  // rows of a tile
+constexpr size_t CHUNK_COLUMNS = 512;  // columns of a long row that are read at once
+constexpr size_t ROWS_BYTES = 24 << 10;  // activations that stay in the first-level cache beside the weights
 
 // Returns the weight rows of a tile: as many accumulators as registers hold beside the weights.
 #if defined(GEMMA_AVX512)
@@ -27,8 +27,9 @@ struct Chunk {
     bool first, last;
 };
 
-// Multiplies MR rows with NR weight rows of K columns. Each step of x holds the rows in turn. `next` is what to prefetch
-// meanwhile: as many rows and columns. `beside` lies as these weights do and is prefetched with them. Both may be null.
+// Multiplies MR rows with NR weight rows of K columns. Each step of x holds the rows in turn. `next` is what to
+// prefetch meanwhile: as many rows and columns. `beside` lies as these weights do and is prefetched with them. Both may
+// be null.
 template <class F, int MR, int NR>
 inline void tile(const typename F::T* w, size_t ldw, const typename F::X* x, size_t K, const typename F::T* next,
                  const typename F::T* beside, const Chunk& chunk, float* waiting, float* y, size_t ldy) {
@@ -131,12 +132,12 @@ void linear_dense(const Weight& w, const Activations& x, size_t M, size_t n0, si
     multiply<F>(rows, w.cols, F::place(x).data(), M, n1 - n0, y, ldy, then, nullptr);
 }
 
-#define FOR_FORMAT(F)                                                                                            \
-    template void reserve_dense<F>(size_t, size_t, Activations&);                                                \
-    template void prepare_dense<F>(size_t, size_t, const Area&, const float*, size_t, Activations&);             \
-    template void multiply<F>(const F::T*, size_t, const F::X*, size_t, size_t, float*, size_t, const void*,     \
-                              const F::T*);                                                                      \
-    template void linear_dense<F>(const Weight&, const Activations&, size_t, size_t, size_t, float*, size_t,     \
+#define FOR_FORMAT(F)                                                                                        \
+    template void reserve_dense<F>(size_t, size_t, Activations&);                                            \
+    template void prepare_dense<F>(size_t, size_t, const Area&, const float*, size_t, Activations&);         \
+    template void multiply<F>(const F::T*, size_t, const F::X*, size_t, size_t, float*, size_t, const void*, \
+                              const F::T*);                                                                  \
+    template void linear_dense<F>(const Weight&, const Activations&, size_t, size_t, size_t, float*, size_t, \
                                   const void*);
 FOR_FORMAT(Wide)
 FOR_FORMAT(Half)

@@ -45,10 +45,8 @@ inline Block block(const uint8_t* w) {
 template <bool I8>
 inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
     __m512i start;
-    if constexpr (I8)
-        start = _mm512_set1_epi32(starts[0]);
-    else
-        start = _mm512_set1_epi64(read<int64_t>(starts));
+    if constexpr (I8) start = _mm512_set1_epi32(starts[0]);
+    else start = _mm512_set1_epi64(read<int64_t>(starts));
     return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, w.v, _mm512_loadu_si512(x)));
 }
 
@@ -99,8 +97,7 @@ struct Block {
 template <bool I8>
 inline Block block(const uint8_t* w) {
     Block b;
-    if constexpr (I8)
-        std::memcpy(b.v, w, 64);
+    if constexpr (I8) std::memcpy(b.v, w, 64);
     else
         for (int i = 0; i < 32; i++) b.v[i] = (int8_t)((w[i] & 15) - 8), b.v[i + 32] = (int8_t)((w[i] >> 4) - 8);
     return b;

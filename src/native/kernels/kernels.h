@@ -56,10 +56,8 @@ class Stretches {
         if (at_ == all_.size()) return nullptr;
         Stretch& s = all_[at_];
         const char* begin = s.begin;
-        if (lines < s.lines)
-            s.begin += lines * LINE, s.lines -= lines;
-        else
-            at_++;
+        if (lines < s.lines) s.begin += lines * LINE, s.lines -= lines;
+        else at_++;
         return begin;
     }
 

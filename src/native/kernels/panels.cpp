@@ -1,8 +1,8 @@
 // Products with bf16 weights in panels.
 //
 // Every output element has one lane of one accumulator for each part of columns. It is filled in order of k, whatever
-// the tile it is computed in. The sums of the parts are added in their order. The machine's own tiles go on from the sum
-// of the parts before.
+// the tile it is computed in. The sums of the parts are added in their order. The machine's own tiles go on from the
+// sum of the parts before.
 #include "panel_tiles.h"
 #include "products.h"
 
@@ -31,14 +31,10 @@ struct Fetch {
             return f(std::integral_constant<int, 0>(), next);
         }
         const size_t lines = each <= 2 ? each : each <= 4 ? 4 : 8;
-        if (lines == 1)
-            f(std::integral_constant<int, 1>(), next);
-        else if (lines == 2)
-            f(std::integral_constant<int, 2>(), next);
-        else if (lines == 4)
-            f(std::integral_constant<int, 4>(), next);
-        else
-            f(std::integral_constant<int, 8>(), next);
+        if (lines == 1) f(std::integral_constant<int, 1>(), next);
+        else if (lines == 2) f(std::integral_constant<int, 2>(), next);
+        else if (lines == 4) f(std::integral_constant<int, 4>(), next);
+        else f(std::integral_constant<int, 8>(), next);
         next += pairs * lines * PANEL_ROWS;
     }
 };

@@ -91,8 +91,7 @@ inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale
         total = add(total, whole);
         narrow(whole, values + i);
     }
-    if constexpr (I8)
-        std::memcpy(block, values, COUNT);
+    if constexpr (I8) std::memcpy(block, values, COUNT);
     else
         for (size_t u = 0; u < COUNT / 4; u++) std::memcpy(block + int4_place(g * COUNT + 4 * u), values + 4 * u, 4);
     scale = top / 127.0f;

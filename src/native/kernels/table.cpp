@@ -1,5 +1,5 @@
-// The table of one instruction set's operators, and the choice among weight types. GEMMA_ISA names the namespace and the
-// function that returns the table.
+// The table of one instruction set's operators, and the choice among weight types. GEMMA_ISA names the namespace and
+// the function that returns the table.
 #include "attention.h"
 #include "elementwise.h"
 #include "products.h"
@@ -31,10 +31,8 @@ void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t
 
 void prepare_all(const Weight& w, size_t M, const float* x, size_t ldx, Activations& out) {
     reserve(w, M, out);
-    if (w.type == WeightType::PANELS && panels_read_in_place(M, ldx))
-        out.borrowed = x, out.apart = ldx;
-    else
-        prepare(w, M, {0, M, 0, w.cols}, x, ldx, out);
+    if (w.type == WeightType::PANELS && panels_read_in_place(M, ldx)) out.borrowed = x, out.apart = ldx;
+    else prepare(w, M, {0, M, 0, w.cols}, x, ldx, out);
 }
 
 void linear(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
@@ -61,8 +59,7 @@ void gather_panels(const Weight& table, size_t row, float factor, float* out) {
     for (size_t i = 0; i < table.cols; i += 2 * W) {
         const uint32_t* from = table.panels(row, i / 2) + row % PANEL_ROWS;  // a part holds the next W pairs, too
         for (size_t k = 0; k < W; k++) pairs[k] = from[k * PANEL_ROWS];
-        for (size_t k = 0; k < 2; k++)
-            store(out + i + k * W, mul(load((const uint16_t*)pairs + k * W), set1(factor)));
+        for (size_t k = 0; k < 2; k++) store(out + i + k * W, mul(load((const uint16_t*)pairs + k * W), set1(factor)));
     }
 }
 
