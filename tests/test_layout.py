@@ -13,7 +13,7 @@ import gemma_mtp
 PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; leaves may be imported by all and import no other part
 LEVELS = {"ops": 0, "model": 1, "decoding": 2, "engine": 3, "measure": 4, "training": 5, "server": 6, "cli": 7}
-LEAVES = {"errors", "config", "cpu_clock", "kv_cache", "tokenizer", "pairing", "weight_types", "datasets"}
+LEAVES = {"_native", "errors", "config", "cpu_clock", "kv_cache", "tokenizer", "pairing", "weight_types", "datasets"}
 #: what a leaf needs beside other leaves
 ALLOWED = {
     ("kv_cache", "ops"), ("checkpoint", "model"), ("checkpoint", "ops"), ("quantised_copy", "checkpoint"),

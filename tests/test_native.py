@@ -79,12 +79,12 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     N, x = len(w), randn(70, w.shape[1], seed=1)
     whole = linear(isa, weight, x, N)
     if isa in ("avx512_bf16", "amx") and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's are
-        torchs = (F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max()
+        torchs = float((F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max())
         assert (whole - x.double() @ w.double().T).abs().max() <= max(torchs, 1e-7)
         x = x.bfloat16().float()
     exact = x.double() @ w.double().T
-    torchs = (F.linear(x, w.float()) - exact).abs().max()
-    assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * exact.abs().max())
+    torchs = float((F.linear(x, w.float()) - exact).abs().max())
+    assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * float(exact.abs().max()))
     for threads in (1, 2, 3):
         native.set_threads(threads)
         for rows in (*range(1, 14), 16, 17, 31, 32):
@@ -161,7 +161,7 @@ def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
     assert panels is not None
     assert layer.to_panels_() is panels
     assert layer.weight.numel() == 0
-    assert torch.equal(layer.stored, w)
+    assert isinstance(layer.stored, Tensor) and torch.equal(layer.stored, w)
     assert torch.equal(layer(x), expected)
 
 
@@ -242,8 +242,11 @@ def test_the_stub_is_that_of_the_module() -> None:
 
 def test_an_address_is_of_the_type_that_is_asked_for() -> None:
     """And of contiguous memory: the module trusts it."""
-    for take, wrong in ((floats, torch.zeros(4, dtype=torch.float64)), (floats, torch.zeros(4, 4).T[:2]),
-                        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s, array("i", [1]))):  # fmt: skip
+    cases: list[tuple[Any, Any]] = [
+        (floats, torch.zeros(4, dtype=torch.float64)), (floats, torch.zeros(4, 4).T[:2]),
+        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s, array("i", [1])),
+    ]  # fmt: skip
+    for take, wrong in cases:
         with pytest.raises(AssertionError):
             take(wrong)
     rows = torch.zeros(3, 5)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanobind.stubgen import StubGen
+from nanobind.stubgen import StubGen  # type: ignore[import-untyped]
 
 from gemma_mtp.ops.native import module
 
