@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -23,6 +25,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
 
+M = TypeVar("M", Target, Drafter)
 VOCAB = 61
 S: LayerType = "sliding_attention"
 F: LayerType = "full_attention"
@@ -118,7 +121,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def _randomise(model: M, seed: int) -> M:
     """Weights of a scale that gives well-spread logits; norms and scalars away from one, so that none is a no-op."""
     generator = _generator(seed)
     with torch.no_grad():
@@ -158,8 +161,8 @@ class Played:
 @torch.inference_mode()
 def play(
     target: Target, drafter: Drafter | None, prompt: list[int], params: SamplingParams, draft_tokens: int,
-    verification: Verification = "exact", chunk_rows: int = 512, after_round=lambda sequence: None,
-    stop: StopRule | None = None,
+    verification: Verification = "exact", chunk_rows: int = 512,
+    after_round: Callable[[Sequence], object] = lambda sequence: None, stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
     sequence = open_sequence(target, len(prompt), params.max_tokens, draft_tokens, params)
@@ -171,7 +174,7 @@ def play(
         played.tokens += output.token_ids
         played.accepted.append(output.accepted)
         played.drafted.append(output.drafted)
-        played.confidences.append(output.confidences)
+        played.confidences.append(list(output.confidences))
         after_round(sequence)
     return played
 
@@ -207,10 +210,10 @@ def letters(directory: Path) -> Tokenizer:
 
 
 def same_weights(ours: dict[str, Weight], theirs: dict[str, Weight]) -> None:
-    ours, theirs = dict(stored_tensors(ours)), dict(stored_tensors(theirs))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
+    stored, expected = dict(stored_tensors(ours)), dict(stored_tensors(theirs))
+    assert stored.keys() == expected.keys()
+    assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
+    assert [name for name in stored if stored[name].dtype != expected[name].dtype] == []
 
 
 def save_pair(root: Path, target: Target, drafter: Drafter) -> None:

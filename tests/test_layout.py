@@ -14,7 +14,7 @@ PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; leaves may be imported by all and import no other part
 LEVELS = {"ops": 0, "model": 1, "decoding": 2, "engine": 3, "measure": 4, "training": 5, "server": 6, "cli": 7}
 LEAVES = {
-    "errors", "text", "conversation", "config", "config_fields", "config_values", "rope_config",
+    "_native", "errors", "text", "conversation", "config", "config_fields", "config_values", "rope_config",
     "generation_config", "tensor_names",
     "json_files", "cpu_clock", "kv_cache", "pairing", "weight_types", "datasets",
 }  # fmt: skip

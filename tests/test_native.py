@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
+import native_stub
 import pytest
 import scipy.stats
 import torch
@@ -22,8 +24,8 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.ops.native import Memory, module
-from gemma_mtp.ops.quantise import quantise
+from gemma_mtp.ops.native import Memory, floats, floats_of_row, int64s, module
+from gemma_mtp.ops.quantise import BLOCK, quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 
 native: Any = module()
@@ -69,12 +71,12 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     N, x = len(w), randn(70, w.shape[1], seed=1)
     whole = linear(isa, weight, x, N)
     if isa in ("avx512_bf16", "amx") and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's are
-        torchs = (F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max()
+        torchs = float((F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max())
         assert (whole - x.double() @ w.double().T).abs().max() <= max(torchs, 1e-7)
         x = x.bfloat16().float()
     exact = x.double() @ w.double().T
-    torchs = (F.linear(x, w.float()) - exact).abs().max()
-    assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * exact.abs().max())
+    torchs = float((F.linear(x, w.float()) - exact).abs().max())
+    assert (whole - exact).abs().max() <= max(2 * torchs, 1e-7 * float(exact.abs().max()))
     for threads in (1, 2, 3):
         native.set_threads(threads)
         for rows in (*range(1, 14), 16, 17, 31, 32):
@@ -151,7 +153,7 @@ def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
     assert panels is not None
     assert layer.to_panels_() is panels
     assert layer.weight.numel() == 0
-    assert torch.equal(layer.stored, w)
+    assert isinstance(layer.stored, Tensor) and torch.equal(layer.stored, w)
     assert torch.equal(layer(x), expected)
 
 
@@ -219,8 +221,28 @@ def attend(
     return out
 
 
-def test_both_sides_know_the_size_of_a_block() -> None:
+def test_both_sides_know_the_sizes_of_blocks_and_groups() -> None:
+    """Python needs them where there is no native module, too."""
     assert native.BLOCK_ROWS == BLOCK_ROWS
+    assert native.QUANTISED_BLOCK == BLOCK
+    assert {"int8": native.INT8_GROUP, "int4": native.INT4_GROUP} == GROUPS
+
+
+def test_the_stub_is_that_of_the_module() -> None:
+    assert native_stub.STUB.read_text(encoding="utf-8") == native_stub.stub(), "run `make stub`"
+
+
+def test_an_address_is_of_the_type_that_is_asked_for() -> None:
+    """And of contiguous memory: the module trusts it."""
+    cases: list[tuple[Any, Any]] = [
+        (floats, torch.zeros(4, dtype=torch.float64)), (floats, torch.zeros(4, 4).T[:2]),
+        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s, array("i", [1])),
+    ]  # fmt: skip
+    for take, wrong in cases:
+        with pytest.raises(AssertionError):
+            take(wrong)
+    rows = torch.zeros(3, 5)
+    assert floats_of_row(rows, 2) == rows[2].data_ptr()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.config import TextConfig
+from gemma_mtp.config import TargetConfig, TextConfig
 from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, prefill
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
@@ -242,7 +242,8 @@ def test_quantised_while_loading_is_quantised_after(
 ) -> None:
     """The same bits, whatever pieces the file is read in."""
     types = parse_weight_types(kinds)
-    for directory, load in zip(checkpoints(family), (load_target, load_drafter), strict=True):
+    loaders: tuple[Callable[..., Target | Drafter], ...] = (load_target, load_drafter)
+    for directory, load in zip(checkpoints(family), loaders, strict=True):
         expected = load(directory, torch.float32)
         expected.quantise_(types)
         same_weights(load(directory, torch.float32, types=types).checkpoint_tensors(), expected.checkpoint_tensors())
@@ -300,7 +301,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for parameter in target.parameters():
         parameter.zero_()
-    checkpoint.save_target(target, checkpoint.TargetConfig(config), directory)
+    checkpoint.save_target(target, TargetConfig(config), directory)
     assert (directory / checkpoint.SINGLE_FILE).stat().st_size > 240e6
     return directory
 

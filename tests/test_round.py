@@ -1,6 +1,7 @@
 """`exact` verification equals plain decoding, token for token, whatever the drafter."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding.draft import draft_noise
 from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.decoding.verify import VERIFICATIONS
+from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.kv_cache import KVPool
 
 PAIRS = {
@@ -34,15 +35,15 @@ class AlwaysWrong:
         self.plain, self.length, self.step = plain, prompt_length + 1, 0
         self.prompt_length = prompt_length
 
-    def __call__(self, embeds, hidden, rope, kv):
+    def __call__(self, embeds: Any, hidden: Any, rope: Any, kv: Any) -> Any:
         return hidden, hidden
 
-    def candidates(self, state):
+    def candidates(self, state: Any) -> Any:
         right = self.plain[min(self.length - self.prompt_length + self.step, len(self.plain) - 1)]
         self.step += 1
         return torch.zeros(1, 1), torch.tensor([[(right + 1) % VOCAB]])
 
-    def after_round(self, sequence) -> None:
+    def after_round(self, sequence: Any) -> None:
         self.length, self.step = sequence.length, 0
 
 
@@ -105,10 +106,11 @@ def test_a_round_ends_with_the_state_that_produced_its_last_token(name: str) -> 
     target, drafter = PAIRS[name]
     states: list[dict[int, torch.Tensor]] = [{}, {}]
     for found, used, drafts in zip(states, (None, drafter), (0, 4), strict=True):
-        played = play(
-            target, used, [1, 2, 3], SamplingParams(max_tokens=80), drafts,
-            after_round=lambda sequence, found=found: found.update({sequence.length: sequence.last_state.clone()}),
-        )  # fmt: skip
+
+        def keep(sequence: Any, found: dict[int, torch.Tensor] = found) -> None:
+            found[sequence.length] = sequence.last_state.clone()
+
+        played = play(target, used, [1, 2, 3], SamplingParams(max_tokens=80), drafts, after_round=keep)
     assert sum(played.accepted) > 10
     plain, drafted = states
     for length, state in drafted.items():
@@ -133,7 +135,13 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
 def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
     """Not their tokens only, which a wrong state would leave as they are, but the drafts made from it."""
     target, drafter = PAIRS[name]
-    ways = [({}, 4), ({"temperature": 0.7}, 2), ({"temperature": 0.9, "top_k": 20}, 5), ({}, 0), ({"logprobs": 1}, 3)]
+    ways: list[tuple[dict[str, Any], int]] = [
+        ({}, 4),
+        ({"temperature": 0.7}, 2),
+        ({"temperature": 0.9, "top_k": 20}, 5),
+        ({}, 0),
+        ({"logprobs": 1}, 3),
+    ]
     wanted = [(SamplingParams(max_tokens=40, seed=9, **options), drafts) for options, drafts in ways]
     prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(len(wanted))]
     alone = [play(target, drafter, prompt, *own) for prompt, own in zip(prompts, wanted, strict=True)]
@@ -155,7 +163,7 @@ def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
-def test_greedy_is_the_same_under_every_verification(verification) -> None:
+def test_greedy_is_the_same_under_every_verification(verification: Verification) -> None:
     target, drafter = PAIRS["agreeing"]
     params = SamplingParams(max_tokens=60)
     assert (
@@ -165,7 +173,7 @@ def test_greedy_is_the_same_under_every_verification(verification) -> None:
 
 
 @pytest.mark.parametrize("verification", ["rejection", "block"])
-def test_sampled_verifications_commit_what_they_count(verification) -> None:
+def test_sampled_verifications_commit_what_they_count(verification: Verification) -> None:
     target, drafter = PAIRS["agreeing often"]
     params = SamplingParams(max_tokens=60, temperature=0.8, top_k=20, repetition_penalty=1.1, seed=3)
     played = play(target, drafter, [9, 8, 7], params, 4, verification)

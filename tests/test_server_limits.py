@@ -68,7 +68,7 @@ def test_only_requests_with_a_key_are_let_in(pair: Pair) -> None:
         for value in refused:
             for method, path in (("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/openapi.json"),
                                  ("GET", "/metrics"), ("GET", "/nothing"), ("POST", "/tokenize")):  # fmt: skip
-                answer = live.client.request(method, path, headers={"Authorization": value.encode()})
+                answer = live.client.request(method, path, headers=[(b"Authorization", value.encode())])
                 error = error_of(answer, 401)
                 assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
                 assert not any(key in answer.text for key in KEYS)
