@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
+NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
+SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: demo test slow check sanitize docs format pair example bench peers clean
+.PHONY: demo test slow check sanitize docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
@@ -16,9 +17,11 @@ test: $(VENV)/.dev         ## the default tests; those of the server's page need
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
 
-check: $(VENV)/.dev        ## lint, format, types
+check: $(VENV)/.dev        ## lint, format, types, and the native module's stub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/python tools/native_stub.py --check
 	$(BIN)/mypy
 
 sanitize: $(VENV)/.dev     ## the native operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -32,9 +35,13 @@ sanitize: $(VENV)/.dev     ## the native operators' tests under AddressSanitizer
 docs: $(VENV)/.core        ## docs/cli.md from the commands' own help
 	$(BIN)/python tools/cli_docs.py
 
+stub: $(VENV)/.dev         ## src/gemma_mtp/_native.pyi from the built native module
+	$(BIN)/python tools/native_stub.py
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/training.md)
 	$(BIN)/python tools/make_pair.py --device $(or $(DEVICE),cpu)

@@ -37,8 +37,9 @@ from sides import Side, measure
 from gemma_mtp import load_pair
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.pair import DTYPES, DraftTokens, Pair, bundled_directory
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
 
 #: the other programs, by the package that brings them
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
@@ -80,6 +81,7 @@ def prompts_for(pair: Pair, args: argparse.Namespace) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         high = pair.target.config.vocab_size
         return torch.randint(3, high, (args.prompts, args.prompt_tokens), generator=generator).tolist()
+    assert pair.tokenizer is not None
     examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
     return [example.token_ids(pair.tokenizer) for example in examples]
 

@@ -22,7 +22,7 @@ from requests_loop import answer_requests
 GGML_LOG_ERROR = 4
 
 
-@llama.llama_log_callback
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _: Any) -> None:
     if level == GGML_LOG_ERROR:
         sys.stderr.write(text.decode(errors="replace"))
@@ -33,6 +33,7 @@ class Context:
 
     def __init__(self, path: str, threads: int, length: int, target: Context | None = None) -> None:
         params = llama.llama_model_default_params()
+        self.context: Any = None
         self.model = llama.llama_model_load_from_file(path.encode(), params)
         if self.model is None:
             raise SystemExit(f"llama.cpp can not load {path}")

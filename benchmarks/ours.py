@@ -9,7 +9,8 @@ import torch
 from sides import Side
 
 from gemma_mtp import SamplingParams
-from gemma_mtp.engine.pair import DraftTokens, Pair
+from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.native import NativeDrafter
 from gemma_mtp.model.target import Target
@@ -106,5 +107,6 @@ def _stored_bytes(model: Target | Drafter) -> dict[str, int]:
     """Of every weight as it is kept for decoding, by its official name."""
     if model.native is None:  # PyTorch's operators have packed them: as many values
         with torch.device("meta"):
-            model = type(model)(model.config).to(model.embed_tokens.weight.dtype)
+            dtype = model.embed_tokens.weight.dtype
+            model = (Target(model.config) if isinstance(model, Target) else Drafter(model.config)).to(dtype)
     return {name: weight.nbytes for name, weight in model.checkpoint_tensors().items()}

@@ -33,6 +33,7 @@ from gemma_mtp.config import (
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_files import INDEX_FILE
 
 #: a shard is closed once it holds so many bytes; a larger tensor has one to itself
@@ -132,7 +133,7 @@ def _tables(geometry: Geometry) -> dict[str, dict[str, Tensor]]:
     return {"target": {"model.embed_tokens.weight": table}, "drafter": drafter}
 
 
-def _write(directory: Path, config: dict[str, Any], shapes: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _write(directory: Path, config: dict[str, Any], shapes: Mapping[str, Weight], given: Mapping[str, Tensor]) -> None:
     """Shards and their index. Peak memory: the largest tensor, or one shard and a tensor."""
     directory.mkdir(parents=True)
     weight_map: dict[str, str] = {}
@@ -154,14 +155,14 @@ def _write_shard(directory: Path, shard: dict[str, Tensor], weight_map: dict[str
         shard.clear()
 
 
-def _filled(shapes: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _filled(shapes: Mapping[str, Weight], given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     block = torch.randn(BLOCK_VALUES, generator=torch.Generator().manual_seed(1))
     for name, like in shapes.items():
         if name in given:
             yield name, given[name]
         elif any(norm in name for norm in BRANCH_NORMS):
             yield name, torch.zeros(like.shape, dtype=torch.bfloat16)
-        elif like.ndim == 1:
+        elif len(like.shape) == 1:
             yield name, torch.ones(like.shape, dtype=torch.bfloat16)
         else:
             yield name, _tiled((block * like.shape[-1] ** -0.5).bfloat16(), like.shape)

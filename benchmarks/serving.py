@@ -13,6 +13,9 @@ the repetitions' ratios, with the least and the greatest.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Awaitable
+
 import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
 
 import argparse
@@ -41,7 +44,7 @@ from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request
-from gemma_mtp.measure.load import ClosedLoop, Extent, Send, run_load
+from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, Send, run_load
 from gemma_mtp.measure.load_client import connect, first_model
 from gemma_mtp.measure.load_runs import LevelResult, Ratio, failed_share, measure_levels, ratios
 from gemma_mtp.measure.load_server import own_server
@@ -209,12 +212,16 @@ async def _served_memory(url: str, process: int, requests: Requests, args: argpa
         return await _memory(to_server(client, await first_model(client), requests), process, args)
 
 
+def _later(send: Send, offset: int, number: int) -> Awaitable[Reply | Callable[[], Reply]]:
+    return send(offset + number)
+
+
 async def _memory(send: Send, process: int, args: argparse.Namespace) -> Content:
     readings: list[tuple[int, int]] = []
     done = 0
     for size in (args.warmup, *np.diff(np.linspace(0, args.requests, READINGS + 1).astype(int)).tolist()):
         offset = done
-        records = await run_load(ClosedLoop(MIXED_CLIENTS), lambda number, at=offset: send(at + number), Extent(size))
+        records = await run_load(ClosedLoop(MIXED_CLIENTS), functools.partial(_later, send, offset), Extent(size))
         failed = [record.reply.error for record in records if not record.completed]
         if failed:
             raise SystemExit(f"{len(failed)} requests failed: {set(failed)}")

@@ -19,7 +19,7 @@ if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators tha
     assert spec.loader is not None
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
-    sys.modules["gemma_mtp._native"] = gemma_mtp._native = native  # type: ignore[attr-defined]
+    sys.modules["gemma_mtp._native"] = gemma_mtp._native = native
 
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with its share of the cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -52,7 +52,7 @@ def answer(first: float, gap: float = 0.0, chunks: int = 3) -> httpx.Response:
     return httpx.Response(200, stream=Body(*parts, (0, USAGE_EVENT), (0, DONE)))
 
 
-def transport(handler: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> httpx.MockTransport:
+def transport(handler: Callable[[httpx.Request], Coroutine[None, None, httpx.Response]]) -> httpx.MockTransport:
     return httpx.MockTransport(handler)
 
 
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def served(status: int = 200) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server's URL, and the bodies it was sent for completion."""
-    handler = type("Handler", (_Handler,), {"bodies": [], "status": status})
+    handler: type[_Handler] = type("Handler", (_Handler,), {"bodies": [], "status": status})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -27,6 +29,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
 
+M = TypeVar("M", Target, Drafter)
 VOCAB = 61
 S: LayerType = "sliding_attention"
 F: LayerType = "full_attention"
@@ -122,7 +125,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def _randomise(model: M, seed: int) -> M:
     """Weights of a scale that gives well-spread logits; norms and scalars away from one, so that none is a no-op."""
     generator = _generator(seed)
     with torch.no_grad():
@@ -175,7 +178,7 @@ def opened(
 @torch.inference_mode()
 def play(
     backend: Backend, prompt: list[int], params: SamplingParams, draft_tokens: int,
-    verification: Verification = "exact", chunk_rows: int | None = None, after_round=lambda sequence: None,
+    verification: Verification = "exact", chunk_rows: int | None = None, after_round: Callable[[Sequence], object] = lambda sequence: None,
     stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
@@ -209,10 +212,10 @@ def letters(directory: Path) -> Tokenizer:
 
 
 def same_weights(ours: dict[str, Weight], theirs: dict[str, Weight]) -> None:
-    ours, theirs = dict(stored_tensors(ours)), dict(stored_tensors(theirs))
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
+    stored, expected = dict(stored_tensors(ours)), dict(stored_tensors(theirs))
+    assert stored.keys() == expected.keys()
+    assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
+    assert [name for name in stored if stored[name].dtype != expected[name].dtype] == []
 
 
 def save_pair(root: Path, target: Target, drafter: Drafter) -> None:

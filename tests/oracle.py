@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
 from transformers import (
     Gemma4AssistantConfig,
@@ -22,8 +24,9 @@ from transformers import (
 
 VOCAB = 256
 WINDOW = 16
-S, F = "sliding_attention", "full_attention"
-COMMON = {
+S: Final = "sliding_attention"
+F: Final = "full_attention"
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
     "global_head_dim": 32, "sliding_window": WINDOW, "final_logit_softcapping": 30.0, "max_position_embeddings": 512,
     "num_hidden_layers": 6, "layer_types": [S, S, S, S, S, F],
@@ -32,7 +35,7 @@ NO_PLE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB}
 K_EQ_V = {"attention_k_eq_v": True, "num_key_value_heads": 4, "num_global_key_value_heads": 2}
 
 #: text configurations, by the checkpoint whose features they have
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "e2b": {
         "num_hidden_layers": 10, "layer_types": [S, S, S, S, F] * 2, "num_key_value_heads": 1,
         "num_kv_shared_layers": 5, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 8,

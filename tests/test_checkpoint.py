@@ -7,7 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from gemma_mtp.checkpoint import (
     read_target_config,
     save_drafter,
     save_target,
+    stored_tensors,
 )
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError, GemmaMtpError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.quantise import Weight
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 Load = Callable[[Path, torch.dtype], Any]
@@ -61,10 +63,11 @@ def pair(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "pair")
 
 
-def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
+def same_tensors(ours: Mapping[str, Weight], theirs: Mapping[str, Weight]) -> None:
+    stored, expected = stored_tensors(ours), stored_tensors(theirs)
+    assert stored.keys() == expected.keys()
+    assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
+    assert [name for name in stored if stored[name].dtype != expected[name].dtype] == []
 
 
 def write_shards(directory: Path, tensors: dict[str, Tensor], count: int = 3) -> None:
@@ -141,7 +144,8 @@ def test_what_transformers_wrote_loads_exactly(checkpoints: Checkpoints, family:
 def test_shards_that_transformers_wrote_load_exactly(checkpoints: Checkpoints, family: str, tmp_path: Path) -> None:
     build_target(family).save_pretrained(tmp_path / "target", max_shard_size="90KB")
     build_drafter(family, centroids=family == "e2b").save_pretrained(tmp_path / "drafter", max_shard_size="20KB")
-    for kind, load, single in zip(("target", "drafter"), (load_target, load_drafter), checkpoints(family), strict=True):
+    loaders: tuple[Callable[..., Target | Drafter], ...] = (load_target, load_drafter)
+    for kind, load, single in zip(("target", "drafter"), loaders, checkpoints(family), strict=True):
         assert len(list((tmp_path / kind).glob("*.safetensors"))) > 2
         assert not (tmp_path / kind / SINGLE).exists()
         ours = load(tmp_path / kind, torch.float32)
@@ -165,7 +169,7 @@ def test_round_trip(stored: torch.dtype, asked: torch.dtype, tmp_path: Path) -> 
     for original, loaded in (
         (target, load_target(tmp_path / "t", asked)), (drafter, load_drafter(tmp_path / "d", asked)),
     ):  # fmt: skip
-        expected = original.checkpoint_tensors().items()
+        expected = stored_tensors(original.checkpoint_tensors()).items()
         same_tensors(
             loaded.checkpoint_tensors(),
             {name: x.to(stored).to(asked) if x.is_floating_point() else x for name, x in expected},
@@ -374,7 +378,7 @@ def test_damaged_token_ordering(damage: str, pair: Path) -> None:
     if damage == "zero":
         ordering = torch.zeros_like(ordering)
     else:
-        ordering[3] = {"repeated": ordering[4], "negative": -1, "too large": TINY.vocab_size}[damage]
+        ordering[3] = {"repeated": int(ordering[4]), "negative": -1, "too large": TINY.vocab_size}[damage]
     edit(pair / "drafter", masked_embedding__token_ordering=ordering)
     refused(load_drafter, pair / "drafter", str(pair / "drafter"), ORDERING)
 
@@ -382,7 +386,8 @@ def test_damaged_token_ordering(damage: str, pair: Path) -> None:
 def test_token_ordering_may_be_stored_in_int32(pair: Path) -> None:
     ordering = load_file(pair / "drafter" / SINGLE)[ORDERING]
     edit(pair / "drafter", masked_embedding__token_ordering=ordering.int())
-    assert torch.equal(load_drafter(pair / "drafter", torch.bfloat16).checkpoint_tensors()[ORDERING], ordering)
+    loaded = stored_tensors(load_drafter(pair / "drafter", torch.bfloat16).checkpoint_tensors())
+    assert torch.equal(loaded[ORDERING], ordering)
 
 
 def test_a_target_is_no_drafter(saved: Path) -> None:
@@ -395,7 +400,7 @@ def test_a_target_is_no_drafter(saved: Path) -> None:
 
 
 @pytest.fixture(params=["target", "drafter"])
-def save(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], None]]:
+def save(request: pytest.FixtureRequest) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         if request.param == "target":
             save_target(random_target(), TargetConfig(TINY), directory)

@@ -20,6 +20,8 @@ from gemma_mtp.decoding import round as rounds
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
 
 PROMPT = "def add(a, b):\n    return"
 IDS = ["--token-ids", "9 8 7"]
@@ -233,7 +235,8 @@ def test_inspect(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", *directories, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["pair"] == {"fits": True, "reason": None}
-    for report, model in zip(content["checkpoints"], agreeing_pair(3), strict=True):
+    models: tuple[Target | Drafter, ...] = agreeing_pair(3)
+    for report, model in zip(content["checkpoints"], models, strict=True):
         assert report["parameters"] == sum(tensor.numel() for tensor in model.checkpoint_tensors().values())
     save_pair(tmp_path, random_target(), random_drafter(seed=2, centroids=True))
     config = json.loads((tmp_path / "drafter" / "config.json").read_text())

@@ -20,6 +20,7 @@ from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.errors import DataError
 from gemma_mtp.measure import plot, speedup
 from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, PromptAcceptance, measure_acceptance
 from gemma_mtp.measure.acceptance import prompts_of as to_prompts
@@ -239,6 +240,6 @@ def test_a_picture_needs_matplotlib_and_a_place(
     monkeypatch.undo()
     report = AcceptanceReport(1, GREEDY, "exact", (PromptAcceptance("a", "a", 1, 1, Acceptance((1, 1))),))
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(plot.DataError, match=r"a\.png can not be written: Is a directory"):
+    with pytest.raises(DataError, match=r"a\.png can not be written: Is a directory"):
         plot.plot_acceptance({"greedy": report}, tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

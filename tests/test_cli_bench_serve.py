@@ -146,7 +146,7 @@ def test_a_server_of_our_own_is_started_and_measured(tiny: Path, tmp_path: Path)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "ABCDEF"}\n', encoding="utf-8")
     options = ["--same-prompts", "--clients", "2", "--compare-drafting", "-k", "3"]
-    serve = f"--target {tiny / 'target'} --drafter {tiny / 'drafter'}"
+    serve = f"--target {tiny / 'target'} --drafter {tiny / 'drafter'} --max-running 1"
     read = measured(tmp_path, str(prompts), "--serve-options", serve, *options, "-n", "12")
     plain, drafted = read["levels"]
     for level in (plain, drafted):

@@ -22,6 +22,7 @@ from transformers import (
 from gemma_mtp.config import (
     PRESETS,
     DrafterConfig,
+    LayerType,
     RopeConfig,
     TargetConfig,
     TextConfig,
@@ -233,7 +234,8 @@ def test_layer_types_left_out_are_those_of_transformers(layers: int) -> None:
 def text_configs(draw: st.DrawFn) -> TextConfig:
     size, heads = st.integers(1, 300), draw(st.sampled_from([1, 2, 6, 8]))
     divisors = st.sampled_from([d for d in range(1, heads + 1) if heads % d == 0])
-    owned = [*draw(st.lists(st.sampled_from([S, F]), max_size=8)), F]
+    kinds: list[LayerType] = [S, F]
+    owned = [*draw(st.lists(st.sampled_from(kinds), max_size=8)), F]
     shared = draw(st.just([]) | st.lists(st.sampled_from(owned), max_size=4).map(lambda kinds: [*kinds, F]))
     kv_heads, k_eq_v, experts = draw(divisors), draw(st.booleans()), draw(st.integers(1, 9))
     theta, factor = st.floats(1, 1e7), st.floats(0.1, 100)

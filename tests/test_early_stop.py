@@ -152,7 +152,10 @@ def stopped_law(tables: Tables, check: Verify, k: int, need: float, drops: bool 
     return law
 
 
-def _round_law(tables: Tables, check: Verify, k: int, target_probs, draft_probs, drafts, chances) -> torch.Tensor:
+def _round_law(
+    tables: Tables, check: Verify, k: int, target_probs: torch.Tensor, draft_probs: torch.Tensor, drafts: torch.Tensor,
+    chances: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Of rounds with these drafts, each with its chance, continued by plain decoding to k+1 tokens."""
     lengths = length_law(check, target_probs, draft_probs, drafts)
     weights = block_weights(target_probs, draft_probs, drafts)

@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import torch
 from gemma_mtp.decoding.round import Turn, open_sequence, prefill, propose, verify_round
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from models import VOCAB, agreeing_pair, random_drafter, random_target
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
 
 from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.cli import main
@@ -23,7 +25,7 @@ from gemma_mtp.decoding import draft as draft_module
 from gemma_mtp.decoding import round as round_module
 from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, process
-from gemma_mtp.decoding.verify import VERIFICATIONS
+from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import GemmaMtpError, SamplingError, TokenizerError
 from gemma_mtp.tokenizer import Tokenizer
@@ -48,7 +50,8 @@ OPEN = Grammar("regex", r"[a-z]{4,}")
 GRAMMARS = {"person": PERSON_SCHEMA, "object": Grammar("json_object"), "number": NUMBER, "words": WORDS, "open": OPEN}
 
 
-def matches(grammar: Grammar, text: str) -> bool:
+def matches(grammar: Grammar, text: str | None) -> bool:
+    assert text is not None
     if grammar.kind == "regex":
         return re.fullmatch(grammar.source, text) is not None
     schema = json.loads(grammar.source) if grammar.source else {"type": "object"}
@@ -95,7 +98,8 @@ EXPRESSIONS = [
 
 def random_text(compiler: GrammarCompiler, grammar: Grammar, seed: int) -> str | None:
     """Text of tokens drawn evenly from what is allowed, ended as soon as it may be; None where it grows long."""
-    state, generator, tokens = compiler.start(grammar, (EOS,), "cpu"), torch.Generator().manual_seed(seed), []
+    state, generator = compiler.start(grammar, (EOS,), "cpu"), torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
     for _ in range(200):
         allowed = state.allowed([])[0]
         if allowed[EOS]:
@@ -221,7 +225,7 @@ def test_a_state_that_does_not_move_on_is_seen(bundled: Pair, monkeypatch: pytes
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("grammar", [PERSON_SCHEMA, WORDS], ids=["schema", "words"])
-def test_every_verification_keeps_the_grammar(bundled: Pair, grammar: Grammar, verification: str) -> None:
+def test_every_verification_keeps_the_grammar(bundled: Pair, grammar: Grammar, verification: Verification) -> None:
     for seed in range(2):
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=400, grammar=grammar)
         result = bundled.generate("config = ", params, draft_tokens=4, verification=verification)
@@ -235,13 +239,14 @@ def test_rejection_keeps_the_masked_distribution() -> None:
     params = SamplingParams(temperature=1.0, max_tokens=3, grammar=grammar)
     logits = []
 
-    def spy(rows, *arguments, **named):
+    def spy(rows: Tensor, *arguments: Any, **named: Any) -> Any:
         logits.append(rows)
         return process(rows, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(round_module, "process", spy)
         first = pair.generate(PROMPT, dataclasses.replace(params, max_tokens=2), draft_tokens=0).token_ids[0]
+    assert pair.tokenizer is not None
     ids = [pair.tokenizer.raw.token_to_id(letter) for letter in "cde"]
     chances = logits[1][0, ids].softmax(-1)
     counts, biased = dict.fromkeys(ids, 0), {first: 100.0}
@@ -260,6 +265,7 @@ def test_rejection_keeps_the_masked_distribution() -> None:
 def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, of: str) -> None:
     pair, params = TINY[name], SamplingParams(temperature=1.0, max_tokens=40, grammar=GRAMMARS[of])
     state = pair.grammar_state(params)
+    assert state is not None
     sequence = open_sequence(pair.target, len(PROMPT), params.max_tokens, 5, params, grammar=state)
     tokens = prefill(pair.target, sequence, torch.tensor(PROMPT), 512).token_ids
     drafted = rejected = 0
@@ -267,6 +273,7 @@ def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, o
         turns = [Turn(sequence, 5)]
         (drafts,) = propose(pair.target, pair.drafter, turns)
         fresh = pair.grammar_state(params)
+        assert fresh is not None
         fresh.commit(tokens)
         for draft in drafts.on_host():
             assert fresh.allowed([])[0, draft] and not fresh.ended_after([])
@@ -275,6 +282,7 @@ def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, o
         tokens += output.token_ids[: output.complete_after]
         drafted, rejected = drafted + output.drafted, rejected + output.drafted - output.accepted
         fresh = pair.grammar_state(params)
+        assert fresh is not None
         fresh.commit(tokens)
         assert state.allowed([]).equal(fresh.allowed([]))
     assert drafted > 10 and rejected > 5
@@ -296,7 +304,8 @@ def test_a_state_is_a_function_of_the_tokens_alone(data: st.DataObject) -> None:
             tokens.append(allowed[data.draw(choices) % len(allowed)])
         return tokens
 
-    state, committed = compiler.start(grammar, (EOS,), "cpu"), []
+    committed: list[int] = []
+    state = compiler.start(grammar, (EOS,), "cpu")
     for _ in range(6):
         drafts = walk(state, data.draw(st.integers(0, 4)))
         if data.draw(st.booleans()):
@@ -324,7 +333,7 @@ def test_a_state_that_is_not_rolled_back_is_seen() -> None:
     state, fresh = compiler.start(DIGITS, (EOS,), "cpu"), compiler.start(DIGITS, (EOS,), "cpu")
     digits = [compiler._tokenizer.tokenize_str(digit)[0] for digit in "12345"]
     state.allowed(digits[:2])
-    state._matcher = NoRollback(state._matcher)
+    state._matcher = NoRollback(state._matcher)  # type: ignore[assignment]
     state.commit(digits[2:3])
     fresh.commit(digits[2:3])
     assert not state.allowed([]).equal(fresh.allowed([]))
@@ -354,10 +363,10 @@ def test_a_draft_into_what_is_too_complex_is_no_error() -> None:
 class NoRollback:
     """A matcher that forgets to roll back."""
 
-    def __init__(self, matcher) -> None:
+    def __init__(self, matcher: Any) -> None:
         self.matcher = matcher
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return (lambda count: True) if name == "rollback" else getattr(self.matcher, name)
 
 
@@ -372,7 +381,7 @@ def test_masked_drafts_are_accepted_more_often(bundled: Pair, monkeypatch: pytes
     grammars = (PERSON_SCHEMA, WORDS)
     masked = [acceptance_length(bundled, grammar) for grammar in grammars]
 
-    def unmasked(logits, params, token_ids=None, counts=None, allowed=None):
+    def unmasked(logits: Any, params: Any, token_ids: Any = None, counts: Any = None, allowed: Any = None) -> Any:
         return process(logits, dataclasses.replace(params, grammar=None), token_ids, counts)
 
     monkeypatch.setattr(draft_module, "process", unmasked)
@@ -412,9 +421,10 @@ def test_process_masks_before_everything_else() -> None:
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
     allowed = torch.tensor([[False, False, True, True, True]])
     kept = process(logits, params, None, None, allowed)
+    assert kept.token_ids_RC is not None
     assert sorted(kept.token_ids_RC[0].tolist()) == [2, 3]  # places are counted among what is allowed
     ids = torch.tensor([[1, 4]])
-    assert process(logits[:, [1, 4]], params, ids, None, allowed).scores_RC[0].isinf().tolist() == [True, False]
+    assert process(logits[:, [1, 4]], params, ids, None, allowed).logits_RC[0].isinf().tolist() == [True, False]
     assert logits[0, 0] == 5
 
 
@@ -451,13 +461,15 @@ BAD_SCHEMAS = {
     "minLength above maxLength": '{"type": "string", "minLength": 5, "maxLength": 3}',
     "minimum above maximum": '{"type": "integer", "minimum": 5, "maximum": 3}', "enum of nothing": '{"enum": []}',
     "pattern": '{"type": "string", "pattern": "("}', "look-ahead": '{"type": "string", "pattern": "(?=a)b"}',
-    "format": '{"type": "string", "format": "nope"}', "not": '{"not": {"type": "string"}}',
+    "format": '{"type": "string", "format": 3}', "not": '{"not": {"type": "string"}}',
     "uniqueItems": '{"type": "array", "uniqueItems": true}', "minItems": '{"type": "array", "minItems": -1}',
     "remote": '{"$ref": "http://localhost:1/x.json"}', "dangling": '{"$ref": "#/$defs/zz"}',
     "circular": '{"allOf": [{"$ref": "#/$defs/a"}, {"type": "object"}], "$defs": {"a": {"allOf": '
                 '[{"$ref": "#/$defs/a"}, {"type": "object"}]}}}',
     "multipleOf 0": '{"type": "integer", "multipleOf": 0}', "multipleOf": '{"type": "integer", "multipleOf": 1000003}',
     "two multiples": '{"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}',
+    "multipleOf of a property with a keyword's name": '{"properties": {"default": {"multipleOf": 1000003}}}',
+    "true multipleOf": '{"type": "integer", "multipleOf": true}', "huge multipleOf": f'{{"multipleOf": {7**900}}}',
     "tiny multipleOf": '{"type": "number", "multipleOf": 1e-300}', "half a pair": '{"const": "\\ud800"}',
     "deep": deep('{"items":', "}", 500), "very deep": deep('{"anyOf":[', "]}", 100_000), "deep list": "[" * 100_000,
     "long": json.dumps({"enum": [str(i) * 9 for i in range(20_000)]}),
@@ -489,14 +501,14 @@ def one_sentence(error: GemmaMtpError) -> bool:
     [*(("json_schema", text) for text in BAD_SCHEMAS.values()), *(("regex", text) for text in BAD_REGEXES.values())],
     ids=[*BAD_SCHEMAS, *(f"regex {name}" for name in BAD_REGEXES)],
 )  # fmt: skip
-def test_bad_grammars(kind: str, source: str) -> None:
+def test_bad_grammars(kind: Any, source: str) -> None:
     with pytest.raises(SamplingError) as caught:
         Grammar(kind, source)
     assert one_sentence(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize(("kind", "source"), BAD_WITH_TOKENIZER.values(), ids=list(BAD_WITH_TOKENIZER))
-def test_grammars_that_no_text_is_of(bundled: Pair, kind: str, source: str) -> None:
+def test_grammars_that_no_text_is_of(bundled: Pair, kind: Any, source: str) -> None:
     with pytest.raises(SamplingError) as caught:
         bundled.generate("x", SamplingParams(max_tokens=20, grammar=Grammar(kind, source)))
     assert one_sentence(caught.value), str(caught.value)
@@ -509,7 +521,7 @@ def test_other_bad_grammars() -> None:
         with pytest.raises(SamplingError, match=message):
             Grammar(*arguments)
     with pytest.raises(SamplingError, match="must be a Grammar"):
-        SamplingParams(grammar="[a-z]+")
+        SamplingParams(grammar="[a-z]+")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("multiple", [1, 5, 7, 0.01, 2.5, 1000, 65536, 999])

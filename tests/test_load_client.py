@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 from fake_server import DONE, USAGE, USAGE_EVENT, Body, answer, event, served, text_event, transport
 from virtual_time import run
 
-from gemma_mtp.datasets import Example
+from gemma_mtp.datasets import Example, read_examples
 from gemma_mtp.errors import ServerError
 from gemma_mtp.measure.load import Extent, OpenLoop, Reply, run_load
 from gemma_mtp.measure.load_client import connect, first_model, shared_prefix, stream
@@ -218,13 +219,14 @@ def test_runs_differ_in_a_line_of_their_own_after_the_shared_prefix() -> None:
     assert replace(mix, fresh=False).ask(0, 0).body["prompt"] == "PREFIX\ndef a"
 
 
-def test_chats_begin_with_the_prefix_and_end_with_the_user() -> None:
+def test_chats_begin_with_the_prefix_and_end_with_the_user(tmp_path: Path) -> None:
     mix = RequestMix(EXAMPLES[2:], "tiny", (4, 4), prefix="P ", fresh=False)
     assert mix.ask(0, 0).body["messages"] == [{"role": "user", "content": "P hi"}]
-    parts = ({"role": "user", "content": [{"type": "text", "text": "hi"}]},)
-    listed = replace(mix, examples=[Example("messages", parts, "x:1", "x")])
-    assert listed.ask(0, 0).body["messages"][0]["content"] == [{"type": "text", "text": t} for t in ("P ", "hi")]
-    assert replace(listed, prefix="").ask(0, 0).body["messages"] == list(parts)
+    parts = [{"type": "text", "text": text} for text in ("h", "i")]
+    (file := tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}), "utf-8")
+    listed = replace(mix, examples=list(read_examples(file)))
+    assert listed.ask(0, 0).body["messages"] == [{"role": "user", "content": "P hi"}]
+    assert replace(listed, prefix="").ask(0, 0).body["messages"] == [{"role": "user", "content": "hi"}]
 
 
 SERVER = """

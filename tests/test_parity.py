@@ -18,6 +18,7 @@ from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
+Oracles = Callable[[str], PreTrainedModel]
 # no pad id (0): transformers would mask it out of a prompt
 PROMPT = torch.randint(3, VOCAB, (1, 3 * WINDOW + 5), generator=torch.Generator().manual_seed(3))
 
@@ -43,14 +44,14 @@ def oracles() -> Callable[[str], PreTrainedModel]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", [False, True])
 @torch.inference_mode()
-def test_sequence_logits(checkpoints: Checkpoints, oracles, family: str, packed: bool) -> None:
+def test_sequence_logits(checkpoints: Checkpoints, oracles: Oracles, family: str, packed: bool) -> None:
     target = target_of(checkpoints, family, packed)
     close(target.logits(target.forward_sequence(PROMPT).hidden_BTD), oracles(family)(PROMPT).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, family: str) -> None:
+def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles: Oracles, family: str) -> None:
     """Prefill, then single rows and blocks of rows through the cache, against transformers on the whole sequence."""
     target = target_of(checkpoints, family)
     tokens = torch.randint(0, VOCAB, (1, 150), generator=torch.Generator().manual_seed(4))
@@ -67,7 +68,7 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, fami
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft_tokens", [0, 4])
-def test_greedy_text(checkpoints: Checkpoints, oracles, family: str, draft_tokens: int) -> None:
+def test_greedy_text(checkpoints: Checkpoints, oracles: Oracles, family: str, draft_tokens: int) -> None:
     """64 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
     target, drafter = target_of(checkpoints, family), load_drafter(checkpoints(family)[1], torch.float32)
     with torch.inference_mode():
@@ -79,7 +80,9 @@ def test_greedy_text(checkpoints: Checkpoints, oracles, family: str, draft_token
 @pytest.mark.parametrize("family", ["e2b", "31b", "12b", "26b"])
 @pytest.mark.parametrize("centroids", [False, True])
 @torch.inference_mode()
-def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids: bool, tmp_path: Path) -> None:
+def test_drafter_steps(
+    checkpoints: Checkpoints, oracles: Oracles, family: str, centroids: bool, tmp_path: Path
+) -> None:
     """Logits and fed-back states over 8 chained steps at a constant position, beyond the window."""
     oracle, theirs = oracles(family), build_drafter(family, centroids)
     theirs.save_pretrained(tmp_path)
@@ -112,7 +115,7 @@ def test_drafter_steps(checkpoints: Checkpoints, oracles, family: str, centroids
 
 
 @torch.inference_mode()
-def test_drafter_reads_the_donor_layers(checkpoints: Checkpoints, oracles) -> None:
+def test_drafter_reads_the_donor_layers(checkpoints: Checkpoints, oracles: Oracles) -> None:
     """The rows handed to the drafter are those transformers hands to its own."""
     target = target_of(checkpoints, "e2b")
     sequence = open_sequence(target, PROMPT.shape[1], 2, 8, SamplingParams())

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS
 from models import PLE, VOCAB, random_target
 
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training import data
 from gemma_mtp.training.data import is_held_out
 from gemma_mtp.weight_types import parse_weight_types
 
@@ -33,7 +35,7 @@ def test_the_text_is_held_out_and_whole_rows() -> None:
     text = quality.held_out_text(tokenizer, eos=1, wheels=None, row_length=64, most=5)
     assert text.rows_NT.shape == (5, 64)
     assert 0.1 < text.tokens_per_byte < 0.6
-    documents = [d for d in quality.data.standard_library_documents() if is_held_out(d.name)]
+    documents = [d for d in data.standard_library_documents() if is_held_out(d.name)]
     whole = "".join(document.text for document in documents)
     assert tokenizer.decode(text.rows_NT[1].tolist())[8:-8] in whole  # a piece may end within a character
 
@@ -53,7 +55,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         quality.main(quality.parse([*arguments, "--json", str(out)]))
     finally:
-        quality.set_threads(threads)
+        set_threads(threads)
     full, quantised = json.loads(out.read_text())
     assert (full["types"], quantised["types"]) == ("float32", "int4")
     assert full["target_bytes"] > 4 * quantised["target_bytes"]

@@ -20,6 +20,8 @@ from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.errors import CheckpointError, GemmaMtpError, QuantisationError
 from gemma_mtp.measure.memory import inspect_checkpoint
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
 from gemma_mtp.quantised_copy import write_quantised_copy
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
@@ -67,7 +69,8 @@ def test_a_copy_loads_as_its_source_quantised_while_loading(
 ) -> None:
     """Of what transformers wrote, text and multimodal, in float32: tied, centroids, experts, per-layer embeddings."""
     types = parse_weight_types(kinds)
-    for source, load in zip(checkpoints(family), (load_target, load_drafter), strict=True):
+    loaders: tuple[Callable[..., Target | Drafter], ...] = (load_target, load_drafter)
+    for source, load in zip(checkpoints(family), loaders, strict=True):
         if load is load_drafter and not types.of_drafter():
             continue
         copy = tmp_path / source.name

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from gemma_mtp.decoding.sampling import (
 from gemma_mtp.errors import SamplingError
 
 VOCAB = 12
+Values = dict[str, Any]
 KNOWN_UNIFORMS = [[0.5484489975104715, 0.7819692077129942], [0.47224701903892863, 0.6149647083075233]]
 FALSE_ALARM = 1e-7  # of each statistical test; inputs are fixed, so a pass stays a pass
 
@@ -83,11 +85,11 @@ def reference_choice(scores: list[float], params: SamplingParams, position: int)
 
 def dense_scores(candidates: Candidates) -> Tensor:
     """Scores by token id, as the reference has them."""
+    scores_RC = candidates.logits_RC / candidates.temperature
     if candidates.token_ids_RC is None:
-        return candidates.scores_RC
-    rows = candidates.scores_RC.shape[0]
-    ids = candidates.token_ids_RC.expand_as(candidates.scores_RC)
-    return torch.full((rows, VOCAB), -math.inf).scatter(-1, ids, candidates.scores_RC)
+        return scores_RC
+    ids = candidates.token_ids_RC.expand_as(scores_RC)
+    return torch.full((scores_RC.shape[0], VOCAB), -math.inf).scatter(-1, ids, scores_RC)
 
 
 # eighths make ties common and keep greedy sums exact
@@ -122,7 +124,10 @@ penalties = st.fixed_dictionaries(
     drafts=st.lists(tokens, min_size=2, max_size=2),
     first=st.integers(0, 200_000),
 )
-def test_choice_equals_the_slow_reference(filter_values, penalty_values, rows, prompt, output, drafts, first) -> None:
+def test_choice_equals_the_slow_reference(
+    filter_values: Values, penalty_values: Values, rows: list[list[float]], prompt: list[int], output: list[int],
+    drafts: list[int], first: int,
+) -> None:  # fmt: skip
     params = SamplingParams(**filter_values, **penalty_values)
     history = TokenHistory(prompt, VOCAB, "cpu")
     history.commit(torch.tensor(output, dtype=torch.int64))
@@ -147,8 +152,9 @@ def test_choice_equals_the_slow_reference(filter_values, penalty_values, rows, p
     drafts=st.lists(tokens, min_size=1, max_size=1),
 )
 def test_a_subset_of_candidates_equals_the_vocabulary_without_the_rest(
-    filter_values, penalty_values, rows, order, size, drafts
-) -> None:
+    filter_values: Values, penalty_values: Values, rows: list[list[float]], order: list[int], size: int,
+    drafts: list[int],
+) -> None:  # fmt: skip
     params = SamplingParams(**filter_values, **penalty_values)
     logits, ids = torch.tensor(rows[:2]), torch.tensor([order[:size], order[-size:]])
     assume(all(not set(row).issubset(params.logit_bias) for row in ids.tolist()))
@@ -173,7 +179,7 @@ def test_a_subset_of_candidates_equals_the_vocabulary_without_the_rest(
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_alone_equals_the_row_among_others_bit_for_bit(vocab, values, dtype) -> None:
+def test_a_row_alone_equals_the_row_among_others_bit_for_bit(vocab: int, values: Values, dtype: torch.dtype) -> None:
     params = SamplingParams(**values, seed=3)
     generator = torch.Generator().manual_seed(vocab)
     logits = (torch.randn(9, vocab, generator=generator) * 4).to(dtype)  # bfloat16: ties in plenty
@@ -185,7 +191,7 @@ def test_a_row_alone_equals_the_row_among_others_bit_for_bit(vocab, values, dtyp
     for r in range(9):
         row_counts = TokenHistory([1, 2, 3], vocab, "cpu").rows(drafts[:r], first=r)
         alone = process(logits[r : r + 1].clone(), params, counts=row_counts)
-        assert torch.equal(alone.scores_RC[0], together.scores_RC[r])
+        assert torch.equal(alone.logits_RC[0], together.logits_RC[r])
         assert choose(alone, params, positions[r : r + 1]) == chosen[r]
         assert torch.equal(probabilities(alone, params, vocab)[0], probabilities(together, params, vocab)[r])
 
@@ -204,8 +210,12 @@ def test_ties_go_to_the_lowest_id() -> None:
     assert choose(process(tied, greedy), greedy, positions).tolist() == [1]
     assert choose(process(tied, greedy, torch.tensor([[2, 9, 5, 1]])), greedy, positions).tolist() == [5]
     top_two = SamplingParams(temperature=1.0, top_k=2)
-    assert process(torch.zeros(1, 5_000), top_two).token_ids_RC.tolist() == [[0, 1]]
-    assert process(torch.zeros(1, 4), top_two, torch.tensor([[8, 3, 9, 5]])).token_ids_RC.tolist() == [[3, 5]]
+    ids = torch.tensor([[8, 3, 9, 5]])
+    for kept, best in (
+        (process(torch.zeros(1, 5_000), top_two), [0, 1]),
+        (process(torch.zeros(1, 4), top_two, ids), [3, 5]),
+    ):
+        assert kept.token_ids_RC is not None and kept.token_ids_RC.tolist() == [best]
     half = SamplingParams(temperature=1.0, top_p=0.5)
     assert (probabilities(process(torch.zeros(1, 4), half), half, 4) > 0).tolist() == [[True, True, False, False]]
 
@@ -214,7 +224,7 @@ def test_greedy_is_one_argmax_whatever_the_filters() -> None:
     logits = torch.randn(3, 50, dtype=torch.bfloat16)
     params = SamplingParams(top_k=2, top_p=0.1, min_p=0.9)
     candidates = process(logits, params)
-    assert candidates.scores_RC is logits
+    assert candidates.logits_RC is logits
     assert torch.equal(choose(candidates, params, torch.zeros(3, dtype=torch.int64)), logits.argmax(-1))
 
 
@@ -242,7 +252,7 @@ HF_FILTERS = [
 
 
 @pytest.mark.parametrize(("values", "processors"), HF_FILTERS)
-def test_filters_equal_hugging_face(values, processors) -> None:
+def test_filters_equal_hugging_face(values: Values, processors: Any) -> None:
     vocab, params = 300, SamplingParams(**values)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -268,7 +278,9 @@ def test_filters_equal_hugging_face(values, processors) -> None:
     rounds=st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=5), st.integers(0, 5)), max_size=4),
     drafts=st.lists(tokens, max_size=5),
 )
-def test_history_counts_what_each_row_may_see(prompt, rounds, drafts) -> None:
+def test_history_counts_what_each_row_may_see(
+    prompt: list[int], rounds: list[tuple[list[int], int]], drafts: list[int]
+) -> None:
     history, output = TokenHistory(prompt, VOCAB, "cpu"), []
     for proposed, count in rounds:
         history.commit(torch.tensor(proposed), torch.tensor(count))
@@ -298,6 +310,8 @@ BAD_VALUES = [
     {"temperature": math.nan},
     {"temperature": math.inf},
     {"temperature": "1"},
+    {"temperature": 10**400},
+    {"top_p": 10**400},
     {"top_k": -1},
     {"top_k": 1.5},
     {"top_p": 0.0},
@@ -320,6 +334,16 @@ BAD_VALUES = [
     {"max_tokens": 0},
     {"stop": ""},
     {"stop": ["a", ""]},
+    {"stop": ["a\ud83d"]},
+    {"stop": 3},
+    {"stop": None},
+    {"stop": [3]},
+    {"stop": b"abc"},
+    {"stop_token_ids": 5},
+    {"stop_token_ids": "5"},
+    {"logit_bias": [(3, 1.0)]},
+    {"logit_bias": 5},
+    {"logit_bias": {3: 10**400}},
     {"stop_token_ids": [-1]},
     {"logprobs": -1},
     {"logprobs": 21},
@@ -327,7 +351,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("values", BAD_VALUES, ids=str)
-def test_a_bad_value_is_one_clear_sentence(values) -> None:
+def test_a_bad_value_is_one_clear_sentence(values: Values) -> None:
     with pytest.raises(SamplingError, match=r"^[^\n]*, but must be [^\n]*\.$") as error:
         SamplingParams(**values)
     assert next(iter(values)).removesuffix("_ids").replace("_", " ").split()[0] in str(error.value)
@@ -405,9 +429,10 @@ def test_choices_follow_the_softmax(vary: str) -> None:
     params = SamplingParams(temperature=0.8, seed=42)
     candidates = process(logits.unsqueeze(0), params)
     if vary == "position":
-        chosen = choose(Candidates(candidates.scores_RC.expand(n, -1), None), params, torch.arange(n))
+        repeated = dataclasses.replace(candidates, logits_RC=candidates.logits_RC.expand(n, -1))
+        chosen = choose(repeated, params, torch.arange(n))
     else:
-        rows = Candidates(candidates.scores_RC.expand(100, -1), None)
+        rows = dataclasses.replace(candidates, logits_RC=candidates.logits_RC.expand(100, -1))
         chosen = torch.cat(
             [choose(rows, dataclasses.replace(params, seed=s), torch.arange(100)) for s in range(n // 100)]
         )

@@ -207,7 +207,7 @@ def test_rounds_say_how_each_token_came_about(live: Live, pair: Pair, path: str)
     assert pair.tokenizer is not None
     prompt = {"prompt": PROMPT} if path == COMPLETIONS else {"messages": MESSAGES}
     text = PROMPT if path == COMPLETIONS else pair.tokenizer.apply_chat_template(MESSAGES)
-    sampling = {"max_tokens": 60, "temperature": 1.0, "seed": 1}  # a text with all kinds of tokens
+    sampling: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 1}  # a text with all kinds of tokens
     body = {**prompt, **sampling, "draft_tokens": 4, "stream_options": {"include_rounds": True}}
     reports = [event["gemma_mtp"] for event in live.events(path, body) if event["gemma_mtp"] is not None]
     expected = pair.generate(text, SamplingParams(**sampling), draft_tokens=4)

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 from gemma_mtp.engine.pair import load_pair
 
 #: short outputs, so that the time goes into requests
-LIMITS = {"max_output_tokens": 6, "max_choices": 2}
+LIMITS: dict[str, Any] = {"max_output_tokens": 6, "max_choices": 2}
 #: of each operation; the fuzzing of a release is `GEMMA_MTP_FUZZ=500 pytest tests/test_server_fuzz.py`
 CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "12"))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]

@@ -1,7 +1,9 @@
 """Keys, limits, clients that leave, the end of the server, and its log."""
 
+import asyncio
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import virtual_time
 from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 
 from gemma_mtp.cli import main
@@ -27,7 +30,9 @@ from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run
-from gemma_mtp.server.settings import read_keys
+from gemma_mtp.server.errors import ApiError
+from gemma_mtp.server.service import Service
+from gemma_mtp.server.settings import ServerSettings, read_keys
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT: dict[str, Any] = {"prompt": "import", "max_tokens": 3, "temperature": 0}
@@ -64,7 +69,7 @@ def test_only_requests_with_a_key_are_let_in(pair: Pair) -> None:
         for value in refused:
             for method, path in (("POST", COMPLETIONS), ("GET", "/v1/models"), ("GET", "/openapi.json"),
                                  ("GET", "/metrics"), ("GET", "/nothing"), ("POST", "/tokenize")):  # fmt: skip
-                answer = live.client.request(method, path, headers={"Authorization": value.encode()})
+                answer = live.client.request(method, path, headers=[(b"Authorization", value.encode())])
                 error = error_of(answer, 401)
                 assert error["code"] == "invalid_api_key" and answer.headers["www-authenticate"] == "Bearer"
                 assert not any(key in answer.text for key in KEYS)
@@ -146,6 +151,31 @@ def test_a_request_ends_in_its_time(pair: Pair, stream: bool) -> None:
             error = error_of(answer, 408)
         assert error["type"] == "timeout_error"
         wait_for(live.idle)
+
+
+class CoarseLoop(virtual_time.VirtualTimeLoop):
+    """Whose clock shows whole milliseconds, and whose timers, as uvloop's, may be that much early by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock_resolution = 0.001
+
+    def time(self) -> float:
+        return math.floor(1000 * super().time()) / 1000
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_timer_that_is_early_ends_a_request_all_the_same(pair: Pair, at_end: bool) -> None:
+    service = Service(Engine(pair), ServerSettings())  # whose thread never runs
+
+    async def ask() -> None:
+        batch = service.submit([Request([5])], asyncio.get_running_loop().time() + 0.0505)
+        async for _ in batch.updates(at_end):
+            pass
+
+    with asyncio.Runner(loop_factory=CoarseLoop) as runner, pytest.raises(ApiError) as error:
+        runner.run(ask())
+    assert error.value.status_code == 408
 
 
 def test_a_body_must_come_in_its_time(pair: Pair) -> None:
@@ -322,8 +352,8 @@ def test_what_leaves_and_what_fails_is_logged(pair: Pair) -> None:
 
 
 def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-    """`gemma-mtp serve` on a free port, and its URL."""
-    command = [sys.executable, "-m", "gemma_mtp", "serve", "--port", "0", *options]
+    """`gemma-mtp serve` on a free port, and its URL. It measures what rounds cost for as few sequences as can be."""
+    command = [sys.executable, "-m", "gemma_mtp", "serve", "--port", "0", "--max-running", "1", *options]
     environment = {name: value for name, value in os.environ.items() if name != "GEMMA_MTP_API_KEYS"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "PYTHONUNBUFFERED": "1"}
@@ -335,8 +365,7 @@ def start(*options: str) -> tuple[subprocess.Popen[str], str]:
     return process, found.group()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_drains_and_ends_with_zero(number: signal.Signals) -> None:
+def test_the_command_drains_and_ends_with_zero() -> None:
     process, url = start("--drain-seconds", "600", "--model-name", "small")
     with httpx.Client(base_url=url, timeout=SECONDS) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == "small"
@@ -344,7 +373,7 @@ def test_the_command_drains_and_ends_with_zero(number: signal.Signals) -> None:
         with client.stream("POST", COMPLETIONS, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
             *_, last, done = [line for line in lines if line]
     assert done == "data: [DONE]" and json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     _, log = process.communicate(timeout=SECONDS)
@@ -353,14 +382,16 @@ def test_the_command_drains_and_ends_with_zero(number: signal.Signals) -> None:
 
 
 def test_the_second_signal_ends_at_once() -> None:
+    """And the other one drains, too."""
     process, url = start("--drain-seconds", "1000", "--request-seconds", "1000")
     body = {**LONG, "n": 16, "stream": True}
     with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=SECONDS) as answer:
         lines = answer.iter_lines()  # kept: httpx hangs up when they are forgotten
         next(lines)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         wait_for(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
-        process.send_signal(signal.SIGTERM)
+        next(lines)
+        process.send_signal(signal.SIGINT)
         process.communicate(timeout=SECONDS)
     assert process.returncode == 0
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from gemma_mtp.training.unroll import TargetRows, query_rope, shifted, target_ro
 
 LENGTHS, STEPS = (32, 27), 4  # four windows of eight; the second sequence is padded
 LENGTH = max(LENGTHS)
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,8 @@ def test_the_comparison_sees_the_usual_mistakes(
     assert differ(target, drafter, tokens_BT, of_training) > 1e-3
 
 
-def _without_feedback(forward):  # type: ignore[no-untyped-def]
-    def wrong(self, embeds, hidden, rope, kv):  # type: ignore[no-untyped-def]
+def _without_feedback(forward: Any) -> Any:
+    def wrong(self: Drafter, embeds: Any, hidden: Any, rope: Any, kv: Any) -> Any:
         return forward(self, embeds, hidden, rope, kv)[0], hidden
 
     return wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_wanted_is_what_decoding_draws_from(choice: SamplingParams) -> None:
     p = wanted(z, choice, 0.5).probs_NV[0].double()
     count = 20_000
     rows = process(z, choice)
-    rows = type(rows)(rows.scores_RC.expand(count, -1),
-                      None if rows.token_ids_RC is None else rows.token_ids_RC.expand(count, -1))  # fmt: skip
+    ids = None if rows.token_ids_RC is None else rows.token_ids_RC.expand(count, -1)
+    rows = replace(rows, logits_RC=rows.logits_RC.expand(count, -1), token_ids_RC=ids)
     drawn = choose(rows, choice, torch.arange(count)).bincount(minlength=V) / count
     assert (drawn - p).abs().le(5 * (p * (1 - p) / count).sqrt() + 1e-9).all()
     assert p.sum() == pytest.approx(1, abs=1e-5)
@@ -152,10 +153,9 @@ def test_a_step_is_its_obvious_form(kind: LossKind, own_tokens: float, batch: Ba
     assert stats.reached_K.tolist() == pytest.approx(reached_K, rel=1e-6)
     assert stats.accepted_K.tolist() == pytest.approx(accepted_K, rel=1e-6)
     for name, parameter in drafter.named_parameters():
+        assert parameter.grad is not None, name
         largest = parameter.grad.abs().max().item()  # the target's probabilities are float32
-        torch.testing.assert_close(
-            gradients[name], parameter.grad, rtol=1e-5, atol=1e-6 * largest, msg=lambda why, name=name: f"{name}: {why}"
-        )
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6 * largest)
 
 
 def obvious_step(step: DraftStep, batch: Batch, counts: list[int]) -> tuple[Tensor, list[float], list[float]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from gemma_mtp import load_pair
 from gemma_mtp.cli import main
 from gemma_mtp.engine.pair import Pair
+from gemma_mtp.measure.acceptance import measure_acceptance
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
@@ -168,8 +169,8 @@ def tensors(out: Path, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_a_drafter_is_trained_for_a_quantised_copy_and_the_same_with_quantize(
-    tiny: Path, tmp_path: Path, kinds: str, capfd
-) -> None:  # type: ignore[no-untyped-def]
+    tiny: Path, tmp_path: Path, kinds: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     copy, loading, full, new = tmp_path / "copy", tmp_path / "loading", tmp_path / "full", ["--new", "--hidden", 64]
     options = [*new, "--heads", 4, "--lr", 0.01, "--cache", tmp_path / "cache"]
     assert train(tiny, f"target-{kinds}", copy, *options) == 0, capfd.readouterr().err
@@ -197,7 +198,7 @@ def test_the_gate_measures_the_drafter_as_decoding_will_quantise_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[WeightTypes, WeightTypes]] = []
-    real = gate.measure_acceptance
+    real = measure_acceptance
 
     def record(pair: Pair, *rest: object, **named: object) -> object:
         assert pair.drafter is not None
@@ -232,8 +233,8 @@ def test_a_run_is_not_resumed_for_another_quantisation(tiny: Path, tmp_path: Pat
     ],
 )
 def test_what_can_not_be_quantised_so_is_refused(
-    tiny: Path, tmp_path: Path, target: str, options: list[str], says: str, capfd
-) -> None:  # type: ignore[no-untyped-def]
+    tiny: Path, tmp_path: Path, target: str, options: list[str], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     filled = [option.replace("{root}", str(tiny)) for option in options]
     assert train(tiny, target, tmp_path / "out", *filled) == 2
     assert says in " ".join(capfd.readouterr().err.split())

@@ -269,7 +269,7 @@ def test_early_stop_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_the_csvs_figures(tiny: Path, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     assert train(tiny, tmp_path, "--drafter", tiny / "drafter", "--steps", 3, "--tensorboard", "--force") == 0
     events = EventAccumulator(str(tmp_path / "training" / "tensorboard"))
@@ -296,8 +296,13 @@ def test_tensorboard_has_the_csvs_figures(tiny: Path, tmp_path: Path) -> None:
     "start", [lambda tiny: ["--drafter", tiny / "drafter"], lambda tiny: ["--new"]], ids=["adapt", "new"]
 )
 def test_bad_data_is_named_by_file_and_line(
-    tiny: Path, tmp_path: Path, start: Callable[[Path], list[object]], content: str, says: str, capfd
-) -> None:  # type: ignore[no-untyped-def]
+    tiny: Path,
+    tmp_path: Path,
+    start: Callable[[Path], list[object]],
+    content: str,
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(content)
     command = arguments(tiny, tmp_path / "out", *start(tiny), "--steps", 1)
@@ -382,8 +387,8 @@ def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path)
     ],
 )
 def test_options_that_can_not_work_are_refused(
-    tiny: Path, tmp_path: Path, options: list[object], says: str, capfd
-) -> None:  # type: ignore[no-untyped-def]
+    tiny: Path, tmp_path: Path, options: list[object], says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert train(tiny, tmp_path / "out", *options) == 2
     assert says in " ".join(capfd.readouterr().err.split())
     assert "--memory" in options or not (tmp_path / "out").exists()

@@ -333,7 +333,8 @@ def test_rows_of_a_batch_do_not_touch_each_other(check: Verify) -> None:
     drafted = draft_round(tables, torch.zeros(40, 2, dtype=torch.int64), starts, 3)
     together = check(*drafted, SAMPLED.seed, starts)
     for i in range(40):
-        alone = check(*(x[i] for x in drafted), SAMPLED.seed, starts[i])
+        a, b, c = (x[i] for x in drafted)
+        alone = check(a, b, c, SAMPLED.seed, starts[i])
         n = int(alone.n_accepted)
         assert n == together.n_accepted[i] and torch.equal(alone.tokens[: n + 1], together.tokens[i, : n + 1])
 

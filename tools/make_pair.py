@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def target_recipe(arguments: argparse.Namespace) -> TargetRecipe:
     """For a GPU, rows of the whole context, and as many as keep it busy."""
-    rows = {"batch_size": 32, "row_length": 2048, "compile": False} if arguments.recipe == "gpu" else {}
+    rows: dict[str, Any] = {"batch_size": 32, "row_length": 2048, "compile": False} if arguments.recipe == "gpu" else {}
     return TargetRecipe(minutes=arguments.minutes_target, threads=arguments.threads, **rows)
 
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> tuple[float, float]:
     after = held_out_loss(model, held_out)
     print(f"fine-tuned on {seen:,} of {training.numel():,} tokens; held-out nats a token: {before:.3f} before,"
           f" {after:.3f} after", flush=True)  # fmt: skip
-    model.merge_and_unload().to(torch.bfloat16).save_pretrained(args.out)
+    merged: Any = model.merge_and_unload()
+    merged.to(torch.bfloat16).save_pretrained(args.out)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(args.target / name, args.out / name)
     return before, after

@@ -74,7 +74,7 @@ def asked_for(template: str) -> frozenset[str]:
     """Names that a template asks its caller for. Raises TokenizerError where it is not valid Jinja."""
     try:
         return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise _not_valid(error) from None
 
 
@@ -106,19 +106,22 @@ def _rendered(compiled: jinja2.Template, variables: Mapping[str, Any]) -> str:
     """The only place where a template of the checkpoint runs."""
     try:
         return compiled.render(variables)
-    except jinja2.TemplateError as error:
-        raise TokenizerError(f"the checkpoint's chat template can not render these messages: {error}.") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever an expression of the template raises
+        said = " ".join(f"{error}".split()).rstrip(".") or type(error).__name__
+        raise TokenizerError(f"the checkpoint's chat template can not render these messages: {said}.") from None
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise _not_valid(error) from None
 
 
-def _not_valid(error: jinja2.TemplateError) -> TokenizerError:
+def _not_valid(error: Exception) -> TokenizerError:
     return TokenizerError(f"the checkpoint's chat template is not valid Jinja: {error}.")
 
 

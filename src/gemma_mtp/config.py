@@ -33,6 +33,19 @@ DRAFTER_MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 
 @dataclass(frozen=True)
+class LayerOptions:
+    """What families of this skeleton do differently in a decoder layer. The defaults are Gemma 4's.
+
+    `value_norm`: values are normalised. `score_scale`: attention scores are multiplied by it. `layer_scalar`: a stored
+    number multiplies the layer's output.
+    """
+
+    value_norm: bool = True
+    score_scale: float = 1.0
+    layer_scalar: bool = True
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """A stack of Gemma 4 decoder layers. All sizes are counts of elements.
 
@@ -64,6 +77,7 @@ class TextConfig:
     max_position_embeddings: int = 131072
     sliding_rope: RopeConfig = DEFAULT_ROPES[SLIDING]
     full_rope: RopeConfig = DEFAULT_ROPES[FULL]
+    options: LayerOptions = LayerOptions()
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -356,7 +370,10 @@ def _parse_eos(raw: Any) -> tuple[int, ...]:
 
 
 def _text_config_to_hf(config: TextConfig) -> dict[str, Any]:
+    if config.options != LayerOptions():
+        raise ConfigError("a model whose layers differ from Gemma 4's (LayerOptions) can not be written as one.")
     raw = dataclasses.asdict(config)
+    del raw["options"]
     raw["layer_types"] = list(config.layer_types)
     raw["eos_token_id"] = list(raw.pop("eos_token_ids"))
     raw["rope_parameters"] = {SLIDING: rope_to_hf(config.sliding_rope), FULL: rope_to_hf(config.full_rope)}

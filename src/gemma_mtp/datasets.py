@@ -6,7 +6,8 @@ exactly one of
     "text"      text as it stands: a document, or what a completion model shall go on from
     "prompt"    a user's request, which the chat template wraps where the checkpoint has one
     "messages"  a conversation of {"role", "content"} objects for the chat template; what a last turn of the
-                assistant's says is left for the model to write
+                assistant's says is left for the model to write. Content is text, or a list of text parts, which are
+                joined as the server joins them
 
 and, where the task is to be told apart in reports, "task" (or "category", or "source"). Other keys are ignored. Files
 are read line by line, so a large one costs no memory. In a directory, hidden files and what is not UTF-8 text are
@@ -21,13 +22,15 @@ Everything that is wrong with the data raises `DataError`, one sentence that nam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_mtp.conversation import Message, for_template
 from gemma_mtp.errors import DataError, TokenizerError
+from gemma_mtp.text import check_text
 from gemma_mtp.tokenizer import Tokenizer
 
 Kind = Literal["text", "prompt", "messages"]
@@ -37,8 +40,6 @@ TASK_KEYS = ("task", "category", "source")
 JSON_LINES = ".jsonl"
 MOST_CHARACTERS_A_TOKEN = 64
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,15 @@ def _is_text(path: Path, sample: int = 8192) -> bool:
 
 def _parse(line: str, origin: str, name: str) -> Example:
     try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return _example(json.loads(line), origin, name, may_be_halves="\\u" in line)
+    except ValueError as error:  # also a number too long
         raise DataError(f"{origin} is not valid JSON ({error}); each line must be one JSON object.") from None
+    except RecursionError:
+        raise DataError(f"{origin} is not valid JSON that we read (nested too deeply); flatten it.") from None
+
+
+def _example(entry: object, origin: str, name: str, may_be_halves: bool) -> Example:
+    """`may_be_halves`: of surrogate pairs, which only an escape can write."""
     if not isinstance(entry, dict):
         found = type(entry).__name__
         raise DataError(f'{origin} is a JSON {found}, but an object such as {{"text": "…"}} is expected.')
@@ -194,6 +201,9 @@ def _parse(line: str, origin: str, name: str) -> Example:
     kind = kinds[0]
     content = _messages(entry[kind], origin) if kind == "messages" else _text(entry[kind], kind, origin)
     task = next((entry[key] for key in TASK_KEYS if entry.get(key) is not None), name)
+    if may_be_halves:
+        used = [entry[kind], *(entry.get(key) for key in TASK_KEYS)]
+        check_text(json.dumps(used, ensure_ascii=False), origin, DataError)
     return Example(kind, content, origin, str(task))
 
 
@@ -213,9 +223,19 @@ def _messages(value: object, origin: str) -> tuple[Message, ...]:
                 f"{origin} has message {i} = {_shown(message)}, but an object with content and a role"
                 f" ({', '.join(ROLES)}) is expected."
             )
+        content = message["content"]
+        if not isinstance(content, str) and not (content and all(map(_is_text_part, content))):
+            raise DataError(
+                f"{origin} has message {i} with content = {_shown(content)}, but text, or a list of parts such as"
+                ' {"type": "text", "text": "…"}, is expected.'
+            )
     if value[-1]["role"] in ("assistant", "model") and len(value) == 1:
         raise DataError(f"{origin} has the assistant's message only; put the user's before it.")
-    return tuple(value)
+    return tuple(for_template(message) for message in value)
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _shown(value: object, limit: int = 60) -> str:

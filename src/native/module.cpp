@@ -1,109 +1,141 @@
-// Python's view of the native operators. Tensors come as addresses: the caller (ops/native.py) keeps them alive, checks
-// their shapes and hands in contiguous memory only.
+// Python's view of the native operators. `_native.pyi` is made from it (tools/native_stub.py).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-
-#include "stack.h"
+#include "address.h"
+#include "dispatch.h"
+#include "drafter.h"
+#include "operators.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace gemma;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-Weight make_weight(int type, uintptr_t data, uintptr_t scales, size_t rows, size_t cols) {
-    Weight w;
-    w.type = (Type)type;
-    w.data = at<const void>(data);
-    w.scales = at<const float>(scales);
-    w.rows = rows, w.cols = cols;
-    return w;
-}
+using release = nb::call_guard<nb::gil_scoped_release>;
+using Numbers = std::vector<size_t>;
+using Views = std::vector<const View*>;
+using Positions = std::vector<int64_t>;
 
 // Keys and values of the layers, in the order in which a stack's layers number them.
 struct Caches {
     std::vector<Cache> layers;
 };
-using Numbers = std::vector<size_t>;
 
-// Of every sequence: its view, how many rows it has in the call and how many of them are kept, and the first one's position.
-std::vector<Segment> segments(const std::vector<const View*>& views, const Numbers& rows, const Numbers& keep,
-                              const std::vector<int64_t>& positions) {
+// Adds an attribute that holds the address of a vector.
+template <class C>
+void address(nb::class_<C>& in, const char* name, const float* C::* member) {
+    in.def_prop_rw(
+        name, [member](const C& c) { return At<const float>{c.*member}; },
+        [member](C& c, At<const float> at) { c.*member = at; });
+}
+
+std::vector<Segment> segments_of(const Views& views, const Numbers& rows, const Numbers& keep,
+                                 const Positions& positions) {
     std::vector<Segment> all;
     all.reserve(views.size());
     for (size_t i = 0; i < views.size(); i++) all.push_back({views[i], rows.at(i), keep.at(i), positions.at(i)});
     return all;
 }
 
-std::vector<Choice> choices(const std::vector<float>& temperatures, const std::vector<uint64_t>& keys) {
+// One row of every sequence.
+std::vector<Segment> segments_of(const Views& views, const Positions& positions) {
+    const Numbers ones(views.size(), 1);
+    return segments_of(views, ones, ones, positions);
+}
+
+std::vector<Choice> choices_of(const std::vector<double>& temperatures, const std::vector<uint64_t>& keys) {
     std::vector<Choice> all;
     all.reserve(keys.size());
     for (size_t i = 0; i < keys.size(); i++) all.push_back({temperatures.at(i), keys[i]});
     return all;
 }
 
-// One row of every sequence.
-std::vector<Segment> segments(const std::vector<const View*>& views, const std::vector<int64_t>& positions) {
-    const Numbers ones(views.size(), 1);
-    return segments(views, ones, ones, positions);
+std::vector<int64_t> choose(Stack& s, At<const float> hidden, const Numbers& rows,
+                            const std::vector<double>& temperatures, const std::vector<uint64_t>& keys) {
+    std::vector<const float*> states;
+    for (size_t row : rows) states.push_back(hidden + row * s.config.hidden);
+    std::vector<int64_t> tokens(rows.size());
+    s.choose(states, choices_of(temperatures, keys).data(), tokens.data());
+    return tokens;
 }
 
-const Kernels& named(const std::string& isa) {
-    const Kernels* k = kernels_named(isa.c_str());
-    if (!k) throw std::invalid_argument("this machine has no " + isa);
-    return *k;
+void draft(DraftStack& d, const std::vector<int64_t>& last, const std::vector<At<const float>>& hidden,
+           const Caches& caches, const Views& views, const Positions& positions, const Numbers& counts,
+           const std::vector<StopRule>& stops, const std::vector<double>& temperatures,
+           const std::vector<uint64_t>& keys, At<int64_t> tokens, At<float> confidences, At<int64_t> made) {
+    const std::vector<const float*> states(hidden.begin(), hidden.end());
+    const std::vector<Segment> segments = segments_of(views, positions);
+    const std::vector<Choice> choices = choices_of(temperatures, keys);
+    d.draft({last.data(), states, segments, caches.layers.data(), counts, stops, choices.data()},
+            {tokens, confidences, made});
 }
 
-}  // namespace
-
-NB_MODULE(_native, m) {
-    nb::set_leak_warnings(false);  // of a process that ends while a thread still holds models
-    using release = nb::call_guard<nb::gil_scoped_release>;
-
-    m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
-    m.def("isas", [] {
-        std::vector<std::string> names;
-        for (const char* name : ISAS)
-            if (kernels_named(name)) names.emplace_back(name);
-        return names;
-    });
-    m.attr("BLOCK_ROWS") = (int)BLOCK_ROWS;
+void bind_constants(nb::module_& m) {
+    m.def("isa", [] { return std::string(kernels().name); }, "Returns the instruction set in use.");
+    m.def(
+        "isas",
+        [] {
+            std::vector<std::string> names;
+            for (const char* name : ISAS)
+                if (kernels_named(name)) names.emplace_back(name);
+            return names;
+        },
+        "Returns the instruction sets of this machine, the best first.");
     m.def("threads", [] { return Pool::instance().threads(); });
-    m.def("set_threads", [](int n) { Pool::instance().set_threads(n); });
+    m.def("set_threads", [](int threads) { Pool::instance().set_threads(threads); }, "threads"_a);
+    m.attr("BLOCK_ROWS") = (int)BLOCK_ROWS;
+    m.attr("QUANTISED_BLOCK") = (int)QUANTISED_BLOCK;
+    m.attr("INT8_GROUP") = (int)INT8_GROUP;
+    m.attr("INT4_GROUP") = (int)INT4_GROUP;
+    m.attr("PANEL_ROWS") = (int)PANEL_ROWS;
+    m.attr("GROUP_ROWS") = (int)GROUP_ROWS;
+    m.attr("PART_PAIRS") = (int)PART_PAIRS;
+    nb::enum_<WeightType>(m, "WeightType")
+        .value("F32", WeightType::F32)
+        .value("BF16", WeightType::BF16)
+        .value("INT8", WeightType::INT8)
+        .value("INT4", WeightType::INT4)
+        .value("PANELS", WeightType::PANELS);
+    nb::enum_<LayerKind>(m, "LayerKind").value("SLIDING", LayerKind::SLIDING).value("FULL", LayerKind::FULL);
+}
 
-    nb::class_<Weight>(m, "Weight").def(nb::new_(&make_weight));
+void bind_model(nb::module_& m) {
+    nb::class_<Weight>(m, "Weight")
+        .def(
+            "__init__",
+            [](Weight* w, WeightType type, At<const void> data, At<const float> scales, size_t rows, size_t cols) {
+                new (w) Weight{type, data, scales, rows, cols};
+            },
+            "type"_a, "data"_a, "scales"_a, "rows"_a, "cols"_a);
 
-    nb::class_<MoE>(m, "MoE")
-        .def(nb::init<>())
+    nb::class_<MoE> moe(m, "MoE");
+    moe.def(nb::init<>())
         .def_rw("experts", &MoE::experts)
         .def_rw("top_k", &MoE::top_k)
         .def_rw("width", &MoE::width)
         .def_rw("router", &MoE::router)
         .def_rw("gate_up", &MoE::gate_up)
-        .def_rw("down", &MoE::down)
-        .def("set_vectors", [](MoE& e, uintptr_t router_scale, uintptr_t expert_scale, uintptr_t post_dense,
-                               uintptr_t pre_sparse, uintptr_t post_sparse) {
-            e.router_scale = at<const float>(router_scale), e.expert_scale = at<const float>(expert_scale);
-            e.post_dense = at<const float>(post_dense), e.pre_sparse = at<const float>(pre_sparse);
-            e.post_sparse = at<const float>(post_sparse);
-        });
+        .def_rw("down", &MoE::down);
+    address(moe, "router_scale", &MoE::router_scale);
+    address(moe, "expert_scale", &MoE::expert_scale);
+    address(moe, "post_dense", &MoE::post_dense);
+    address(moe, "pre_sparse", &MoE::pre_sparse);
+    address(moe, "post_sparse", &MoE::post_sparse);
 
-    nb::class_<Layer>(m, "Layer")
-        .def(nb::init<>())
-        .def_rw("sliding", &Layer::sliding)
+    nb::class_<Layer> layer(m, "Layer");
+    layer.def(nb::init<>())
+        .def_rw("kind", &Layer::kind)
         .def_rw("key_is_value", &Layer::key_is_value)
+        .def_rw("value_norm", &Layer::value_norm)
         .def_rw("heads", &Layer::heads)
         .def_rw("kv_heads", &Layer::kv_heads)
         .def_rw("groups", &Layer::groups)
         .def_rw("head_dim", &Layer::head_dim)
         .def_rw("cache", &Layer::cache)
+        .def_rw("score_scale", &Layer::score_scale)
         .def_rw("scalar", &Layer::scalar)
         .def_rw("qkv", &Layer::qkv)
         .def_rw("o", &Layer::o)
@@ -111,16 +143,17 @@ NB_MODULE(_native, m) {
         .def_rw("down", &Layer::down)
         .def_rw("ple_gate", &Layer::ple_gate)
         .def_rw("ple_projection", &Layer::ple_projection)
-        .def_rw("moe", &Layer::moe)
-        .def("set_norms", [](Layer& l, uintptr_t q, uintptr_t k, uintptr_t input, uintptr_t post_attention,
-                             uintptr_t pre_feedforward, uintptr_t post_feedforward, uintptr_t ple) {
-            l.q_norm = at<const float>(q), l.k_norm = at<const float>(k), l.input_norm = at<const float>(input);
-            l.post_attention = at<const float>(post_attention), l.pre_feedforward = at<const float>(pre_feedforward);
-            l.post_feedforward = at<const float>(post_feedforward), l.ple_norm = at<const float>(ple);
-        });
+        .def_rw("moe", &Layer::moe);
+    address(layer, "q_norm", &Layer::q_norm);
+    address(layer, "k_norm", &Layer::k_norm);
+    address(layer, "input_norm", &Layer::input_norm);
+    address(layer, "post_attention", &Layer::post_attention);
+    address(layer, "pre_feedforward", &Layer::pre_feedforward);
+    address(layer, "post_feedforward", &Layer::post_feedforward);
+    address(layer, "ple_norm", &Layer::ple_norm);
 
-    nb::class_<Config>(m, "Config")
-        .def(nb::init<>())
+    nb::class_<Config> config(m, "Config");
+    config.def(nb::init<>())
         .def_rw("hidden", &Config::hidden)
         .def_rw("vocab", &Config::vocab)
         .def_rw("window", &Config::window)
@@ -133,116 +166,92 @@ NB_MODULE(_native, m) {
         .def_rw("table", &Config::table)
         .def_rw("head", &Config::head)
         .def_rw("ple_table", &Config::ple_table)
-        .def_rw("ple_model_projection", &Config::ple_model_projection)
-        .def("set_norms", [](Config& c, uintptr_t norm, uintptr_t ple) {
-            c.norm = at<const float>(norm), c.ple_model_norm = at<const float>(ple);
-        });
+        .def_rw("ple_model_projection", &Config::ple_model_projection);
+    address(config, "norm", &Config::norm);
+    address(config, "ple_model_norm", &Config::ple_model_norm);
 
+    nb::class_<Centroids>(m, "Centroids")
+        .def(
+            "__init__",
+            [](Centroids* c, size_t clusters, size_t top_k, const Weight& table, At<const int64_t> ordering) {
+                new (c) Centroids{clusters, top_k, table, ordering};
+            },
+            "clusters"_a, "top_k"_a, "table"_a, "ordering"_a);
+    nb::class_<DraftConfig>(m, "DraftConfig")
+        .def(nb::init<>())
+        .def_rw("pre_projection", &DraftConfig::pre_projection)
+        .def_rw("post_projection", &DraftConfig::post_projection)
+        .def_rw("target_table", &DraftConfig::target_table)
+        .def_rw("target_scale", &DraftConfig::target_scale)
+        .def_rw("backbone", &DraftConfig::backbone)
+        .def_rw("centroids", &DraftConfig::centroids);
+}
+
+void bind_calls(nb::module_& m) {
     nb::class_<Caches>(m, "Caches")
         .def(nb::init<>())
-        .def("add", [](Caches& c, uintptr_t keys, uintptr_t values, size_t blocks) {
-            c.layers.push_back({at<float>(keys), at<float>(values), blocks});
-        });
-
-    nb::class_<View>(m, "View").def(nb::new_([](uintptr_t sliding, uintptr_t full, uintptr_t sliding_cos, uintptr_t sliding_sin,
-                                                uintptr_t full_cos, uintptr_t full_sin) {
-        return View{{at<const int32_t>(sliding), at<const int32_t>(full)},
-                    {at<const float>(sliding_cos), at<const float>(full_cos)},
-                    {at<const float>(sliding_sin), at<const float>(full_sin)}};
-    }));
+        .def(
+            "add",
+            [](Caches& c, At<float> keys, At<float> values, size_t blocks) {
+                c.layers.push_back({keys, values, blocks});
+            },
+            "keys"_a, "values"_a, "blocks"_a);
+    nb::class_<View>(m, "View").def(
+        "__init__",
+        [](View* view, At<const int32_t> sliding, At<const int32_t> full, At<const float> sliding_cos,
+           At<const float> sliding_sin, At<const float> full_cos, At<const float> full_sin) {
+            new (view) View{{sliding, full}, {sliding_cos, full_cos}, {sliding_sin, full_sin}};
+        },
+        "sliding"_a, "full"_a, "sliding_cos"_a, "sliding_sin"_a, "full_cos"_a, "full_sin"_a);
+    nb::class_<StopRule>(m, "StopRule")
+        .def(
+            "__init__",
+            [](StopRule* rule, const std::vector<double>& least, double bias, double slope) {
+                new (rule) StopRule{least, bias, slope};
+            },
+            "least"_a, "bias"_a, "slope"_a);
 
     nb::class_<Stack>(m, "Stack")
-        .def("__init__", [](Stack* s, const Config& config, const std::vector<Layer>& layers) {
-            new (s) Stack();
-            s->config = config;
-            s->layers = layers;
-            s->prepare();
-        })
-        .def("forward", [](Stack& s, uintptr_t tokens, const Caches& caches, const std::vector<const View*>& views,
-                           const Numbers& rows, const Numbers& keep, const std::vector<int64_t>& positions, uintptr_t hidden) {
-            s.forward(at<const int64_t>(tokens), segments(views, rows, keep, positions), caches.layers.data(),
-                      at<float>(hidden));
-        }, release())
-        .def("logits", [](Stack& s, uintptr_t hidden, size_t rows, uintptr_t out) {
-            s.logits(at<const float>(hidden), rows, at<float>(out));
-        }, release())
-        .def("choose", [](Stack& s, uintptr_t hidden, const Numbers& rows, const std::vector<float>& temperatures,
-                          const std::vector<uint64_t>& keys) {
-            std::vector<const float*> states;
-            for (size_t row : rows) states.push_back(at<const float>(hidden) + row * s.config.hidden);
-            std::vector<int64_t> tokens(rows.size());
-            s.choose(states, choices(temperatures, keys).data(), tokens.data());
-            return tokens;
-        }, release());
+        .def(nb::init<const Config&, const std::vector<Layer>&>(), "config"_a, "layers"_a)
+        .def(
+            "forward",
+            [](Stack& s, At<const int64_t> tokens, const Caches& caches, const Views& views, const Numbers& rows,
+               const Numbers& keep, const Positions& positions, At<float> hidden) {
+                s.forward(tokens, segments_of(views, rows, keep, positions), caches.layers.data(), hidden);
+            },
+            "tokens"_a, "caches"_a, "views"_a, "rows"_a, "keep"_a, "positions"_a, "hidden"_a, release())
+        .def(
+            "logits", [](Stack& s, At<const float> hidden, size_t rows, At<float> out) { s.logits(hidden, rows, out); },
+            "hidden"_a, "rows"_a, "out"_a, release())
+        .def("choose", &choose, "hidden"_a, "rows"_a, "temperatures"_a, "keys"_a, release());
 
     nb::class_<DraftStack>(m, "DraftStack")
-        .def("__init__", [](DraftStack* d, const Config& config, const std::vector<Layer>& layers, const Weight& pre,
-                            const Weight& post, size_t backbone, const Weight& target_table, float target_scale,
-                            size_t clusters, size_t top_k, const Weight& centroids, uintptr_t ordering) {
-            new (d) DraftStack();
-            d->stack.config = config;
-            d->stack.layers = layers;
-            d->stack.prepare();
-            d->pre_projection = pre, d->post_projection = post, d->backbone = backbone;
-            d->target_table = target_table, d->target_scale = target_scale;
-            d->centroids.clusters = clusters, d->centroids.top_k = top_k, d->centroids.table = centroids;
-            d->centroids.ordering = at<const int64_t>(ordering);
-        })
+        .def(nb::init<const Config&, const std::vector<Layer>&, const DraftConfig&>(), "config"_a, "layers"_a,
+             "draft"_a)
         .def("candidates", &DraftStack::candidates)
-        .def("step", [](DraftStack& d, uintptr_t input, const Caches& caches, const std::vector<const View*>& views,
-                        const std::vector<int64_t>& positions, uintptr_t state, uintptr_t projected) {
-            d.step(at<const float>(input), segments(views, positions), caches.layers.data(), at<float>(state),
-                   at<float>(projected));
-        }, release())
-        .def("score", [](DraftStack& d, uintptr_t state, size_t rows, uintptr_t logits, uintptr_t ids) {
-            d.score(at<const float>(state), rows, at<float>(logits), at<int64_t>(ids));
-        }, release())
-        .def("draft", [](DraftStack& d, const std::vector<int64_t>& last, const std::vector<uintptr_t>& hidden,
-                         const Caches& caches, const std::vector<const View*>& views, const std::vector<int64_t>& positions,
-                         const Numbers& counts, const std::vector<StopRule>& stops, const std::vector<float>& temperatures,
-                         const std::vector<uint64_t>& keys, uintptr_t tokens, uintptr_t confidences, uintptr_t made) {
-            std::vector<const float*> states;
-            for (uintptr_t address : hidden) states.push_back(at<const float>(address));
-            d.draft(last.data(), states, segments(views, positions), caches.layers.data(), counts, stops,
-                    choices(temperatures, keys).data(), at<int64_t>(tokens), at<float>(confidences), at<int64_t>(made));
-        }, release());
+        .def(
+            "step",
+            [](DraftStack& d, At<const float> input, const Caches& caches, const Views& views,
+               const Positions& positions, At<float> state, At<float> projected) {
+                d.step(input, segments_of(views, positions), caches.layers.data(), state, projected);
+            },
+            "input"_a, "caches"_a, "views"_a, "positions"_a, "state"_a, "projected"_a, release())
+        .def(
+            "score",
+            [](DraftStack& d, At<const float> state, size_t rows, At<float> logits, At<int64_t> ids) {
+                d.score(state, rows, logits, ids);
+            },
+            "state"_a, "rows"_a, "logits"_a, "ids"_a, release())
+        .def("draft", &draft, "last"_a, "hidden"_a, "caches"_a, "views"_a, "positions"_a, "counts"_a, "stops"_a,
+             "temperatures"_a, "keys"_a, "tokens"_a, "confidences"_a, "made"_a, release());
+}
 
-    nb::class_<StopRule>(m, "StopRule").def(nb::new_([](const std::vector<double>& least, double bias, double slope) {
-        return StopRule{least, bias, slope};
-    }));
+}  // namespace
 
-    // single operators, on the calling thread or all of them, for tests and benchmarks
-    m.def("linear", [](const std::string& isa, const Weight& w, uintptr_t x, size_t rows, uintptr_t y) {
-        const Kernels& k = named(isa);
-        Pool::instance().run([&](Worker& me) {
-            static thread_local Rows prepared;
-            const Part p = me.part(w.rows, 8);
-            k.prepare_all(w, rows, at<const float>(x), w.cols, prepared);
-            k.linear(w, prepared, rows, p.begin, p.end, at<float>(y) + p.begin, w.rows, nullptr);
-        });
-    }, release());
-    m.def("rms_norm", [](const std::string& isa, uintptr_t x, uintptr_t weight, float eps, size_t n, uintptr_t out) {
-        named(isa).rms_norm(at<const float>(x), at<const float>(weight), eps, n, at<float>(out));
-    });
-    m.def("rotate", [](const std::string& isa, uintptr_t x, uintptr_t cos, uintptr_t sin, size_t n) {
-        named(isa).rotate(at<float>(x), at<const float>(cos), at<const float>(sin), n);
-    });
-    m.def("gated", [](const std::string& isa, uintptr_t gate, uintptr_t up, size_t n, uintptr_t out) {
-        named(isa).gated(at<const float>(gate), at<const float>(up), n, at<float>(out));
-    });
-    m.def("softcap", [](const std::string& isa, uintptr_t x, float cap, size_t n) {
-        named(isa).softcap(at<float>(x), cap, n);
-    });
-    m.def("softmax", [](const std::string& isa, uintptr_t x, size_t n) { named(isa).softmax(at<float>(x), n); });
-    m.def("gather", [](const std::string& isa, const Weight& table, size_t row, float factor, uintptr_t out) {
-        named(isa).gather(table, row, factor, at<float>(out));
-    });
-    m.def("attend", [](const std::string& isa, uintptr_t q, size_t queries, const std::vector<int64_t>& first,
-                       const std::vector<int64_t>& last, uintptr_t keys, uintptr_t values,
-                       const std::vector<int32_t>& table, size_t d, uintptr_t out) {
-        std::vector<Visible> visible;
-        for (size_t i = 0; i < queries; i++) visible.push_back({first.at(i), last.at(i)});
-        named(isa).attend(at<const float>(q), d, queries, visible.data(),
-                          {at<const float>(keys), at<const float>(values), table.data(), d}, at<float>(out), d);
-    });
+NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // of a process that ends while a thread still holds models
+    bind_constants(m);
+    bind_model(m);
+    bind_calls(m);
+    bind_operators(m);
 }

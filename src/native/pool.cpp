@@ -19,9 +19,9 @@ inline void pause() {
 #endif
 }
 
-// First about 50 microseconds: longer than the threads of a call wait for one another. Then a millisecond or more, longer than
-// the host takes between two calls of many sequences, in which any thread that has no core gets this one; to wake a thread
-// that sleeps takes long, above all in a virtual machine.
+// A thread that waits spins for about 50 microseconds, which is longer than the threads of a call wait for one another.
+// Then it yields for a millisecond or more, which is longer than the host takes between two calls of many sequences:
+// any thread that has no core gets this one. Then it sleeps. To wake it takes long, above all in a virtual machine.
 constexpr int SPINS = 2000, YIELDS = 2000;
 
 template <class T>
@@ -51,7 +51,7 @@ void Worker::wait() {
     } else {
         wait_while(team_.generation_, generation);
     }
-    // the others look at these when all have met again
+    // other threads look at these counts only after all have met again
     for (int i = 0; i < counts_; i++) team_.taken_[thread].chunks[phase_][i].store(0, std::memory_order_relaxed);
     phase_ ^= 1;
     counts_ = 0;
@@ -88,7 +88,7 @@ void Pool::stop() {
         generation_.notify_all();
         for (auto& worker : workers_) worker.join();
     } else {
-        for (auto& worker : workers_) worker.detach();  // after a fork only the caller's thread is here
+        for (auto& worker : workers_) worker.detach();  // after a fork, only the caller's thread exists
     }
     workers_.clear();
     delete team_;

@@ -1,4 +1,4 @@
-// Threads that share one piece of work after another. They spin for a moment when it is done, then sleep.
+// Threads that share one piece of work after another. They spin for a moment when a piece is done, then sleep.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,17 @@ struct Part {
     size_t begin, end;
 };
 
-// What the threads of a piece of work share: where they meet, and what has been taken of each one's parts.
+// What the threads of a piece of work share: the place where they meet, and how much of each one's part is taken.
 class Team {
    public:
     explicit Team(int threads) : threads(threads), taken_(threads) {}
     const int threads;
 
-    void begin();  // a piece of work
+    void begin();  // forgets what was taken in the piece of work before
 
    private:
     friend class Worker;
-    static constexpr int COUNTS = 4;  // that a phase shares out by chunks; what is more is shared out by parts
+    static constexpr int COUNTS = 4;  // counts that a phase shares out by chunks; further ones are shared out by parts
     struct alignas(64) Taken {
         std::atomic<uint32_t> chunks[2][COUNTS] = {};  // in this phase and in the next one
     };
@@ -36,20 +36,22 @@ class Team {
     std::atomic<uint32_t> generation_{0};
 };
 
-// One thread's place in a piece of work. Work goes on in phases that end when all threads meet; nothing is written by
-// one thread and read by another without that. All threads make the same calls.
+// One thread's place in a piece of work. A phase ends when all threads meet. What one thread writes, another reads in a
+// later phase only. All threads make the same calls.
 class Worker {
    public:
     Worker(Team& team, int thread) : thread(thread), threads(team.threads), team_(team) {}
     const int thread, threads;
 
-    void wait();  // for all threads
+    void wait();  // waits for all threads
 
+    // Returns this thread's part of a count, in whole units. Parts are as even as they can be.
     Part part(size_t count, size_t unit) const { return part(count, unit, thread); }
 
-    // Shares a count out in chunks of `size`, a multiple of `unit`, and calls f(Part, whether the thread's next one does
-    // not follow it). Each thread begins with its own part; who is done takes of the others', as cores are not equally
-    // fast and other processes take time of them. Where a part has few chunks, looking costs more than it gains.
+    // Shares a count out in chunks of `size`, a multiple of `unit`. Calls f(Part, last): `last` says that the thread's
+    // next chunk does not follow this one. Each thread begins with its own part and then takes chunks of the others',
+    // for cores are not equally fast and other processes take time of them. Where a part has few chunks, threads keep
+    // to their own, because looking costs more than it gains.
     template <class F>
     void each(size_t count, size_t unit, size_t size, F f) {
         const Part own = part(count, unit);
@@ -70,7 +72,6 @@ class Worker {
     }
 
    private:
-    // In whole units, the parts as even as they allow.
     Part part(size_t count, size_t unit, int whose) const {
         const size_t units = (count + unit - 1) / unit;
         const size_t begin = units * whose / threads, end = units * (whose + 1) / threads;
@@ -86,8 +87,8 @@ class Pool {
     using Work = std::function<void(Worker&)>;
 
     static Pool& instance();
-    // Run the work on every thread, the caller's included, one piece at a time; what is too small to share, on the
-    // caller alone.
+    // Runs the work on every thread, the caller included. One piece runs at a time. Work that is not shared runs on
+    // the caller alone.
     void run(const Work& work, bool shared = true);
     void set_threads(int threads);
     int threads() const { return threads_; }

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from gemma_mtp import _native
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
-from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.backend.native import Memory, floats, floats_of_row, int32s, int64s
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
@@ -25,6 +26,9 @@ from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import DecoderLayer, MoE, Rope, rope_for
 from gemma_mtp.model.target import Target
+
+if TYPE_CHECKING:
+    from gemma_mtp._native import Floats
 
 #: prompt rows of one call, at most: enough to use the cores, few enough that activations stay in the caches
 CHUNK_ROWS = 128
@@ -50,7 +54,7 @@ class CpuBackend:
     @property
     def identity(self) -> Mapping[str, str | int]:
         return {
-            "processor": processor(self.device), "operators": f"native {module().isa()}", "threads": module().threads(),
+            "processor": processor(self.device), "operators": f"native {_native.isa()}", "threads": _native.threads(),
         }  # fmt: skip
 
     def with_drafter(self, drafter: Drafter | None) -> CpuBackend:
@@ -88,9 +92,8 @@ class CpuBackend:
     def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
         assert self._drafts is not None
         caches = [call.cache for call in calls]
-        states, row_bytes = caches[0].pool.states, 4 * self._stack.hidden_size
-        begin = states.data_ptr()
-        return self._drafts.draft(calls, [begin + cache.slot * row_bytes for cache in caches], *self._places(caches))
+        states = caches[0].pool.states
+        return self._drafts.draft(calls, [floats_of_row(states, cache.slot) for cache in caches], *self._places(caches))
 
     def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
         assert self._drafts is not None
@@ -98,7 +101,7 @@ class CpuBackend:
         states_RH, projected_RD = self._drafts.step(inputs_R2D, *self._places(caches))
         return DraftStep(*self._drafts.candidates(states_RH), projected_RD)
 
-    def _places(self, caches: Sequence[KVCache]) -> tuple[Any, list[Any], list[int]]:
+    def _places(self, caches: Sequence[KVCache]) -> tuple[_native.Caches, list[_native.View], list[int]]:
         """Returns the donor layers in the order of the drafter's layers, and where each sequence is in them."""
         assert self.drafter is not None
         pool = _pool(caches)
@@ -106,17 +109,19 @@ class CpuBackend:
         views = [self._view(cache) for cache in caches]
         return _layers(pool, layers), views, [cache.table.length for cache in caches]
 
-    def _view(self, cache: KVCache) -> Any:
+    def _view(self, cache: KVCache) -> _native.View:
         """Returns the addresses of a sequence's block tables and rotary tables, made at its first call."""
         if cache.handle is None:
             rope = self._rope_for(cache.table.max_length)
             sliding, full = (rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
-            view = module().View(
-                *(cache.table.tables[kind].buffer_info()[0] for kind in (SLIDING, FULL)),
-                *(0 if table is None else table.data_ptr() for table in (*sliding, *full)),
-            )
+            tables = cache.table.tables
+            view = _native.View(
+                int32s(tables[SLIDING]), int32s(tables[FULL]),
+                floats(sliding[0]), floats(sliding[1]), floats(full[0]), floats(full[1]),
+            )  # fmt: skip
             cache.handle = view, rope  # which keeps its tables, even when longer ones are made
-        return cache.handle[0]
+        handle: _native.View = cache.handle[0]
+        return handle
 
     def _rope_for(self, rows: int) -> Mapping[LayerType, Rope]:
         """Returns rotary tables of so many positions and more."""
@@ -130,7 +135,7 @@ class TargetStack:
     """A target as the native module runs it."""
 
     def __init__(self, target: Target) -> None:
-        native, config, memory = module(), target.config, Memory()
+        config, memory = target.config, Memory()
         stack = _stack_config(config)
         self._memory = memory
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
@@ -145,71 +150,73 @@ class TargetStack:
             stack.ple_table = memory.matrix(target.embed_tokens_per_layer.stored)
             stack.ple_embed_scale = _rounded(P**0.5, target.embed_tokens_per_layer.weight.dtype)
             stack.ple_model_projection = memory.multiplied(target.per_layer_model_projection)
-        ple_norm = memory.vector(target.per_layer_projection_norm.weight) if P else 0
-        stack.set_norms(memory.vector(target.norm.weight), ple_norm)
+            stack.ple_model_norm = memory.vector(target.per_layer_projection_norm.weight)
+        stack.norm = memory.vector(target.norm.weight)
         caches = {layer: i for i, layer in enumerate(range(config.first_kv_shared_layer))}
         layers = [
             _layer(memory, cast(DecoderLayer, layer), config, i, caches[config.kv_layer(i)])
             for i, layer in enumerate(target.layers)
         ]
-        self._stack = native.Stack(stack, layers)
+        self._stack = _native.Stack(stack, layers)
 
     def forward(
-        self, token_ids: array[int], layers: Any, views: list[Any], rows: list[int], keep: list[int], lengths: list[int]
-    ) -> Tensor:
+        self, token_ids: array[int], layers: _native.Caches, views: list[_native.View], rows: list[int],
+        keep: list[int], lengths: list[int],
+    ) -> Tensor:  # fmt: skip
         """Returns hidden states after the final norm, float32 [sum of keep, D]."""
         hidden = torch.empty(sum(keep), self.hidden_size)
-        self._stack.forward(token_ids.buffer_info()[0], layers, views, rows, keep, lengths, hidden.data_ptr())
+        self._stack.forward(int64s(token_ids), layers, views, rows, keep, lengths, floats(hidden))
         return hidden
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Returns soft-capped logits, float32 [R, V]."""
         hidden_RD = hidden_RD.contiguous()
         out = torch.empty(len(hidden_RD), self.vocab_size)
-        self._stack.logits(hidden_RD.data_ptr(), len(hidden_RD), out.data_ptr())
+        self._stack.logits(floats(hidden_RD), len(hidden_RD), floats(out))
         return out
 
     def choose(
         self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
     ) -> list[int]:
         """Returns the tokens of these rows of `hidden_RD`, float32 and contiguous. No logits are stored."""
-        tokens: list[int] = self._stack.choose(hidden_RD.data_ptr(), rows, temperatures, keys)
-        return tokens
+        return self._stack.choose(floats(hidden_RD), rows, temperatures, keys)
 
 
 class DrafterStack:
     """A drafter as the native module runs it, beside the target that it drafts for."""
 
     def __init__(self, drafter: Drafter, target: TargetStack) -> None:
-        native, config, memory = module(), drafter.config, Memory()
+        config, memory = drafter.config, Memory()
         text = config.text
         self._memory, self._target = memory, target
         self.hidden_size, self.backbone = text.hidden_size, config.backbone_hidden_size
         stack = _stack_config(text)
-        stack.set_norms(memory.vector(drafter.norm.weight), 0)
+        stack.norm = memory.vector(drafter.norm.weight)
         stack.softcap = text.final_logit_softcapping or 0.0
-        head, centroids = drafter.masked_embedding, memory.matrix(torch.zeros(1, text.hidden_size))
-        clusters, top_k, self._ordering = 0, 0, torch.zeros(0, dtype=torch.int64)
+        draft, head = _native.DraftConfig(), drafter.masked_embedding
+        self._ordering = torch.zeros(0, dtype=torch.int64)
         if head is None:
             stack.head = memory.multiplied(drafter.head)
         else:
-            clusters, top_k = config.num_centroids, head.top_k
-            centroids = memory.matrix(head.centroids.stored)
             self._ordering = head.token_ordering.contiguous()
+            centroids = memory.matrix(head.centroids.stored)
+            draft.centroids = _native.Centroids(config.num_centroids, head.top_k, centroids, int64s(self._ordering))
             stack.head = memory.matrix(drafter.head_table[self._ordering])  # cluster by cluster: each is one block
         layers = [_layer(memory, cast(DecoderLayer, layer), text, i, i) for i, layer in enumerate(drafter.layers)]
-        self._stack = native.DraftStack(
-            stack, layers, memory.multiplied(drafter.pre_projection), memory.multiplied(drafter.post_projection),
-            self.backbone, target.table, target.embed_scale, clusters, top_k, centroids, self._ordering.data_ptr(),
-        )  # fmt: skip
-        self.candidate_count: int = self._stack.candidates()
+        draft.pre_projection = memory.multiplied(drafter.pre_projection)
+        draft.post_projection = memory.multiplied(drafter.post_projection)
+        draft.target_table, draft.target_scale, draft.backbone = target.table, target.embed_scale, self.backbone
+        self._stack = _native.DraftStack(stack, layers, draft)
+        self.candidate_count = self._stack.candidates()
 
-    def step(self, inputs_R2D: Tensor, layers: Any, views: list[Any], lengths: list[int]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, inputs_R2D: Tensor, layers: _native.Caches, views: list[_native.View], lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
         """Run one step from concat(embedding, hidden), float32. Returns states for the head [R, H] and projected states
         [R, D]."""
         inputs = inputs_R2D.contiguous()
         state, projected = torch.empty(len(inputs), self.hidden_size), torch.empty(len(inputs), self.backbone)
-        self._stack.step(inputs.data_ptr(), layers, views, lengths, state.data_ptr(), projected.data_ptr())
+        self._stack.step(floats(inputs), layers, views, lengths, floats(state), floats(projected))
         return state, projected
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -217,12 +224,13 @@ class DrafterStack:
         rows = len(state_RH)
         logits = torch.empty(rows, self.candidate_count)
         ids = torch.empty(rows if self._ordering.numel() else 0, self.candidate_count, dtype=torch.int64)
-        self._stack.score(state_RH.contiguous().data_ptr(), rows, logits.data_ptr(), ids.data_ptr())
+        self._stack.score(floats(state_RH.contiguous()), rows, floats(logits), int64s(ids))
         return logits, ids if self._ordering.numel() else None
 
     def draft(
-        self, calls: Sequence[DraftRows], states: list[int], layers: Any, views: list[Any], lengths: list[int]
-    ) -> list[DraftedTokens]:
+        self, calls: Sequence[DraftRows], states: list[Floats], layers: _native.Caches, views: list[_native.View],
+        lengths: list[int],
+    ) -> list[DraftedTokens]:  # fmt: skip
         """Returns the drafts of all sequences, made in one call. `states`: addresses of the states to start from."""
         counts = [call.most for call in calls]
         most, rows = max(counts), len(calls)
@@ -232,7 +240,7 @@ class DrafterStack:
             [call.last_token for call in calls], states, layers, views, lengths, counts,
             [_stop_rule(call.stop) for call in calls], [call.temperature for call in calls for _ in range(most)],
             [key for call in calls for key in (*call.keys, *[0] * (most - len(call.keys)))],
-            *(place.buffer_info()[0] for place in (out, confidences, made)),
+            int64s(out), floats(confidences), int64s(made),
         )  # fmt: skip
         drafted = []
         for begin, count, call in zip(range(0, rows * most, most), made, calls, strict=True):
@@ -241,47 +249,54 @@ class DrafterStack:
         return drafted
 
 
-def _stop_rule(stop: StopRule | None) -> Any:
+def _stop_rule(stop: StopRule | None) -> _native.StopRule:
     """Returns the native form of a rule; one without numbers drafts all that are asked for."""
-    return module().StopRule((), 0.0, 1.0) if stop is None else module().StopRule(stop.least, stop.bias, stop.slope)
+    return _native.StopRule((), 0.0, 1.0) if stop is None else _native.StopRule(stop.least, stop.bias, stop.slope)
 
 
-def _stack_config(text: TextConfig) -> Any:
-    stack = module().Config()
+def _stack_config(text: TextConfig) -> _native.Config:
+    stack = _native.Config()
     stack.hidden, stack.vocab, stack.window = text.hidden_size, text.vocab_size, text.sliding_window
     stack.eps, stack.first_shared = text.rms_norm_eps, text.first_kv_shared_layer
     return stack
 
 
-def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, cache: int) -> Any:
-    attention, mlp, out = layer.self_attn, layer.mlp, module().Layer()
-    out.sliding, out.key_is_value = config.is_sliding(index), attention.key_is_value
+def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, cache: int) -> _native.Layer:
+    attention, mlp, out = layer.self_attn, layer.mlp, _native.Layer()
+    out.kind = _native.LayerKind.SLIDING if config.is_sliding(index) else _native.LayerKind.FULL
+    out.key_is_value = attention.key_is_value
+    out.value_norm, out.score_scale = config.options.value_norm, config.options.score_scale
     out.heads, out.kv_heads, out.groups = attention.heads, attention.kv_heads, config.layer_kv_heads(index)
-    out.head_dim, out.cache, out.scalar = attention.head_dim, cache, layer.layer_scalar.item()
+    out.head_dim, out.cache = attention.head_dim, cache
+    if layer.layer_scalar is not None:
+        out.scalar = layer.layer_scalar.item()
     out.qkv, out.o = memory.multiplied(attention.qkv_proj), memory.multiplied(attention.o_proj)
     out.gate_up, out.down = memory.multiplied(mlp.gate_up_proj), memory.multiplied(mlp.down_proj)
-    k_norm = None if attention.k_norm is None else attention.k_norm.weight
-    ple_norm = None
     if layer.ple is not None:
         out.ple_gate = memory.multiplied(layer.ple.per_layer_input_gate)
         out.ple_projection = memory.multiplied(layer.ple.per_layer_projection)
-        ple_norm = layer.ple.post_per_layer_input_norm.weight
-    norms = (attention.q_norm.weight, k_norm, layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
-             layer.pre_feedforward_layernorm.weight, layer.post_feedforward_layernorm.weight, ple_norm)  # fmt: skip
-    out.set_norms(*map(memory.vector, norms))
+        out.ple_norm = memory.vector(layer.ple.post_per_layer_input_norm.weight)
+    out.q_norm = memory.vector(attention.q_norm.weight)
+    out.k_norm = memory.vector(None if attention.k_norm is None else attention.k_norm.weight)
+    out.input_norm = memory.vector(layer.input_layernorm.weight)
+    out.post_attention = memory.vector(layer.post_attention_layernorm.weight)
+    out.pre_feedforward = memory.vector(layer.pre_feedforward_layernorm.weight)
+    out.post_feedforward = memory.vector(layer.post_feedforward_layernorm.weight)
     if layer.moe is not None:
         out.moe = _moe(memory, layer.moe)
     return out
 
 
-def _moe(memory: Memory, moe: MoE) -> Any:
-    out, experts = module().MoE(), moe.experts
+def _moe(memory: Memory, moe: MoE) -> _native.MoE:
+    out, experts = _native.MoE(), moe.experts
     out.experts, out.top_k, out.width = experts.experts, moe.router.top_k, experts.down_proj.stored.shape[2]
     out.router = memory.matrix(moe.router.proj.stored)
     out.gate_up, out.down = memory.matrix(experts.gate_up_proj.stored), memory.matrix(experts.down_proj.stored)
-    vectors = (moe.router.scale, moe.router.per_expert_scale, moe.post_feedforward_layernorm_1.weight,
-               moe.pre_feedforward_layernorm_2.weight, moe.post_feedforward_layernorm_2.weight)  # fmt: skip
-    out.set_vectors(*map(memory.vector, vectors))
+    out.router_scale = memory.vector(moe.router.scale)
+    out.expert_scale = memory.vector(moe.router.per_expert_scale)
+    out.post_dense = memory.vector(moe.post_feedforward_layernorm_1.weight)
+    out.pre_sparse = memory.vector(moe.pre_feedforward_layernorm_2.weight)
+    out.post_sparse = memory.vector(moe.post_feedforward_layernorm_2.weight)
     return out
 
 
@@ -292,17 +307,17 @@ def _pool(caches: Sequence[KVCache]) -> KVPool:
     return pool
 
 
-def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> Any:
-    """Addresses of the pool's layers, of all or of some in their order; made once."""
+def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> _native.Caches:
+    """Returns the addresses of the pool's layers, of all or of some in their order; made once."""
     key = tuple(pool.layers if layers is None else layers)
     if key not in pool.handles:
-        caches = module().Caches()
+        caches = _native.Caches()
         for layer in key:
             rows = pool.layers[layer]
-            assert rows.keys.dtype == torch.float32
-            caches.add(rows.keys.data_ptr(), rows.values.data_ptr(), rows.keys.shape[1])
+            caches.add(floats(rows.keys), floats(rows.values), rows.keys.shape[1])
         pool.handles[key] = caches
-    return pool.handles[key]
+    handle: _native.Caches = pool.handles[key]
+    return handle
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

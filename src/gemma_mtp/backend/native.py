@@ -1,8 +1,8 @@
 """The native CPU operators (`src/native`): the compiled module, and the memory that is handed to it.
 
-The module takes addresses; what is here keeps the tensors alive, checks dtypes, and hands in contiguous memory only.
-Weights stay where they are, but for bf16 ones that rows are multiplied with: they are reordered into panels, one after
-another. Vectors are copied and become float32.
+The module takes addresses, typed by what lies there (`_native.pyi`). What is here takes them: it keeps the tensors
+alive, checks dtypes, and hands in contiguous memory only. Weights stay where they are, but for bf16 ones that rows are
+multiplied with: they are reordered into panels, one after another. Vectors are copied and become float32.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from gemma_mtp.ops.linear import Matrix, Panels
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
-from gemma_mtp.weight_types import Quantisation
 
-#: the module's numbers of the weight types
-WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-QUANTISED_TYPES: dict[Quantisation, int] = {"int8": 2, "int4": 3}
-PANELS = 4
+if TYPE_CHECKING:
+    from gemma_mtp import _native
+    from gemma_mtp._native import Bytes, Floats, Int32s, Int64s
+
+#: dtypes of dense weights that the module multiplies
+DENSE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def module() -> Any:
-    """The compiled module, or None, with one warning, where it was not built. GEMMA_MTP_NATIVE=0 leaves it out."""
+    """The compiled module, or None, with one warning, where it was not built. GEMMA_MTP_NATIVE=0 leaves it out.
+
+    Code that runs only where it is there imports `gemma_mtp._native`, which is typed.
+    """
     if os.environ.get("GEMMA_MTP_NATIVE") == "0":
         return None
     try:
@@ -54,7 +59,7 @@ def set_threads(threads: int) -> None:
 
 def usable(weight: Tensor) -> bool:
     """Whether models with such weights run natively."""
-    return weight.device.type == "cpu" and weight.dtype in WEIGHT_TYPES and module() is not None
+    return weight.device.type == "cpu" and weight.dtype in DENSE_DTYPES and module() is not None
 
 
 @dataclass
@@ -63,30 +68,70 @@ class Memory:
 
     tensors: list[Tensor] = field(default_factory=list)
 
-    def matrix(self, weight: Weight) -> Any:
+    def matrix(self, weight: Weight) -> _native.Weight:
         """A weight [rows, cols]; experts' [E, rows, cols] lie one below the other."""
+        from gemma_mtp._native import WeightType
+
         rows, cols = weight.shape[:-1].numel(), weight.shape[-1]
         if isinstance(weight, QuantisedMatrix):
-            data, scales, number = weight.data.contiguous(), weight.scales.contiguous(), QUANTISED_TYPES[weight.kind]
-            self.tensors += [data, scales]
-            return module().Weight(number, data.data_ptr(), scales.data_ptr(), rows, cols)
-        data = weight.detach().contiguous()
-        self.tensors.append(data)
-        return module().Weight(WEIGHT_TYPES[data.dtype], data.data_ptr(), 0, rows, cols)
+            kind = WeightType.INT8 if weight.kind == "int8" else WeightType.INT4
+            return self._weight(kind, weight.data, weight.scales, rows, cols)
+        kinds = {torch.float32: WeightType.F32, torch.bfloat16: WeightType.BF16}
+        return self._weight(kinds[weight.dtype], weight.detach(), None, rows, cols)
 
-    def multiplied(self, matrix: Matrix) -> Any:
+    def multiplied(self, matrix: Matrix) -> _native.Weight:
         """The weight of a linear layer or a head, in panels from now on where it fits."""
         panels = matrix.to_panels_()
         return self.matrix(matrix.stored) if panels is None else self.panels(panels)
 
-    def panels(self, panels: Panels) -> Any:
+    def panels(self, panels: Panels) -> _native.Weight:
         """A weight in panels."""
-        self.tensors.append(panels.data)
-        return module().Weight(PANELS, panels.data.data_ptr(), 0, *panels.data.shape)
+        from gemma_mtp._native import WeightType
 
-    def vector(self, tensor: Tensor | None) -> int:
+        return self._weight(WeightType.PANELS, panels.data, None, *panels.data.shape)
+
+    def vector(self, tensor: Tensor | None) -> Floats:
         """Address of a float32 vector; 0 for none."""
-        if tensor is None:
-            return 0
-        self.tensors.append(tensor.detach().float().contiguous())
-        return self.tensors[-1].data_ptr()
+        return floats(None if tensor is None else self._kept(tensor.detach().float()))
+
+    def _weight(
+        self, kind: _native.WeightType, data: Tensor, scales: Tensor | None, rows: int, cols: int
+    ) -> _native.Weight:
+        from gemma_mtp._native import Weight
+
+        place = cast("Bytes", self._kept(data).data_ptr())
+        return Weight(kind, place, floats(None if scales is None else self._kept(scales)), rows, cols)
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        self.tensors.append(tensor.contiguous())
+        return self.tensors[-1]
+
+
+def floats(tensor: Tensor | array[float] | None) -> Floats:
+    """Returns the address of contiguous float32 memory; 0 for none."""
+    return cast("Floats", _address(tensor, torch.float32, "f"))
+
+
+def floats_of_row(tensor: Tensor, row: int) -> Floats:
+    """Returns the address of one row of a contiguous float32 matrix."""
+    return cast("Floats", floats(tensor) + row * tensor.shape[1] * tensor.itemsize)
+
+
+def int64s(tensor: Tensor | array[int]) -> Int64s:
+    """Returns the address of contiguous int64 memory."""
+    return cast("Int64s", _address(tensor, torch.int64, "q"))
+
+
+def int32s(tensor: Tensor | array[int]) -> Int32s:
+    """Returns the address of contiguous int32 memory."""
+    return cast("Int32s", _address(tensor, torch.int32, "i"))
+
+
+def _address(memory: Tensor | array[float] | array[int] | None, dtype: torch.dtype, typecode: str) -> int:
+    if memory is None:
+        return 0
+    if isinstance(memory, array):
+        assert memory.typecode == typecode
+        return memory.buffer_info()[0]
+    assert memory.dtype == dtype and memory.is_contiguous() and memory.device.type == "cpu"
+    return memory.data_ptr()

@@ -145,7 +145,7 @@ def _noisy(logits_1C: Tensor, temperature: float, key: int, token_ids_1C: Tensor
     if temperature == 0:
         return logits_1C
     ids = torch.arange(logits_1C.shape[-1], device=logits_1C.device) if token_ids_1C is None else token_ids_1C
-    return logits_1C.float() / temperature + keyed_gumbel([key], ids)
+    return logits_1C.double() / temperature + keyed_gumbel([key], ids)
 
 
 def _chosen(step: DraftStep, temperature: float, key: int) -> Tensor:

@@ -14,6 +14,7 @@ from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.bench_serve import bench_serve
+from gemma_mtp.cli.console import print_anything
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.quantize import quantize
@@ -61,16 +62,34 @@ def common(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 3 (what was trained is
     worse), 130 (interrupted)."""
+    print_anything()
     try:
-        app(list(sys.argv[1:] if argv is None else argv), prog_name="gemma-mtp")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except GemmaMtpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left, which is its right
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
+        if error.filename is None:
+            _discard_output()
+        return 2
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        app(arguments, prog_name="gemma-mtp")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     return 0
+
+
+def _discard_output() -> None:
+    """What is still to be written to standard output, which takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

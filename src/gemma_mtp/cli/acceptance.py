@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
+from gemma_mtp.cli.console import console
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example, read_examples
@@ -172,7 +172,7 @@ def acceptance(
     if as_json:
         print(json.dumps({"data": [str(path) for path in sources], **shown.to_json(measured)}))
     else:
-        shown.print_report(Console(), measured)
+        shown.print_report(console(), measured)
 
 
 def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from gemma_mtp.cli import bench_serve_report as shown
 from gemma_mtp.cli.acceptance import spread
+from gemma_mtp.cli.console import console
 from gemma_mtp.cli.generate import parse_draft_tokens
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
@@ -260,7 +260,7 @@ def bench_serve(
         write_json(as_json, _content(plan, measured, url, serve_options, records))
     if plot is not None:
         plot_load(measured.results, plot, measured.model)
-    shown.print_report(Console(), measured.results, measured.compared)
+    shown.print_report(console(), measured.results, measured.compared)
     if failed_share(measured.results) > max_failed:
         raise typer.Exit(FAILED)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gemma_mtp.cli import options, render
+from gemma_mtp.cli.console import console
 from gemma_mtp.cli.options import DRAFTING, GRAMMAR, OUTPUT, SAMPLING, option
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
@@ -21,7 +21,8 @@ from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult
-from gemma_mtp.errors import GemmaMtpError, PromptError, SamplingError, TokenizerError
+from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
+from gemma_mtp.text import check_text, read_text
 
 INPUT = "Prompt"
 
@@ -39,7 +40,7 @@ class Run:
     def once(self, draft_tokens: DraftTokens | None = None, max_tokens: int | None = None) -> GenerationResult:
         params = self.params
         if max_tokens is not None:
-            params = SamplingParams(**{**vars(params), "max_tokens": min(max_tokens, params.max_tokens)})
+            params = replace(params, max_tokens=min(max_tokens, params.max_tokens))
         k = self.draft_tokens if draft_tokens is None else draft_tokens
         return self.pair.generate(self.prompt, params, draft_tokens=k, verification=self.verification)
 
@@ -204,21 +205,21 @@ def _prompt(prompt: str | None, file: Path | None, token_ids: str | None, chat: 
             raise PromptError("--chat needs a text prompt, not --token-ids.")
         return _parse_token_ids(token_ids)
     if file is not None:
-        return _read(file, "prompt file", PromptError)
+        return read_text(file, "prompt file", PromptError)
     if prompt is not None:
-        return prompt
+        return check_text(prompt, "the prompt", PromptError)
     if sys.stdin.isatty():
         raise PromptError("there is no prompt; give it as an argument, with --file, or on standard input.")
-    return sys.stdin.read()
+    return _standard_input()
 
 
-def _read(file: Path, what: str, error_type: type[GemmaMtpError]) -> str:
+def _standard_input() -> str:
+    """All of it, without a byte order mark."""
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise error_type(f"the {what} {file} can not be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise error_type(f"the {what} {file} is not UTF-8 text; convert it.") from None
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not {error.encoding} text; convert it.") from None
+    return check_text(text.removeprefix("\ufeff"), "standard input", PromptError)
 
 
 def _grammar(json_schema: Path | None, json_object: bool, regex: str | None) -> Grammar | None:
@@ -228,7 +229,7 @@ def _grammar(json_schema: Path | None, json_object: bool, regex: str | None) -> 
     if len(names) > 1:
         raise SamplingError(f"{' and '.join(names)} exclude each other; give one of them.")
     if json_schema is not None:
-        return Grammar("json_schema", _read(json_schema, "schema file", SamplingError))
+        return Grammar("json_schema", read_text(json_schema, "schema file", SamplingError))
     if regex is not None:
         return Grammar("regex", regex)
     return Grammar("json_object") if json_object else None
@@ -268,7 +269,7 @@ def _chat_ids(pair: Pair, prompt: str | list[int], system: str | None) -> list[i
     if pair.tokenizer is None:
         raise TokenizerError("--chat needs a tokenizer with a chat template, and the target's directory has none.")
     assert isinstance(prompt, str)
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": check_text(system, "--system", PromptError)}] if system else []
     return pair.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
 
 
@@ -287,7 +288,7 @@ def _print_whole(run: Run, show_drafts: bool, quiet: bool) -> None:
     with progress("generating"):
         result = run.once()
     if show_drafts:
-        render.print_drafts(Console(), result, run.pair.tokenizer)
+        render.print_drafts(console(), result, run.pair.tokenizer)
     else:
         print(" ".join(map(str, result.token_ids)))
     _print_summary(result, quiet)
@@ -314,13 +315,13 @@ def _compare(run: Run, repeats: int, as_json: bool, show_drafts: bool) -> None:
         sides = {"plain": render.to_json(plain[-1]), "drafted": render.to_json(drafted[-1])}
         print(json.dumps({**compared, **sides}))
     else:
-        console = Console()
+        shown = console()
         if show_drafts:
-            render.print_drafts(console, drafted[-1], run.pair.tokenizer)
+            render.print_drafts(shown, drafted[-1], run.pair.tokenizer)
         else:
             text = drafted[-1].text
             print(" ".join(map(str, drafted[-1].token_ids)) if text is None else text)
         print()
-        render.print_comparison(console, plain, drafted)
+        render.print_comparison(shown, plain, drafted)
     if run.verification == "exact" and not compared["identical"]:
         raise typer.Exit(1)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config
 from gemma_mtp.cli import options
+from gemma_mtp.cli.console import console
 from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
 from gemma_mtp.pairing import pair_verdict
 
@@ -40,12 +40,12 @@ def inspect(
         pair = {} if drafter is None else {"pair": {"fits": verdict is None, "reason": verdict}}
         print(json.dumps({**content, **pair}))
     else:
-        console = Console()
+        out = console()
         for path, report in zip(paths, reports, strict=True):
-            console.print(_table(str(path), report))
+            out.print(_table(str(path), report))
         if drafter is not None:
             fit = "pair: fits" if verdict is None else f"pair: does not fit; {verdict}"
-            console.print(fit, highlight=False, soft_wrap=True)
+            out.print(fit, soft_wrap=True)
     if verdict is not None:
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import PromptError, ServerError
 from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
+from gemma_mtp.text import check_text
 
 LISTENING, ENGINE, LIMITS, LOGS = "Listening", "Engine", "Limits", "Logs"
 
@@ -114,7 +115,7 @@ def serve(
             " serve them all."
         )
     settings = ServerSettings(
-        model_name=model_name or ("gemma-mtp-bundled" if target is None else target.resolve().name),
+        model_name=check_text(model_name or _default_name(target), "the model's name", ServerError),
         api_keys=keys, public_metrics=public_metrics, loopback_names_only=not keys and not no_auth,
         allow_origins=tuple(allow_origin or ()), draft_tokens=parse_draft_tokens(draft_tokens),
         max_body_bytes=max_body_bytes, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens,
@@ -143,6 +144,10 @@ def serve(
                 f" {f'{len(keys)} API keys' if keys else 'no API keys'}",
                 flush=True,
             ))  # fmt: skip
+
+
+def _default_name(target: Path | None) -> str:
+    return "gemma-mtp-bundled" if target is None else target.resolve().name
 
 
 def _check_positive(**values: float | None) -> None:

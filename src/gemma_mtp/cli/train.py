@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gemma_mtp.cli import options
+from gemma_mtp.cli.console import console
 from gemma_mtp.cli.options import DATA, MODELS, option, use_threads
 from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import TrainingError
@@ -212,9 +212,9 @@ def train(
         resume=resume, tensorboard=tensorboard,
     )  # fmt: skip
     keep_freed_memory()
-    console = Console(stderr=True, highlight=False)
+    log = console(stderr=True)
     with joined_world(choose_device(device)) as world:
-        outcome = run_training(settings, world, lambda text: console.print(text, soft_wrap=True))
+        outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
     if outcome is not None:
         _report(outcome, out)
         if not outcome.exported:
@@ -238,17 +238,15 @@ def _check(
 
 
 def _report(outcome: Outcome, out: Path) -> None:
-    console = Console(highlight=False)
+    shown = console()
     for line in outcome.verdict.lines():
-        console.print(line, soft_wrap=True)
+        shown.print(line, soft_wrap=True)
     for before, after in zip(outcome.start, outcome.now, strict=True):
         shares = [", ".join(f"{share:.3f}" for share in r.pooled.by_position) for r in (before, after)]
-        console.print(
-            f"  {setting(after)}: acceptance by position {shares[0]} before, {shares[1]} after", soft_wrap=True
-        )
+        shown.print(f"  {setting(after)}: acceptance by position {shares[0]} before, {shares[1]} after", soft_wrap=True)
     for when, speed in zip(("before", "after"), outcome.speeds, strict=True):
-        console.print(f"speed-up over plain decoding {when}: {speed}", soft_wrap=True)
+        shown.print(f"speed-up over plain decoding {when}: {speed}", soft_wrap=True)
     if not outcome.exported:
-        console.print("not exported: the drafter is worse than the one it started from; --force exports it anyway.")
+        shown.print("not exported: the drafter is worse than the one it started from; --force exports it anyway.")
     else:
-        console.print(f"wrote {out}", soft_wrap=True)
+        shown.print(f"wrote {out}", soft_wrap=True)

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -31,8 +29,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
 
+from gemma_mtp.decoding.schema import largest_multiple, without_annotations
 from gemma_mtp.decoding.verify import agreeing
 from gemma_mtp.errors import SamplingError, TokenizerError
+from gemma_mtp.text import is_text
 from gemma_mtp.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ MAX_MULTIPLE = 1000
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
 #: compiled grammars that are kept for requests to come
 COMPILED_KEPT = 32
-#: keywords whose values are data, not schemas
-_DATA_KEYWORDS = {"const", "enum", "default", "examples"}
 #: what llguidance says after the last token of a text; no tokenizer has it, so no model's own token is mistaken for it
 _END_TOKEN = "<|gemma_mtp: end of the grammar's text|>"
 _MAX_REASON_LENGTH = 200
@@ -276,10 +274,8 @@ def _check_source(grammar: Grammar) -> None:
         raise SamplingError(f"the {name} {expected}.")
     if len(source) > MAX_SOURCE_LENGTH:
         raise SamplingError(f"the {name} has {len(source)} characters, but may have {MAX_SOURCE_LENGTH}; shorten it.")
-    try:
-        source.encode()
-    except UnicodeEncodeError:
-        raise SamplingError(f"the {name} has half a surrogate pair, which is not text; remove it.") from None
+    if not is_text(source):
+        raise SamplingError(f"the {name} has half a surrogate pair, which is not text; remove it.")
     if grammar.kind == "json_schema":
         _check_schema(source)
 
@@ -296,9 +292,12 @@ def _check_schema(source: str) -> None:
             f"the JSON schema is {_shorten(source.strip())}, but must be an object; for any JSON value, give {{}}."
         )
     try:
-        multiple = math.lcm(*map(_remainders, _multiples(schema)))
+        whole = is_text(json.dumps(schema, ensure_ascii=False))
+        multiple = largest_multiple(schema)
     except RecursionError:
         raise SamplingError("the JSON schema is nested too deeply; flatten it.") from None
+    if not whole:
+        raise SamplingError("the JSON schema has half a surrogate pair, which is not text; remove it.")
     if multiple > MAX_MULTIPLE:
         raise SamplingError(
             f"the JSON schema's multipleOf, all together and without factors of ten, is above {MAX_MULTIPLE};"
@@ -306,38 +305,26 @@ def _check_schema(source: str) -> None:
         )
 
 
-def _multiples(schema: Any) -> Iterator[Fraction]:
-    """Every `multipleOf` of a schema."""
-    if isinstance(schema, list):
-        for item in schema:
-            yield from _multiples(item)
-    elif isinstance(schema, dict):
-        for keyword, value in schema.items():
-            if keyword == "multipleOf" and isinstance(value, int | float) and math.isfinite(value):
-                yield Fraction(str(value))
-            elif keyword not in _DATA_KEYWORDS:
-                yield from _multiples(value)
-
-
-def _remainders(multiple: Fraction) -> int:
-    """The part of a number that is prime to ten: how many remainders of it the digits read so far can leave."""
-    number = abs(multiple.numerator)
-    for factor in (2, 5):
-        while number and number % factor == 0:
-            number //= factor
-    return number or 1
-
-
 def _compiler_input(grammar: Grammar) -> str:
     matcher = _llguidance().LLMatcher
     if grammar.kind == "regex":
         return str(matcher.grammar_from_regex(grammar.source))
-    schema = json.loads(grammar.source) if grammar.kind == "json_schema" else {"type": "object"}
+    schema = {"type": "object"}
+    if grammar.kind == "json_schema":
+        schema = without_annotations(json.loads(grammar.source), _is_known_format)
     settings = schema.get("x-guidance")  # llguidance's own, in which the pattern would go before the flag
     chosen = isinstance(settings, dict) and "whitespace_flexible" in settings
     # as text of our own writing: llguidance pastes a schema that is text into a larger one unread
     defaults = {} if chosen else {"whitespace_pattern": WHITESPACE}
     return str(matcher.grammar_from_json_schema(json.dumps(schema), defaults))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_known_format(name: str) -> bool:
+    """Whether llguidance knows how texts of a `format` look: it refuses the others."""
+    schema = json.dumps({"type": "string", "format": name})
+    matcher = _llguidance().LLMatcher
+    return not matcher.validate_grammar(matcher.grammar_from_json_schema(schema, {}), None, limits=_limits())
 
 
 def _refused(grammar: Grammar, error: str) -> SamplingError:

@@ -13,6 +13,9 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 #: most drafts of a round that are considered
 LONGEST = 16
 #: indexes behind the verify factors of 0 to LONGEST drafts
@@ -28,6 +31,7 @@ NOISE, LEAST_NOISE, NOISE_WEIGHT = 0.3, 0.02, 0.1
 SURPRISES, LEAST_SHARE = 1.5, 0.1
 #: gains below this are not lowered any more: costs that change slowly are followed, and most rounds cost little to note
 LEAST_ROUND_GAIN = 0.01
+_NONE = np.zeros(LOAD + 1)
 
 
 class RoundCosts:
@@ -48,7 +52,7 @@ class RoundCosts:
         verify = _rising(_without_outliers(verify))
         self.draft_step = step
         self._measured = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [step, 1.0]
-        self._factors = [1.0] * (LOAD + 1)
+        self._factors = np.ones(LOAD + 1)
         self._errors = _prior_errors(self._measured)
         self._noise = NOISE
         self._seconds: list[float] | None = None
@@ -58,7 +62,7 @@ class RoundCosts:
         """Of rounds with 0 to LONGEST drafts, at the load at which they were measured."""
         seconds = self._seconds
         if seconds is None:
-            measured, factors = self._measured, self._factors
+            measured, factors = self._measured, self._factors.tolist()
             step = measured[STEP] * factors[STEP]
             seconds = self._seconds = [k * step + measured[k] * factors[k] for k in range(LONGEST + 1)]
         return seconds
@@ -68,9 +72,9 @@ class RoundCosts:
 
         A busy machine or a longer context makes all rounds slower, and says nothing about lengths that are not played.
         """
-        self._errors[LOAD][LOAD] += LOAD_CHANGE**2
-        verify = self._measured[drafts] * self._factors[drafts]
-        step = self._measured[STEP] * self._factors[STEP]
+        self._errors[LOAD, LOAD] += LOAD_CHANGE**2
+        verify = self._measured[drafts] * float(self._factors[drafts])
+        step = self._measured[STEP] * float(self._factors[STEP])
         if drafting is not None and drafts and step and 0 < drafting < seconds:
             self._take(drafting / (drafts * step), {LOAD: 1.0, STEP: 1.0})
             self._take((seconds - drafting) / verify, {LOAD: 1.0, drafts: 1.0})
@@ -83,20 +87,17 @@ class RoundCosts:
         """One observation: `ratio` of what was seen to what the factors say at a load of 1. `weights`: how much each
         factor's share is in it."""
         errors, factors = self._errors, self._factors
-        rows = [(errors[i], w) for i, w in weights.items()]
-        spread = [sum(row[j] * w for row, w in rows) for j in range(LOAD + 1)]
-        variance = sum(spread[i] * w for i, w in weights.items()) + self._noise**2
+        spread = sum((errors[i] * weight for i, weight in weights.items()), _NONE)
+        variance = sum(float(spread[i]) * weight for i, weight in weights.items()) + self._noise**2
         limit = SURPRISES * math.sqrt(variance)
-        surprise = max(-min(limit, 1 - LEAST_SHARE), min(limit, ratio / factors[LOAD] - 1))
+        surprise = max(-min(limit, 1 - LEAST_SHARE), min(limit, ratio / float(factors[LOAD]) - 1))
         self._noise += NOISE_WEIGHT * (max(LEAST_NOISE, 1.25 * abs(surprise)) - self._noise)
-        gains = [s / variance for s in spread]
-        self._factors = [f * (1 + g * surprise) for f, g in zip(factors, gains, strict=True)]
-        if max(map(abs, gains[:LOAD])) < LEAST_ROUND_GAIN:
-            errors[LOAD][LOAD] -= gains[LOAD] * spread[LOAD]
-            return
-        self._errors = [
-            [e - gain * s for e, s in zip(row, spread, strict=True)] for row, gain in zip(errors, gains, strict=True)
-        ]
+        gains = spread / variance
+        self._factors = factors * (1 + gains * surprise)
+        if abs(gains[:LOAD]).max() < LEAST_ROUND_GAIN:
+            errors[LOAD, LOAD] -= gains[LOAD] * spread[LOAD]
+        else:
+            errors -= np.multiply.outer(gains, spread)
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
@@ -107,7 +108,7 @@ class RoundCosts:
         return self.seconds[drafts] / self.seconds[0] - 1
 
 
-def _prior_errors(measured: Sequence[float]) -> list[list[float]]:
+def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
     """Covariances of the factors before the first round."""
     errors = [[0.0] * (LOAD + 1) for _ in range(LOAD + 1)]
     doublings = [math.log2(k + 1) for k in range(LONGEST + 1)]
@@ -118,7 +119,7 @@ def _prior_errors(measured: Sequence[float]) -> list[list[float]]:
             errors[i][j] = SLOPE_ERROR**2 * added[i] * added[j] + ROWS_ERROR**2 * near
         errors[i][i] += LENGTH_ERROR**2
     errors[STEP][STEP], errors[LOAD][LOAD] = STEP_ERROR**2, LOAD_ERROR**2
-    return errors
+    return np.array(errors)
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:

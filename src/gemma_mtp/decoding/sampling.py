@@ -13,6 +13,10 @@ filters count masses and places among what it allows.
 
 No step reduces floating-point numbers across rows or in an order that could depend on the number of rows.
 
+At a low temperature logit / temperature is so large that float32 has no room for the noise beside it. So candidates
+keep the logits as they are: the sum with the noise is taken in float64, and what is compared or exponentiated is the
+distance to the highest logit, divided by the temperature. `src/native/stack.cpp` takes the same sum.
+
 Shapes: R rows (positions of one sequence), V vocabulary, C candidates (C = V where no subset is given), K drafts.
 """
 
@@ -20,9 +24,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +34,13 @@ from torch import Tensor
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.noise import STREAM_CHOICE, gumbel
 from gemma_mtp.errors import SamplingError
+from gemma_mtp.text import is_text
 
 MAX_LOGPROBS = 20
+#: a lower temperature is greedy: float32 counts large logits in steps as coarse as that
+LOWEST_TEMPERATURE = 1e-5
+#: a higher one gives the same even distribution, and float32 has no numbers for it from 1e39 on
+HIGHEST_TEMPERATURE = 1e30
 ChoiceKind = Literal["argmax", "drawn", "processed"]
 
 
@@ -41,18 +50,35 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return False
 
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_stop_string(value: object) -> bool:
+    return isinstance(value, str) and value != "" and is_text(value)
+
+
+def _listed(value: object, name: str, expected: str) -> tuple[Any, ...]:
+    """What a list or another iterable holds; a lone text or a mapping is none."""
+    _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping), name, value, expected)
+    assert isinstance(value, Iterable)
+    return tuple(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Raises `SamplingError` for a value out of its range.
 
-    temperature          0 is greedy; otherwise logits are divided by it
+    temperature          0 is greedy; otherwise logits are divided by it. Below 1e-5 it is taken as 0, and above 1e30
+                         as 1e30, which is the same to float32
     top_k                keep the k most likely tokens; 0 keeps all
     top_p                keep the most likely tokens until their mass reaches top_p; 1 keeps all
     min_p                keep tokens at least min_p times as likely as the most likely one; 0 keeps all
@@ -86,13 +112,18 @@ class SamplingParams:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _listed(self.stop, "stop", "text, or a list of texts")
+        stop_token_ids = _listed(self.stop_token_ids, "stop_token_ids", "a list of token ids")
+        is_mapping = isinstance(self.logit_bias, Mapping)
+        _require(is_mapping, "logit_bias", self.logit_bias, "a mapping from token ids to numbers")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check_filters()
         self._check_penalties()
         self._check_limits()
+        temperature = 0.0 if self.temperature < LOWEST_TEMPERATURE else min(self.temperature, HIGHEST_TEMPERATURE)
+        object.__setattr__(self, "temperature", temperature)
 
     def _check_filters(self) -> None:
         temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
@@ -118,7 +149,7 @@ class SamplingParams:
         _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         for text in self.stop:
-            _require(isinstance(text, str) and text != "", "a stop string", text, "text of at least one character")
+            _require(_is_stop_string(text), "a stop string", text, "text of at least one character, all of them whole")
         for token_id in self.stop_token_ids:
             _require(_is_integer(token_id) and token_id >= 0, "a stop token id", token_id, "0 or more")
         logprobs_ok = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
@@ -138,6 +169,11 @@ class SamplingParams:
         if shifted or self.logprobs is not None or (filtered and not self.greedy):
             return "processed"
         return "argmax" if self.greedy else "drawn"
+
+    @property
+    def forbids(self) -> bool:
+        """Whether there are tokens that may not be chosen, so that a part of the vocabulary may have no other."""
+        return self.grammar is not None or -math.inf in self.logit_bias.values()
 
     @property
     def uses_history(self) -> bool:
@@ -190,25 +226,31 @@ class TokenHistory:
 class Candidates:
     """What may be chosen in each row, and how likely it is.
 
-    `scores_RC`: log-probabilities up to a constant a row, -inf where removed. At temperature 0 they are penalised and
-    biased logits, neither scaled nor filtered. `token_ids_RC`: their ids, or None where column = id.
+    `logits_RC`: penalised and biased logits, -inf where removed. `token_ids_RC`: their ids, or None where column = id.
+    `temperature`: what they are still to be divided by; 1 where the choice is greedy, which filters nothing either.
     """
 
-    scores_RC: Tensor
+    logits_RC: Tensor
     token_ids_RC: Tensor | None
+    temperature: float = 1.0
 
     def log_probs(self) -> Tensor:
         """Normalised log-probabilities, float32 [R, C]."""
-        return self.scores_RC.float().log_softmax(-1)
+        return _scaled(self.logits_RC.float(), self.temperature).log_softmax(-1)
 
     def any_possible(self) -> bool:
         """Whether a token is left in the one row there is; reads the device."""
-        return bool((self.scores_RC > -math.inf).any())
+        return bool((self.logits_RC > -math.inf).any())
 
     def probability(self, token_ids_R: Tensor) -> float:
         """Of a token of the one row there is; reads the device."""
-        probs_C = self.scores_RC[0].float().softmax(-1)
+        probs_C = _scaled(self.logits_RC.float(), self.temperature)[0].softmax(-1)
         return float(probs_C[token_ids_R if self.token_ids_RC is None else self.token_ids_RC[0] == token_ids_R])
+
+
+def _scaled(logits_RC: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities up to a constant a row, float32: the highest has 0, so that no other is too large."""
+    return (logits_RC - logits_RC.amax(-1, keepdim=True)) / temperature
 
 
 def process(
@@ -226,33 +268,34 @@ def process(
     Raises SamplingError if a biased token id is beyond the vocabulary.
     """
     assert (allowed_RV is None) == (params.grammar is None), "a grammar needs a GrammarState"
-    scores_RC = logits_RC if allowed_RV is None else _mask(logits_RC.float(), allowed_RV, token_ids_RC)
+    if allowed_RV is not None:
+        logits_RC = _mask(logits_RC.float(), allowed_RV, token_ids_RC)
     if params.uses_history:
         assert counts is not None, "penalties need a TokenHistory"
-        scores_RC = _penalise(scores_RC.float(), params, counts if token_ids_RC is None else counts.at(token_ids_RC))
+        logits_RC = _penalise(logits_RC.float(), params, counts if token_ids_RC is None else counts.at(token_ids_RC))
     if params.logit_bias:
-        biased_RC = _add_bias(scores_RC.float(), params, token_ids_RC)
+        biased_RC = _add_bias(logits_RC.float(), params, token_ids_RC)
         if params.grammar is not None:  # the output is of the grammar, whatever the bias
-            biased_RC = torch.where(biased_RC.amax(-1, keepdim=True) > -math.inf, biased_RC, scores_RC)
-        scores_RC = biased_RC
+            biased_RC = torch.where(biased_RC.amax(-1, keepdim=True) > -math.inf, biased_RC, logits_RC)
+        logits_RC = biased_RC
     if params.greedy:
-        return Candidates(scores_RC, token_ids_RC)
-    return _filter(scores_RC.float() / params.temperature, params, token_ids_RC)
+        return Candidates(logits_RC, token_ids_RC)
+    return _filter(logits_RC.float(), params, token_ids_RC)
 
 
-def _mask(scores_RC: Tensor, allowed_RV: Tensor, token_ids_RC: Tensor | None) -> Tensor:
+def _mask(logits_RC: Tensor, allowed_RV: Tensor, token_ids_RC: Tensor | None) -> Tensor:
     if token_ids_RC is not None:
         allowed_RV = allowed_RV.gather(-1, token_ids_RC.expand(allowed_RV.shape[0], -1))
-    return scores_RC.masked_fill(~allowed_RV, -math.inf)
+    return logits_RC.masked_fill(~allowed_RV, -math.inf)
 
 
-def _penalise(scores_RC: Tensor, params: SamplingParams, counts: TokenCounts) -> Tensor:
+def _penalise(logits_RC: Tensor, params: SamplingParams, counts: TokenCounts) -> Tensor:
     penalty = params.repetition_penalty
     if penalty != 1:
-        repeated_RC = torch.where(scores_RC > 0, scores_RC / penalty, scores_RC * penalty)
-        scores_RC = torch.where(counts.seen_RV, repeated_RC, scores_RC)
-    scores_RC = scores_RC - params.frequency_penalty * counts.output_RV
-    return scores_RC - params.presence_penalty * (counts.output_RV > 0)
+        repeated_RC = torch.where(logits_RC > 0, logits_RC / penalty, logits_RC * penalty)
+        logits_RC = torch.where(counts.seen_RV, repeated_RC, logits_RC)
+    logits_RC = logits_RC - params.frequency_penalty * counts.output_RV
+    return logits_RC - params.presence_penalty * (counts.output_RV > 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -262,68 +305,69 @@ def _bias_tensors(items: tuple[tuple[int, float], ...], device: torch.device) ->
     return torch.tensor(token_ids, device=device), torch.tensor(biases, dtype=torch.float32, device=device)
 
 
-def _add_bias(scores_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Tensor:
-    token_ids_B, biases_B = _bias_tensors(tuple(params.logit_bias.items()), scores_RC.device)
+def _add_bias(logits_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Tensor:
     if token_ids_RC is None:
-        highest, vocab_size = max(params.logit_bias), scores_RC.shape[-1]
+        highest, vocab_size = max(params.logit_bias), logits_RC.shape[-1]
         _require(highest < vocab_size, "a token id in logit_bias", highest, f"below the vocabulary size, {vocab_size}")
-        return scores_RC.index_add(-1, token_ids_B, biases_B.expand(*scores_RC.shape[:-1], -1))
+    token_ids_B, biases_B = _bias_tensors(tuple(params.logit_bias.items()), logits_RC.device)
+    if token_ids_RC is None:
+        return logits_RC.index_add(-1, token_ids_B, biases_B.expand(*logits_RC.shape[:-1], -1))
     matches_RCB = token_ids_RC.unsqueeze(-1) == token_ids_B
-    return scores_RC + torch.where(matches_RCB, biases_B, 0.0).sum(-1)  # at most one term is not zero
+    return logits_RC + torch.where(matches_RCB, biases_B, 0.0).sum(-1)  # at most one term is not zero
 
 
-def _filter(scores_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Candidates:
-    if 0 < params.top_k < scores_RC.shape[-1]:
-        scores_RC, token_ids_RC = _keep_top_k(scores_RC, params.top_k, token_ids_RC)
+def _filter(logits_RC: Tensor, params: SamplingParams, token_ids_RC: Tensor | None) -> Candidates:
+    if 0 < params.top_k < logits_RC.shape[-1]:
+        logits_RC, token_ids_RC = _keep_top_k(logits_RC, params.top_k, token_ids_RC)
     elif params.top_p < 1:
-        scores_RC, token_ids_RC = _sort(scores_RC, token_ids_RC)
+        logits_RC, token_ids_RC = _sort(logits_RC, token_ids_RC)
     if params.top_p < 1:
-        scores_RC = _mask_top_p(scores_RC, params.top_p)
+        logits_RC = _mask_top_p(logits_RC, params)
     if params.min_p > 0:
-        threshold_R1 = scores_RC.amax(-1, keepdim=True) + math.log(params.min_p)
-        scores_RC = scores_RC.masked_fill(scores_RC < threshold_R1, -math.inf)
-    return Candidates(scores_RC, token_ids_RC)
+        unlikely_RC = _scaled(logits_RC, params.temperature) < math.log(params.min_p)
+        logits_RC = logits_RC.masked_fill(unlikely_RC, -math.inf)
+    return Candidates(logits_RC, token_ids_RC, params.temperature)
 
 
-def _order_keys(scores_RC: Tensor, token_ids_RC: Tensor | None) -> Tensor:
-    """Distinct int64 keys that order by score, then by lower id.
+def _order_keys(logits_RC: Tensor, token_ids_RC: Tensor | None) -> Tensor:
+    """Distinct int64 keys that order by logit, then by lower id.
 
     torch.topk may take any of several equal scores, and on CUDA which ones depends on the number of rows.
     """
-    bits_RC = scores_RC.contiguous().view(torch.int32)
+    bits_RC = (logits_RC + 0.0).contiguous().view(torch.int32)  # the sum has no -0.0, which would come below 0.0
     ordered_RC = bits_RC ^ ((bits_RC >> 31) & 0x7FFFFFFF)  # float32 bits as integers that compare as the floats do
     if token_ids_RC is None:
-        token_ids_RC = torch.arange(scores_RC.shape[-1], device=scores_RC.device)
+        token_ids_RC = torch.arange(logits_RC.shape[-1], device=logits_RC.device)
     return torch.add(-token_ids_RC, ordered_RC, alpha=1 << 32)
 
 
-def _take(scores_RC: Tensor, columns_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+def _take(logits_RC: Tensor, columns_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
     if token_ids_RC is None:
-        return scores_RC.gather(-1, columns_RC), columns_RC
-    return scores_RC.gather(-1, columns_RC), token_ids_RC.expand_as(scores_RC).gather(-1, columns_RC)
+        return logits_RC.gather(-1, columns_RC), columns_RC
+    return logits_RC.gather(-1, columns_RC), token_ids_RC.expand_as(logits_RC).gather(-1, columns_RC)
 
 
-def _keep_top_k(scores_RC: Tensor, top_k: int, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+def _keep_top_k(logits_RC: Tensor, top_k: int, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
     """The top_k likeliest of each row and their ids, in descending order."""
-    columns_RC = _order_keys(scores_RC, token_ids_RC).topk(top_k, dim=-1, sorted=True).indices
-    return _take(scores_RC, columns_RC, token_ids_RC)
+    columns_RC = _order_keys(logits_RC, token_ids_RC).topk(top_k, dim=-1, sorted=True).indices
+    return _take(logits_RC, columns_RC, token_ids_RC)
 
 
-def _sort(scores_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
-    columns_RC = _order_keys(scores_RC, token_ids_RC).argsort(dim=-1, descending=True)
-    return _take(scores_RC, columns_RC, token_ids_RC)
+def _sort(logits_RC: Tensor, token_ids_RC: Tensor | None) -> tuple[Tensor, Tensor]:
+    columns_RC = _order_keys(logits_RC, token_ids_RC).argsort(dim=-1, descending=True)
+    return _take(logits_RC, columns_RC, token_ids_RC)
 
 
-def _mask_top_p(scores_RC: Tensor, top_p: float) -> Tensor:
+def _mask_top_p(logits_RC: Tensor, params: SamplingParams) -> Tensor:
     """Remove what comes, in descending order, after a mass of top_p. The first is always kept.
 
     Masses are fixed-point integers, because a parallel floating-point sum may depend on the number of rows.
     """
-    weights_RC = (scores_RC - scores_RC[..., :1]).exp()
+    weights_RC = _scaled(logits_RC, params.temperature).exp()
     masses_RC = (weights_RC * float(1 << 40)).to(torch.int64)  # the sum stays below 2**63 up to 2**22 candidates
     sums_RC = masses_RC.cumsum(-1)
     before_RC = (sums_RC - masses_RC).to(torch.float64)
-    return scores_RC.masked_fill(before_RC >= top_p * sums_RC[..., -1:].to(torch.float64), -math.inf)
+    return logits_RC.masked_fill(before_RC >= params.top_p * sums_RC[..., -1:].to(torch.float64), -math.inf)
 
 
 def choose(candidates: Candidates, params: SamplingParams, positions_R: Tensor, stream: int = STREAM_CHOICE) -> Tensor:
@@ -332,10 +376,11 @@ def choose(candidates: Candidates, params: SamplingParams, positions_R: Tensor, 
     Plain decoding, `exact` verification and its drafter all use this with the default stream. Drafts for `rejection`
     and `block` are drawn with `STREAM_DRAFT` at `noise.round_counters` in place of positions.
     """
-    scores_RC, token_ids_RC = candidates.scores_RC, candidates.token_ids_RC
+    scores_RC, token_ids_RC = candidates.logits_RC, candidates.token_ids_RC
     if not params.greedy:
         ids = torch.arange(scores_RC.shape[-1], device=scores_RC.device) if token_ids_RC is None else token_ids_RC
-        scores_RC = scores_RC + gumbel(params.seed, positions_R, ids, stream)
+        noise_RC = gumbel(params.seed, positions_R, ids, stream)
+        scores_RC = scores_RC.double() / candidates.temperature + noise_RC
     columns_R1 = scores_RC.argmax(-1, keepdim=True)  # documented to return the first of several maxima
     if token_ids_RC is None:
         return columns_R1.squeeze(-1)
@@ -349,14 +394,14 @@ def probabilities(candidates: Candidates, params: SamplingParams, vocab_size: in
 
     What `rejection` and `block` verification compare.
     """
-    scores_RC, ids = candidates.scores_RC, candidates.token_ids_RC
-    probs_RV = torch.zeros(*scores_RC.shape[:-1], vocab_size, device=scores_RC.device)
+    logits_RC, ids = candidates.logits_RC, candidates.token_ids_RC
+    probs_RV = torch.zeros(*logits_RC.shape[:-1], vocab_size, device=logits_RC.device)
     if params.greedy:
-        unused_positions = torch.zeros(scores_RC.shape[:-1], dtype=torch.int64, device=scores_RC.device)
+        unused_positions = torch.zeros(logits_RC.shape[:-1], dtype=torch.int64, device=logits_RC.device)
         return probs_RV.scatter_(-1, choose(candidates, params, unused_positions).unsqueeze(-1), 1.0)
     if ids is None:
         return candidates.log_probs().exp()
-    return probs_RV.scatter_(-1, ids.expand_as(scores_RC), candidates.log_probs().exp())
+    return probs_RV.scatter_(-1, ids.expand_as(logits_RC), candidates.log_probs().exp())
 
 
 @dataclass(frozen=True)

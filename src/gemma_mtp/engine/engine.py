@@ -32,7 +32,7 @@ from gemma_mtp.engine.round import RoundOutput
 from gemma_mtp.engine.scheduler import Entry, Schedule, Scheduler
 from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
 from gemma_mtp.engine.settings import EngineSettings, EngineStats, StatsKeeper
-from gemma_mtp.errors import EngineError, PromptError
+from gemma_mtp.errors import EngineError, PromptError, SamplingError
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class Engine:
                 " included; shorten it."
             )
         self.pair.check(request.params, request.draft_tokens, request.verification)
+        if not isinstance(request.priority, int):  # else it could not be compared with those that wait
+            raise SamplingError(f"priority is {request.priority!r}, but must be a whole number.")
         drafts = request.draft_tokens if self.pair.drafter is not None else 0
         result = self.pair.new_result(prompt, request.params, drafts, request.verification)
         limit = min(request.params.max_tokens, self.max_tokens - len(prompt))

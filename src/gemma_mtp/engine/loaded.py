@@ -20,6 +20,7 @@ from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
 from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.text import check_text
 from gemma_mtp.tokenizer import Tokenizer
 
 
@@ -63,14 +64,16 @@ class LoadedPair:
                     "the target's directory has no tokenizer.json, so a text prompt can not be encoded;"
                     " pass token ids, or add the tokenizer's files."
                 )
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(check_text(prompt, "the prompt", PromptError))
         else:
-            token_ids = list(prompt)
+            token_ids = _listed(prompt)
         self._check_prompt(token_ids)
         return token_ids
 
     def check(self, params: SamplingParams, draft_tokens: DraftTokens, verification: str) -> None:
         """Raise SamplingError or TokenizerError where a request can not be decoded so by this pair."""
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"the parameters are of type {type(params).__name__}, but must be SamplingParams.")
         _check_decoding(draft_tokens, verification)
         self._check_params(params)
 
@@ -110,7 +113,7 @@ class LoadedPair:
         if not token_ids:
             raise PromptError("the prompt is empty; give at least one token.")
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
                 raise PromptError(
                     f"the prompt has token id {token_id!r}, but the target's ids run from 0 to {config.vocab_size - 1}."
                 )
@@ -136,9 +139,19 @@ class LoadedPair:
             self._grammars.check(params.grammar)
 
 
+def _listed(prompt: Sequence[int]) -> list[int]:
+    """Returns a prompt's token ids, not checked yet. Raises PromptError for what is no list."""
+    try:
+        if not isinstance(prompt, bytes | bytearray | Mapping):  # which have numbers in them, too
+            return list(prompt)
+    except TypeError:
+        pass
+    raise PromptError(f"the prompt is of type {type(prompt).__name__}, but must be text or a list of token ids.")
+
+
 def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
-    whole = isinstance(draft_tokens, int) and 0 <= draft_tokens <= MAX_DRAFT_TOKENS
-    if not whole and draft_tokens != "auto":
+    number = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool)
+    if draft_tokens != "auto" and not (number and 0 <= draft_tokens <= MAX_DRAFT_TOKENS):
         raise SamplingError(
             f"draft_tokens is {draft_tokens!r}, but must be auto, or from 0 (plain) to {MAX_DRAFT_TOKENS}."
         )

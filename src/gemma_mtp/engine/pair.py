@@ -21,7 +21,7 @@ from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.errors import CheckpointError, SamplingError
+from gemma_mtp.errors import CheckpointError, QuantisationError, SamplingError
 from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.pairing import check_pair
@@ -69,8 +69,9 @@ class Pair(LoadedPair):
 
         Its `result` grows while it is read and is complete when it ends.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         prompt_ids = self.encode(prompt)
+        self.check(params, draft_tokens, verification)
         longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
         engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
         return TextStream(engine, engine.submit(Request(prompt_ids, params, draft_tokens, verification)))
@@ -121,6 +122,11 @@ def load_pair(
     checked before any weight is read. Raises CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
+    if not (types is None or isinstance(types, WeightTypes)):
+        raise QuantisationError(f"quantize is of type {type(types).__name__}, but must be text such as int8, or none.")
+    for directory in (target, drafter):
+        if not (directory is None or isinstance(directory, str | Path)):
+            raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
@@ -163,7 +169,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")

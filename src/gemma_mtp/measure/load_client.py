@@ -24,8 +24,13 @@ DELTAS = ("content", "reasoning_content", "reasoning")
 def connect(
     url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
 ) -> httpx.AsyncClient:
-    """A client without limits of its own on connections or time. Raises ServerError where `url` is not one."""
+    """A client without limits of its own on connections or time.
+
+    Raises ServerError where `url` is no address, and for a key that no header can carry.
+    """
     root = url.rstrip("/").removesuffix("/v1")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ServerError("--api-key has a character that no HTTP header can carry; give it in printable ASCII.")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         parsed = httpx.URL(root)

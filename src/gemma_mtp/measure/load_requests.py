@@ -63,6 +63,4 @@ class RequestMix:
 
 def _begun(message: Mapping[str, Any], before: str) -> Mapping[str, Any]:
     """The message with that text before its own."""
-    content = message["content"]
-    begun = f"{before}{content}" if isinstance(content, str) else [{"type": "text", "text": before}, *content]
-    return {**message, "content": begun} if before else message
+    return {**message, "content": f"{before}{message['content']}"}

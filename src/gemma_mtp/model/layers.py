@@ -57,6 +57,7 @@ class Attention(nn.Module):
         self.kv_heads = 0 if config.is_kv_shared(layer) else config.layer_kv_heads(layer)
         self.key_is_value = config.key_is_value(layer)
         self.head_dim = config.layer_head_dim(layer)
+        self.options = config.options
         value_heads = 0 if self.key_is_value else self.kv_heads
         self.qkv_proj = Linear(config.hidden_size, (self.heads + self.kv_heads + value_heads) * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
@@ -68,14 +69,19 @@ class Attention(nn.Module):
         H, G = self.heads, self.kv_heads
         heads = self.qkv_proj(x_BTD).view(B, T, -1, self.head_dim)
         if self.k_norm is None:
-            q = ops.rotate(self.q_norm(heads), *rope)
+            q = self._scaled(ops.rotate(self.q_norm(heads), *rope))
             return self.o_proj(kv.attend(self.layer, q, None, None))
         # one norm for all heads: queries and keys then take their own weights, values have none
         normed = ops.rms_norm(heads, None, self.eps)
         weights = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))
         qk = ops.rotate(normed[:, :, : H + G] * weights, *rope)
-        v = normed[:, :, H:] if self.key_is_value else normed[:, :, H + G :]
-        return self.o_proj(kv.attend(self.layer, qk[:, :, :H], qk[:, :, H:], v))
+        values = normed if self.options.value_norm else heads
+        v = values[:, :, H:] if self.key_is_value else values[:, :, H + G :]
+        return self.o_proj(kv.attend(self.layer, self._scaled(qk[:, :, :H]), qk[:, :, H:], v))
+
+    def _scaled(self, q_BTHd: Tensor) -> Tensor:
+        """Queries that carry the scale of their scores."""
+        return q_BTHd if self.options.score_scale == 1.0 else q_BTHd * self.options.score_scale
 
     def checkpoint_tensors(self) -> NamedWeights:
         d, H, G = self.head_dim, self.heads, self.kv_heads
@@ -207,7 +213,7 @@ class PerLayerInput(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    layer_scalar: Tensor
+    layer_scalar: Tensor | None
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -220,7 +226,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.pre_feedforward_layernorm = RMSNorm(D, eps)
         self.post_feedforward_layernorm = RMSNorm(D, eps)
-        self.register_buffer("layer_scalar", torch.ones(1))
+        self.register_buffer("layer_scalar", torch.ones(1) if config.options.layer_scalar else None)
 
     def forward(self, x_BTD: Tensor, rope: Rope, kv: KeyValues, per_layer_BTP: Tensor | None = None) -> Tensor:
         x = x_BTD + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BTD), rope, kv))
@@ -230,7 +236,7 @@ class DecoderLayer(nn.Module):
         x = x + self.post_feedforward_layernorm(out)
         if self.ple is not None and per_layer_BTP is not None:
             x = self.ple(x, per_layer_BTP)
-        return x * self.layer_scalar
+        return x if self.layer_scalar is None else x * self.layer_scalar
 
     def checkpoint_tensors(self) -> NamedWeights:
         for name, tensor in self.self_attn.checkpoint_tensors():
@@ -243,7 +249,8 @@ class DecoderLayer(nn.Module):
         for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                      "post_feedforward_layernorm"):  # fmt: skip
             yield f"{name}.weight", self.get_parameter(f"{name}.weight")
-        yield "layer_scalar", self.layer_scalar
+        if self.layer_scalar is not None:
+            yield "layer_scalar", self.layer_scalar
 
 
 def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dict[LayerType, Rope]:

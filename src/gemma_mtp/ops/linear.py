@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +13,17 @@ from gemma_mtp.ops import quantise
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, can_quantise
 from gemma_mtp.weight_types import Quantisation
 
-#: weight rows of a group and of a panel, and pairs of columns of a part, as in `src/native/kernels.h`
-GROUP_ROWS, PANEL_ROWS, PART_PAIRS = 64, 16, 64
+
+@functools.cache
+def _panel_layout() -> tuple[int, int, int]:
+    """Weight rows of a group and of a panel, and pairs of columns of a part. Only the native operators read panels."""
+    from gemma_mtp import _native
+
+    return _native.GROUP_ROWS, _native.PANEL_ROWS, _native.PART_PAIRS
 
 
 class Panels:
-    """A bf16 weight [out, in] in the order that the native operators multiply with least work (`src/native/kernels.h`):
+    """A bf16 weight [out, in] in the order that the native operators multiply with least work (`src/native/weight.h`):
     its rows in groups, of a group the columns in parts, of a part the rows in panels, and of a panel two columns after
     another, row by row."""
 
@@ -31,7 +37,8 @@ class Panels:
     def fit(weight: Tensor) -> bool:
         """Whether the weight has whole panels of rows and whole steps of 32 columns."""
         rows, columns = weight.shape
-        return weight.dtype == torch.bfloat16 and rows % PANEL_ROWS == 0 and columns % 32 == 0
+        _, panel_rows, _ = _panel_layout()
+        return weight.dtype == torch.bfloat16 and rows % panel_rows == 0 and columns % 32 == 0
 
     def dense(self) -> Tensor:
         """The weight in its usual order."""
@@ -42,6 +49,7 @@ class Panels:
 
     def rows(self, indices: Tensor) -> Tensor:
         """Some rows of the weight, [..., in] of int64 [...]."""
+        GROUP_ROWS, PANEL_ROWS, PART_PAIRS = _panel_layout()
         count, columns = self.data.shape
         pair, row = torch.arange(columns // 2, device=indices.device), indices[..., None]
         group, part = row // GROUP_ROWS * GROUP_ROWS, pair // PART_PAIRS * PART_PAIRS
@@ -53,6 +61,7 @@ class Panels:
     def _parts(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows and columns of the weight, and where they are: of whole groups, or of what is left after them,
         [groups, panels, pairs of columns, rows of a panel, 2]."""
+        GROUP_ROWS, PANEL_ROWS, PART_PAIRS = _panel_layout()
         count, columns = self.data.shape
         whole = count // GROUP_ROWS * GROUP_ROWS
         for begin, end in ((0, whole), (whole, count)):
@@ -72,6 +81,7 @@ class Panels:
 
 def _by_panels(weight: Tensor) -> Tensor:
     """A view of groups' rows [rows, columns], or of fewer: [groups, panels, pairs of columns, rows of a panel, 2]."""
+    GROUP_ROWS, PANEL_ROWS, _ = _panel_layout()
     panels = min(len(weight), GROUP_ROWS) // PANEL_ROWS
     return weight.unflatten(1, (-1, 2)).unflatten(0, (-1, panels, PANEL_ROWS)).transpose(2, 3)
 

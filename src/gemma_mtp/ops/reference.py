@@ -22,7 +22,7 @@ def rotate(x_BTHd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
 
 
 def attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention with scale 1. Returns [B, T, H * d].
+    """Grouped-query attention. Queries carry the scale of their scores. Returns [B, T, H * d].
 
     The query heads that share a key-value head are stacked as rows, so keys and values are never repeated.
     `mask` is additive, [(H / G) * T, S], its rows stacked the same way (`stack_mask`); None: every row sees all of S.

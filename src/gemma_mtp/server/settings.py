@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.errors import ServerError
+from gemma_mtp.text import check_text, read_text
 
 #: where keys may stand, beside a file: separated by commas or white space
 KEYS_VARIABLE = "GEMMA_MTP_API_KEYS"
@@ -57,12 +58,9 @@ class ServerSettings:
 
 def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     """API keys of a file, one a line, and of the environment. Raises ServerError for a file without any."""
-    keys = variable.replace(",", " ").split()
+    keys = check_text(variable, f"the variable {KEYS_VARIABLE}", ServerError).replace(",", " ").split()
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ServerError(f"the API key file {file} can not be read ({error}).") from None
+        lines = [line.strip() for line in read_text(file, "API key file", ServerError).splitlines()]
         keys += (found := [line for line in lines if line and not line.startswith("#")])
         if not found:
             raise ServerError(f"the API key file {file} has no keys; write one a line.")

@@ -9,26 +9,25 @@ import secrets
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gemma_mtp.conversation import for_template
 from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
-from gemma_mtp.errors import GemmaMtpError
+from gemma_mtp.errors import GemmaMtpError, TokenizerError
 from gemma_mtp.server.errors import ApiError, from_engine
 from gemma_mtp.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    Content,
     GenerationRequest,
     JsonSchemaFormat,
     Message,
 )
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
+from gemma_mtp.text import check_text
 
 #: OpenAI's default for completions
 COMPLETION_TOKENS = 16
-#: a lower temperature is greedy: logits divided by it would overflow
-LOWEST_TEMPERATURE = 1e-5
 #: shorter texts are encoded at once, longer ones in a thread, so that other requests' tokens go on
 SHORT_TEXT = 2000
 
@@ -74,21 +73,12 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[
 
 def render_chat(messages: Sequence[Message], service: Service, begin_turn: bool = True) -> str:
     """A conversation through the checkpoint's template. Raises ApiError."""
-    rendered = [
-        {"role": "system" if message.role == "developer" else message.role, "content": content_text(message.content)}
-        for message in messages
-    ]
+    rendered = [for_template(message.model_dump()) for message in messages]
     try:
-        return service.tokenizer.apply_chat_template(rendered, begin_turn)
+        text = service.tokenizer.apply_chat_template(rendered, begin_turn)
+        return check_text(text, "what the chat template makes of them", TokenizerError)
     except GemmaMtpError as error:
         raise ApiError(400, str(error), param="messages") from None
-
-
-def content_text(content: Content | None) -> str:
-    """A message's text, its parts joined."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
 
 
 async def encode(text: str, service: Service, special: bool = True) -> list[int]:
@@ -140,10 +130,9 @@ def _params(
 ) -> SamplingParams:  # fmt: skip
     stop = _check_limits(body, service.settings)
     defaults = service.engine.pair.generation
-    temperature = _given(body.temperature, defaults.temperature, 1.0)
     try:
         return SamplingParams(
-            temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
+            temperature=_given(body.temperature, defaults.temperature, 1.0),
             top_k=int(_given(body.top_k, defaults.top_k, 0)),
             top_p=_given(body.top_p, defaults.top_p, 1.0),
             min_p=_given(body.min_p, defaults.min_p, 0.0),

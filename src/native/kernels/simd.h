@@ -1,7 +1,7 @@
-// One vector type for each instruction set. Included by kernels.cpp, which is compiled once for each of them.
+// One vector type for each instruction set. The kernels are compiled once for each of them.
 //
-// Everything is lane-wise, or reduced by one fixed tree, so that a result depends on the values alone and never on how
-// many rows or columns share a call.
+// Every function works lane by lane, or reduces by one fixed tree. So a result depends on the values alone, and never
+// on how many rows or columns share a call.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load(const uint16_t* p) {  // bf16
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-// the even and the odd ones of 2 W
+// the even and the odd numbers of 2 W
 inline V even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 inline V odd(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
@@ -43,7 +43,9 @@ inline V round(V a) { return _mm512_roundscale_ps(a, 0); }
 inline V exponent(V n) {  // 2 ** n of whole numbers
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-inline void narrow(V whole, int8_t* out) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole))); }
+inline void narrow(V whole, int8_t* out) {
+    _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
+}
 inline __m128 quarter(V v) {  // lanes i, i + 4, i + 8, i + 12 summed: ((i + (i + 8)) + ((i + 4) + (i + 12)))
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -64,7 +66,8 @@ inline V even(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
 }
 inline V odd(const uint16_t* p) {
-    // loaded as it is masked: the compiler would hold what `even` loaded in a register, and loops over tiles have none left
+    // Loads and masks in one. The compiler would keep what `even` loaded in a register, and loops over tiles have none
+    // left.
     __m256i v;
     asm("vpand %1, %2, %0" : "=x"(v) : "m"(*(const __m256i_u*)p), "x"(_mm256_set1_epi32((int)0xffff0000)));
     return _mm256_castsi256_ps(v);
@@ -88,7 +91,7 @@ inline void narrow(V whole, int8_t* out) {
 }
 inline __m128 quarter(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
-#else  // portable: GCC and Clang vector extensions, which become NEON, SSE or whatever the machine has
+#else  // portable: the vector extensions of GCC and Clang become NEON, SSE or whatever the machine has
 
 constexpr int W = 8;
 typedef float V __attribute__((vector_size(32)));
@@ -139,7 +142,7 @@ inline V exponent(V n) {
 
 #endif
 
-// sum += a * b, in place. Left to itself the compiler moves sums from register to register, and spills some of them where a
+// sum += a * b, in place. The compiler alone would move sums from register to register, and spill some of them where a
 // loop over a tile is unrolled.
 inline void accumulate(V& sum, V a, V b) {
 #if defined(GEMMA_AVX2)
@@ -151,7 +154,7 @@ inline void accumulate(V& sum, V a, V b) {
 
 #if defined(GEMMA_AVX512)
 
-// `sum` of sixteen vectors, by the same tree; those of the vectors 4 g .. 4 g + 3 go to out[g]
+// Computes `sum` of sixteen vectors by the same tree. Those of the vectors 4 g .. 4 g + 3 go to out[g].
 inline void sum16(const V* v, float* const* out) {
     V q[4];
     for (int j = 0; j < 4; j++) {  // the quarters of vectors j, j + 4, j + 8, j + 12, side by side
@@ -168,12 +171,13 @@ inline void sum16(const V* v, float* const* out) {
     _mm_storeu_ps(out[3], _mm512_extractf32x4_ps(all, 3));
 }
 
-// the same of eight
+// Does the same for eight vectors.
 inline void sum8(const V* v, float* const* out) {
     V ab[4];
     for (int j = 0; j < 4; j++)
         ab[j] = add(_mm512_shuffle_f32x4(v[j], v[j + 4], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 4], 0xee));
-    V q01 = add(_mm512_shuffle_f32x4(ab[0], ab[1], 0x88), _mm512_shuffle_f32x4(ab[0], ab[1], 0xdd));  // of vectors 0, 4, 1, 5
+    V q01 = add(_mm512_shuffle_f32x4(ab[0], ab[1], 0x88),
+                _mm512_shuffle_f32x4(ab[0], ab[1], 0xdd));  // of vectors 0, 4, 1, 5
     V q23 = add(_mm512_shuffle_f32x4(ab[2], ab[3], 0x88), _mm512_shuffle_f32x4(ab[2], ab[3], 0xdd));
     V low = add(_mm512_unpacklo_ps(q01, q23), _mm512_unpackhi_ps(q01, q23));
     V all = add(low, _mm512_shuffle_ps(low, low, 0x4e));
@@ -193,7 +197,7 @@ inline float sum(V v) {
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
 
-inline void sum4(V a, V b, V c, V d, float* out) {  // four of `sum`, by the same tree
+inline void sum4(V a, V b, V c, V d, float* out) {  // `sum` of four vectors, by the same tree
     __m128 qa = quarter(a), qb = quarter(b), qc = quarter(c), qd = quarter(d);
     __m128 ab = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
     __m128 cd = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
@@ -208,9 +212,7 @@ inline float sum(V v) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-inline void sum4(V a, V b, V c, V d, float* out) {
-    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
-}
+inline void sum4(V a, V b, V c, V d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 
 #endif
 
@@ -242,7 +244,8 @@ inline void store_part(float* p, V v, int n) {
     std::memcpy(p, lanes, n * sizeof(float));
 }
 
-// e ** x: x = n ln 2 + r, a polynomial of degree 6 for e ** r (Cephes expf); error below 2 ulp. 0 below -87.
+// Returns e ** x, with an error below 2 ulp: x = n ln 2 + r, and a polynomial of degree 6 gives e ** r (Cephes expf).
+// Numbers below -87.3 count as -87.3.
 inline V exp(V x) {
     x = max(x, set1(-87.3f));
     V n = round(mul(x, set1(1.44269504088896341f)));
@@ -258,7 +261,7 @@ inline V exp(V x) {
     return mul(p, exponent(n));
 }
 
-// tanh by exponentials: 1 - 2 / (e ** 2x + 1), within 1e-7 of tanh
+// Returns tanh within 1e-7, as 1 - 2 / (e ** 2x + 1).
 inline V tanh(V x) {
     x = min(max(x, set1(-10.0f)), set1(10.0f));
     V e = exp(add(x, x));

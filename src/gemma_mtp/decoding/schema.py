@@ -1,0 +1,90 @@
+"""What a JSON schema says (draft 2020-12 and those before it): which parts are schemas, and which keywords constrain.
+
+The standard makes some keywords annotations: they say something about a value, and allow every value. llguidance
+refuses some of these, as it should refuse a constraint that it can not keep. So they are taken out before it sees
+them: a `format` whose texts it does not know, and keywords that constrain nothing as they stand, alone or by their
+value, such as `then` without `if` or `uniqueItems: false`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+#: keywords whose values are data, not schemas
+_DATA = {"const", "enum", "default", "examples", "example"}
+#: keywords whose values give a schema to each of several names
+_BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+#: longer names are no known format
+_LONGEST_FORMAT = 100
+
+
+def schemas(node: Any, of_names: bool = False) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON schema that is a schema: itself and those inside, not data such as the values of `enum`.
+
+    A property may have the name of a keyword. `of_names`: the node's keys are such names. What is in a keyword that is
+    not known counts as a schema, because a `$ref` may point there.
+    """
+    if isinstance(node, list):
+        for item in node:
+            yield from schemas(item)
+    elif isinstance(node, dict):
+        if not of_names:
+            yield node
+        for key, value in node.items():
+            if of_names or key not in _DATA:
+                yield from schemas(value, not of_names and key in _BY_NAME)
+
+
+def without_annotations(schema: dict[str, Any], is_known_format: Callable[[str], bool]) -> dict[str, Any]:
+    """The schema, changed in place, without keywords that allow every value and that llguidance would refuse."""
+    for part in list(schemas(schema)):
+        for keyword in [keyword for keyword in part if _allows_all(keyword, part, is_known_format)]:
+            del part[keyword]
+    return schema
+
+
+def _allows_all(keyword: str, schema: Mapping[str, Any], is_known_format: Callable[[str], bool]) -> bool:
+    """Whether a keyword of the schema constrains nothing. Those that llguidance takes are left to it."""
+    value = schema[keyword]
+    match keyword:
+        case "format":
+            return isinstance(value, str) and (len(value) > _LONGEST_FORMAT or not is_known_format(value))
+        case "if":
+            return "then" not in schema and "else" not in schema
+        case "then" | "else":
+            return "if" not in schema
+        case "contains" | "minContains" | "maxContains":
+            return "contains" not in schema or (schema.get("minContains") == 0 and "maxContains" not in schema)
+        case "$dynamicAnchor" | "$recursiveAnchor":  # names that only $dynamicRef and $recursiveRef look up
+            return True
+        case "uniqueItems" | "not":
+            return value is False
+        case "propertyNames" | "unevaluatedItems" | "unevaluatedProperties":
+            return value is True or value == {}
+        case "dependentRequired" | "dependentSchemas" | "dependencies":
+            return value == {}
+    return False
+
+
+def largest_multiple(schema: dict[str, Any]) -> int:
+    """The least common multiple of every `multipleOf`, without factors of ten: how many remainders the digits of a
+    number can leave."""
+    return math.lcm(*(_remainders(multiple) for part in schemas(schema) for multiple in _multiples(part)))
+
+
+def _multiples(schema: Mapping[str, Any]) -> Iterator[Fraction]:
+    value = schema.get("multipleOf")
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
+        yield Fraction(repr(value))
+
+
+def _remainders(multiple: Fraction) -> int:
+    """The part of a number that is prime to ten: how many remainders of it the digits read so far can leave."""
+    number = abs(multiple.numerator)
+    for factor in (2, 5):
+        while number and number % factor == 0:
+            number //= factor
+    return number or 1

@@ -1,0 +1,106 @@
+// The table of one instruction set's operators, and the choice among weight types. GEMMA_ISA names the namespace and
+// the function that returns the table.
+#include "attention.h"
+#include "elementwise.h"
+#include "products.h"
+
+namespace gemma {
+namespace GEMMA_ISA {
+namespace {
+
+void reserve(const Weight& w, size_t M, Activations& out) {
+    out.borrowed = nullptr;
+    switch (w.type) {
+        case WeightType::F32: return reserve_dense<Wide>(M, w.cols, out);
+        case WeightType::BF16: return reserve_dense<Half>(M, w.cols, out);
+        case WeightType::PANELS: return reserve_panels(M, w.cols, out);
+        case WeightType::INT8: return reserve_quantised<true>(M, w.cols, out);
+        case WeightType::INT4: return reserve_quantised<false>(M, w.cols, out);
+    }
+}
+
+void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Activations& out) {
+    switch (w.type) {
+        case WeightType::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
+        case WeightType::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
+        case WeightType::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
+        case WeightType::INT8: return prepare_quantised<true>(M, w.cols, area, x, ldx, out);
+        case WeightType::INT4: return prepare_quantised<false>(M, w.cols, area, x, ldx, out);
+    }
+}
+
+void prepare_all(const Weight& w, size_t M, const float* x, size_t ldx, Activations& out) {
+    reserve(w, M, out);
+    if (w.type == WeightType::PANELS && panels_read_in_place(M, ldx)) out.borrowed = x, out.apart = ldx;
+    else prepare(w, M, {0, M, 0, w.cols}, x, ldx, out);
+}
+
+void linear(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
+            const Next& then) {
+    if (n0 >= n1) return;
+    switch (w.type) {
+        case WeightType::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::PANELS: return linear_panels(w, x, M, n0, n1, y, ldy, then);
+        case WeightType::INT8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::INT4: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then.weights);
+    }
+}
+
+template <class T>
+void gather_dense(const T* from, float factor, size_t n, float* out) {
+    each(n, [&](size_t i, int w) {
+        put(out + i, mul(w == W ? load(from + i) : load_part(from + i, w), set1(factor)), w);
+    });
+}
+
+void gather_panels(const Weight& table, size_t row, float factor, float* out) {
+    uint32_t pairs[W];
+    for (size_t i = 0; i < table.cols; i += 2 * W) {
+        const uint32_t* from = table.panels(row, i / 2) + row % PANEL_ROWS;  // a part holds the next W pairs, too
+        for (size_t k = 0; k < W; k++) pairs[k] = from[k * PANEL_ROWS];
+        for (size_t k = 0; k < 2; k++) store(out + i + k * W, mul(load((const uint16_t*)pairs + k * W), set1(factor)));
+    }
+}
+
+void gather(const Weight& table, size_t row, float factor, float* out) {
+    const size_t n = table.cols;
+    switch (table.type) {
+        case WeightType::F32: return gather_dense((const float*)table.data + row * n, factor, n, out);
+        case WeightType::BF16: return gather_dense((const uint16_t*)table.data + row * n, factor, n, out);
+        case WeightType::PANELS: return gather_panels(table, row, factor, out);
+        case WeightType::INT8: return gather_quantised<true>(table, row, factor, out);
+        case WeightType::INT4: return gather_quantised<false>(table, row, factor, out);
+    }
+}
+
+}  // namespace
+}  // namespace GEMMA_ISA
+
+#define GEMMA_JOIN_(a, b) a##b
+#define GEMMA_JOIN(a, b) GEMMA_JOIN_(a, b)
+#define GEMMA_TEXT_(a) #a
+#define GEMMA_TEXT(a) GEMMA_TEXT_(a)
+
+const Kernels& GEMMA_JOIN(kernels_, GEMMA_ISA)() {
+    using namespace GEMMA_ISA;
+    static const Kernels all{GEMMA_TEXT(GEMMA_ISA),
+                             reserve,
+                             prepare,
+                             prepare_all,
+                             linear,
+                             rms_norm,
+                             add_rms_norm,
+                             rotate,
+                             gated,
+                             scale,
+                             axpy,
+                             softcap,
+                             gather,
+                             attend,
+                             softmax,
+                             largest};
+    return all;
+}
+
+}  // namespace gemma

@@ -1,0 +1,88 @@
+// Weight matrices as they lie in memory.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <vector>
+
+namespace gemma {
+
+constexpr size_t LINE = 64;  // bytes of a cache line
+
+// Allocates memory that begins at a cache line. No vector in it crosses two lines, which would take two loads.
+template <class T>
+struct LineAllocator {
+    using value_type = T;
+
+    LineAllocator() = default;
+    template <class U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t{LINE}); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{LINE}); }
+    bool operator==(const LineAllocator&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
+
+// Makes room for n elements; a buffer never shrinks. Returns the first element.
+template <class V>
+typename V::value_type* grown(V& buffer, size_t n) {
+    if (buffer.size() < n) buffer.resize(n);
+    return buffer.data();
+}
+
+// How a weight is stored. Python reads these numbers from the module.
+enum class WeightType : int { F32, BF16, INT8, INT4, PANELS };
+
+// Columns of a block of a quantised weight, and columns that share a scale.
+constexpr size_t QUANTISED_BLOCK = 64, INT8_GROUP = 64, INT4_GROUP = 32;
+
+// The layout of PANELS: weight rows of a panel, weight rows of a group of panels, column pairs of a part.
+constexpr size_t PANEL_ROWS = 16, GROUP_ROWS = 64, PART_PAIRS = 64;
+
+// A weight matrix [rows, cols], row by row.
+//
+// A quantised weight has whole blocks of 64 columns. Its float scales lie in the order of the columns.
+//   INT8  A value is data * scale. A block has one scale.
+//   INT4  A block takes 32 bytes. Each value is stored as value / scale + 8, two to a byte. A block is two groups of 32
+//         columns with a scale each. Place 8 u + 4 g + j holds column 4 u + j of group g. Byte i holds place i in its
+//         low half and place i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
+//
+// PANELS is bf16 in another order. It has whole panels of rows and whole steps of 32 columns. Groups of GROUP_ROWS rows
+// follow one another; the last may be smaller. Inside a group, parts of PART_PAIRS column pairs follow one another; the
+// last may be smaller. Inside a part, panels follow one another. Inside a panel, the first two columns come row by row,
+// then the next two. So a vector holds two columns of some rows, and each row sums in a lane of its own. BF16 needs a
+// sum across lanes instead. A part lies in one piece, which several rows of activations read together.
+struct Weight {
+    WeightType type = WeightType::F32;
+    const void* data = nullptr;
+    const float* scales = nullptr;  // INT8 [rows, cols / 64], INT4 [rows, cols / 32]
+    size_t rows = 0, cols = 0;
+
+    size_t row_bytes() const {
+        switch (type) {
+            case WeightType::F32: return cols * 4;
+            case WeightType::BF16:
+            case WeightType::PANELS: return cols * 2;
+            case WeightType::INT8: return cols;
+            default: return cols / 2;
+        }
+    }
+    size_t bytes() const { return rows * row_bytes(); }
+
+    // PANELS only: returns where a column pair of the panel of `row` begins.
+    const uint32_t* panels(size_t row, size_t pair) const {
+        const size_t group = row / GROUP_ROWS * GROUP_ROWS, part = pair / PART_PAIRS * PART_PAIRS, pairs = cols / 2;
+        return (const uint32_t*)data + group * pairs + part * std::min(GROUP_ROWS, rows - group) +
+               (row - group) / PANEL_ROWS * std::min(PART_PAIRS, pairs - part) * PANEL_ROWS +
+               (pair - part) * PANEL_ROWS;
+    }
+    // Returns what is read first of a share of the rows that begins with `row`.
+    const void* first_read(size_t row) const {
+        return type == WeightType::PANELS ? (const void*)panels(row, 0) : (const char*)data + row * row_bytes();
+    }
+};
+
+}  // namespace gemma
