@@ -24,8 +24,9 @@ from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import DataError, TrainingError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training import centroids as centroids_module
 from gemma_mtp.training import memory
-from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, fit_head
+from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, cluster_aims, fit_head
 from gemma_mtp.training.drafter_trainer import DrafterRecipe, DrafterTrainer
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
 from gemma_mtp.training.gate import judge
@@ -337,6 +338,52 @@ def test_a_fitted_head_finds_the_likeliest_token_more_often_than_chance() -> Non
     assert found.top_token > 0.9 and found.mass > 9 / 61
     logits, ids = drafter.candidates(states[:1])
     assert ids is not None and torch.allclose(logits, drafter.logits(states[:1]).gather(-1, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_aims_of_centroids_are_the_sums_over_each_clusters_tokens(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 and the clusters' tokens one by one, in blocks of any size."""
+    generator = torch.Generator().manual_seed(2)
+    table, states = torch.randn(60, 8, generator=generator), 3 * torch.randn(20, 8, generator=generator)
+    clusters = torch.randperm(60, generator=generator).view(12, 5)
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", at_once * 60)
+    aims = cluster_aims(states, table, clusters)
+    probs = (states.double() @ table.double().T).softmax(-1)
+    for k, members in enumerate(clusters.tolist()):
+        torch.testing.assert_close(aims.mass_NK[:, k].double(), sum(probs[:, m] for m in members), rtol=1e-5, atol=1e-7)
+    for n, token in enumerate(probs.argmax(-1).tolist()):
+        assert token in clusters[aims.top_N[n]].tolist()
+
+
+def test_clusters_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+    whole, means = balanced_clusters(table, 8, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", 1)
+    parts, same = balanced_clusters(table, 8, torch.Generator().manual_seed(0))
+    assert torch.equal(whole, parts)
+    torch.testing.assert_close(means, same)
+    torch.testing.assert_close(means, table[whole].mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centroid_head_takes_one_copy_of_the_table_and_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", 1 << 17)
+    monkeypatch.setattr(centroids_module, "FIT_STEPS", 2)
+    monkeypatch.setattr(centroids_module, "ITERATIONS", 2)
+    text = replace(TINY, vocab_size=1 << 15, vocab_size_per_layer_input=61)
+    shape = DrafterShape(hidden=64, heads=4, centroids=64)
+    config = new_drafter_config(TargetConfig(text), shape)
+    drafter = Drafter(replace(config, use_ordered_embeddings=False))
+    initialise(drafter, 0)
+    drafter.to(dtype)
+    states = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    copy, asked = 4 * 64 << 15, 32 * 12 << 15  # fp32 rows; scores and places of 32 choices
+    peak = allocated_peak(lambda: fit_head(drafter, config, states, None, seed=0))
+    assert copy + asked < peak < copy + asked + 8 * 4 * (1 << 17)
 
 
 # --- shapes and schedules
