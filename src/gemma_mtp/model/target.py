@@ -89,13 +89,15 @@ class Target(nn.Module):
         """Soft-capped logits [..., V] of hidden states after the final norm."""
         if self.native is not None and hidden.dtype == torch.float32:
             return self.native.logits(hidden)
+        return ops.softcap(self.scores(hidden), self.config.final_logit_softcapping)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] before they are soft-capped, by PyTorch's operators."""
         if self.packed_head is not None:
-            scores = packed_linear(hidden, self.packed_head)
-        elif self.lm_head is not None:
-            scores = self.lm_head(hidden)
-        else:
-            scores = quantise.linear(hidden, self.embed_tokens.stored)
-        return ops.softcap(scores, self.config.final_logit_softcapping)
+            return packed_linear(hidden, self.packed_head)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return quantise.linear(hidden, self.embed_tokens.stored)
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
         """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""
