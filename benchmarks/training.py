@@ -56,7 +56,7 @@ def ours(target: Path, drafter: Path, dtype: torch.dtype, objective: Objective, 
         stats, counts = StepStats.zeros(objective.steps, torch.device("cpu")), batch.reached(objective.steps)
         masters.clear()
         for first, last in plan.blocks(0, args.batch):
-            step.block(batch.rows(first, last), counts, stats)
+            step.block(batch.rows(first, last), counts, stats, plan.slab_rows)
             masters.accumulate()
         masters.clip()
         optimiser.step(1.0)
