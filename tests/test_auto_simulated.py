@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable
 
 import pytest
-from gemma_mtp.decoding.round import RoundOutput
+from gemma_mtp.engine.round import RoundOutput
 
 from gemma_mtp.decoding.draft_length import DraftLength, Plan
 from gemma_mtp.decoding.early_stop import StopRule, chance
