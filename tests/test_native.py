@@ -326,7 +326,7 @@ def test_a_rows_bits_do_not_depend_on_its_call(dtype: str) -> None:
     alone = states(target, tokens, CALLS[0])
     for threads in (1, 2, 3):
         native.set_threads(threads)
-        for calls in CALLS:
+        for calls in CALLS[threads == 1 :]:
             assert torch.equal(states(target, tokens, calls), alone)
     close_to = target.forward_sequence(torch.tensor([tokens])).hidden_BTD
     assert (alone - close_to).abs().max() <= (1e-4 if dtype == "float32" else 0.2) * close_to.abs().max()
