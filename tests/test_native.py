@@ -24,7 +24,7 @@ from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.ops.native import Memory, floats, floats_of_row, int64s, module
+from gemma_mtp.ops.native import Memory, floats, floats_of_row, int64s, int64s_in, module
 from gemma_mtp.ops.quantise import BLOCK, quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
 
@@ -236,7 +236,7 @@ def test_an_address_is_of_the_type_that_is_asked_for() -> None:
     """And of contiguous memory: the module trusts it."""
     cases: list[tuple[Any, Any]] = [
         (floats, torch.zeros(4, dtype=torch.float64)), (floats, torch.zeros(4, 4).T[:2]),
-        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s, array("i", [1])),
+        (int64s, torch.zeros(4, dtype=torch.int32)), (int64s_in, array("i", [1])),
     ]  # fmt: skip
     for take, wrong in cases:
         with pytest.raises(AssertionError):

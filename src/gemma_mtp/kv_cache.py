@@ -28,7 +28,7 @@ from torch import Tensor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.ops import reference as ops
 
-#: rows of a block; `src/native/kernels.h` has it too
+#: rows of a block; `src/native/kernels/kernels.h` has it too
 BLOCK_ROWS = 32
 HUGE_PAGE_BYTES = 2 << 20
 

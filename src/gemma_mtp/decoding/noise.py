@@ -66,7 +66,7 @@ def uniform(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Ten
 
 
 def row_key(seed: int, position: int, stream: int) -> int:
-    """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/stack.cpp` does too."""
+    """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/best.cpp` does too."""
     return _mix_word(position * _GOLDEN + _stream_key(seed, stream))
 
 

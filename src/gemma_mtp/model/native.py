@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.kv_cache import KVCache, KVPool
-from gemma_mtp.ops.native import Memory, floats, floats_of_row, int32s, int64s
+from gemma_mtp.ops.native import Memory, floats, floats_in, floats_of_row, int32s_in, int64s, int64s_in
 
 if TYPE_CHECKING:
     from gemma_mtp import _native
@@ -88,7 +88,7 @@ class NativeTarget:
             rows.append(cache.rows)
             lengths.append(cache.length)
         layers = _layers(_pool(sequences))
-        self._stack.forward(int64s(ids), layers, views, rows, keep, lengths, floats(hidden))
+        self._stack.forward(int64s_in(ids), layers, views, rows, keep, lengths, floats(hidden))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -138,6 +138,7 @@ class NativeDrafter:
         draft.post_projection = memory.multiplied(drafter.post_projection)
         draft.target_table, draft.target_scale, draft.backbone = target.table, target.embed_scale, self.backbone
         self._stack = _native.DraftStack(stack, layers, draft)
+        self._stop_rule = _native.StopRule
         self.candidate_count = self._stack.candidates()
 
     def step(self, inputs_R2D: Tensor, sequences: Sequence[Placed]) -> tuple[Tensor, Tensor]:
@@ -166,18 +167,16 @@ class NativeDrafter:
         tokens and how sure the drafter was of each (0 without a rule), as many as the highest count, and how many were
         made.
         """
-        from gemma_mtp import _native
-
         most, rows = max(counts), len(sequences)
         out, made = array("q", bytes(8 * rows * most)), array("q", bytes(8 * rows))
         confidences = array("f", bytes(4 * rows * most))
         self._stack.draft(
             [sequence.last_token for sequence in sequences],
             [floats_of_row(sequence.states_RD, sequence.state) for sequence in sequences],
-            *self._places(sequences), counts, [_native.StopRule(*stop) for stop in stops],
+            *self._places(sequences), counts, [self._stop_rule(*stop) for stop in stops],
             [temperature for temperature in temperatures for _ in range(most)],
             [key for row in keys for key in (*row, *[0] * (most - len(row)))],
-            int64s(out), floats(confidences), int64s(made),
+            int64s_in(out), floats_in(confidences), int64s_in(made),
         )  # fmt: skip
         starts = range(0, rows * most, most)
         return ([out[i : i + most].tolist() for i in starts], [confidences[i : i + most].tolist() for i in starts],
@@ -273,7 +272,7 @@ def _view(sequence: Placed) -> _native.View:
 
         sliding, full = (sequence.rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
         cache.handle = View(
-            int32s(cache.tables[SLIDING]), int32s(cache.tables[FULL]),
+            int32s_in(cache.tables[SLIDING]), int32s_in(cache.tables[FULL]),
             floats(sliding[0]), floats(sliding[1]), floats(full[0]), floats(full[1]),
         )  # fmt: skip
     handle: _native.View = cache.handle
