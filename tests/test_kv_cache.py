@@ -91,7 +91,7 @@ def test_sliding_layers_have_blocks_for_window_and_call() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 130), st.floats(0, 1)), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_slices_hold_exactly_the_visible_rows(calls: list[tuple[int, float]]) -> None:
     """Rows carry their own position as key, so that what a slice holds can be read off it."""
     cache = KVCache(TINY, max_length=2000, max_rows=9, dtype=torch.float32, device="cpu", chunk_rows=130)
@@ -196,7 +196,7 @@ def held(cache: KVCache) -> list[list[float]]:
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 def test_sequences_that_share_a_pool_keep_their_rows(data: st.DataObject) -> None:
     """Begun alike or not, grown, ended, sent away: what a sequence reads is what it would read alone."""
     pool, caches = shared_pool(), dict[KVCache, list[int]]()
