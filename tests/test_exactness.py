@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.datasets import read_examples
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine import pair as engine
-from gemma_mtp.engine.pair import DraftTokens, Pair, bundled_directory, load_pair
+from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 
 PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 
@@ -32,7 +33,8 @@ def pairs() -> dict[str, Pair]:
 
 def generate(pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random):
     """With threads and prefill chunks of its own."""
-    engine.PREFILL_CHUNK_ROWS = rng.randint(1, 64)
+    assert isinstance(pair.backend, CpuBackend)
+    pair.backend.chunk_rows = rng.randint(1, 64)
     set_threads(rng.choice([1] * 10 + [2, 3]))  # several wait for each other where other tests take the cores
     return pair.generate(prompt, params, draft_tokens=drafts)
 
@@ -44,7 +46,7 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
     a difference that is too small to change a token.
     """
     rng = random.Random(count)
-    threads, chunk = module().threads(), engine.PREFILL_CHUNK_ROWS
+    threads = module().threads()
     try:
         for i in range(count):
             weights = rng.choice(sorted(pairs))
@@ -63,7 +65,6 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
             yield weights, drafted.accepted, None if same else f"generation {i}, {weights}, {params}, prompt {prompt}"
     finally:
         set_threads(threads)
-        engine.PREFILL_CHUNK_ROWS = chunk
 
 
 @pytest.mark.skipif(module() is None, reason="the native operators were not built")
