@@ -15,6 +15,7 @@ from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.engine.result import GenerationResult
 
 PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 
@@ -31,7 +32,9 @@ def pairs() -> dict[str, Pair]:
     }
 
 
-def generate(pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random):
+def generate(
+    pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random
+) -> GenerationResult:
     """With threads and prefill chunks of its own."""
     assert isinstance(pair.backend, CpuBackend)
     pair.backend.chunk_rows = rng.randint(1, 64)
@@ -51,7 +54,9 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
         for i in range(count):
             weights = rng.choice(sorted(pairs))
             pair = pairs[weights]
-            ids = pair.encode(rng.choice(PROMPTS))
+            text = rng.choice(PROMPTS)
+            assert isinstance(text, str)
+            ids = pair.encode(text)
             start = rng.randrange(len(ids) - 1)
             prompt = ids[start : start + rng.randint(1, 160)]
             params = SamplingParams(

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.cli import main
 from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, process
@@ -30,6 +29,7 @@ from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.round import verify_round
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.errors import GemmaMtpError, SamplingError, TokenizerError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.tokenizer import Tokenizer
 
 EOS = 1
@@ -269,6 +269,7 @@ def test_rejection_keeps_the_masked_distribution() -> None:
 def test_drafts_are_of_the_grammar_and_rejected_ones_leave_no_trace(name: str, of: str) -> None:
     pair, params = TINY[name], SamplingParams(temperature=1.0, max_tokens=40, grammar=GRAMMARS[of])
     state = pair.grammar_state(params)
+    assert state is not None
     sequence, tokens = opened(pair.backend, PROMPT, params, grammar=state)
     drafted = rejected = 0
     while len(tokens) < params.max_tokens - 6 and not state.ended_after([]):

@@ -48,7 +48,7 @@ def oracles() -> Callable[[str], PreTrainedModel]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_sequence_logits(checkpoints: Checkpoints, oracles, family: str) -> None:
+def test_sequence_logits(checkpoints: Checkpoints, oracles: Oracles, family: str) -> None:
     target = target_of(checkpoints, family)
     close(target.logits(target.forward_sequence(PROMPT).hidden_BTD), oracles(family)(PROMPT).logits)
 
@@ -56,7 +56,7 @@ def test_sequence_logits(checkpoints: Checkpoints, oracles, family: str) -> None
 @on_every_backend
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, family: str, name: str) -> None:
+def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles: Oracles, family: str, name: str) -> None:
     """Prefill, then single rows and blocks of rows through the cache, against transformers on the whole sequence."""
     backend = backend_of(checkpoints, family, name)
     tokens = torch.randint(0, VOCAB, (1, 150), generator=torch.Generator().manual_seed(4))
@@ -71,7 +71,7 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles, fami
 @on_every_backend
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft_tokens", [0, 4])
-def test_greedy_text(checkpoints: Checkpoints, oracles, family: str, draft_tokens: int, name: str) -> None:
+def test_greedy_text(checkpoints: Checkpoints, oracles: Oracles, family: str, draft_tokens: int, name: str) -> None:
     """64 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
     backend = backend_of(checkpoints, family, name)
     with torch.inference_mode():
@@ -85,7 +85,7 @@ def test_greedy_text(checkpoints: Checkpoints, oracles, family: str, draft_token
 @pytest.mark.parametrize("centroids", [False, True])
 @torch.inference_mode()
 def test_drafter_steps(
-    checkpoints: Checkpoints, oracles, family: str, centroids: bool, name: str, tmp_path: Path
+    checkpoints: Checkpoints, oracles: Oracles, family: str, centroids: bool, name: str, tmp_path: Path
 ) -> None:
     """Logits and fed-back states over 8 chained steps at a constant position, beyond the window."""
     oracle, theirs = oracles(family), build_drafter(family, centroids)
@@ -128,7 +128,7 @@ def test_the_whole_heads_logits_are_the_candidates(centroids: bool, tmp_path: Pa
 
 @on_every_backend
 @torch.inference_mode()
-def test_drafter_reads_the_donor_layers(checkpoints: Checkpoints, oracles, name: str) -> None:
+def test_drafter_reads_the_donor_layers(checkpoints: Checkpoints, oracles: Oracles, name: str) -> None:
     """The rows handed to the drafter are those transformers hands to its own."""
     sequence, _ = opened(backend_of(checkpoints, "e2b", name), PROMPT[0].tolist(), SamplingParams())
     model = oracles("e2b").model.language_model

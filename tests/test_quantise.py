@@ -34,7 +34,7 @@ from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.config import TextConfig
+from gemma_mtp.config import TargetConfig, TextConfig
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
@@ -43,6 +43,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops import quantise
 from gemma_mtp.ops.linear import Chooser, Matrix
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.weight_files import SINGLE_FILE
 from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
@@ -234,7 +235,8 @@ def test_quantised_while_loading_is_quantised_after(
 ) -> None:
     """The same bits, whatever pieces the file is read in."""
     types = parse_weight_types(kinds)
-    for directory, load in zip(checkpoints(family), (load_target, load_drafter), strict=True):
+    loaders: tuple[Callable[..., Target | Drafter], ...] = (load_target, load_drafter)
+    for directory, load in zip(checkpoints(family), loaders, strict=True):
         expected = load(directory, torch.float32)
         expected.quantise_(types)
         same_weights(load(directory, torch.float32, types=types).checkpoint_tensors(), expected.checkpoint_tensors())
@@ -293,8 +295,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for parameter in target.parameters():
         parameter.zero_()
-    checkpoint.save_target(target, checkpoint.TargetConfig(config), directory)
-    assert (directory / checkpoint.SINGLE_FILE).stat().st_size > 240e6
+    checkpoint.save_target(target, TargetConfig(config), directory)
+    assert (directory / SINGLE_FILE).stat().st_size > 240e6
     return directory
 
 
@@ -310,7 +312,7 @@ def test_peak_memory_of_loading(large: Path, tmp_path: Path, kinds: str) -> None
     growth, weights = map(int, ran.stdout.split())
     limit = weights + (64 << 20)
     figures = f"{kinds}: peak grew by {growth / 1e6:.0f} MB, weights {weights / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB"
-    assert limit < (large / checkpoint.SINGLE_FILE).stat().st_size
+    assert limit < (large / SINGLE_FILE).stat().st_size
     assert weights <= growth <= limit, figures
     print(figures)
 

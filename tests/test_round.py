@@ -1,6 +1,7 @@
 """`exact` verification equals plain decoding, token for token, whatever the drafter."""
 
 from collections.abc import Sequence as Items
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from models import (
 from gemma_mtp.backend.base import Backend, DraftedTokens, DraftRows, DraftStep
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.decoding.verify import VERIFICATIONS
+from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine.draft import draft_noise
 from gemma_mtp.engine.round import play_rounds, prefill
@@ -124,10 +125,11 @@ def test_a_round_ends_with_the_state_that_produced_its_last_token(name: str) -> 
     """The next round's drafts begin with it; no output shows whether it is the right one."""
     states: list[dict[int, torch.Tensor]] = [{}, {}]
     for found, drafts in zip(states, (0, 4), strict=True):
-        played = play(
-            PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=80), drafts,
-            after_round=lambda sequence, found=found: found.update({sequence.length: sequence.cache.state.clone()}),
-        )  # fmt: skip
+
+        def keep(sequence: Any, found: dict[int, torch.Tensor] = found) -> None:
+            found[sequence.length] = sequence.cache.state.clone()
+
+        played = play(PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=80), drafts, after_round=keep)
     assert sum(played.accepted) > 10
     plain, drafted = states
     for length, state in drafted.items():
@@ -153,7 +155,13 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
 def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
     """Not their tokens only, which a wrong state would leave as they are, but the drafts made from it."""
     backend = PAIRS[name]
-    ways = [({}, 4), ({"temperature": 0.7}, 2), ({"temperature": 0.9, "top_k": 20}, 5), ({}, 0), ({"logprobs": 1}, 3)]
+    ways: list[tuple[dict[str, Any], int]] = [
+        ({}, 4),
+        ({"temperature": 0.7}, 2),
+        ({"temperature": 0.9, "top_k": 20}, 5),
+        ({}, 0),
+        ({"logprobs": 1}, 3),
+    ]
     wanted = [(SamplingParams(max_tokens=40, seed=9, **options), drafts) for options, drafts in ways]
     prompts = [[5 + i, 6, 7][: 1 + i % 3] for i in range(len(wanted))]
     alone = [play(backend, prompt, *own) for prompt, own in zip(prompts, wanted, strict=True)]
@@ -175,7 +183,7 @@ def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("name", [name for name in PAIRS if "agreeing," in name])
-def test_greedy_is_the_same_under_every_verification(name: str, verification) -> None:
+def test_greedy_is_the_same_under_every_verification(name: str, verification: Verification) -> None:
     params = SamplingParams(max_tokens=60)
     plain = play(PAIRS[name], [9, 8, 7], params, 0)
     assert play(PAIRS[name], [9, 8, 7], params, 4, verification).tokens == plain.tokens
@@ -183,7 +191,7 @@ def test_greedy_is_the_same_under_every_verification(name: str, verification) ->
 
 @pytest.mark.parametrize("verification", ["rejection", "block"])
 @pytest.mark.parametrize("name", OFTEN)
-def test_sampled_verifications_commit_what_they_count(name: str, verification) -> None:
+def test_sampled_verifications_commit_what_they_count(name: str, verification: Verification) -> None:
     params = SamplingParams(max_tokens=60, temperature=0.8, top_k=20, repetition_penalty=1.1, seed=3)
     played = play(PAIRS[name], [9, 8, 7], params, 4, verification)
     assert len(played.tokens) == 60
