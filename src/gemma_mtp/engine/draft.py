@@ -37,7 +37,9 @@ NO_DRAFTS = Drafts([])
 def propose(backend: Backend, turns: Items[Turn]) -> list[Drafts]:
     """Returns every turn's drafts; none without a drafter. The sequences are left as they are."""
     drafts = [NO_DRAFTS] * len(turns)
-    drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens and backend.drafter is not None]
+    drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens]
+    if not drafting or backend.drafter is None:
+        return drafts
     plain = [i for i in drafting if turns[i].backend_chooses(backend, turns[i].draft_tokens)]
     if plain:
         made = backend.draft([_draft_rows(turns[i]) for i in plain])

@@ -30,7 +30,7 @@ from gemma_mtp.engine.pool_size import pool_blocks
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.round import RoundOutput
 from gemma_mtp.engine.scheduler import Entry, Schedule, Scheduler
-from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
+from gemma_mtp.engine.sequence import Turn, open_sequence
 from gemma_mtp.engine.settings import EngineSettings, EngineStats, StatsKeeper
 from gemma_mtp.errors import EngineError, PromptError, SamplingError
 
@@ -133,16 +133,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of the counters."""
-
-        def complete(stats: EngineStats) -> None:
-            with self._lock:
-                stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-                for blocks in self.pool.blocks.values():
-                    stats.kv_blocks += blocks.count
-                    stats.kv_blocks_used += blocks.count - blocks.available
-                    stats.kv_blocks_kept += blocks.kept
-
-        return self._stats.snapshot(complete)
+        stats = self._stats.snapshot()
+        with self._lock:
+            stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+            for blocks in self.pool.blocks.values():
+                stats.kv_blocks += blocks.count
+                stats.kv_blocks_used += blocks.count - blocks.available
+                stats.kv_blocks_kept += blocks.kept
+        return stats
 
     def _schedule(self) -> Step:
         """Returns the next step: who is cancelled leaves, who can be admitted comes, and each has its part."""
@@ -161,33 +159,30 @@ class Engine:
             for entry in schedule.preempted:
                 self._jobs[entry].cache.close()
         if schedule.preempted:
-            with self._stats.changing() as stats:
+            with self._stats as stats:
                 stats.preemptions += len(schedule.preempted)
         return self._step_of(schedule)
 
     def _step_of(self, schedule: Schedule) -> Step:
         step = Step([], [], [])
         for entry, drafts in schedule.rounds:
-            job, sequence = self._sequence_of(entry)
-            step.turns.append(Turn(sequence, drafts, job.request.verification, job.plan.stop if drafts else None))
+            job = self._jobs[entry]
+            step.turns.append(job.turn(drafts))
             step.jobs.append(job)
         for entry, token_ids in schedule.chunks:
-            job, sequence = self._sequence_of(entry)
+            job = self._jobs[entry]
+            assert job.sequence is not None, "who runs was opened"
             ends = entry.table.length + len(token_ids) == entry.rows_wanted
-            step.chunks.append(Chunk(sequence, token_ids, ends, entry.started))
+            step.chunks.append(Chunk(job.sequence, token_ids, ends, entry.started))
             step.jobs.append(job)
         return step
-
-    def _sequence_of(self, entry: Entry) -> tuple[Job, Sequence]:
-        job = self._jobs[entry]
-        assert job.sequence is not None, "who runs was opened"
-        return job, job.sequence
 
     def _drafts_of(self, entry: Entry) -> int:
         """Returns the drafts of an entry's round at most: no more rows at once than the pool has blocks for, whatever
         one request asks for."""
         job = self._jobs[entry]
-        return min(job.plan.longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
+        longest = job.plan.longest
+        return longest and min(longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
 
     def _run(self, step: Step) -> StepResult:
         if not step.jobs:
@@ -221,7 +216,7 @@ class Engine:
                 job.tell(count)
 
     def _count(self, outcomes: Items[Outcome], counts: Items[int | Exception]) -> None:
-        with self._stats.changing() as stats:
+        with self._stats as stats:
             stats.steps += 1
             stats.output_tokens += sum(count for count in counts if isinstance(count, int))
             for outcome in outcomes:
@@ -252,7 +247,7 @@ class Engine:
         if not entry.admitted:
             entry.admitted = True
             job.generation.cached_tokens = entry.reused
-            with self._stats.changing() as stats:
+            with self._stats as stats:
                 stats.prompt_tokens += len(entry.tokens)
                 stats.prefix_hit_tokens += entry.reused
 
@@ -283,7 +278,7 @@ class Engine:
             self.scheduler.remove(job.entry)
             job.cache.close()
             del self._jobs[job.entry]
-        with self._stats.changing() as stats:
+        with self._stats as stats:
             stats.finished[reason] += 1
 
 

@@ -41,16 +41,19 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Step
     drafts = _propose(backend, turns)
     drafting = time.perf_counter() - began
     calls: list[Rows] = []
-    scored: dict[int, Scored] = {}  # by turn, then by chunk
+    scored: list[Scored] = []
+    places: list[int] = []  # of what is scored: turns first, then chunks
+    outcomes: list[Outcome] = [None] * (len(turns) + len(chunks))
     begin = 0
     for i, (turn, of_one) in enumerate(zip(turns, drafts, strict=True)):
         if isinstance(of_one, Drafts):
-            scored[i] = Scored(turn, of_one, begin)
+            scored.append(Scored(turn, of_one, begin))
+            places.append(i)
             calls.append(verify_rows(turn, of_one))
             begin += calls[-1].keep
+        else:
+            outcomes[i] = of_one
     calls += [Rows(chunk.sequence.cache, chunk.token_ids, keep=1) for chunk in chunks]
-    outcomes: list[Outcome] = [None if isinstance(of_one, Drafts) else of_one for of_one in drafts]
-    outcomes += [None] * len(chunks)
     if not calls:
         return StepResult(outcomes, drafting)
     hidden_RD = forward(backend, calls)
@@ -60,10 +63,11 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Step
         if chunk.ends and chunk.started:
             resumed.append((chunk.sequence.cache, row))
         elif chunk.ends:
-            scored[i] = Scored(Turn(chunk.sequence, 0), NO_DRAFTS, row)
+            scored.append(Scored(Turn(chunk.sequence, 0), NO_DRAFTS, row))
+            places.append(i)
     if resumed:  # all tokens are there, and now the state that produced the last one
         backend.keep_states([cache for cache, _ in resumed], hidden_RD, [row for _, row in resumed])
-    for i, output in zip(scored, settle(backend, list(scored.values()), hidden_RD), strict=True):
+    for i, output in zip(places, settle(backend, scored, hidden_RD), strict=True):
         outcomes[i] = output
     return StepResult(outcomes, drafting)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gemma_mtp.decoding.draft_length import PLAIN, Plan
-from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.draft_policy import Policies
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.round import RoundOutput
 from gemma_mtp.engine.scheduler import Entry
-from gemma_mtp.engine.sequence import Sequence
+from gemma_mtp.engine.sequence import Sequence, Turn
 from gemma_mtp.kv.pool import KVCache
 
 
@@ -27,6 +26,12 @@ class Job:
     policies: Policies = field(default_factory=dict)  # of its own, for steps in which it runs alone
     plan: Plan = PLAIN  # of the step under way
     sequence: Sequence | None = None
+    plain: Turn | None = None  # a round without drafts
+
+    def __post_init__(self) -> None:
+        drafts = self.result.draft_tokens
+        #: the plan of a job that asked for a number of drafts; None for `auto`
+        self.fixed_plan = None if drafts == "auto" else Plan(drafts)
 
     @property
     def request(self) -> Request:
@@ -36,17 +41,14 @@ class Job:
     def result(self) -> GenerationResult:
         return self.generation.result
 
-    @property
-    def fixed_plan(self) -> Plan | None:
-        """The plan of a job that asked for a number of drafts; None for `auto`."""
-        drafts = self.result.draft_tokens
-        return None if drafts == "auto" else Plan(drafts)
-
-    @property
-    def longest(self) -> int:
-        """Drafts of one of its rounds at most."""
-        drafts = self.result.draft_tokens
-        return LONGEST if drafts == "auto" else drafts
+    def turn(self, drafts: int) -> Turn:
+        """Returns its part in a round of so many drafts at most."""
+        assert self.sequence is not None, "who runs was opened"
+        if drafts:
+            return Turn(self.sequence, drafts, self.request.verification, self.plan.stop)
+        if self.plain is None:  # made once: there are many
+            self.plain = Turn(self.sequence, 0, self.request.verification)
+        return self.plain
 
     def deliver(self, output: RoundOutput | None, seconds: float) -> int:
         """Take what a step brought into the result. Returns how many tokens there are."""

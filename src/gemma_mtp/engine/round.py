@@ -37,15 +37,11 @@ class Scored(NamedTuple):
     drafts: Drafts
     begin: int
 
-    @property
-    def rows(self) -> range:
-        """Its rows: that of the last token, then those of its drafts."""
-        return range(self.begin, self.begin + len(self.drafts) + 1)
-
 
 def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
     """Returns what a sequence sends through the target in a round: its last token, then its drafts."""
-    return Rows(turn.sequence.cache, [turn.sequence.last_token, *drafts.token_ids], len(drafts) + 1)
+    sequence, tokens = turn.sequence, drafts.token_ids
+    return Rows(sequence.cache, [sequence.last_token, *tokens], len(tokens) + 1)
 
 
 def forward(backend: Backend, calls: Items[Rows]) -> Tensor:
@@ -89,46 +85,47 @@ def settle(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[R
     Returns each turn's output, or the exception that it ended in: a turn that fails does not touch the others. All
     turns of a kind share one pass over the head, and the host reads the device once for each kind.
     """
-    committed: dict[int, list[int]] = {}
+    plain = [i for i, (turn, drafts, _) in enumerate(scored) if turn.backend_chooses(backend, len(drafts))]
+    committed = dict(zip(plain, _choose_plain(backend, [scored[i] for i in plain], hidden_RD), strict=True))
     logprobs: dict[int, TopLogprobs] = {}
     outputs: dict[int, RoundOutput | Exception] = {}
-    plain = [i for i, one in enumerate(scored) if one.turn.backend_chooses(backend, len(one.drafts))]
-    if plain:
-        _choose_plain(backend, scored, plain, hidden_RD, committed)
-    others = [i for i in range(len(scored)) if i not in committed]
-    if others:
+    if len(plain) < len(scored):
+        others = [i for i in range(len(scored)) if i not in committed]
         _choose_processed(backend, scored, others, hidden_RD, committed, logprobs, outputs)
+    caches, rows = [], []
     for i, tokens in committed.items():
         try:
             outputs[i] = _commit(scored[i], tokens, logprobs.get(i))
         except Exception as error:
             outputs[i] = error
-    kept = [i for i in committed if isinstance(outputs[i], RoundOutput)]
-    if kept:
-        rows = [scored[i].begin + len(committed[i]) - 1 for i in kept]
-        backend.keep_states([scored[i].turn.sequence.cache for i in kept], hidden_RD, rows)
+        else:
+            caches.append(scored[i].turn.sequence.cache)
+            rows.append(scored[i].begin + len(tokens) - 1)
+    if caches:
+        backend.keep_states(caches, hidden_RD, rows)
     return [outputs[i] for i in range(len(scored))]
 
 
-def _choose_plain(
-    backend: Backend, scored: Items[Scored], plain: Items[int], hidden_RD: Tensor, committed: dict[int, list[int]]
-) -> None:
-    """Fill in the committed tokens of turns whose choices the backend makes."""
+def _choose_plain(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[list[int]]:
+    """Returns the committed tokens of turns whose choices the backend makes."""
+    if not scored:
+        return []
     rows: list[int] = []
     temperatures: list[float] = []
     keys: list[int] = []
-    for i in plain:
-        one, sequence = scored[i], scored[i].turn.sequence
-        count = len(one.drafts) + 1
-        rows += one.rows
-        temperatures += [sequence.params.temperature] * count
-        keys += sequence.keys(count)
-    tokens, begin = backend.choose(hidden_RD, rows, temperatures, keys), 0
-    for i in plain:
-        drafts = scored[i].drafts
-        choices = tokens[begin : begin + len(drafts) + 1]
-        begin += len(choices)
-        committed[i] = choices[: agreeing(choices, drafts.token_ids) + 1] if drafts.token_ids else choices
+    for turn, drafts, begin in scored:
+        count = len(drafts.token_ids) + 1
+        rows += range(begin, begin + count)
+        temperatures += [turn.sequence.params.temperature] * count
+        keys += turn.sequence.keys(count)
+    tokens = backend.choose(hidden_RD, rows, temperatures, keys)
+    committed, at = [], 0
+    for _, drafts, _ in scored:
+        count = len(drafts.token_ids) + 1
+        choices = tokens[at : at + count]
+        at += count
+        committed.append(choices[: agreeing(choices, drafts.token_ids) + 1] if count > 1 else choices)
+    return committed
 
 
 def _choose_processed(
@@ -136,7 +133,7 @@ def _choose_processed(
     logprobs: dict[int, TopLogprobs], outputs: dict[int, RoundOutput | Exception],
 ) -> None:  # fmt: skip
     """Fill in the committed tokens and log-probabilities of turns that need logits, or the exceptions."""
-    states = [hidden_RD[scored[i].rows.start : scored[i].rows.stop] for i in others]
+    states = [hidden_RD[one.begin : one.begin + len(one.drafts) + 1] for one in (scored[i] for i in others)]
     logits_RV = backend.logits(states[0] if len(states) == 1 else torch.cat(states))
     found: list[tuple[int, Tensor, Verified]] = []
     for i, logits_TV in zip(others, logits_RV.split([len(one) for one in states]), strict=True):
@@ -159,15 +156,16 @@ def _choose_processed(
 
 def _commit(one: Scored, committed: list[int], logprobs: TopLogprobs | None) -> RoundOutput:
     """Move a sequence on by the tokens of its round."""
-    sequence, accepted = one.turn.sequence, len(committed) - 1
+    (sequence, *_), drafts, _ = one
+    count, table = len(committed), sequence.cache.table
     if sequence.history is not None:
         sequence.history.commit(torch.tensor(committed, device=sequence.history.output_V.device))
     complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
-    if sequence.cache.table.rows:  # a round's; those of a prompt are committed chunk by chunk
-        sequence.cache.table.commit(len(committed))
-    sequence.length += len(committed)
+    if table.rows:  # a round's; those of a prompt are committed chunk by chunk
+        table.commit(count)
+    sequence.length += count
     sequence.last_token = committed[-1]
-    return RoundOutput(committed, len(one.drafts), accepted, logprobs, one.drafts.confidences, complete_after)
+    return RoundOutput(committed, len(drafts.token_ids), count - 1, logprobs, drafts.confidences, complete_after)
 
 
 def _verify(one: Scored, logits_TV: Tensor) -> Verified:

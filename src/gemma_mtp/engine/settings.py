@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -63,21 +61,20 @@ class EngineStats:
 
 
 class StatsKeeper:
-    """The counters of an engine, changed and copied under one lock."""
+    """The counters of an engine, changed and copied under one lock: `with keeper as stats: stats.steps += 1`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stats = EngineStats()
 
-    @contextmanager
-    def changing(self) -> Iterator[EngineStats]:
-        """The counters, to be changed by whoever has them."""
-        with self._lock:
-            yield self._stats
+    def __enter__(self) -> EngineStats:
+        self._lock.acquire()
+        return self._stats
 
-    def snapshot(self, complete: Callable[[EngineStats], None]) -> EngineStats:
-        """Returns a copy, completed with how things stand."""
-        with self._lock:
-            stats = copy.deepcopy(self._stats)
-        complete(stats)
-        return stats
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def snapshot(self) -> EngineStats:
+        """Returns a copy."""
+        with self as stats:
+            return copy.deepcopy(stats)
