@@ -15,7 +15,7 @@ from byte_fallback import gemma_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from gemma_mtp import chat_template
+from gemma_mtp.chat import template as chat_template
 from gemma_mtp.datasets import Example
 from gemma_mtp.errors import TokenizerError
 from gemma_mtp.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma_mtp.conversation import for_template
+from gemma_mtp.chat.conversation import for_template
 from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
