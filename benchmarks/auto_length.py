@@ -32,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.engine.pair import DraftTokens, Pair
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.cpu_clock import CpuClock
+from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.engine.pair import Pair
 
 #: what is loaded for each name of weights
 WEIGHTS: dict[str, dict[str, str]] = {

@@ -35,10 +35,10 @@ from report import report, show
 from sides import Side, measure
 
 from gemma_mtp import load_pair
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
 
 #: the other programs, by the package that brings them
@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
     quantised = {} if args.quantize is None else {"quantize": args.quantize}
     pair = load_pair(target, drafter, dtype=args.dtype, device="cpu", **quantised)
     if args.useless_drafter:
-        pair.drafter = useless_drafter(pair)
+        pair = pair.with_drafter(useless_drafter(pair))
     content = measured(pair, target, drafter, args)
     if args.json is not None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

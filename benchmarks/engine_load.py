@@ -14,9 +14,9 @@ import numpy as np
 
 from gemma_mtp import SamplingParams
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair, bundled_directory
 from gemma_mtp.engine.request import Generation, Request
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.measure.load import Reply, Send
 from gemma_mtp.measure.load_client import reply_of, stream
 from gemma_mtp.measure.load_requests import Ask

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from gemma_mtp.engine import cost_cache
+from gemma_mtp.backend import processor as processors
 from gemma_mtp.backend.native import module
 
 BANDWIDTH_BYTES = 512 << 20
 
 
 def processor() -> str:
-    return cost_cache.processor(torch.device("cpu"))
+    return processors.processor(torch.device("cpu"))
 
 
 def instruction_set() -> str:

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gemma_mtp.ops.linear import Panels, can_pack, pack, packed_linear
 from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.ops.linear import Panels
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, quantise
 from gemma_mtp.weight_types import QUANTISATIONS
 
@@ -72,18 +72,11 @@ def copy_of(weight: Weight) -> Weight:
     return QuantisedMatrix(weight.kind, weight.data.clone(), weight.scales.clone())
 
 
-def torch_operators(weight_NK: Tensor) -> list[Operator]:
-    copies, size = copies_of(weight_NK), weight_NK.numel() * weight_NK.element_size()
-    name, dtype = str(weight_NK.dtype)[6:], weight_NK.dtype
-    count = len(copies)
-    plain = Operator(f"F.linear {name}", size, lambda i, x: F.linear(x.to(dtype), copies[i]), count, copies)
-    if not can_pack(weight_NK):
-        return [plain]
-    packed = [pack(copy) for copy in copies]
-    return [
-        plain,
-        Operator(f"oneDNN packed {name}", size, lambda i, x: packed_linear(x.to(dtype), packed[i]), count, packed),
-    ]
+def torch_operator(weight_NK: Tensor) -> Operator:
+    copies, name, dtype = copies_of(weight_NK), str(weight_NK.dtype)[6:], weight_NK.dtype
+    return Operator(
+        f"F.linear {name}", weight_NK.nbytes, lambda i, x: F.linear(x.to(dtype), copies[i]), len(copies), copies
+    )
 
 
 @torch.inference_mode()
@@ -133,7 +126,7 @@ def main() -> None:
     operators: list[Operator] = []
     for dtype in (torch.float32, torch.bfloat16):
         dense = weight.to(dtype)
-        operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + torch_operators(dense)
+        operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + [torch_operator(dense)]
         if Panels.fit(dense):
             operators += [native_operator(isa, f"{str(dtype)[6:]} in panels", dense, panels=True) for isa in args.isa]
     for kind in QUANTISATIONS:

@@ -1,18 +1,19 @@
-"""Our sides: plain, drafted, and drafted with a drafter made to be wrong as often as is asked for."""
+"""Our sides: plain, drafted, and drafted with drafts made to be wrong as often as is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from sides import Side
 
 from gemma_mtp import SamplingParams
+from gemma_mtp.backend.base import Backend, DraftedTokens, DraftRows
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.native import NativeDrafter
 from gemma_mtp.model.target import Target
 
 
@@ -37,8 +38,8 @@ def unreliable(pair: Pair, acceptance: float, seed: int = 0) -> Pair:
 
     For a pair whose drafter always agrees, so that this is the acceptance at every position.
     """
-    assert pair.drafter is not None and pair.drafter.native is not None, "needs the native operators"
-    return dataclasses.replace(pair, drafter=cast("Drafter", Unreliable(pair.drafter, acceptance, seed)))
+    assert pair.drafter is not None
+    return dataclasses.replace(pair, backend=cast("Backend", Unreliable(pair.backend, acceptance, seed)))
 
 
 def useless_drafter(pair: Pair) -> Drafter:
@@ -48,35 +49,29 @@ def useless_drafter(pair: Pair) -> Drafter:
     generator = torch.Generator().manual_seed(0)
     for parameter in drafter.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    drafter.pack_(pair.target.native)
     return drafter
 
 
 class Unreliable:
-    """A drafter whose greedy drafts are spoilt after they were made; everything else is the drafter's own."""
+    """A backend that spoils drafts after it has made them; everything else is the other backend's own.
 
-    def __init__(self, drafter: Drafter, acceptance: float, seed: int) -> None:
-        self._drafter = drafter
-        self.native = UnreliableNative(cast("NativeDrafter", drafter.native), acceptance, seed)
+    Only `draft` is spoilt: choices that no penalty, filter or grammar takes part in.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
-
-
-class UnreliableNative:
-    def __init__(self, native: NativeDrafter, acceptance: float, seed: int) -> None:
-        self._native, self._acceptance = native, acceptance
-        self._vocab = native._target.vocab_size
+    def __init__(self, backend: Backend, acceptance: float, seed: int) -> None:
+        self._backend, self._acceptance = backend, acceptance
+        self._vocab = backend.target.config.vocab_size
         self._generator = torch.Generator().manual_seed(seed)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._native, name)
+        return getattr(self._backend, name)
 
-    def draft(self, *arguments: Any) -> tuple[list[list[int]], list[list[float]], list[int]]:
-        drafts, confidences, made = self._native.draft(*arguments)
-        tokens = torch.tensor(drafts)
-        wrong = torch.rand(tokens.shape, generator=self._generator) >= self._acceptance
-        return torch.where(wrong, (tokens + 1) % self._vocab, tokens).tolist(), confidences, made
+    def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
+        return [DraftedTokens(self._spoilt(made.token_ids), made.confidences) for made in self._backend.draft(calls)]
+
+    def _spoilt(self, token_ids: list[int]) -> list[int]:
+        wrong = torch.rand(len(token_ids), generator=self._generator) >= self._acceptance
+        return [(token + 1) % self._vocab if spoil else token for token, spoil in zip(token_ids, wrong, strict=True)]
 
 
 def target_bytes(target: Target) -> int:
@@ -105,8 +100,7 @@ def drafter_bytes(drafter: Drafter) -> int:
 
 def _stored_bytes(model: Target | Drafter) -> dict[str, int]:
     """Of every weight as it is kept for decoding, by its official name."""
-    if model.native is None:  # PyTorch's operators have packed them: as many values
-        with torch.device("meta"):
-            dtype = model.embed_tokens.weight.dtype
-            model = (Target(model.config) if isinstance(model, Target) else Drafter(model.config)).to(dtype)
-    return {name: weight.nbytes for name, weight in model.checkpoint_tensors().items()}
+    with torch.device("meta"):  # of the model itself, what a backend has reordered would be copied
+        like = type(model)(model.config).to(model.embed_tokens.weight.dtype)  # type: ignore[arg-type]
+    like.quantise_(model.weight_types)
+    return {name: weight.nbytes for name, weight in like.checkpoint_tensors().items()}

@@ -27,11 +27,12 @@ from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.checkpoint import read_generation_config, stored_tensors
-from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS, Rows, forward_rows, open_sequence
-from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
-from gemma_mtp.model.target import Target
+from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.checkpoint import read_generation_config, stored_tensors
+from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
+from gemma_mtp.engine.round import forward
+from gemma_mtp.kv.blocks import block_counts
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training import data
 
@@ -77,22 +78,22 @@ def held_out_text(tokenizer: Tokenizer, eos: int, wheels: Path | None, row_lengt
 
 
 @torch.inference_mode()
-def loss(target: Target, rows_NT: Tensor) -> float:
+def loss(backend: Backend, rows_NT: Tensor) -> float:
     """Mean nats a token of each row's tokens but the first, decoded in chunks through the KV cache."""
-    losses = [_row_loss(target, row) for row in rows_NT]
+    losses = [_row_loss(backend, row) for row in rows_NT]
     return sum(losses) / len(losses)
 
 
-def _row_loss(target: Target, row_T: Tensor) -> float:
-    T = len(row_T)
-    sequence = open_sequence(target, T, 0, 0, SamplingParams())
+def _row_loss(backend: Backend, row_T: Tensor) -> float:
+    T, chunk = len(row_T), backend.chunk_rows
+    cache = backend.make_pool(block_counts(backend.target.config.sliding_window, T, chunk), slots=1).cache(T)
     total = 0.0
-    for start in range(0, T - 1, NATIVE_CHUNK_ROWS):
-        stop = min(start + NATIVE_CHUNK_ROWS, T - 1)
-        hidden_TD = forward_rows(target, [Rows(sequence, row_T[start:stop], stop - start)])
-        sequence.cache.commit(stop - start)
-        logits = target.logits(hidden_TD).float()
-        total += float(F.cross_entropy(logits, row_T[start + 1 : stop + 1], reduction="sum"))
+    for start in range(0, T - 1, chunk):
+        stop = min(start + chunk, T - 1)
+        hidden_TD = forward(backend, [Rows(cache, row_T[start:stop].tolist(), stop - start)])
+        cache.table.commit(stop - start)
+        following = row_T[start + 1 : stop + 1].to(backend.device)
+        total += float(F.cross_entropy(backend.logits(hidden_TD).float(), following, reduction="sum"))
     return total / (T - 1)
 
 
@@ -108,7 +109,7 @@ def measure(types: str, text: Text, prompts: Sequence[str], args: argparse.Names
     dtype, quantize = (types, None) if types in DTYPES else ("auto", types)
     pair = load_pair(args.target, args.drafter, dtype=dtype, quantize=quantize, device="cpu")
     assert pair.drafter is not None
-    nats = loss(pair.target, text.rows_NT)
+    nats = loss(pair.backend, text.rows_NT)
     weights = (model.checkpoint_tensors() for model in (pair.target, pair.drafter))
     sizes = [sum(tensor.nbytes for tensor in stored_tensors(each).values()) for each in weights]
     lengths = {t: acceptance_length(pair, prompts, args.max_tokens, t) for t in TEMPERATURES}

@@ -1,4 +1,4 @@
-"""Where the time of a round goes: in the native operators, and outside of them (Python, tensors, text).
+"""Where the time of a round goes: in the backend's operators, and outside of them (Python, tensors, text).
 
     python benchmarks/round_profile.py                      # the bundled pair, plain and with 4 drafts
     python benchmarks/round_profile.py --draft-tokens 0 2 8 --repeats 10
@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.engine.pair import Pair
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.engine.pair import Pair
 
 
 class Clock:
@@ -49,12 +49,9 @@ OPERATORS = ("draft", "target", "head")
 
 
 def timed(pair: Pair, clock: Clock) -> None:
-    """Have every native call of the pair's greedy rounds timed."""
-    assert pair.target.native is not None and pair.drafter is not None and pair.drafter.native is not None
-    target, drafter = pair.target.native, pair.drafter.native
-    target.forward = clock.wrap("target", target.forward)  # type: ignore[method-assign]
-    target.choose = clock.wrap("head", target.choose)  # type: ignore[method-assign]
-    drafter.draft = clock.wrap("draft", drafter.draft)  # type: ignore[method-assign]
+    """Have every call that greedy rounds make of the pair's backend timed."""
+    for name, method in (("target", "forward"), ("head", "choose"), ("draft", "draft")):
+        setattr(pair.backend, method, clock.wrap(name, getattr(pair.backend, method)))
 
 
 def rounds(pair: Pair, clock: Clock, prompt: list[int], draft_tokens: int, max_tokens: int) -> list[dict[str, float]]:

@@ -39,16 +39,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.cpu_clock import CpuClock
-from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, Send, run_load
 from gemma_mtp.measure.load_client import connect, first_model
 from gemma_mtp.measure.load_runs import LevelResult, Ratio, failed_share, measure_levels, ratios
 from gemma_mtp.measure.load_server import own_server
-from gemma_mtp.backend.native import set_threads
 
 PREFIX_TAIL = 32
 #: readings of the resident memory after the first

@@ -28,10 +28,10 @@ from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, bundled_directory
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
@@ -56,7 +56,7 @@ def ours(target: Path, drafter: Path, dtype: torch.dtype, objective: Objective, 
         stats, counts = StepStats.zeros(objective.steps, torch.device("cpu")), batch.reached(objective.steps)
         masters.clear()
         for first, last in plan.blocks(0, args.batch):
-            step.block(batch.rows(first, last), counts, stats)
+            step.block(batch.rows(first, last), counts, stats, plan.slab_rows)
             masters.accumulate()
         masters.clip()
         optimiser.step(1.0)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gemma_mtp.backend.base import Backend
+from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
@@ -21,9 +21,10 @@ from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar import GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.round import play_rounds, prefill
+from gemma_mtp.engine.round import forward, play_rounds, prefill
 from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
-from gemma_mtp.kv.blocks import block_counts
+from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
+from gemma_mtp.kv.pool import KVCache
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
@@ -162,15 +163,39 @@ class Played:
     confidences: list[list[float]] = dataclasses.field(default_factory=list)
 
 
+def open_caches(backend: Backend, count: int, rows: int) -> list[KVCache]:
+    """Open caches of one pool, each of at most `rows` rows, which calls of any size may write."""
+    of_one = block_counts(backend.target.config.sliding_window, rows, rows)
+    pool = backend.make_pool({kind: count * blocks for kind, blocks in of_one.items()}, count)
+    caches = [pool.cache(rows) for _ in range(count)]
+    for cache in caches:
+        cache.open()
+    return caches
+
+
+@torch.inference_mode()
+def run_rows(backend: Backend, cache: KVCache, token_ids: list[int]) -> Tensor:
+    """Run rows of one sequence and commit them; returns all of their hidden states, [T, D]."""
+    hidden_TD = forward(backend, [Rows(cache, token_ids, len(token_ids))])
+    cache.table.commit(len(token_ids))
+    return hidden_TD
+
+
+def committed(cache: KVCache, kind: LayerType) -> tuple[Tensor, Tensor]:
+    """The donor layer's keys and values that a query at the committed length sees, each [1, G, S, d]."""
+    table, stored = cache.table, cache.pool.layers[cache.pool.config.donor_layers[kind]]
+    positions = torch.arange(table.windows[kind].first_visible(table.length), table.length)
+    blocks = torch.tensor(table.tables[kind])[positions // BLOCK_ROWS]
+    keys, values = (rows[:, blocks, positions % BLOCK_ROWS][None] for rows in (stored.keys, stored.values))
+    return keys, values
+
+
 def opened(
     backend: Backend, prompt: list[int], params: SamplingParams, room: int = 300, chunk_rows: int | None = None,
     grammar: GrammarState | None = None,
 ) -> tuple[Sequence, list[int]]:  # fmt: skip
     """A sequence with a pool of its own and `room` rows beside the prompt's, and the first output tokens."""
-    rows = len(prompt) + room
-    pool = backend.make_pool(block_counts(backend.target.config.sliding_window, rows, max(rows, 1)), slots=1)
-    cache = pool.cache(rows)
-    cache.open()
+    (cache,) = open_caches(backend, 1, len(prompt) + room)
     sequence = open_sequence(backend, cache, params, prompt, grammar)
     return sequence, prefill(backend, sequence, prompt, chunk_rows).token_ids
 
@@ -178,8 +203,8 @@ def opened(
 @torch.inference_mode()
 def play(
     backend: Backend, prompt: list[int], params: SamplingParams, draft_tokens: int,
-    verification: Verification = "exact", chunk_rows: int | None = None, after_round: Callable[[Sequence], object] = lambda sequence: None,
-    stop: StopRule | None = None,
+    verification: Verification = "exact", chunk_rows: int | None = None,
+    after_round: Callable[[Sequence], object] = lambda sequence: None, stop: StopRule | None = None,
 ) -> Played:  # fmt: skip
     """Decode params.max_tokens tokens by rounds, without stop conditions."""
     sequence, tokens = opened(backend, prompt, params, params.max_tokens + draft_tokens, chunk_rows)

@@ -13,11 +13,11 @@ import statistics
 from collections.abc import Callable
 
 import pytest
-from gemma_mtp.decoding.round import RoundOutput
 
 from gemma_mtp.decoding.draft_length import DraftLength, Plan
 from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
+from gemma_mtp.engine.round import RoundOutput
 
 #: a draft step, and verifying 1 to 17 rows, in plain rounds: rows that cost little; as measured of a pair of 112 M
 #: parameters with AVX2 in bf16; with steps where the hardware takes six rows at once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from models import TINY, VOCAB, WIDE, agreeing_pair, backends, opened, random_dr
 
 from gemma_mtp.backend.base import Backend, DraftRows, Rows
 from gemma_mtp.backend.reference import BLOCK, ReferenceBackend
-from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
@@ -20,6 +20,7 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
@@ -80,10 +81,11 @@ def test_a_kernel_that_sees_the_number_of_rows_is_found(monkeypatch: pytest.Monk
         return gated(gate_up) * (1 + 2.0**-20 * (rows_seen[-1] % 7))
 
     monkeypatch.setattr(ops, "gated_mlp", another_order)
-    assert torch.equal(*states(backend, [40], [17]), *states(backend, [40], [3, 20]))
+    (first,), (second,) = states(backend, [40], [17]), states(backend, [40], [3, 20])
+    assert torch.equal(first, second)
     assert set(rows_seen) == {BLOCK}
     monkeypatch.setattr("gemma_mtp.backend.reference.BLOCK", 5)  # which the blocks of keys and values do not hold whole
-    assert not torch.equal(*states(backend, [40], [17]), alone_states(backend))
+    assert not torch.equal(states(backend, [40], [17])[0], alone_states(backend))
 
 
 def alone_states(backend: Backend) -> torch.Tensor:
@@ -132,7 +134,7 @@ def test_drafts_are_those_of_single_steps(name: str, temperature: float, stop: S
     sequences = [opened(backend, TOKENS[:length], params)[0] for length in (9, 40)]
     for sequence in sequences:
         (at_once,) = propose(backend, [Turn(sequence, 6, "exact", stop)])
-        stepwise = propose(_WithoutChoices(backend), [Turn(sequence, 6, "exact", stop)])[0]
+        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, 6, "exact", stop)])[0]
         assert at_once.token_ids == stepwise.token_ids
         assert at_once.confidences == pytest.approx(stepwise.confidences, abs=1e-4)
         assert (len(at_once) == 6) or stop is not None

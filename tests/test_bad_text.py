@@ -80,7 +80,7 @@ WRONG_PROMPTS = [3, 3.5, None, True, b"abc", bytearray(b"abc"), {"a": 1}, {5: 6}
                  ["a"], [1.5], [None], [True], [[5]], [10**400], [-1], torch.tensor([[5]])]  # fmt: skip
 
 
-@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=repr)
+@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda prompt: f"{prompt!r}".split(" at ")[0])
 def test_a_prompt_of_a_wrong_type_is_a_prompt_error(bundled: Pair, prompt: Any) -> None:
     for ask in (bundled.generate, bundled.stream, bundled.encode):
         with pytest.raises(PromptError) as error:

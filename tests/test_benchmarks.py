@@ -12,11 +12,15 @@ import torch
 from models import TINY
 from ours import drafter_bytes, target_bytes, unreliable
 from sides import Side, measure
+from torch import Tensor
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.cpu import CpuBackend
+from gemma_mtp.backend.native import Memory, module
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.engine.pair import Pair
+from gemma_mtp.model.target import Target
+from gemma_mtp.weight_types import parse_weight_types
 
 PROMPT = [7, 3, 11]
 PARAMS = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -48,7 +52,6 @@ def test_the_pair_repeats_its_last_token_and_every_draft_is_accepted(agreeing: P
     assert result.accepted == result.drafted > 0
 
 
-@needs_native
 @pytest.mark.parametrize("acceptance", [0.0, 0.6])
 def test_drafts_are_wrong_as_often_as_asked_and_the_output_stays(agreeing: Pair, acceptance: float) -> None:
     result = unreliable(agreeing, acceptance).generate(PROMPT, PARAMS, draft_tokens=2)
@@ -58,16 +61,30 @@ def test_drafts_are_wrong_as_often_as_asked_and_the_output_stays(agreeing: Pair,
 
 
 @needs_native
-def test_counted_bytes_are_those_the_native_operators_hold(agreeing: Pair) -> None:
+@pytest.mark.parametrize("kinds", [None, "int8", "int4"])
+def test_counted_bytes_are_those_the_native_operators_hold(
+    kinds: str | None, agreeing: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All matrices and vectors, but per-layer embeddings, of which a step reads a row; vectors are held in float32."""
-    target = agreeing.target
-    assert target.native is not None
-    matrices = sum(t.nbytes for t in {t.data_ptr(): t for t in target.native._memory.tensors}.values() if t.ndim == 2)
-    matrices -= target.embed_tokens_per_layer.weight.nbytes
-    vectors = sum(t.numel() for t in target.checkpoint_tensors().values() if len(t.shape) == 1)
+    target = Target(agreeing.target.config).to(torch.bfloat16).eval().requires_grad_(False)
+    if kinds is not None:
+        target.quantise_(parse_weight_types(kinds))
+    memories: list[Memory] = []
+
+    class Recorded(Memory):
+        def __init__(self) -> None:
+            super().__init__()
+            memories.append(self)
+
+    monkeypatch.setattr("gemma_mtp.backend.cpu.Memory", Recorded)
+    CpuBackend(target)
+    held = {t.data_ptr(): t for memory in memories for t in memory.tensors}
+    vectors = sum(t.numel() for t in target.checkpoint_tensors().values() if isinstance(t, Tensor) and t.ndim == 1)
+    matrices = sum(t.nbytes for t in held.values() if t.ndim == 2)
+    matrices -= target.embed_tokens_per_layer.stored.nbytes
     assert target_bytes(target) == matrices + 2 * vectors
     assert agreeing.drafter is not None
-    assert 0 < drafter_bytes(agreeing.drafter) < target_bytes(target)
+    assert 0 < drafter_bytes(agreeing.drafter) < target_bytes(agreeing.target)
 
 
 def test_a_floor_is_the_weights_of_a_round_over_bandwidth() -> None:
@@ -89,8 +106,6 @@ def test_sides_are_measured_in_turn_beginning_with_another_each_time(monkeypatch
 
 
 def test_another_seed_spoils_other_drafts(agreeing: Pair) -> None:
-    if module() is None:
-        pytest.skip("needs the native operators")
     first, second = (unreliable(agreeing, 0.5, seed).generate(PROMPT, PARAMS, draft_tokens=2).rounds for seed in (0, 1))
     assert first != second
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 import gemma_mtp
 from gemma_mtp.cli import main, progress, render
-from gemma_mtp.decoding import round as rounds
 from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats
 from gemma_mtp.model.drafter import Drafter

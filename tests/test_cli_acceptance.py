@@ -117,7 +117,7 @@ def test_each_setting_is_weighed_with_the_costs_of_its_own_rounds(
     made_up: dict[ChoiceKind, RoundCosts] = {"argmax": RoundCosts({0: 1.0, 4: 1.0}), "drawn": dear, "processed": dear}
     asked: list[ChoiceKind] = []
 
-    def measure(target: object, drafter: object, choice: ChoiceKind) -> RoundCosts:
+    def measure(backend: object, choice: ChoiceKind) -> RoundCosts:
         asked.append(choice)
         return made_up[choice]
 

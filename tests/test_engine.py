@@ -23,7 +23,6 @@ from models import VOCAB, agreeing_pair, letters, random_drafter, random_target
 
 from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.backend.select import make_backend
-from gemma_mtp.checkpoint import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
@@ -36,6 +35,7 @@ from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.kv import blocks as blocks_module
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 
@@ -157,6 +157,12 @@ def engine(pair: Pair) -> Iterator[EngineThread]:
         yield engine
 
 
+def lone_pair(engine: EngineThread) -> Pair:
+    """The engine's pair, for lone runs."""
+    assert isinstance(engine.pair, Pair)
+    return engine.pair
+
+
 def updates(generation: Generation) -> list[Update]:
     return list(generation)
 
@@ -165,7 +171,7 @@ def updates(generation: Generation) -> list[Update]:
 def held(calls: int = 1) -> Iterator[None]:
     """The engine makes so many calls of the target, and the next one when the block has ended: however late this thread
     comes, nothing ends before."""
-    go_on, made, forward = threading.Event(), itertools.count(), execution_module.forward
+    go_on, made, forward = threading.Event(), itertools.count(), round_module.forward
 
     def wait(target: Any, rows: Any) -> Any:
         if next(made) >= calls:
@@ -195,7 +201,7 @@ def test_updates_make_up_the_result(engine: EngineThread) -> None:
 @pytest.mark.parametrize("draft_tokens", [0, 4])
 def test_readers_see_no_stop_string(engine: EngineThread, draft_tokens: int) -> None:
     """They make the text of the tokens themselves, and come to where the engine ended the output."""
-    text = engine.pair.generate(LONG[:50], SamplingParams(max_tokens=30)).text
+    text = lone_pair(engine).generate(LONG[:50], SamplingParams(max_tokens=30)).text
     assert text is not None
     for at in range(0, len(text) - 3, 5):
         stop = text[at : at + 3]
@@ -253,7 +259,7 @@ def test_a_long_prompt_does_not_keep_others_waiting(pair: Pair, monkeypatch: pyt
     """Rounds go on between its chunks."""
     with EngineThread(pair, EngineSettings(max_running=2, max_tokens=1000, max_stall_seconds=1e-9)) as engine:
         played: list[tuple[int, int]] = []
-        forward = execution_module.forward
+        forward = round_module.forward
 
         def spy(target: Any, calls: Any) -> Any:
             played.append((sum(c.keep == len(c.token_ids) for c in calls), max(len(c.token_ids) for c in calls)))
@@ -339,7 +345,7 @@ def test_a_request_that_fails_fails_alone(engine: EngineThread, monkeypatch: pyt
     stats = engine.stats()
     assert stats.finished == {"length": 2, "error": 1} and stats.kv_blocks_used == 0
     for result, params in zip(good, drawn[::2], strict=True):
-        assert result.token_ids == engine.pair.generate([5, 6], params, draft_tokens=0).token_ids
+        assert result.token_ids == lone_pair(engine).generate([5, 6], params, draft_tokens=0).token_ids
 
 
 def test_after_a_call_that_fails_the_engine_goes_on(engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +397,8 @@ def test_updates_in_an_event_loop(engine: EngineThread) -> None:
         return list(await asyncio.gather(*map(text, range(6))))
 
     expected = [
-        engine.pair.generate([5, 6], SamplingParams(max_tokens=15, temperature=1.0, seed=s)).text for s in range(6)
+        lone_pair(engine).generate([5, 6], SamplingParams(max_tokens=15, temperature=1.0, seed=s)).text
+        for s in range(6)
     ]
     assert asyncio.run(run()) == expected
 

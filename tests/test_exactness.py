@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.datasets import read_examples
+from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine import pair as engine
-from gemma_mtp.engine.pair import DraftTokens, Pair, bundled_directory, load_pair
+from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.engine.result import GenerationResult
 
 PROMPTS = [example.content for example in read_examples(bundled_directory() / "heldout_prompts.jsonl")]
 
@@ -30,9 +32,12 @@ def pairs() -> dict[str, Pair]:
     }
 
 
-def generate(pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random):
+def generate(
+    pair: Pair, prompt: list[int], params: SamplingParams, drafts: DraftTokens, rng: random.Random
+) -> GenerationResult:
     """With threads and prefill chunks of its own."""
-    engine.PREFILL_CHUNK_ROWS = rng.randint(1, 64)
+    assert isinstance(pair.backend, CpuBackend)
+    pair.backend.chunk_rows = rng.randint(1, 64)
     set_threads(rng.choice([1] * 10 + [2, 3]))  # several wait for each other where other tests take the cores
     return pair.generate(prompt, params, draft_tokens=drafts)
 
@@ -44,12 +49,14 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
     a difference that is too small to change a token.
     """
     rng = random.Random(count)
-    threads, chunk = module().threads(), engine.PREFILL_CHUNK_ROWS
+    threads = module().threads()
     try:
         for i in range(count):
             weights = rng.choice(sorted(pairs))
             pair = pairs[weights]
-            ids = pair.encode(rng.choice(PROMPTS))
+            text = rng.choice(PROMPTS)
+            assert isinstance(text, str)
+            ids = pair.encode(text)
             start = rng.randrange(len(ids) - 1)
             prompt = ids[start : start + rng.randint(1, 160)]
             params = SamplingParams(
@@ -63,7 +70,6 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
             yield weights, drafted.accepted, None if same else f"generation {i}, {weights}, {params}, prompt {prompt}"
     finally:
         set_threads(threads)
-        engine.PREFILL_CHUNK_ROWS = chunk
 
 
 @pytest.mark.skipif(module() is None, reason="the native operators were not built")

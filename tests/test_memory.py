@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemma_mtp.kv_cache import BLOCK_ROWS, KVCache, block_bytes, block_counts
 from oracle import build_target
 
 from gemma_mtp.config import PRESETS, TargetConfig
+from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
+from gemma_mtp.kv.pool import KVPool, block_bytes
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
 from gemma_mtp.model.target import Target
 
@@ -33,15 +34,13 @@ def test_kv_bytes_are_what_the_cache_allocates(name: str) -> None:
     config = PRESETS[name].text
     sizes = kv_bytes(config)
     window = config.sliding_window
-    with torch.device("meta"):
-        caches = [KVCache(config, length, 1, torch.bfloat16, "meta") for length in (window, window + 1024)]
-    allocated = [sum(2 * rows.keys.nbytes for rows in cache.pool.layers.values()) for cache in caches]
+    counts = [block_counts(window, length, max_rows=1) for length in (window, window + 1024)]
+    pools = [KVPool(config, count, 1, torch.bfloat16, "meta") for count in counts]
+    allocated = [sum(2 * rows.keys.nbytes for rows in pool.layers.values()) for pool in pools]
     assert allocated[0] == window * (sizes.per_token + sizes.sliding_per_token_until_window)
     # a window that begins within a block reaches into one more
     assert allocated[1] - allocated[0] == 1024 * sizes.per_token + BLOCK_ROWS * sizes.sliding_per_token_until_window
-    assert allocated[1] == sum(
-        count * block_bytes(config, kind, 2) for kind, count in block_counts(config, window + 1024, 1).items()
-    )
+    assert allocated[1] == sum(count * block_bytes(config, kind, 2) for kind, count in counts[1].items())
     expected = window * sizes.sliding_per_token_until_window + config.max_position_embeddings * sizes.per_token
     assert sizes.at_max_context == expected
 

@@ -12,17 +12,19 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence
-from gemma_mtp.kv_cache import BLOCK_ROWS, KVPool, block_counts
-from models import TINY, VOCAB, WIDE, packed, play, random_drafter, random_target
+from models import TINY, VOCAB, WIDE, open_caches, play, random_drafter, random_target, run_rows
 from torch import Tensor, nn
 
+from gemma_mtp.backend.base import Backend, Rows
+from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
-from gemma_mtp.model.target import Target
+from gemma_mtp.engine.round import forward
+from gemma_mtp.kv.blocks import BLOCK_ROWS
 from gemma_mtp.ops.linear import Embedding, Linear, Panels
 from gemma_mtp.ops.quantise import quantise
 from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
@@ -78,7 +80,7 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
     whole = linear(isa, weight, x, N)
     if isa in ("avx512_bf16", "amx") and w.dtype == torch.bfloat16:  # activations are rounded to bf16, as PyTorch's are
         torchs = (F.linear(x.bfloat16(), w).double() - x.double() @ w.double().T).abs().max()
-        assert (whole - x.double() @ w.double().T).abs().max() <= max(torchs, 1e-7)
+        assert (whole - x.double() @ w.double().T).abs().max() <= max(float(torchs), 1e-7)
         x = x.bfloat16().float()
     exact = x.double() @ w.double().T
     torchs = (F.linear(x, w.float()) - exact).abs().max()
@@ -159,7 +161,7 @@ def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
     assert panels is not None
     assert layer.to_panels_() is panels
     assert layer.weight.numel() == 0
-    assert torch.equal(layer.stored, w)
+    assert isinstance(layer.stored, Tensor) and torch.equal(layer.stored, w)
     assert torch.equal(layer(x), expected)
 
 
@@ -285,18 +287,11 @@ def test_rotate(isa: str, d: int) -> None:
     assert (out - exact).abs().max() < 1e-6
 
 
-@torch.inference_mode()
-def states(target: Target, tokens: list[int], calls: list[int]) -> Tensor:
-    """Hidden states of all tokens, run through the cache in calls of the given sizes."""
-    sequence = open_sequence(target, len(tokens), 0, 40, SamplingParams())
-    out, start = [], 0
-    for rows in calls:
-        hidden_TD = forward_rows(target, [Rows(sequence, torch.tensor(tokens[start : start + rows]), rows)])
-        out.append(hidden_TD[None])
-        sequence.cache.commit(rows)
-        start += rows
-    assert start == len(tokens)
-    return torch.cat(out, 1)
+def states(backend: Backend, tokens: list[int], calls: list[int]) -> Tensor:
+    """Hidden states of all tokens [T, D], run through the cache in calls of the given sizes."""
+    (cache,) = open_caches(backend, 1, len(tokens))
+    parts = torch.tensor(tokens).split(calls)
+    return torch.cat([run_rows(backend, cache, part.tolist()) for part in parts])
 
 
 CALLS = [[1] * 150, [5] * 30, [64, 64, 1, 21], [40, 1, 2, 3, 4, 32, 8, 60], [13] * 11 + [7]]
@@ -305,16 +300,16 @@ CALLS = [[1] * 150, [5] * 30, [64, 64, 1, 21], [40, 1, 2, 3, 4, 32, 8, 60], [13]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rows_bits_do_not_depend_on_its_call(dtype: str) -> None:
     """Of the bundled target: alone, among 2 to 64 rows, in any chunks, with any number of threads."""
-    target = load_pair(dtype=dtype).target
-    assert target.native is not None
+    backend = load_pair(dtype=dtype).backend
+    assert isinstance(backend, CpuBackend)
     tokens = torch.randint(0, 4096, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     native.set_threads(1)
-    alone = states(target, tokens, CALLS[0])
+    alone = states(backend, tokens, CALLS[0])
     for threads in (1, 2, 3):
         native.set_threads(threads)
         for calls in CALLS:
-            assert torch.equal(states(target, tokens, calls), alone)
-    close_to = target.forward_sequence(torch.tensor([tokens])).hidden_BTD
+            assert torch.equal(states(backend, tokens, calls), alone)
+    close_to = backend.target.forward_sequence(torch.tensor([tokens])).hidden_BTD[0]
     assert (alone - close_to).abs().max() <= (1e-4 if dtype == "float32" else 0.2) * close_to.abs().max()
 
 
@@ -336,7 +331,7 @@ def test_sequences_in_one_call_are_each_alone(name: str, weights: str) -> None:
     target = random_target(5, DIVIDED[name]).to(torch.float32 if weights == "float32" else torch.bfloat16)
     if weights in QUANTISATIONS:
         target.quantise_(parse_weight_types(weights))
-    target.pack_()
+    backend = CpuBackend(target)
     generator, count = torch.Generator().manual_seed(1), 19
 
     def ids(rows: int) -> list[int]:
@@ -348,16 +343,12 @@ def test_sequences_in_one_call_are_each_alone(name: str, weights: str) -> None:
 
     def played(threads: int, together: bool) -> Tensor:
         native.set_threads(threads)
-        pool = KVPool(target.config, {k: count * n for k, n in block_counts(target.config, 80, 64).items()},
-                      torch.float32, "cpu")  # fmt: skip
-        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in range(count)]
-        out = []
+        caches, out = open_caches(backend, count, 80), []
         for tokens, last_only in ((prompts, True), *((rows, False) for rows in rounds), (rounds[0], True)):
-            calls = [Rows(sequence, row, 1 if last_only else len(row))
-                     for sequence, row in zip(sequences, tokens, strict=True)]  # fmt: skip
-            out += [forward_rows(target, part) for part in ([calls] if together else [[call] for call in calls])]
+            calls = [Rows(cache, row, 1 if last_only else len(row)) for cache, row in zip(caches, tokens, strict=True)]
+            out += [forward(backend, part) for part in ([calls] if together else [[call] for call in calls])]
             for call in calls:
-                call.sequence.cache.commit(len(call.tokens))
+                call.cache.table.commit(len(call.token_ids))
         return torch.cat(out)
 
     alone = played(1, together=False)
@@ -371,8 +362,7 @@ def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> Non
     """They end at the last layer that has keys and values: states that are wanted, now and in the next call, are those
     of calls that want all of them."""
     native.set_threads(threads)
-    target = random_target(6, DIVIDED[name]).to(torch.bfloat16)
-    target.pack_()
+    backend = CpuBackend(random_target(6, DIVIDED[name]).to(torch.bfloat16))
     generator = torch.Generator().manual_seed(2)
     calls = [[torch.randint(0, VOCAB, (rows,), generator=generator).tolist() for rows in call]
              for call in ([40, 1, 6, 17], [3, 1, 2, 5])]  # fmt: skip
@@ -380,17 +370,14 @@ def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> Non
 
     def played(every: bool) -> list[Tensor]:
         """The wanted states, of calls that want these or every one."""
-        blocks = {kind: 4 * count for kind, count in block_counts(target.config, 80, 64).items()}
-        pool = KVPool(target.config, blocks, torch.float32, "cpu")
-        sequences = [open_sequence(target, 64, 0, 16, SamplingParams(), pool) for _ in wanted]
-        out = []
+        caches, out = open_caches(backend, len(wanted), 64), []
         for call in calls:
             keep = [len(tokens) if every else count for tokens, count in zip(call, wanted, strict=True)]
-            rows = [Rows(*row) for row in zip(sequences, call, keep, strict=True)]
-            states_of = forward_rows(target, rows).split(keep)
+            rows = [Rows(*row) for row in zip(caches, call, keep, strict=True)]
+            states_of = forward(backend, rows).split(keep)
             out += [of_one[-count:] for of_one, count in zip(states_of, wanted, strict=True)]
             for row in rows:
-                row.sequence.cache.commit(len(row.tokens))
+                row.cache.table.commit(len(row.token_ids))
         return out
 
     assert all(torch.equal(a, b) for a, b in zip(played(every=False), played(every=True), strict=True))
@@ -399,31 +386,30 @@ def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> Non
 @torch.inference_mode()
 def test_sequences_of_several_pools_are_no_call() -> None:
     """The first one's keys and values would be read and written for all."""
-    target = random_target()
-    target.pack_()
-    rows = [Rows(open_sequence(target, 8, 0, 1, SamplingParams()), [3], 1) for _ in range(2)]
+    backend = CpuBackend(random_target())
+    rows = [Rows(open_caches(backend, 1, 8)[0], [3], 1) for _ in range(2)]
     with pytest.raises(AssertionError, match="share a pool"):
-        forward_rows(target, rows)
+        forward(backend, rows)
 
 
+@torch.inference_mode()
 def test_the_comparison_sees_another_order_of_sums() -> None:
     """PyTorch's own products of the same weights do depend on the number of rows, and must fail the test above."""
     from gemma_mtp.checkpoint import load_target
 
     target = load_target(bundled_directory() / "target", torch.float32)
-    tokens = torch.randint(0, 4096, (150,), generator=torch.Generator().manual_seed(0)).tolist()
-    alone = states(target, tokens, CALLS[0])
-    assert not all(torch.equal(states(target, tokens, calls), alone) for calls in CALLS)
+    tokens = torch.randint(0, 4096, (1, 150), generator=torch.Generator().manual_seed(0))
+    whole = target.forward_sequence(tokens).hidden_BTD[0]
+    parts = [target.forward_sequence(tokens[:, :rows]).hidden_BTD[0] for rows in (1, 5, 13, 64, 149)]
+    assert not all(torch.equal(part, whole[: len(part)]) for part in parts)
 
 
 @pytest.mark.parametrize("centroids", [False, True])
 def test_greedy_drafts_in_one_call_are_the_steps_one_by_one(centroids: bool) -> None:
-    target, drafter = random_target(), random_drafter(centroids=centroids)
-    target.pack_()
-    drafter.pack_(target.native)
-    greedy = play(target, drafter, [5, 6, 7], SamplingParams(max_tokens=40), 6)
+    backend = CpuBackend(random_target(), random_drafter(centroids=centroids))
+    greedy = play(backend, [5, 6, 7], SamplingParams(max_tokens=40), 6)
     # top_k 1 is greedy too, but goes through logits and the general choice
-    stepwise = play(target, drafter, [5, 6, 7], SamplingParams(max_tokens=40, temperature=1.0, top_k=1), 6)
+    stepwise = play(backend, [5, 6, 7], SamplingParams(max_tokens=40, temperature=1.0, top_k=1), 6)
     assert greedy.tokens == stepwise.tokens
     assert greedy.accepted == stepwise.accepted
 
@@ -435,31 +421,31 @@ def keys_of(seed: int, positions: range) -> list[int]:
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 1.5, 40.0])
 def test_drawn_tokens_are_those_of_the_reference(temperature: float) -> None:
     """The noise is the same to the last bit but one of a float64 logarithm, which float32 does not show here."""
-    target = load_pair(use_drafter=False).target
-    assert target.native is not None
-    hidden = randn(400, target.config.hidden_size, seed=int(10 * temperature))
+    backend = load_pair(use_drafter=False).backend
+    assert isinstance(backend, CpuBackend)
+    hidden = randn(400, backend.target.config.hidden_size, seed=int(10 * temperature))
     params, positions = SamplingParams(temperature=temperature, seed=9), range(5, 405)
-    expected = choose(process(target.logits(hidden), params), params, torch.tensor(positions)).tolist()
+    expected = choose(process(backend.logits(hidden), params), params, torch.tensor(positions)).tolist()
     keys, rows = keys_of(9, positions), range(400)
-    assert target.native.choose(hidden, rows, [temperature] * 400, keys) == expected
-    assert target.native.choose(hidden, rows, [temperature] * 400, keys_of(8, positions)) != expected
+    assert backend.choose(hidden, rows, [temperature] * 400, keys) == expected
+    assert backend.choose(hidden, rows, [temperature] * 400, keys_of(8, positions)) != expected
     assert len(set(expected)) > 100
-    alone = [target.native.choose(hidden, [i], [temperature], keys[i : i + 1])[0] for i in rows]
+    alone = [backend.choose(hidden, [i], [temperature], keys[i : i + 1])[0] for i in rows]
     assert alone == expected
     some = [399, 7, 8, 9, 200]
-    assert target.native.choose(hidden, some, [temperature] * 5, [keys[i] for i in some]) == [expected[i] for i in some]
+    assert backend.choose(hidden, some, [temperature] * 5, [keys[i] for i in some]) == [expected[i] for i in some]
 
 
 def test_drawn_tokens_follow_their_distribution() -> None:
     """Chi-square of 20,000 draws of one row; the test is wrong once in 10 ** 6, and sees a temperature of 0.8."""
-    target = load_pair(use_drafter=False).target
-    assert target.native is not None
-    hidden = 0.3 * randn(1, target.config.hidden_size)
+    backend = load_pair(use_drafter=False).backend
+    assert isinstance(backend, CpuBackend)
+    hidden = 0.3 * randn(1, backend.target.config.hidden_size)
     count = 20_000
 
     def statistic(temperature: float) -> float:
-        drawn = target.native.choose(hidden, [0] * count, [temperature] * count, keys_of(3, range(count)))  # type: ignore[union-attr]
-        expected = count * torch.softmax(target.logits(hidden)[0].double(), -1)
+        drawn = backend.choose(hidden, [0] * count, [temperature] * count, keys_of(3, range(count)))
+        expected = count * torch.softmax(backend.logits(hidden)[0].double(), -1)
         common = expected >= 5
         seen = torch.bincount(torch.tensor(drawn), minlength=len(expected)).double()
         observed = torch.cat((seen[common], seen[~common].sum()[None]))
@@ -473,14 +459,14 @@ def test_drawn_tokens_follow_their_distribution() -> None:
 @pytest.mark.parametrize("centroids", [False, True])
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_drawn_drafts_in_one_call_are_the_steps_one_by_one(centroids: bool, temperature: float) -> None:
-    target, drafter = packed(random_target(), random_drafter(centroids=centroids))
+    backend = CpuBackend(random_target(), random_drafter(centroids=centroids))
     drawn = SamplingParams(max_tokens=40, temperature=temperature, seed=4)
     # a min-p that removes nothing goes through logits and the general choice
     stepwise = dataclasses.replace(drawn, min_p=1e-30)
     assert (drawn.choice, stepwise.choice) == ("drawn", "processed")
     rule = StopRule((0.0, 0.0, 0.02, 0.05, 0.1, 0.2), 0.3, 1.1)
     for stop in (None, rule):
-        fast, slow = (play(target, drafter, [5, 6, 7], params, 6, stop=stop) for params in (drawn, stepwise))
+        fast, slow = (play(backend, [5, 6, 7], params, 6, stop=stop) for params in (drawn, stepwise))
         assert (fast.tokens, fast.accepted, fast.drafted) == (slow.tokens, slow.accepted, slow.drafted)
         for ours, theirs in zip(fast.confidences, slow.confidences, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
@@ -491,9 +477,8 @@ def test_ties_go_to_the_lowest_id() -> None:
     target = random_target()
     with torch.no_grad():
         target.embed_tokens.weight[:] = target.embed_tokens.weight[7]
-    target.pack_()
-    assert target.native is not None
-    assert target.native.choose(randn(5, TINY.hidden_size), range(5), [0.0] * 5, [0] * 5) == [0] * 5
+    found = CpuBackend(target).choose(randn(5, TINY.hidden_size), range(5), [0.0] * 5, [0] * 5)
+    assert found == [0] * 5
 
 
 def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +491,7 @@ def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch
         with pytest.warns(RuntimeWarning, match="native operators are not there") as caught:
             pair = load_pair()
         assert len(caught) == 1
-        assert pair.target.native is None
+        assert isinstance(pair.backend, ReferenceBackend)
         assert len(pair.generate("import", SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
     finally:
         module.cache_clear()

@@ -7,10 +7,10 @@ import pytest
 import quality
 import torch
 import torch.nn.functional as F
-from gemma_mtp.decoding.round import NATIVE_CHUNK_ROWS
 from models import PLE, VOCAB, random_target
 
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.tokenizer import Tokenizer
@@ -24,10 +24,12 @@ def test_the_loss_is_that_of_whole_sequences(kinds: str) -> None:
     """Longer than a chunk and than the window; reference path, so that quantised weights give the same too."""
     target = random_target(config=PLE)
     target.quantise_(parse_weight_types(kinds))
-    rows = torch.randint(0, VOCAB, (3, 2 * NATIVE_CHUNK_ROWS + 7), generator=torch.Generator().manual_seed(1))
+    backend = ReferenceBackend(target)
+    backend.chunk_rows = 64
+    rows = torch.randint(0, VOCAB, (3, 2 * backend.chunk_rows + 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits = target.logits(target.forward_sequence(rows).hidden_BTD)[:, :-1].flatten(0, 1)
-    assert quality.loss(target, rows) == pytest.approx(float(F.cross_entropy(logits, rows[:, 1:].flatten())), rel=1e-4)
+    assert quality.loss(backend, rows) == pytest.approx(float(F.cross_entropy(logits, rows[:, 1:].flatten())), rel=1e-4)
 
 
 def test_the_text_is_held_out_and_whole_rows() -> None:

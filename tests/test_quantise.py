@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from gemma_mtp.decoding.round import Rows, forward_rows, open_sequence, prefill
-from gemma_mtp.kv_cache import CommittedKeyValues
 from models import (
     PLE,
     TINY,
     VOCAB,
     WIDE,
     agreeing_pair,
-    packed,
+    backends,
+    open_caches,
+    opened,
     play,
     random_drafter,
     random_target,
+    run_rows,
     same_weights,
     save_pair,
     wide_drafter,
@@ -28,18 +29,21 @@ from oracle import FAMILIES, build_target
 from torch import Tensor
 
 from gemma_mtp import checkpoint
+from gemma_mtp.backend.base import DraftStep
+from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import module
+from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.config import TextConfig
+from gemma_mtp.config import TargetConfig, TextConfig
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.layers import slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import quantise
 from gemma_mtp.ops.linear import Chooser, Matrix
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.weight_files import SINGLE_FILE
 from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
@@ -141,9 +145,9 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def native_logits(target: Target, tokens: Tensor) -> Tensor:
-    rows = tokens.shape[1]
-    sequence = open_sequence(target, rows, 0, rows, SamplingParams())
-    return target.logits(forward_rows(target, [Rows(sequence, tokens[0], rows)]))
+    backend = CpuBackend(target)
+    (cache,) = open_caches(backend, 1, tokens.shape[1])
+    return backend.logits(run_rows(backend, cache, tokens[0].tolist()))
 
 
 @native_only
@@ -158,7 +162,6 @@ def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
     for seed in range(10):
         target, tokens = quantised_target(WIDE[name], kinds, seed), TOKENS[:, 2 * seed : 2 * seed + 4]
         expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
-        target.pack_()
         difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
         alike += (difference < 1e-5).flatten().tolist()
     assert sum(alike) >= 0.7 * len(alike)
@@ -169,7 +172,6 @@ def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
 def test_the_comparison_sees_activations_that_are_not_rounded() -> None:
     target = quantised_target(PLE, "int8")
     expected = target.logits(target.forward_sequence(TOKENS).hidden_BTD)
-    target.pack_()
     difference = (native_logits(target, TOKENS) - expected).abs().amax(-1) / expected.abs().max()
     assert (difference > 1e-4).all()
 
@@ -180,53 +182,44 @@ def test_the_comparison_sees_activations_that_are_not_rounded() -> None:
 @pytest.mark.parametrize("centroids", [False, True])
 @torch.inference_mode()
 def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
-    """States, fed-back states and candidates' logits of one step, as above."""
+    """Fed-back states and candidates' logits of one step, as above."""
     alike = []
     for seed in range(8):
         target, drafter = random_target(seed, PLE), wide_drafter(PLE, centroids, seed)
         drafter.quantise_(parse_weight_types(kinds))
-        target.pack_()
-        sequence = open_sequence(target, 10, 2, 8, SamplingParams())
-        prefill(target, sequence, TOKENS[0, :10], chunk_rows=512)
-        rope = slice_rope(sequence.rope, 10, 11)
-        kv = CommittedKeyValues(sequence.cache, drafter.config.text.layer_types)
-        embeds = target.embed(torch.tensor([[sequence.last_token]]))
-        hidden = sequence.last_state[None, None]
-        state, projected = drafter(embeds, hidden, rope, kv)
-        logits, ids = drafter.candidates(state[0])
-        drafter.pack_(target.native)
-        assert drafter.native is not None
-        native_state, native_projected = drafter.native.step(torch.cat((embeds, hidden), -1)[0], [sequence])
-        native_logits, native_ids = drafter.candidates(state[0])  # of the same state
-        pairs = [(native_state, state), (native_projected, projected)]
-        if ids is None:
-            assert native_ids is None
-            pairs.append((native_logits, logits))
-        else:
-            assert native_ids is not None
-            order, native_order = ids.argsort(-1), native_ids.argsort(-1)
-            assert torch.equal(ids.gather(-1, order), native_ids.gather(-1, native_order))
-            pairs.append((native_logits.gather(-1, native_order), logits.gather(-1, order)))
-        alike += [bool((ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()) for ours, theirs in pairs]
+        native = CpuBackend(target, drafter)
+        sequence, _ = opened(native, TOKENS[0, :10].tolist(), SamplingParams())
+        # both read the same rows
+        start = [sequence.cache], torch.tensor([sequence.last_token]), sequence.cache.state[None]
+        ours, theirs = native.draft_step(*start), ReferenceBackend(target, drafter).draft_step(*start)
+        pairs = [(ours.projected_RD, theirs.projected_RD), tuple(map(by_token, (ours, theirs)))]
+        alike += [bool((mine - other).abs().max() <= 1e-5 * other.abs().max()) for mine, other in pairs]
     assert sum(alike) >= 0.7 * len(alike)
 
 
+def by_token(step: DraftStep) -> Tensor:
+    """The logits of the whole vocabulary, that of a token which is no candidate far below all others."""
+    if step.token_ids_RC is None:
+        return step.logits_RC
+    assert len(step.token_ids_RC[0].unique()) == step.token_ids_RC.shape[1]
+    return torch.full((1, VOCAB), -1e4).scatter(-1, step.token_ids_RC, step.logits_RC)
+
+
 @pytest.mark.parametrize("name", WIDE)
-@pytest.mark.parametrize(("kinds", "pack"), [
-    (KINDS[0], False), (KINDS[2], False), *(pytest.param(kinds, True, marks=native_only) for kinds in KINDS),
+@pytest.mark.parametrize(("kinds", "backend_name"), [
+    (KINDS[0], "reference"), (KINDS[2], "reference"),
+    *(pytest.param(kinds, "native", marks=native_only) for kinds in KINDS),
 ])  # fmt: skip
-def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, pack: bool) -> None:
+def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: str) -> None:
     config, accepted = WIDE[name], 0
     target, drafter = quantised_target(config, kinds), wide_drafter(config, centroids=name == "ple")
     drafter.quantise_(parse_weight_types(kinds))
-    if pack:
-        target, drafter = packed(target, drafter)
-        assert target.native is not None and drafter.native is not None
+    backend = backends(target, drafter)[backend_name]
     for temperature in (0.0, 1.0):
-        params = SamplingParams(max_tokens=40 if pack else 20, temperature=temperature, seed=3)
-        plain = play(target, None, [5, 6, 7], params, 0)
+        params = SamplingParams(max_tokens=40 if backend_name == "native" else 20, temperature=temperature, seed=3)
+        plain = play(backend, [5, 6, 7], params, 0)
         for draft_tokens in (1, 4):
-            drafted = play(target, drafter, [5, 6, 7], params, draft_tokens)
+            drafted = play(backend, [5, 6, 7], params, draft_tokens)
             assert drafted.tokens == plain.tokens
             accepted += sum(drafted.accepted)
     assert accepted > 0
@@ -242,7 +235,8 @@ def test_quantised_while_loading_is_quantised_after(
 ) -> None:
     """The same bits, whatever pieces the file is read in."""
     types = parse_weight_types(kinds)
-    for directory, load in zip(checkpoints(family), (load_target, load_drafter), strict=True):
+    loaders: tuple[Callable[..., Target | Drafter], ...] = (load_target, load_drafter)
+    for directory, load in zip(checkpoints(family), loaders, strict=True):
         expected = load(directory, torch.float32)
         expected.quantise_(types)
         same_weights(load(directory, torch.float32, types=types).checkpoint_tensors(), expected.checkpoint_tensors())
@@ -270,6 +264,7 @@ def test_eight_bits_stay_near_transformers(checkpoints: Checkpoints) -> None:
 MEASURE = """
 import sys, torch
 from pathlib import Path
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import load_target, stored_tensors
 from gemma_mtp.weight_types import parse_weight_types
 
@@ -278,10 +273,10 @@ def peak():  # not ru_maxrss, which a child inherits from its parent across exec
                 if line.startswith("VmHWM"))
 
 directory, warm_up, types = sys.argv[1], sys.argv[2], parse_weight_types(sys.argv[3])
-load_target(warm_up, torch.bfloat16, types=types).pack_()  # imports and pools that any load takes
+make_backend(load_target(warm_up, torch.bfloat16, types=types))  # imports and pools that any load takes
 before = peak()
 target = load_target(directory, torch.bfloat16, types=types)
-target.pack_()
+backend = make_backend(target)
 print(peak() - before, sum(tensor.nbytes for tensor in stored_tensors(target.checkpoint_tensors()).values()))
 """
 
@@ -300,8 +295,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
     for parameter in target.parameters():
         parameter.zero_()
-    checkpoint.save_target(target, checkpoint.TargetConfig(config), directory)
-    assert (directory / checkpoint.SINGLE_FILE).stat().st_size > 240e6
+    checkpoint.save_target(target, TargetConfig(config), directory)
+    assert (directory / SINGLE_FILE).stat().st_size > 240e6
     return directory
 
 
@@ -317,7 +312,7 @@ def test_peak_memory_of_loading(large: Path, tmp_path: Path, kinds: str) -> None
     growth, weights = map(int, ran.stdout.split())
     limit = weights + (64 << 20)
     figures = f"{kinds}: peak grew by {growth / 1e6:.0f} MB, weights {weights / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB"
-    assert limit < (large / checkpoint.SINGLE_FILE).stat().st_size
+    assert limit < (large / SINGLE_FILE).stat().st_size
     assert weights <= growth <= limit, figures
     print(figures)
 

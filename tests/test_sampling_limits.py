@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import agreeing_pair, backends, play, random_drafter, random_target, slow_decode
 from scipy import stats
 
+from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, uniform
 from gemma_mtp.decoding.sampling import (
@@ -263,6 +264,6 @@ def test_a_drafter_whose_candidates_are_all_forbidden_drafts_no_more(verificatio
     forbidden = {token: -math.inf for token in range(0, 61) if token not in (17, 40)}
     for filtered in ({}, {"top_p": 0.9}):
         params = SamplingParams(max_tokens=30, temperature=1.0, seed=2, logit_bias=forbidden, **filtered)
-        played = play(target, drafter, [5, 6, 7], params, 4, verification)
+        played = play(ReferenceBackend(target, drafter), [5, 6, 7], params, 4, verification)
         assert set(played.tokens) <= {17, 40}
         assert min(played.drafted) < 4

@@ -28,6 +28,7 @@ from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run
 from gemma_mtp.server.errors import ApiError
@@ -166,7 +167,7 @@ class CoarseLoop(virtual_time.VirtualTimeLoop):
 
 @pytest.mark.parametrize("at_end", [False, True])
 def test_a_timer_that_is_early_ends_a_request_all_the_same(pair: Pair, at_end: bool) -> None:
-    service = Service(Engine(pair), ServerSettings())  # whose thread never runs
+    service = Service(EngineThread(pair), ServerSettings())  # whose thread never runs
 
     async def ask() -> None:
         batch = service.submit([Request([5])], asyncio.get_running_loop().time() + 0.0505)

@@ -36,7 +36,7 @@ IDS = st.lists(
     | st.sampled_from([FIRST_BYTE + byte for byte in (0xE1, 0x9A, 0xA0, 0xF0, 0xED, 0xA0, 0xC0, 0x20)]),
     max_size=40,
 )  # fmt: skip
-MANY = settings(max_examples=60, deadline=None, derandomize=True)
+MANY = settings(max_examples=60)
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def test_the_work_grows_with_the_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["gemma", "stripped", "bytes"])
 @given(TEXTS, st.data())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_a_stop_string_is_found_at_the_same_token_however_tokens_come(
     name: str, text: str, data: st.DataObject
 ) -> None:

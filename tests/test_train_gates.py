@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gemma_mtp.decoding.round import Rows, Sequence, Turn, forward_rows, open_sequence, play_round, prefill, propose
-from gemma_mtp.kv_cache import CommittedKeyValues, KVCache
-from models import TINY, agreeing_pair, packed, random_drafter, random_target
+from models import TINY, agreeing_pair, open_caches, opened, random_drafter, random_target, run_rows
 from torch import Tensor
 
+from gemma_mtp.backend.base import Backend
+from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config import SLIDING, LayerType
 from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.draft import propose
+from gemma_mtp.engine.round import play_rounds
+from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
-from gemma_mtp.model.layers import Rope, rope_for, slice_rope
+from gemma_mtp.model.layers import Rope, rope_for
 from gemma_mtp.model.target import Target
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.step import DraftStep, Objective, StepStats
@@ -58,30 +62,27 @@ def training_logits(drafter: Drafter, rows: TargetRows, rope: Mapping[LayerType,
 
 
 @torch.no_grad()
-def decoding_logits(target: Target, drafter: Drafter, tokens_T: Tensor) -> list[Tensor]:
+def decoding_logits(backend: Backend, tokens_T: Tensor) -> list[Tensor]:
     """Each step's logits [T - 1, V], drafted from every committed length in turn with the decoder's own cache."""
     T = len(tokens_T)
-    rope = rope_for(target.config, torch.arange(T + 1), target.compute_dtype)
-    cache = KVCache(target.config, T, max_rows=1, dtype=target.compute_dtype, device="cpu")
-    sequence = Sequence(SamplingParams(), cache, rope, None)
+    (cache,) = open_caches(backend, 1, T)
     steps: list[list[Tensor]] = [[] for _ in range(STEPS)]
     for t in range(T - 1):
-        hidden_1D = forward_rows(target, [Rows(sequence, tokens_T[t : t + 1], keep=1)])
-        hidden = hidden_1D[None]
-        cache.commit(1)
-        committed = CommittedKeyValues(cache, drafter.config.text.layer_types)
+        hidden_1D = run_rows(backend, cache, [int(tokens_T[t])])
         for i in range(STEPS):
-            token = tokens_T[t + 1 + i] if t + 1 + i < T else torch.tensor(0)
-            state, hidden = drafter(target.embed(token.view(1, 1)), hidden, slice_rope(rope, t + 1, t + 2), committed)
-            steps[i].append(drafter.logits(state)[0, 0])
+            token_1 = tokens_T[t + 1 + i].view(1) if t + 1 + i < T else torch.tensor([0])
+            step = backend.draft_step([cache], token_1, hidden_1D)
+            assert step.token_ids_RC is None
+            steps[i].append(step.logits_RC[0])
+            hidden_1D = step.projected_RD
     return [torch.stack(logits) for logits in steps]
 
 
-def differ(target: Target, drafter: Drafter, tokens_BT: Tensor, of_training: list[Tensor]) -> float:
+def differ(backend: Backend, tokens_BT: Tensor, of_training: list[Tensor]) -> float:
     """Largest difference to decoding over both sequences and all steps, where a row's inputs lie in its sequence."""
     largest = 0.0
     for b, length in enumerate(LENGTHS):
-        of_decoding = decoding_logits(target, drafter, tokens_BT[b, :length])
+        of_decoding = decoding_logits(backend, tokens_BT[b, :length])
         for i in range(STEPS):
             valid = length - 1 - i
             largest = max(largest, float((of_training[i][b, :valid] - of_decoding[i][:valid]).abs().max()))
@@ -95,7 +96,7 @@ def test_training_logits_are_decoding_logits(
     target: Target, drafter: Drafter, rows: TargetRows, tokens_BT: Tensor
 ) -> None:
     of_training = training_logits(drafter, rows, query_rope(drafter, LENGTH, torch.float64))
-    assert differ(target, drafter, tokens_BT, of_training) < 1e-9
+    assert differ(ReferenceBackend(target, drafter), tokens_BT, of_training) < 1e-9
 
 
 @pytest.mark.parametrize("mistake", ["pairing", "future_kv", "window", "no_window", "position", "feedback"])
@@ -117,7 +118,7 @@ def test_the_comparison_sees_the_usual_mistakes(
         monkeypatch.setattr(Drafter, "forward", _without_feedback(Drafter.forward))
     of_training = training_logits(drafter, rows, rope)
     monkeypatch.undo()
-    assert differ(target, drafter, tokens_BT, of_training) > 1e-3
+    assert differ(ReferenceBackend(target, drafter), tokens_BT, of_training) > 1e-3
 
 
 def _without_feedback(forward: Any) -> Any:
@@ -213,14 +214,14 @@ def trainer_acceptance(
 
 
 @torch.inference_mode()
-def engine_rounds(target: Target, drafter: Drafter, params: SamplingParams, prompt: list[int], drafts: int):  # type: ignore[no-untyped-def]
+def engine_rounds(backend: Backend, params: SamplingParams, prompt: list[int], drafts: int):  # type: ignore[no-untyped-def]
     """(tokens, [(length before the round, accepted)]) of rounds of `drafts` drafts."""
-    sequence = open_sequence(target, len(prompt), params.max_tokens, drafts, params)
-    tokens = [*prompt, *prefill(target, sequence, torch.tensor(prompt), 512).token_ids]
+    sequence, first = opened(backend, prompt, params)
+    tokens = [*prompt, *first]
     rounds = []
     while len(tokens) - len(prompt) + drafts + 1 < params.max_tokens:
         length = len(tokens)
-        output = play_round(target, drafter, sequence, drafts, "exact")
+        (output,) = play_rounds(backend, [Turn(sequence, drafts)])
         tokens += output.token_ids
         rounds.append((length, output.accepted))
     return tokens, rounds
@@ -234,8 +235,8 @@ def test_greedy_acceptance_in_the_trainer_is_the_engines_round_by_round(shift: i
     """Negative control: rows shifted by one must not agree."""
     target, drafter = agreeing_pair()
     step = DraftStep(target, drafter, Objective("kl", steps=3), 64)
-    engine = packed(*agreeing_pair())
-    tokens, rounds = engine_rounds(*engine, SamplingParams(max_tokens=50), PROMPT, 3)
+    backend = make_backend(*agreeing_pair())
+    tokens, rounds = engine_rounds(backend, SamplingParams(max_tokens=50), PROMPT, 3)
     assert {0, 3} & {accepted for _, accepted in rounds} and len({a for _, a in rounds}) > 1
     agree = []
     for length, accepted in rounds:
@@ -251,11 +252,11 @@ def test_sampled_acceptance_in_the_trainer_is_the_engines_on_average(shift: int)
     Negative control: rows shifted by one."""
     target, drafter = agreeing_pair()
     step = DraftStep(target, drafter, Objective("kl", steps=1), 64)
-    engine = packed(*agreeing_pair())
+    backend = make_backend(*agreeing_pair())
     observed, chances = [], []
     for seed in range(12):
         params = SamplingParams(temperature=1.0, max_tokens=50, seed=seed)
-        tokens, rounds = engine_rounds(*engine, params, PROMPT, 1)
+        tokens, rounds = engine_rounds(backend, params, PROMPT, 1)
         for length, accepted in rounds:
             observed.append(accepted)
             _, (chance,) = trainer_acceptance(step, tokens, length - 2 - shift, 1.0, 1)
@@ -291,19 +292,17 @@ def test_an_exported_drafter_drafts_the_same_in_transformers(tmp_path: Path, che
     export_drafter(drafter.bfloat16(), config, tmp_path, directory)
     theirs, info = Gemma4AssistantForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    oracle, ours = build_target("e2b"), load_drafter(tmp_path, torch.float32)
-    packed(target, ours)
+    oracle, backend = build_target("e2b"), make_backend(target, load_drafter(tmp_path, torch.float32))
     for length in (4, 10, 15, 40, 70):  # the window is 16
         prompt = torch.randint(
             3, target.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(length)
         )
-        assert _our_drafts(target, ours, prompt, 6) == _their_drafts(oracle, theirs, prompt, 6)
+        assert _our_drafts(backend, prompt, 6) == _their_drafts(oracle, theirs, prompt, 6)
 
 
-def _our_drafts(target: Target, drafter: Drafter, prompt: Tensor, count: int) -> list[int]:
-    sequence = open_sequence(target, prompt.shape[1], 8, count, SamplingParams())
-    prefill(target, sequence, prompt[0], 512)
-    return propose(target, drafter, [Turn(sequence, count)])[0].on_host()
+def _our_drafts(backend: Backend, prompt: Tensor, count: int) -> list[int]:
+    sequence, _ = opened(backend, prompt[0].tolist(), SamplingParams())
+    return propose(backend, [Turn(sequence, count)])[0].token_ids
 
 
 def _their_drafts(target, drafter, prompt: Tensor, count: int) -> list[int]:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.losses import LK_ETA, LOSSES, LossKind, choice_at, coupled_chance, slab_loss, wanted
-from gemma_mtp.training.step import SLAB_LOGITS, DraftStep, Objective, StepStats, slab_spans
+from gemma_mtp.training.step import TILE_LOGITS, DraftStep, Objective, SlabRows, StepStats, slab_spans
 
 N, V = 5, 11
 
@@ -182,19 +182,22 @@ def obvious_step(step: DraftStep, batch: Batch, counts: list[int]) -> tuple[Tens
     return total, reached_K, accepted_K
 
 
-@pytest.mark.parametrize("slab_rows", [1, 2, 7, 1000])
-def test_blocks_and_slabs_of_any_size_give_the_same_gradient(
-    slab_rows: int, batch: Batch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("slab_rows", "tile_rows"), [(3, 1), (4, 9), (7, 2), (1000, 5), (1000, 1000)])
+def test_blocks_slabs_and_tiles_of_any_size_give_the_same_gradient(
+    slab_rows: int, tile_rows: int, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, drafter = doubled_step(Objective(steps=3))
     counts, found = batch.reached(3), []
-    for block, rows in ((4, 1000), (1, slab_rows), (3, slab_rows), (4, slab_rows)):
-        monkeypatch.setitem(SLAB_LOGITS, "cpu", rows * TINY.vocab_size)
+    for block, rows, tile in ((4, 1000, 1000), (1, slab_rows, tile_rows), (3, slab_rows, tile_rows),
+                              (4, slab_rows, tile_rows)):  # fmt: skip
+        monkeypatch.setitem(TILE_LOGITS, "cpu", tile * TINY.vocab_size)
+        assert step.tile_rows == tile
         stats = StepStats.zeros(3, torch.device("cpu"))
         for first in range(0, 4, block):
-            step.block(batch.rows(first, first + block), counts, stats)
+            step.block(batch.rows(first, first + block), counts, stats, rows)
         found.append(
-            [stats.loss, stats.reached_K, *(p.grad.clone() for p in drafter.parameters() if p.grad is not None)]
+            [stats.loss, stats.reached_K, stats.accepted_K]
+            + [p.grad.clone() for p in drafter.parameters() if p.grad is not None]
         )
         drafter.zero_grad()
     assert all(len(each) == len(found[0]) for each in found)
@@ -203,13 +206,16 @@ def test_blocks_and_slabs_of_any_size_give_the_same_gradient(
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_slabs_hold_every_row_once_and_stay_small(size: int, batch: Batch) -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("size", [3, 4, 7, 1000])
+def test_slabs_hold_every_row_once_and_stay_small(size: int, steps: int, batch: Batch) -> None:
+    """Small with the rows behind each span, which the target's probabilities are kept of, too."""
     held: dict[float, list[int]] = {1.0: [], 0.0: []}
     slabs = 0
-    for temperature, spans in slab_spans(batch, 24, size):
+    for temperature, spans in slab_spans(batch, 24, size, steps):
         rows = [row for span in spans for row in range(span.start, span.stop)]
         assert 0 < len(rows) <= size
+        assert len(SlabRows.of(spans, steps, torch.device("cpu")).index_N) <= size
         held[temperature] += rows
         slabs += 1
     expected = {
@@ -218,4 +224,5 @@ def test_slabs_hold_every_row_once_and_stay_small(size: int, batch: Batch) -> No
         for wanted_temperature in (1.0, 0.0)
     }  # fmt: skip
     assert held == expected
-    assert slabs == sum(-(-len(rows) // size) for rows in expected.values())
+    if steps == 1 or size == 1000:
+        assert slabs == sum(-(-len(rows) // size) for rows in expected.values())

@@ -9,6 +9,8 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,9 @@ from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import DataError, TrainingError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.training import centroids as centroids_module
 from gemma_mtp.training import memory
-from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, fit_head
+from gemma_mtp.training.centroids import balanced_assignment, balanced_clusters, cluster_aims, fit_head
 from gemma_mtp.training.drafter_trainer import DrafterRecipe, DrafterTrainer
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
 from gemma_mtp.training.gate import judge
@@ -139,13 +142,61 @@ def step_of(length: int = 64) -> tuple[DraftStep, Drafter]:
 def test_blocks_fit_the_memory_that_is_given() -> None:
     step, _ = step_of()
     generous = plan_blocks(step, 64, 8, 1 << 30)
-    each = generous.target_bytes + generous.drafter_bytes
-    assert generous.sequences == 8 and generous.target_bytes > 0 < generous.drafter_bytes
-    for count in (1, 3, 8):
-        assert plan_blocks(step, 64, 8, generous.slab_bytes + count * each).sequences == count
-    with pytest.raises(TrainingError, match="more than --memory"):
-        plan_blocks(step, 64, 8, generous.slab_bytes + each - 1)
+    assert generous.sequences == 8 and generous.slab_rows == 8 * 64
+    assert generous.target_bytes > 0 < generous.drafter_bytes
+    limits = range(4 * MEGABYTE, 2 * generous.nbytes, generous.nbytes // 4)
+    plans = [plan_blocks(step, 64, 8, limit) for limit in limits]
+    for limit, plan in zip(limits, plans, strict=True):
+        assert plan.nbytes <= limit and 1 <= plan.sequences <= 8 and 3 <= plan.slab_rows <= 8 * 64
+    assert len({plan.sequences for plan in plans}) > 2
+    assert plans == sorted(plans, key=lambda plan: (plan.sequences, plan.slab_rows)) and plans[-1] == generous
     assert "target" in generous.describe(64, 99 * MEGABYTE) and "limit 99 MB" in generous.describe(64, 99 * MEGABYTE)
+
+
+def test_the_least_memory_that_is_named_is_enough() -> None:
+    step, _ = step_of(1024)
+    with pytest.raises(TrainingError, match=r"one sequence of 1024 tokens needs \d+ MB, more than --memory 1 ") as told:
+        plan_blocks(step, 1024, 8, MEGABYTE)
+    needed = int(str(told.value).split(" needs ")[1].split()[0])
+    assert plan_blocks(step, 1024, 8, needed * MEGABYTE).sequences == 1
+    with pytest.raises(TrainingError, match="more than --memory"):
+        plan_blocks(step, 1024, 8, (needed - 1) * MEGABYTE)
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator held at once during `work`, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top_p", "limit_mb"),
+    [(torch.float32, 1.0, 64), (torch.float32, 1.0, 200), (torch.float32, 0.9, 120), (torch.bfloat16, 1.0, 200),
+     (torch.bfloat16, 0.9, 60)],
+)  # fmt: skip
+def test_a_block_of_a_large_vocabulary_stays_within_the_memory_given(
+    dtype: torch.dtype, top_p: float, limit_mb: int
+) -> None:
+    """What the allocator held at its peak, gradients included; and the plan is no idle guess from above."""
+    text = replace(TINY, vocab_size=65536, vocab_size_per_layer_input=61)
+    config = new_drafter_config(TargetConfig(text), DrafterShape(hidden=16, heads=4))
+    drafter = Drafter(config).requires_grad_(True)
+    initialise(drafter, 0)
+    step = DraftStep(random_target(config=text).to(dtype), drafter.to(dtype), Objective(steps=3, top_p=top_p), 64)
+    plan = plan_blocks(step, 64, 4, limit_mb * MEGABYTE)
+    drawn = np.random.default_rng(0).integers(0, 61, (4, 64)).astype(np.int32)
+    examples = ExampleSet.of(TokenExample(row, 0, 1.0) for row in drawn)
+    batch = BatchOrder(examples, 4, 0).batch(0)
+    stats = StepStats.zeros(3, torch.device("cpu"))
+    first, last = next(plan.blocks(0, 4))
+    peak = allocated_peak(lambda: step.block(batch.rows(first, last), batch.reached(3), stats, plan.slab_rows))
+    assert peak <= plan.nbytes <= limit_mb * MEGABYTE
+    assert peak > 0.7 * plan.nbytes
+    assert (plan.slab_rows == step.best_slab_rows) == (limit_mb == 200)
 
 
 def test_what_the_plan_counts_is_what_a_block_holds() -> None:
@@ -289,6 +340,52 @@ def test_a_fitted_head_finds_the_likeliest_token_more_often_than_chance() -> Non
     assert found.top_token > 0.9 and found.mass > 9 / 61
     logits, ids = drafter.candidates(states[:1])
     assert ids is not None and torch.allclose(logits, drafter.logits(states[:1]).gather(-1, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_aims_of_centroids_are_the_sums_over_each_clusters_tokens(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 and the clusters' tokens one by one, in blocks of any size."""
+    generator = torch.Generator().manual_seed(2)
+    table, states = torch.randn(60, 8, generator=generator), 3 * torch.randn(20, 8, generator=generator)
+    clusters = torch.randperm(60, generator=generator).view(12, 5)
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", at_once * 60)
+    aims = cluster_aims(states, table, clusters)
+    probs = (states.double() @ table.double().T).softmax(-1)
+    for k, members in enumerate(clusters.tolist()):
+        torch.testing.assert_close(aims.mass_NK[:, k].double(), sum(probs[:, m] for m in members), rtol=1e-5, atol=1e-7)
+    for n, token in enumerate(probs.argmax(-1).tolist()):
+        assert token in clusters[aims.top_N[n]].tolist()
+
+
+def test_clusters_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+    whole, means = balanced_clusters(table, 8, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", 1)
+    parts, same = balanced_clusters(table, 8, torch.Generator().manual_seed(0))
+    assert torch.equal(whole, parts)
+    torch.testing.assert_close(means, same)
+    torch.testing.assert_close(means, table[whole].mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centroid_head_takes_one_copy_of_the_table_and_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(centroids_module, "BLOCK_SCORES", 1 << 17)
+    monkeypatch.setattr(centroids_module, "FIT_STEPS", 2)
+    monkeypatch.setattr(centroids_module, "ITERATIONS", 2)
+    text = replace(TINY, vocab_size=1 << 15, vocab_size_per_layer_input=61)
+    shape = DrafterShape(hidden=64, heads=4, centroids=64)
+    config = new_drafter_config(TargetConfig(text), shape)
+    drafter = Drafter(replace(config, use_ordered_embeddings=False))
+    initialise(drafter, 0)
+    drafter.to(dtype)
+    states = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
+    copy, asked = 4 * 64 << 15, 32 * 12 << 15  # fp32 rows; scores and places of 32 choices
+    peak = allocated_peak(lambda: fit_head(drafter, config, states, None, seed=0))
+    assert copy + asked < peak < copy + asked + 8 * 4 * (1 << 17)
 
 
 # --- shapes and schedules

@@ -16,6 +16,9 @@ from test_train_gates import LENGTH, LENGTHS, STEPS, decoding_logits, differ, tr
 from torch import Tensor
 
 from gemma_mtp import load_pair
+from gemma_mtp.backend.base import Backend
+from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cli import main
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import measure_acceptance
@@ -109,16 +112,16 @@ def test_training_logits_are_decoding_logits(kinds: str, drafter: Drafter, token
     """PyTorch's operators multiply with the weights' values: the same but for float32's rounding. Negative control:
     training for the weights that were quantised."""
     of_training = training_logits_of(dequantised(kinds), drafter, tokens_BT)
-    assert differ(quantised(kinds), drafter, tokens_BT, of_training) < 1e-4
+    assert differ(ReferenceBackend(quantised(kinds), drafter), tokens_BT, of_training) < 1e-4
     of_full = training_logits_of(full_target(), drafter, tokens_BT)
-    assert differ(quantised(kinds), drafter, tokens_BT, of_full) > 0.1
+    assert differ(ReferenceBackend(quantised(kinds), drafter), tokens_BT, of_full) > 0.1
 
 
-def relative_error(target: Target, drafter: Drafter, tokens_BT: Tensor, of_training: list[Tensor]) -> float:
+def relative_error(backend: Backend, tokens_BT: Tensor, of_training: list[Tensor]) -> float:
     """Root mean square of the difference to decoding's logits, over that of those."""
     error, size = 0.0, 0.0
     for b, length in enumerate(LENGTHS):
-        of_decoding = decoding_logits(target, drafter, tokens_BT[b, :length])
+        of_decoding = decoding_logits(backend, tokens_BT[b, :length])
         for i in range(STEPS):
             ours, theirs = of_training[i][b, : length - 1 - i], of_decoding[i][: length - 1 - i]
             error, size = error + float((ours - theirs).square().sum()), size + float(theirs.square().sum())
@@ -131,12 +134,11 @@ def test_training_logits_are_the_native_ones_within_what_rounded_activations_lea
     kinds: str, drafter: Drafter, tokens_BT: Tensor
 ) -> None:
     """Negative control as above."""
-    target = quantised(kinds)
-    target.pack_()
+    backend = make_backend(quantised(kinds), drafter)
     of_training = training_logits_of(dequantised(kinds), drafter, tokens_BT)
-    assert relative_error(target, drafter, tokens_BT, of_training) < NATIVE_TOLERANCE
+    assert relative_error(backend, tokens_BT, of_training) < NATIVE_TOLERANCE
     of_full = training_logits_of(full_target(), drafter, tokens_BT)
-    assert relative_error(target, drafter, tokens_BT, of_full) > NATIVE_TOLERANCE * (1.2 if kinds == "int8" else 5)
+    assert relative_error(backend, tokens_BT, of_full) > NATIVE_TOLERANCE * (1.2 if kinds == "int8" else 5)
 
 
 # --- the command

@@ -266,7 +266,7 @@ def loop_length(check: Verify, target: Tensor, draft: Tensor, drafts: Tensor, te
     return n
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     check=st.sampled_from(VERIFIERS),
     table_seed=st.integers(0, 10_000),
@@ -291,7 +291,7 @@ def test_verification_equals_the_papers_loops(
         assert target[n, verified.tokens[n]] > draft[n, verified.tokens[n]]  # a correction comes from the excess
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(choices=st.lists(st.integers(0, 2), min_size=1, max_size=9), data=st.data())
 def test_exact_keeps_drafts_until_the_first_that_differs(choices: list[int], data: st.DataObject) -> None:
     drafts = data.draw(st.lists(st.integers(0, 2), min_size=len(choices) - 1, max_size=len(choices) - 1))
@@ -303,7 +303,7 @@ def test_exact_keeps_drafts_until_the_first_that_differs(choices: list[int], dat
     assert verified.tokens[: n + 1].tolist() == drafts[:n] + choices[n : n + 1]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(choices=st.lists(st.integers(0, 4), min_size=1, max_size=7), data=st.data())
 def test_greedy_rejection_and_block_equal_exact(choices: list[int], data: st.DataObject) -> None:
     drafts = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=len(choices) - 1, max_size=len(choices) - 1)))

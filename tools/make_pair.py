@@ -23,12 +23,12 @@ import torch
 from tokenizers import Tokenizer
 
 from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
+from gemma_mtp.backend.native import set_threads
+from gemma_mtp.backend.processor import processor
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.cost_cache import processor
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.json_files import read_json, write_json
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.training import bpe, bundle, data
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
 from gemma_mtp.training.environment import keep_freed_memory

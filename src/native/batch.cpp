@@ -33,18 +33,6 @@ void Batch::keep(float* x, size_t size) const {
         if (rows[m].source != m) std::copy_n(x + rows[m].source * size, size, x + m * size);
 }
 
-HeadRows Batch::head_rows(const Layer& l, size_t group, size_t block) const {
-    const Cache& cache = caches[l.cache];
-    const size_t before = group * cache.blocks * BLOCK_ROWS * l.head_dim;
-    const View& view = *rows[blocks[block].begin].view;
-    return {cache.keys + before, cache.values + before, view.table[(size_t)l.kind], l.head_dim};
-}
-
-Visible Batch::visible(const Layer& l, const Row& row) const {
-    const int64_t in_window = std::max((int64_t)0, row.position - (int64_t)window_ + 1);
-    return {l.kind == LayerKind::SLIDING ? in_window : 0, row.position - (sees_ == Sees::COMMITTED)};
-}
-
 void Batch::divide(int threads) {
     cuts_.clear();
     if (threads == 1 || blocks.size() < LEAST_BLOCKS * threads) return;

@@ -1,8 +1,8 @@
 // The rows of one call: many sequences, each with some rows, and how they can be divided among threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -64,8 +64,16 @@ class Batch {
     void keep(float* x, size_t size) const;
 
     // Returns the keys and values of a group that a block of rows attends to.
-    HeadRows head_rows(const Layer& l, size_t group, size_t block) const;
-    Visible visible(const Layer& l, const Row& row) const;
+    HeadRows head_rows(const Layer& l, size_t group, size_t block) const {
+        const Cache& cache = caches[l.cache];
+        const size_t before = group * cache.blocks * BLOCK_ROWS * l.head_dim;
+        const View& view = *rows[blocks[block].begin].view;
+        return {cache.keys + before, cache.values + before, view.table[(size_t)l.kind], l.head_dim};
+    }
+    Visible visible(const Layer& l, const Row& row) const {
+        const int64_t in_window = std::max((int64_t)0, row.position - (int64_t)window_ + 1);
+        return {l.kind == LayerKind::SLIDING ? in_window : 0, row.position - (sees_ == Sees::COMMITTED)};
+    }
 
     // Divides the sequences among threads, where each thread gets enough of them and none gets much more than its
     // share.

@@ -105,10 +105,10 @@ void ByColumns::attention(const Layer& l, const Attend& attend) {
     });
 }
 
-void ByColumns::each_cached(const Layer& l, const std::function<void(size_t, size_t)>& f) const {
+void ByColumns::each_cached(const Layer& l, const Note& note) const {
     const size_t blocks = batch.blocks.size();
     const Part mine = me_.part(l.groups * blocks, 1);
-    for (size_t t = mine.begin; t < mine.end; t++) f(t / blocks, t % blocks);
+    for (size_t t = mine.begin; t < mine.end; t++) note(t / blocks, t % blocks);
 }
 
 const Activations& ByColumns::mlp_rows(const Layer& l, const float* in) {
@@ -163,10 +163,10 @@ void BySequences::attention(const Layer& l, const Attend& attend) {
         for (size_t g = 0; g < l.groups; g++) attend(g * l.heads_per_group(), l.heads_per_group(), b);
 }
 
-void BySequences::each_cached(const Layer& l, const std::function<void(size_t, size_t)>& f) const {
+void BySequences::each_cached(const Layer& l, const Note& note) const {
     const Part blocks = batch.blocks_of(me_);
     for (size_t b = blocks.begin; b < blocks.end; b++)
-        for (size_t g = 0; g < l.groups; g++) f(g, b);
+        for (size_t g = 0; g < l.groups; g++) note(g, b);
 }
 
 const Activations& BySequences::mlp_rows(const Layer& l, const float* in) {

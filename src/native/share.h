@@ -6,10 +6,10 @@
 // for the feed-forward products, which are large: threads divide their columns.
 #pragma once
 
-#include <functional>
 #include <memory>
 
 #include "batch.h"
+#include "function_ref.h"
 #include "scratch.h"
 
 namespace gemma {
@@ -17,9 +17,11 @@ namespace gemma {
 class Share {
    public:
     // Finishes one head of one row of queries, keys or values after its projection.
-    using FinishHead = std::function<void(size_t row, size_t head)>;
+    using FinishHead = FunctionRef<void(size_t row, size_t head)>;
     // Attends with `count` heads of one group from `head` on, for a block of rows.
-    using Attend = std::function<void(size_t head, size_t count, size_t block)>;
+    using Attend = FunctionRef<void(size_t head, size_t count, size_t block)>;
+    // Notes the keys or values of a group that a block of rows attends to.
+    using Note = FunctionRef<void(size_t group, size_t block)>;
 
     const Batch& batch;
     const Part rows;  // whose residual stream this thread holds
@@ -61,8 +63,8 @@ class Share {
    protected:
     Share(const Batch& batch, Part rows, const Config& config, const Context& context)
         : batch(batch), rows(rows), hidden_(config.hidden), me_(context.me), own_(context.own), all_(context.all) {}
-    // Calls f(group, block) for what this thread is likely to attend to.
-    virtual void each_cached(const Layer& l, const std::function<void(size_t group, size_t block)>& f) const = 0;
+    // Calls `note` for what this thread is likely to attend to.
+    virtual void each_cached(const Layer& l, const Note& note) const = 0;
 
     const size_t hidden_;
     Worker& me_;
@@ -88,7 +90,7 @@ class ByColumns : public Share {
     void mlp_down(const Layer& l, float* out, const void* then) override;
 
    protected:
-    void each_cached(const Layer& l, const std::function<void(size_t, size_t)>& f) const override;
+    void each_cached(const Layer& l, const Note& note) const override;
 };
 
 class BySequences : public Share {
@@ -109,7 +111,7 @@ class BySequences : public Share {
     void mlp_down(const Layer& l, float* out, const void* then) override;
 
    protected:
-    void each_cached(const Layer& l, const std::function<void(size_t, size_t)>& f) const override;
+    void each_cached(const Layer& l, const Note& note) const override;
 };
 
 // Keys of a layer that a thread prefetches, at most, so that its second-level cache holds them; and values, earlier, so

@@ -39,13 +39,11 @@ Stack::Stack(const Config& config, const std::vector<Layer>& layers)
     divisible_ = bytes < cached_bytes() && !sparse;
 }
 
-void Stack::run(const Prepare& prepare, const std::function<void(const Context&)>& work) {
+void Stack::run(const Prepare& prepare, const FunctionRef<void(const Context&)>& work) {
     Pool::instance().run(
         [&](Worker& me) {
-            if (prepare) {
-                if (me.thread == 0) prepare(*shared_, me.threads);
-                me.wait();
-            }
+            if (me.thread == 0) prepare(*shared_, me.threads);
+            me.wait();
             work({me, Scratch::here(), *shared_});
         },
         large_);
@@ -77,7 +75,8 @@ void Stack::forward(const int64_t* tokens, const std::vector<Segment>& segments,
 }
 
 void Stack::logits(const float* hidden, size_t rows, float* out) {
-    run(nullptr, [&](const Context& context) { Head(config, context).logits(hidden, rows, out); });
+    const auto nothing = [](Shared&, int) {};
+    run(nothing, [&](const Context& context) { Head(config, context).logits(hidden, rows, out); });
 }
 
 void Stack::choose(const std::vector<const float*>& states, const Choice* choices, int64_t* tokens) {

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
 #include "batch.h"
+#include "function_ref.h"
 #include "scratch.h"
 
 namespace gemma {
@@ -25,9 +25,9 @@ class Stack {
     void choose(const std::vector<const float*>& states, const Choice* choices, int64_t* tokens);
 
     // Runs a piece of work on every thread, or on the caller alone where the model is small. First, `prepare` makes
-    // room in the shared buffers; it may be null.
-    using Prepare = std::function<void(Shared& all, int threads)>;
-    void run(const Prepare& prepare, const std::function<void(const Context&)>& work);
+    // room in the shared buffers.
+    using Prepare = FunctionRef<void(Shared& all, int threads)>;
+    void run(const Prepare& prepare, const FunctionRef<void(const Context&)>& work);
 
    private:
     std::unique_ptr<Shared> shared_;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemma_mtp import _native
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
-from gemma_mtp.backend.native import Memory, floats, floats_of_row, int32s, int64s
+from gemma_mtp.backend.native import Memory, floats, floats_in, floats_of_row, int32s_in, int64s, int64s_in
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
@@ -116,7 +116,7 @@ class CpuBackend:
             sliding, full = (rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
             tables = cache.table.tables
             view = _native.View(
-                int32s(tables[SLIDING]), int32s(tables[FULL]),
+                int32s_in(tables[SLIDING]), int32s_in(tables[FULL]),
                 floats(sliding[0]), floats(sliding[1]), floats(full[0]), floats(full[1]),
             )  # fmt: skip
             cache.handle = view, rope  # which keeps its tables, even when longer ones are made
@@ -165,7 +165,7 @@ class TargetStack:
     ) -> Tensor:  # fmt: skip
         """Returns hidden states after the final norm, float32 [sum of keep, D]."""
         hidden = torch.empty(sum(keep), self.hidden_size)
-        self._stack.forward(int64s(token_ids), layers, views, rows, keep, lengths, floats(hidden))
+        self._stack.forward(int64s_in(token_ids), layers, views, rows, keep, lengths, floats(hidden))
         return hidden
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class DrafterStack:
             [call.last_token for call in calls], states, layers, views, lengths, counts,
             [_stop_rule(call.stop) for call in calls], [call.temperature for call in calls for _ in range(most)],
             [key for call in calls for key in (*call.keys, *[0] * (most - len(call.keys)))],
-            int64s(out), floats(confidences), int64s(made),
+            int64s_in(out), floats_in(confidences), int64s_in(made),
         )  # fmt: skip
         drafted = []
         for begin, count, call in zip(range(0, rows * most, most), made, calls, strict=True):

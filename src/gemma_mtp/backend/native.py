@@ -107,31 +107,41 @@ class Memory:
         return self.tensors[-1]
 
 
-def floats(tensor: Tensor | array[float] | None) -> Floats:
-    """Returns the address of contiguous float32 memory; 0 for none."""
-    return cast("Floats", _address(tensor, torch.float32, "f"))
+# Calls take some addresses each: what follows is kept short.
+
+
+def floats(tensor: Tensor | None) -> Floats:
+    """Returns the address of a contiguous float32 tensor; 0 for none."""
+    if tensor is None:
+        return 0  # type: ignore[return-value]
+    assert tensor.dtype is torch.float32 and tensor.is_contiguous() and tensor.is_cpu
+    return tensor.data_ptr()  # type: ignore[return-value]
 
 
 def floats_of_row(tensor: Tensor, row: int) -> Floats:
     """Returns the address of one row of a contiguous float32 matrix."""
-    return cast("Floats", floats(tensor) + row * tensor.shape[1] * tensor.itemsize)
+    return floats(tensor) + 4 * tensor.stride(0) * row  # type: ignore[return-value]
 
 
-def int64s(tensor: Tensor | array[int]) -> Int64s:
-    """Returns the address of contiguous int64 memory."""
-    return cast("Int64s", _address(tensor, torch.int64, "q"))
+def int64s(tensor: Tensor) -> Int64s:
+    """Returns the address of a contiguous int64 tensor."""
+    assert tensor.dtype is torch.int64 and tensor.is_contiguous() and tensor.is_cpu
+    return tensor.data_ptr()  # type: ignore[return-value]
 
 
-def int32s(tensor: Tensor | array[int]) -> Int32s:
-    """Returns the address of contiguous int32 memory."""
-    return cast("Int32s", _address(tensor, torch.int32, "i"))
+def floats_in(numbers: array[float]) -> Floats:
+    """Returns the address of an array of float32."""
+    assert numbers.typecode == "f"
+    return numbers.buffer_info()[0]  # type: ignore[return-value]
 
 
-def _address(memory: Tensor | array[float] | array[int] | None, dtype: torch.dtype, typecode: str) -> int:
-    if memory is None:
-        return 0
-    if isinstance(memory, array):
-        assert memory.typecode == typecode
-        return memory.buffer_info()[0]
-    assert memory.dtype == dtype and memory.is_contiguous() and memory.device.type == "cpu"
-    return memory.data_ptr()
+def int64s_in(numbers: array[int]) -> Int64s:
+    """Returns the address of an array of int64."""
+    assert numbers.typecode == "q"
+    return numbers.buffer_info()[0]  # type: ignore[return-value]
+
+
+def int32s_in(numbers: array[int]) -> Int32s:
+    """Returns the address of an array of int32."""
+    assert numbers.typecode == "i"
+    return numbers.buffer_info()[0]  # type: ignore[return-value]

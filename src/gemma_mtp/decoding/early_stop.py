@@ -2,7 +2,7 @@
 
 After each draft its confidence (the drafter's own probability of it) is turned into a chance of acceptance, and the
 product of these chances is the reach: the chance that every draft so far is accepted, without which the next one is in
-vain. Drafting goes on while the reach is high enough to pay for the next draft. `src/native/stack.cpp` has it too.
+vain. Drafting goes on while the reach is high enough to pay for the next draft. `src/native/drafter.cpp` has it too.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def _uniform_of_keys(row_keys: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def row_key(seed: int, position: int, stream: int) -> int:
-    """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/stack.cpp` does too."""
+    """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/best.cpp` does too."""
     return _mix_word(position * _GOLDEN + _stream_key(seed, stream))
 
 

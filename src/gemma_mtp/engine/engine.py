@@ -266,9 +266,13 @@ class Engine:
         self._cancelled.clear()
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End a job with an error; the others go on."""
-        log.error("a request failed inside the engine", exc_info=error)
+        """End a job with an error; the others go on. A SamplingError, as of a grammar that turns out to be too complex,
+        is handed out as it is."""
         self._end(job, "error")
+        if isinstance(error, SamplingError):
+            job.generation.fail(error)
+            return
+        log.error("a request failed inside the engine", exc_info=error)
         failure = EngineError(f"the request failed inside the engine: {error}; others go on.")
         failure.__cause__ = error
         job.generation.fail(failure)

@@ -231,7 +231,7 @@ def block_names(
         content = before + array("q", token_ids[first : first + BLOCK_ROWS]).tobytes()
         if extras:
             positions = range(start + first, start + first + BLOCK_ROWS)
-            content += b"".join(b"%d:%s;" % (at, extras[at]) for at in positions if at in extras)
+            content += b"".join(b"%d:%d:%s" % (at, len(extras[at]), extras[at]) for at in positions if at in extras)
         before = hashlib.blake2b(content, digest_size=32).digest()
         names.append(before)
     return names

@@ -77,8 +77,12 @@ class Target(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Soft-capped logits [..., V] of hidden states after the final norm."""
+        return ops.softcap(self.scores(hidden), self.config.final_logit_softcapping)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Returns the logits [..., V] before they are soft-capped."""
         head = self.embed_tokens.stored if self.lm_head is None else self.lm_head.stored
-        return ops.softcap(quantise.linear(hidden, head), self.config.final_logit_softcapping)
+        return quantise.linear(hidden, head)
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
         """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""

@@ -12,7 +12,7 @@ from prometheus_client import Gauge
 
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.errors import EngineError, GemmaMtpError, TokenizerError
+from gemma_mtp.errors import EngineError, GemmaMtpError, SamplingError, TokenizerError
 from gemma_mtp.server.errors import ApiError, from_engine, internal_error, shutting_down
 from gemma_mtp.server.metrics import Metrics
 from gemma_mtp.server.settings import ServerSettings
@@ -171,6 +171,9 @@ class Batch:
             for update in member.generation.take():
                 self._note(member, update)
                 taken.append(update)
+        except SamplingError as error:
+            self._end(member, "error")
+            return taken, from_engine(error)
         except EngineError as error:
             self._end(member, "error")
             self.failure = error

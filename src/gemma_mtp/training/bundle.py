@@ -17,6 +17,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.training import bpe
 from gemma_mtp.training.shapes import BUNDLED_TARGET, DrafterShape
 
+#: nothing on sampling: the command line is greedy, the server draws, unless asked otherwise
 GENERATION = {
     "bos_token_id": bpe.BOS,
     "eos_token_id": [bpe.EOS, bpe.TURN_CLOSE],
@@ -27,7 +28,7 @@ GENERATION = {
 def export_target(target: Target, config: TargetConfig, tokenizer: Tokenizer, directory: Path) -> None:
     """Weights in bf16, config, generation config and tokenizer, as transformers reads them."""
     save_target(target, config, directory)
-    write_json(directory / "generation_config.json", {**GENERATION, "do_sample": False})
+    write_json(directory / "generation_config.json", GENERATION)
     bpe.save_tokenizer(tokenizer, directory, config.text.max_position_embeddings)
 
 

@@ -3,6 +3,8 @@
 Training scores the whole vocabulary; the head is made when it is done. Tokens are clustered by balanced k-means of
 their rows in the output table; the centroids are then fitted, so that the clusters with most of the drafter's own
 probability score highest, which cluster means alone do not give.
+
+Beside the table one copy of it is held at a time, and of what grows with the vocabulary blocks of `BLOCK_SCORES`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from gemma_mtp.training.unroll import trained_head
 ITERATIONS = 12
 #: clusters that a token may go to, best first, before it is put where there is room
 CHOICES = 32
-#: rows of a block of similarities, head states that centroids are fitted to, and steps of the fit
-BLOCK, FIT_STATES, FIT_STEPS, FIT_LR = 8192, 16_384, 300, 0.02
+#: scores that are computed at once, of rows by clusters or of states by tokens
+BLOCK_SCORES = 1 << 24
+#: head states that centroids are fitted to and measured on, steps of the fit, states of a step
+FIT_STATES, FIT_STEPS, FIT_BATCH, FIT_LR = 16_384, 300, 256, 0.02
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def fit_head(
 ) -> Recall:
     """Give `drafter` a centroid head of `config`, for head states such as `states_NH`. `known` is the head it had
     before, whose clusters are kept. The last fifth of the states measures the recall."""
-    table = trained_head(drafter).detach().float()
+    table = trained_head(drafter).detach()
     head = CentroidHead(config).to(table.device)
     generator = torch.Generator(table.device).manual_seed(seed)
     if known is None:
@@ -57,24 +61,32 @@ def fit_head(
     states = states_NH.float()
     states = states[torch.randperm(len(states), generator=generator, device=states.device)]
     split = len(states) - len(states) // 5
-    centroids = fit_centroids(centroids, table, clusters_KM, states[:split], generator)
+    aims = cluster_aims(states, table, clusters_KM)
+    centroids = fit_centroids(centroids, aims.mass_NK[:split], states[:split], generator)
     head.token_ordering.copy_(clusters_KM.flatten())
     head.centroids.weight.data.copy_(centroids)
     drafter.config = config
     drafter.masked_embedding = head.to(drafter.norm.weight.dtype).requires_grad_(False)
-    return recall(centroids, table, clusters_KM, states[split:], config.centroid_intermediate_top_k)
+    return recall(centroids, aims.rows(split), states[split:], config.centroid_intermediate_top_k)
 
 
 def balanced_clusters(table_VH: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Spherical k-means with V / count members to each cluster: members [count, V / count], means [count, H]."""
-    rows = F.normalize(table_VH, dim=-1)
+    """Spherical k-means with V / count members to each cluster: members [count, V / count], fp32 means [count, H]."""
+    rows = table_VH.to(torch.float32, copy=True)
+    rows /= rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     start = torch.randperm(len(rows), generator=generator, device=rows.device)[:count]
     centroids, capacity = rows[start], len(rows) // count
     for _ in range(ITERATIONS):
         owner_V = balanced_assignment(rows, centroids, capacity)
         members_KM = owner_V.argsort(stable=True).view(count, capacity)
-        centroids = F.normalize(rows[members_KM].mean(1), dim=-1)
-    return members_KM, table_VH[members_KM].mean(1)
+        centroids = F.normalize(_means(rows, members_KM), dim=-1)
+    return members_KM, _means(table_VH, members_KM)
+
+
+def _means(rows_VH: Tensor, members_KM: Tensor) -> Tensor:
+    """The mean [K, H] of each cluster's rows, in fp32."""
+    at_once = max(1, BLOCK_SCORES // (members_KM.shape[1] * rows_VH.shape[1]))
+    return torch.cat([rows_VH[members].float().mean(1) for members in members_KM.split(at_once)])
 
 
 def balanced_assignment(rows_VH: Tensor, centroids_KH: Tensor, capacity: int) -> Tensor:
@@ -101,22 +113,51 @@ def balanced_assignment(rows_VH: Tensor, centroids_KH: Tensor, capacity: int) ->
 
 
 def _best_clusters(rows_VH: Tensor, centroids_KH: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    found = [(block @ centroids_KH.T).topk(count, dim=-1) for block in rows_VH.split(BLOCK)]
-    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+    scores = torch.empty(len(rows_VH), count, dtype=rows_VH.dtype, device=rows_VH.device)
+    places = torch.empty(len(rows_VH), count, dtype=torch.int64, device=rows_VH.device)
+    at_once = max(1, BLOCK_SCORES // len(centroids_KH))
+    for start in range(0, len(rows_VH), at_once):
+        block = slice(start, start + at_once)
+        scores[block], places[block] = (rows_VH[block] @ centroids_KH.T).topk(count, dim=-1)
+    return scores, places
 
 
-def fit_centroids(
-    centroids_KH: Tensor, table_VH: Tensor, clusters_KM: Tensor, states_NH: Tensor, generator: torch.Generator
-) -> Tensor:
+@dataclass(frozen=True)
+class Aims:
+    """What centroids are to find for N states: the drafter's probability of each cluster [N, K], and the cluster [N] of
+    its likeliest token."""
+
+    mass_NK: Tensor
+    top_N: Tensor
+
+    def rows(self, start: int) -> Aims:
+        return Aims(self.mass_NK[start:], self.top_N[start:])
+
+
+@torch.no_grad()
+def cluster_aims(states_NH: Tensor, table_VH: Tensor, clusters_KM: Tensor) -> Aims:
+    """Scores every token for each state, once: the fit would come back to a state several times."""
+    ordered_VH, (count, members) = table_VH[clusters_KM.flatten()].float(), clusters_KM.shape
+    mass_NK = states_NH.new_empty(len(states_NH), count)
+    top_N = torch.empty(len(states_NH), dtype=torch.int64, device=states_NH.device)
+    at_once = max(1, BLOCK_SCORES // len(ordered_VH))
+    for start in range(0, len(states_NH), at_once):
+        block = slice(start, start + at_once)
+        scores = states_NH[block] @ ordered_VH.T
+        highest, place = scores.max(-1, keepdim=True)
+        sums = scores.sub_(highest).exp_().view(-1, count, members).sum(-1)
+        mass_NK[block], top_N[block] = sums / sums.sum(-1, keepdim=True), place.squeeze(-1) // members
+        del scores  # before those of the next block are made
+    return Aims(mass_NK, top_N)
+
+
+def fit_centroids(centroids_KH: Tensor, mass_NK: Tensor, states_NH: Tensor, generator: torch.Generator) -> Tensor:
     """Centroids whose softmax over clusters is near the drafter's own probability of each cluster."""
     fitted = torch.nn.Parameter(centroids_KH.clone())
     optimiser = torch.optim.Adam([fitted], lr=FIT_LR * float(centroids_KH.std()))
     for step in range(FIT_STEPS):
-        chosen = torch.randint(len(states_NH), (256,), generator=generator, device=states_NH.device)
-        states = states_NH[chosen]
-        with torch.no_grad():
-            aim = cluster_mass(states, table_VH, clusters_KM)
-        loss = F.cross_entropy(states @ fitted.T, aim)
+        chosen = torch.randint(len(states_NH), (FIT_BATCH,), generator=generator, device=states_NH.device)
+        loss = F.cross_entropy(states_NH[chosen] @ fitted.T, mass_NK[chosen])
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         for group in optimiser.param_groups:
@@ -125,23 +166,10 @@ def fit_centroids(
     return fitted.detach()
 
 
-def cluster_mass(states_NH: Tensor, table_VH: Tensor, clusters_KM: Tensor) -> Tensor:
-    """[N, K]: the drafter's probability of each cluster."""
-    probs = (states_NH @ table_VH.T).softmax(-1)
-    return probs[:, clusters_KM.flatten()].view(len(states_NH), *clusters_KM.shape).sum(-1)
-
-
 @torch.no_grad()
-def recall(centroids_KH: Tensor, table_VH: Tensor, clusters_KM: Tensor, states_NH: Tensor, top_k: int) -> Recall:
+def recall(centroids_KH: Tensor, aims: Aims, states_NH: Tensor, top_k: int) -> Recall:
     """What the best `top_k` clusters hold."""
-    hits, mass = 0.0, 0.0
-    owner = torch.empty(table_VH.shape[0], dtype=torch.int64, device=table_VH.device)
-    owner[clusters_KM.flatten()] = torch.arange(len(clusters_KM), device=owner.device).repeat_interleave(
-        clusters_KM.shape[1]
-    )
-    for states in states_NH.split(256):
-        best = (states @ centroids_KH.T).topk(top_k, dim=-1).indices
-        top_token = owner[(states @ table_VH.T).argmax(-1)]
-        hits += float((best == top_token[:, None]).any(-1).sum())
-        mass += float(cluster_mass(states, table_VH, clusters_KM).gather(-1, best).sum())
-    return Recall(hits / len(states_NH), mass / len(states_NH), top_k, len(clusters_KM))
+    best = (states_NH @ centroids_KH.T).topk(top_k, dim=-1).indices
+    hits = (best == aims.top_N[:, None]).any(-1).sum()
+    mass = aims.mass_NK.gather(-1, best).sum()
+    return Recall(float(hits) / len(states_NH), float(mass) / len(states_NH), top_k, len(centroids_KH))

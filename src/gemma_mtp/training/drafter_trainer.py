@@ -163,7 +163,7 @@ class DrafterTrainer:
         stats = StepStats.zeros(recipe.objective.steps, self.draft_step.device)
         self.masters.clear()
         for first, last in plan.blocks(start, stop):
-            self.draft_step.block(batch.rows(first, last), counts, stats)
+            self.draft_step.block(batch.rows(first, last), counts, stats, plan.slab_rows)
             self.masters.accumulate()
         self._sum_over_processes(stats)
         norm, loss = self.masters.clip(recipe.clip), stats.loss.item()

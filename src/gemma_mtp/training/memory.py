@@ -1,7 +1,13 @@
-"""How many sequences a block may hold: what one costs is counted, not guessed, before training starts."""
+"""How many sequences a block may hold, and rows a slab: what one costs is counted, not guessed, before training starts.
+
+Blocks and slabs follow from the settings and the model alone, never from the memory that happens to be free: another
+division sums in another order, so a run could not be repeated bit for bit.
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +17,12 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.training.step import SLAB_LOGITS, DraftStep
+from gemma_mtp.training.step import DraftStep
+from gemma_mtp.training.unroll import trained_head
 
-#: fp32 buffers of a slab that are alive at once: logits, log q, q, p, gradient and what the operators need between
-SLAB_BUFFERS = 8
+#: buffers of a tile, of fp32 size, that are alive at once: log q, q, gradient and what the operators need between;
+#: where top-k or top-p sort the vocabulary, 64-bit keys, places and masses
+TILE_BUFFERS, SORTED_TILE_BUFFERS = 6, 14
 MEGABYTE = 1 << 20
 #: what PyTorch's CPU allocator says, on Linux and macOS and on Windows, in a plain RuntimeError
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
@@ -22,13 +30,20 @@ ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Sequences a block, and the bytes that are held: of the target's states, keys and values for each sequence, of
-    what the drafter keeps for its backward pass for each sequence, and of one slab of logits."""
+    """Sequences a block, rows a slab, and the bytes that are held: of the target's states, keys and values for each
+    sequence, of what the drafter keeps for its backward pass for each sequence, of one slab of logits, and of the
+    gradient of the drafter's output table, which a block gathers beside that of the blocks before."""
 
     sequences: int
+    slab_rows: int
     target_bytes: int
     drafter_bytes: int
     slab_bytes: int
+    table_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.sequences * (self.target_bytes + self.drafter_bytes) + self.slab_bytes + self.table_bytes
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Sequences start to stop - 1 in as few blocks as fit, of sizes that differ by one at most."""
@@ -37,14 +52,15 @@ class BlockPlan:
         yield from pairwise(bounds)
 
     def describe(self, length: int, limit: int) -> str:
-        parts = f"target {self._megabytes(self.target_bytes)}, drafter {self._megabytes(self.drafter_bytes)}"
+        target, drafter, slab, table = (
+            f"{count / MEGABYTE:.1f} MB"
+            for count in (self.sequences * self.target_bytes, self.sequences * self.drafter_bytes, self.slab_bytes,
+                          self.table_bytes)
+        )  # fmt: skip
         return (
-            f"blocks of up to {self.sequences} x {length} tokens: {parts}, logits {self.slab_bytes / MEGABYTE:.1f} MB;"
-            f" limit {limit / MEGABYTE:.0f} MB"
+            f"blocks of up to {self.sequences} x {length} tokens: target {target}, drafter {drafter}, logits of"
+            f" {self.slab_rows} rows {slab}, table's gradient {table}; limit {limit / MEGABYTE:.0f} MB"
         )
-
-    def _megabytes(self, each: int) -> str:
-        return f"{self.sequences * each / MEGABYTE:.1f} MB"
 
 
 @contextmanager
@@ -60,20 +76,53 @@ def memory_reported(where: str, advice: str) -> Iterator[None]:
 
 
 def plan_blocks(step: DraftStep, length: int, batch_size: int, limit: int) -> BlockPlan:
-    """The most sequences of `length` tokens, up to `batch_size`, whose activations stay below `limit` bytes.
+    """The most sequences of `length` tokens, up to `batch_size`, that stay below `limit` bytes beside a slab. A slab
+    has as many rows as make it fast, where they leave room for one sequence: they gain more than larger blocks do.
 
-    Raises TrainingError where not even one does.
+    Raises TrainingError where not even one sequence and the smallest slab fit.
     """
     target_bytes, drafter_bytes = _bytes_of_one(step, length)
-    slab_bytes = 4 * SLAB_BUFFERS * max(SLAB_LOGITS[step.device.type], step.target.config.vocab_size)
-    fits = (limit - slab_bytes) // (target_bytes + drafter_bytes)
+    each, table_bytes = target_bytes + drafter_bytes, _table_bytes(step)
+
+    def slab_bytes(rows: int) -> int:
+        return rows * _row_bytes(step) + min(rows, step.tile_rows) * _tile_row_bytes(step)
+
+    room, least = limit - table_bytes, step.objective.steps
+    most = max(least, min(step.best_slab_rows, batch_size * length))
+    slab_rows = max(least, bisect_right(range(most + 1), room - each, key=slab_bytes) - 1)
+    fits = (room - slab_bytes(slab_rows)) // each
     if fits < 1:
-        needed = (slab_bytes + target_bytes + drafter_bytes) / MEGABYTE
+        needed = (table_bytes + slab_bytes(least) + each) / MEGABYTE
         raise TrainingError(
-            f"one sequence of {length} tokens needs {needed:.0f} MB, more than --memory {limit / MEGABYTE:.0f} allows;"
-            " raise it, or lower --length or --draft-steps."
+            f"one sequence of {length} tokens needs {math.ceil(needed)} MB, more than --memory"
+            f" {limit / MEGABYTE:.0f} allows; raise it, or lower --length or --draft-steps."
         )
-    return BlockPlan(min(fits, batch_size), target_bytes, drafter_bytes, slab_bytes)
+    return BlockPlan(min(fits, batch_size), slab_rows, target_bytes, drafter_bytes, slab_bytes(slab_rows), table_bytes)
+
+
+def _row_bytes(step: DraftStep) -> int:
+    """What a slab holds for each of its rows: logits, in whose place comes their gradient, and the target's
+    probabilities."""
+    size = step.drafter.norm.weight.element_size()
+    return step.target.config.vocab_size * (size + _wide(size))
+
+
+def _tile_row_bytes(step: DraftStep) -> int:
+    objective = step.objective
+    buffers = SORTED_TILE_BUFFERS if objective.top_k > 0 or objective.top_p < 1 else TILE_BUFFERS
+    return step.target.config.vocab_size * buffers * _wide(step.drafter.norm.weight.element_size())
+
+
+def _table_bytes(step: DraftStep) -> int:
+    """The table's gradient, gathered in fp32, and beside it a product or the whole in bf16, where that is trained."""
+    table = trained_head(step.drafter)
+    size = table.element_size()
+    return table.numel() * (_wide(size) + (size if size < _wide(size) else 0))
+
+
+def _wide(size: int) -> int:
+    """Bytes of what losses are computed in."""
+    return max(4, size)
 
 
 def _bytes_of_one(step: DraftStep, length: int) -> tuple[int, int]:

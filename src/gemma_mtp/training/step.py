@@ -2,7 +2,10 @@
 
 A block is as many sequences of a batch as fit: the target's pass over it, the drafter's unrolled steps, and backward
 again, before the next block begins. Logits live for one slab of rows only: the gradient at the drafter's head states is
-gathered slab by slab (`losses.slab_loss`), then sent back through the unrolled steps in one go.
+gathered slab by slab, then sent back through the unrolled steps in one go.
+
+A slab has many rows, since each product with a table of V rows reads that table once. What is computed of its logits
+(`losses.slab_loss`) goes tile by tile, a tile being a few whole rows that fit into a processor's cache.
 """
 
 from __future__ import annotations
@@ -15,16 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import rope_for, slice_rope
 from gemma_mtp.model.target import Target
+from gemma_mtp.ops.reference import softcap
 from gemma_mtp.training.examples import Batch
-from gemma_mtp.training.losses import LossKind, choice_at, slab_loss, wanted
+from gemma_mtp.training.losses import LossKind, Wanted, choice_at, slab_loss, wanted
 from gemma_mtp.training.optim import traceable
 from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, trained_head, unroll
 
-#: logits of a slab: on a CPU a few buffers of so many numbers stay in the cache; a GPU wants larger kernels
-SLAB_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: logits of a tile: on a CPU a few buffers of so many numbers stay in the cache; a GPU wants larger kernels
+TILE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: from so many rows on, products with a table spend their time on sums, not on reading the table
+SLAB_ROWS = 128
 
 #: gives a block's rows from where they were kept, or lets the function given compute them
 StoredRows = Callable[[Batch, Callable[[Tensor], TargetRows]], TargetRows]
@@ -78,8 +85,21 @@ class DraftStep:
             self._target_rows = torch.compile(target_rows, dynamic=False)
             self._unroll = torch.compile(unroll, dynamic=False)
 
-    def block(self, block: Batch, counts: list[int], stats: StepStats, backward: bool = True) -> None:
-        """One block of a batch in which draft i has `counts[i]` rows. Adds to `stats` and to the gradients."""
+    @property
+    def tile_rows(self) -> int:
+        """Rows whose logits make a tile."""
+        return max(1, TILE_LOGITS[self.device.type] // self.target.config.vocab_size)
+
+    @property
+    def best_slab_rows(self) -> int:
+        """Rows of a slab where memory does not matter; more would not be faster."""
+        return max(self.tile_rows, SLAB_ROWS)
+
+    def block(
+        self, block: Batch, counts: list[int], stats: StepStats, slab_rows: int | None = None, backward: bool = True
+    ) -> None:
+        """One block of a batch in which draft i has `counts[i]` rows. Adds to `stats` and to the gradients. A slab has
+        `slab_rows` rows, by default the `best_slab_rows`."""
         tokens_BT = block.tokens_BT.to(self.device)
         rows = self.compute_rows(tokens_BT) if self.stored_rows is None else self.stored_rows(block, self.compute_rows)
         with torch.set_grad_enabled(backward):
@@ -90,7 +110,7 @@ class DraftStep:
         table = trained_head(self.drafter)
         head = torch.zeros_like(table, dtype=_wide(table)) if backward else None
         with torch.no_grad():
-            for slab in self._slabs(block, tokens_BT, rows, states):
+            for slab in self._slabs(block, tokens_BT, rows, states, slab_rows or self.best_slab_rows):
                 slab.run(self.objective, counts, stats, gradients, head)
         if head is not None:
             torch.autograd.backward(states, gradients)
@@ -105,13 +125,14 @@ class DraftStep:
         """The drafter's states of every step."""
         return self._unroll(self.drafter, rows, slice_rope(self.query_rope, 0, length), self.objective.steps)
 
-    def _slabs(self, block: Batch, tokens_BT: Tensor, rows: TargetRows, states: list[Tensor]) -> Iterator[Slab]:
-        """Every draft of a block, in slabs of rows that are drafted at one temperature."""
-        size = max(1, SLAB_LOGITS[self.device.type] // self.target.config.vocab_size)
-        flat = [state.flatten(0, 1) for state in states]
-        for temperature, spans in slab_spans(block, tokens_BT.shape[1], size):
+    def _slabs(
+        self, block: Batch, tokens_BT: Tensor, rows: TargetRows, states: list[Tensor], size: int
+    ) -> Iterator[Slab]:
+        """Every draft of a block, in slabs of up to `size` rows that are drafted at one temperature."""
+        flat, steps = [state.flatten(0, 1) for state in states], self.objective.steps
+        for temperature, spans in slab_spans(block, tokens_BT.shape[1], size, steps):
             yield Slab(self.target, trained_head(self.drafter), tokens_BT.flatten(), rows.hidden_BTD.flatten(0, 1),
-                       flat, SlabRows.of(spans, self.objective.steps, self.device), temperature)  # fmt: skip
+                       flat, SlabRows.of(spans, steps, self.device), temperature, self.tile_rows)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,10 +144,15 @@ class Span:
     stop: int
     last: int
 
+    def rows(self, steps: int) -> int:
+        """Rows that hold what the target says of all drafts that begin in the span, `steps` from each row."""
+        return min(self.stop + steps - 1, self.last - 1) - self.start
 
-def slab_spans(block: Batch, length: int, size: int) -> Iterator[tuple[float, list[Span]]]:
-    """The rows of a block with a token to compare with, `size` at most at a time, sequences of one temperature after
-    each other: few large slabs, since a GPU takes as long to be told of a small one."""
+
+def slab_spans(block: Batch, length: int, size: int, steps: int) -> Iterator[tuple[float, list[Span]]]:
+    """The rows of a block with a token to compare with, in slabs of up to `size` rows, those behind the spans included
+    that `SlabRows` adds for `steps` drafts; `size` is at least `steps`. Sequences of one temperature come after each
+    other: few large slabs, since a GPU takes as long to be told of a small one."""
     by_temperature: dict[float, list[Span]] = {}
     for b, (first, count, temperature) in enumerate(zip(block.firsts, block.lengths, block.temperatures, strict=True)):
         start, last = b * length + first, b * length + count - 1
@@ -138,14 +164,16 @@ def slab_spans(block: Batch, length: int, size: int) -> Iterator[tuple[float, li
         for span in spans:
             start = span.start
             while start < span.stop:
-                stop = min(span.stop, start + room)
-                slab.append(Span(start, stop, span.last))
-                start, room = stop, room - (stop - start)
-                if room == 0:
+                # rows to the sequence's end need none behind them
+                stop = span.stop if span.stop - start <= room else start + room - (steps - 1)
+                if stop <= start:
                     yield temperature, slab
                     slab, room = [], size
-        if slab:
-            yield temperature, slab
+                    continue
+                part = Span(start, stop, span.last)
+                slab.append(part)
+                start, room = stop, room - part.rows(steps)
+        yield temperature, slab
 
 
 @dataclass(frozen=True)
@@ -165,7 +193,7 @@ class SlabRows:
     def of(spans: list[Span], steps: int, device: torch.device) -> SlabRows:
         index, drafts = [], []
         for span in spans:
-            rows = np.arange(span.start, min(span.stop + steps - 1, span.last - 1))
+            rows = np.arange(span.start, span.start + span.rows(steps))
             index.append(rows)
             drafts.append(np.where(rows < span.stop, np.minimum(span.last - 1 - rows, steps), 0))
         index_N, drafts_N = np.concatenate(index), np.concatenate(drafts)
@@ -184,30 +212,66 @@ class Slab:
     states: list[Tensor]
     rows: SlabRows
     temperature: float
+    tile_rows: int
 
     def run(
         self, objective: Objective, counts: list[int], stats: StepStats, gradients: list[Tensor], head: Tensor | None
     ) -> None:
         steps, index = objective.steps, self.rows.index_N
         choice = choice_at(self.temperature, objective.top_k, objective.top_p)
-        aims = wanted(self.target.logits(self.hidden_RD[index + 1]), choice, objective.hard_share)
+        aims = self._aims(choice, objective.hard_share)
         reached = torch.ones(len(index), dtype=torch.float32, device=index.device)
         for i, size in enumerate(self.rows.sizes):
             at, compared = index[:size], self.rows.drafts_N[:size] > i
             state, tokens = self.states[i][at], self.tokens_R[(at + (2 + i)).clamp(max=len(self.tokens_R) - 1)]
-            result = slab_loss(objective.loss, F.linear(state, self.table_VH), aims.rows(i, i + size), tokens, choice)
             reached = reached[:size] * compared
             weight = (objective.own_tokens * reached + (1 - objective.own_tokens)) * compared
             weight = weight * (objective.step_decay**i / (steps * max(1, counts[i])))
-            stats.loss.add_((result.loss_N * weight).sum())
+            logits = F.linear(state, self.table_VH)
+            loss, chance = self._losses(objective.loss, logits, aims.rows(i, i + size), tokens, choice, weight)
+            stats.loss.add_((loss * weight).sum())
             stats.reached_K[i] += reached.sum()
-            reached = reached * result.chance_N
+            reached = reached * chance
             stats.accepted_K[i] += reached.sum()
             if head is not None:
-                gradient = result.grad_NV.mul_(weight.unsqueeze(-1)).to(state.dtype)
                 # rows that are not compared add nothing here; they are another slab's, or nobody's
-                gradients[i].flatten(0, 1).index_add_(0, at, gradient @ self.table_VH)
-                head.add_(gradient.T @ state)
+                gradients[i].flatten(0, 1).index_add_(0, at, logits @ self.table_VH)
+                _add_product(head, logits, state)
+            del logits  # before those of the next draft are made
+
+    def _aims(self, choice: SamplingParams, hard_share: float) -> Wanted:
+        """What the drafter's logits are compared with, of every row."""
+        scores = self.target.scores(self.hidden_RD[self.rows.index_N + 1])
+        cap = self.target.config.final_logit_softcapping
+        probs = torch.empty(scores.shape, dtype=_wide(scores), device=scores.device)
+        entropy = probs.new_empty(len(probs))
+        for tile in self._tiles(len(probs)):
+            aim = wanted(softcap(scores[tile], cap), choice, hard_share)
+            probs[tile], entropy[tile] = aim.probs_NV, aim.entropy_N
+        return Wanted(probs, entropy)
+
+    def _losses(
+        self, kind: LossKind, logits: Tensor, aims: Wanted, tokens: Tensor, choice: SamplingParams, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the chance of acceptance of each row [N]. The gradient takes the logits' place, each row's times
+        its `weight`."""
+        loss, chance = (torch.empty(len(logits), dtype=_wide(logits), device=logits.device) for _ in range(2))
+        for tile in self._tiles(len(logits)):
+            result = slab_loss(kind, logits[tile], aims.rows(tile.start, tile.stop), tokens[tile], choice)
+            loss[tile], chance[tile] = result.loss_N, result.chance_N
+            logits[tile] = result.grad_NV.mul_(weight[tile].unsqueeze(-1))
+        return loss, chance
+
+    def _tiles(self, rows: int) -> Iterator[slice]:
+        yield from (slice(start, min(rows, start + self.tile_rows)) for start in range(0, rows, self.tile_rows))
+
+
+def _add_product(sums_VH: Tensor, gradient_NV: Tensor, state_NH: Tensor) -> None:
+    """Add the products' sum over rows, held in full only where the sums are of a wider type."""
+    if sums_VH.dtype == state_NH.dtype:
+        sums_VH.addmm_(gradient_NV.T, state_NH)
+    else:
+        sums_VH.add_(gradient_NV.T @ state_NH)
 
 
 def _wide(x: Tensor) -> torch.dtype:
