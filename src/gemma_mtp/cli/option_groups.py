@@ -16,13 +16,13 @@ Group = TypeVar("Group")
 REQUIRED: Any = MISSING
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def group(panel: str) -> Callable[[type[Group]], type[Group]]:
-    """Makes a frozen dataclass of options, whose help stands in this panel."""
+    """Makes a frozen dataclass of options, given by name, whose help stands in this panel."""
 
     def made(cls: type[Group]) -> type[Group]:
         cls.panel = panel  # type: ignore[attr-defined]
-        return dataclass(frozen=True)(cls)
+        return dataclass(frozen=True, kw_only=True)(cls)
 
     return made
 
