@@ -19,7 +19,7 @@ from gemma_mtp.cli.option_groups import REQUIRED, argument, group, grouped, opti
 @group("Place")
 class Place:
     files: list[Path] | None = argument(None, "Where to look.")
-    out: Path = option(REQUIRED, "Where to write.", "--out", "-o")
+    out: Path = option(REQUIRED, "Where to write.", "-o")
     max_depth: int = option(3, "How deep.")
 
 
@@ -35,12 +35,12 @@ class Words:
     secret: str = option("", "Kept back.", envvar="GROUPS_SECRET")
 
 
-def command(place: DeepPlace, words: Words, quiet: bool = False) -> None:
+def command(place: DeepPlace, words: Words) -> None:
     """Look for words."""
-    got.append((place, words, quiet))
+    got.append((place, words))
 
 
-got: list[tuple[DeepPlace, Words, bool]] = []
+got: list[tuple[DeepPlace, Words]] = []
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def test_each_group_gets_its_values(run: Callable[..., Any]) -> None:
     ran = run("a", "b", "-o", "c", "--max-depth", "1", "--no-hidden", "--word", "x", "--word", "y", GROUPS_SECRET="z")
     assert ran.exit_code == 0, ran.output
     place = DeepPlace(files=[Path("a"), Path("b")], out=Path("c"), max_depth=1, hidden=False)
-    assert got == [(place, Words(words=["x", "y"], secret="z"), False)]
+    assert got == [(place, Words(words=["x", "y"], secret="z"))]
     with pytest.raises(FrozenInstanceError):
         place.max_depth = 2  # type: ignore[misc]
 
 
 def test_a_field_keeps_its_default_and_a_group_may_change_that_of_its_base(run: Callable[..., Any]) -> None:
-    assert run("--out", "c", "--quiet").exit_code == 0
-    assert got == [(DeepPlace(out=Path("c")), Words(), True)]
+    assert run("--out", "c").exit_code == 0
+    assert got == [(DeepPlace(out=Path("c")), Words())]
     assert (got[0][0].max_depth, Place(out=Path("c")).max_depth) == (9, 3)
 
 
@@ -78,7 +78,7 @@ def test_the_help_has_a_panel_for_each_group(run: Callable[..., Any]) -> None:
     text = run("--help").output
     place, words = text.index("─ Place "), text.index("─ Words ")
     assert "Look for words." in text and "Where to look." in text[:place]
-    assert text.index("─ Arguments ") < text.index("─ Options ") < place < words
+    assert text.index("─ Arguments ") < place < words
     order = ["--out", "-o", "How deep, here.", "[default: 9]", "--hidden", "--no-hidden"]
     assert [text.index(part, place) for part in order] == sorted(text.index(part, place) for part in order)
     assert all(place < text.index(part) < words for part in order)
@@ -87,16 +87,15 @@ def test_the_help_has_a_panel_for_each_group(run: Callable[..., Any]) -> None:
 
 def test_the_signature_has_the_groups_options_in_their_order() -> None:
     shown = inspect.signature(grouped(command)).parameters
-    assert list(shown) == ["files", "out", "max_depth", "hidden", "words", "secret", "quiet"]
+    assert list(shown) == ["files", "out", "max_depth", "hidden", "words", "secret"]
     assert shown["out"].default is inspect.Parameter.empty
     assert (grouped(command).__name__, grouped(command).__doc__) == ("command", "Look for words.")
 
 
 def test_two_options_of_one_name_are_an_error() -> None:
-    def twice(place: Place, max_depth: int = 1) -> None: ...
+    def twice(place: Place, deep: DeepPlace) -> None: ...
 
-    twice.__annotations__ = {"place": Place, "max_depth": int, "return": None}
-    with pytest.raises(ValueError, match="max_depth"):
+    with pytest.raises(ValueError, match="files"):
         grouped(twice)
 
 

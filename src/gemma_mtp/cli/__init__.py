@@ -38,9 +38,9 @@ def run() -> None:
 
 
 app.command()(grouped(generate))
-app.command()(grouped(inspect))
+app.command()(inspect)
 app.command()(grouped(train))
-app.command()(grouped(quantize))
+app.command()(quantize)
 app.command()(grouped(acceptance))
 app.command()(grouped(serve))
 app.command()(grouped(bench_serve))

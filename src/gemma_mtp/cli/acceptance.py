@@ -97,7 +97,7 @@ class PromptOptions(options.ExampleOptions):
 class DraftingOptions:
     """How rounds draft."""
 
-    draft_tokens: int = option(4, "Drafts a round (K).", "--draft-tokens", "-k")
+    draft_tokens: int = option(4, "Drafts a round (K).", "-k")
     verification: str = option("exact", options.VERIFICATION)
 
 
@@ -105,9 +105,7 @@ class DraftingOptions:
 class SamplingOptions:
     """How tokens are chosen, and when they end."""
 
-    temperature: list[float] | None = option(
-        None, "0 is greedy; may be repeated. Default: 0 and 1.", "--temperature", "-t"
-    )
+    temperature: list[float] | None = option(None, "0 is greedy; may be repeated. Default: 0 and 1.", "-t")
     top_k: int | None = option(
         None, "Keep the k likeliest tokens; 0: all. Default: the checkpoint's own for conversations, else all."
     )
@@ -116,7 +114,7 @@ class SamplingOptions:
         "Keep the likeliest tokens up to this mass; 1: all. Default: the checkpoint's own for conversations, else all.",
     )
     seed: int = option(0, "Prompt i is sampled with seed + i.")
-    max_tokens: int = option(128, "At most so many tokens for each prompt.", "--max-tokens", "-n")
+    max_tokens: int = option(128, "At most so many tokens for each prompt.", "-n")
     ignore_eos: bool | None = option(
         None,
         "Whether to go on after the checkpoint's end-of-sequence tokens. Default: stop in conversations only.",

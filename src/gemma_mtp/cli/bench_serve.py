@@ -118,8 +118,8 @@ class PromptOptions(options.ExampleOptions):
 class RequestOptions:
     """What requests ask for."""
 
-    output_tokens: str = option("128", "Tokens to ask for: a number, or a range.", "--output-tokens", "-n")
-    temperature: float = option(0.0, "0 is greedy.", "--temperature", "-t")
+    output_tokens: str = option("128", "Tokens to ask for: a number, or a range.", "-n")
+    temperature: float = option(0.0, "0 is greedy.", "-t")
     top_p: float | None = option(None, "Sent where given.")
     top_k: int | None = option(None, "Sent where given; an extension of OpenAI's API.")
     ignore_eos: bool = option(
@@ -139,9 +139,7 @@ class RequestOptions:
 class DraftingOptions:
     """How requests ask for drafts."""
 
-    draft_tokens: str | None = option(
-        None, "Drafts a round, auto or a number, sent as our extension.", "--draft-tokens", "-k"
-    )
+    draft_tokens: str | None = option(None, "Drafts a round, auto or a number, sent as our extension.", "-k")
     compare_drafting: bool = option(
         False, "Play each load without drafts and with them (--draft-tokens, default auto), in turn."
     )

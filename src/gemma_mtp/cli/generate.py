@@ -16,7 +16,7 @@ from gemma_mtp.chat.prompt import chat_ids
 from gemma_mtp.cli import options, render
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.option_groups import argument, group, option
-from gemma_mtp.cli.options import DRAFTING, GRAMMAR, MODELS, OUTPUT, SAMPLING
+from gemma_mtp.cli.options import DRAFTING, GRAMMAR, OUTPUT, SAMPLING
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import Grammar
@@ -54,7 +54,7 @@ class PromptOptions:
     """Where the prompt comes from."""
 
     prompt: str | None = argument(None, "Text to complete; without it, --file or standard input.")
-    file: Path | None = option(None, "Read the prompt from a file.", "--file", "-f")
+    file: Path | None = option(None, "Read the prompt from a file.", "-f")
     token_ids: str | None = option(None, 'Prompt as token ids, such as "2 5 7".')
     chat: bool = option(
         False,
@@ -99,7 +99,6 @@ class DraftingOptions:
     draft_tokens: str = option(
         "auto",
         "Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.",
-        "--draft-tokens",
         "-k",
     )
     verification: str = option("exact", options.VERIFICATION)
@@ -109,8 +108,8 @@ class DraftingOptions:
 class SamplingOptions:
     """How tokens are chosen, and when they end; the fields have SamplingParams' names."""
 
-    max_tokens: int | None = option(None, "At most so many tokens; default: 128.", "--max-tokens", "-n")
-    temperature: float | None = option(None, "0 is greedy, the default.", "--temperature", "-t")
+    max_tokens: int | None = option(None, "At most so many tokens; default: 128.", "-n")
+    temperature: float | None = option(None, "0 is greedy, the default.", "-t")
     top_k: int | None = option(None, "Keep the k likeliest tokens; 0: all.")
     top_p: float | None = option(None, "Keep the likeliest tokens up to this mass; 1: all.")
     min_p: float | None = option(None, "Drop tokens below this share of the likeliest one's chance; 0: none.")
@@ -125,11 +124,8 @@ class SamplingOptions:
 
     def params(self, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
         """What was given, over the checkpoint's defaults. Raises SamplingError."""
-        own = {
-            **vars(self),
-            "logit_bias": _logit_bias(self.logit_bias or []),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-        }
+        biases, stops = _logit_bias(self.logit_bias or []), tuple(self.stop_token_ids or ())
+        own = {**vars(self), "logit_bias": biases, "stop_token_ids": stops}
         return sampling_params(defaults, **own, **others)
 
 
@@ -143,12 +139,8 @@ class GrammarOptions:
 
     def grammar(self) -> Grammar | None:
         """The grammar from the one option that was given, if any."""
-        given = {
-            "--json-schema": self.json_schema is not None,
-            "--json-object": self.json_object,
-            "--regex": self.regex is not None,
-        }
-        names = [name for name, value in given.items() if value]
+        given = {"--json-schema": self.json_schema, "--json-object": self.json_object or None, "--regex": self.regex}
+        names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise SamplingError(f"{' and '.join(names)} exclude each other; give one of them.")
         if self.json_schema is not None:
@@ -169,19 +161,12 @@ class OutputOptions:
     repeats: int = option(3, "Runs of each side with --compare.")
     show_drafts: bool = option(False, "Colour accepted, corrected and bonus tokens.")
     as_json: bool = option(False, options.JSON, "--json")
-    quiet: bool = option(False, "No summary on standard error.", "--quiet", "-q")
-
-
-@group(MODELS)
-class ModelOptions(options.PairOptions):
-    """The pair, and what it takes of the machine."""
-
-    threads: int | None = option(None, options.THREADS)
+    quiet: bool = option(False, "No summary on standard error.", "-q")
 
 
 def generate(
     source: PromptOptions,
-    models: ModelOptions,
+    models: options.PairOptions,
     drafting: DraftingOptions,
     sampling: SamplingOptions,
     constrained: GrammarOptions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -28,49 +28,40 @@ def group(panel: str) -> Callable[[type[Group]], type[Group]]:
 
 
 def option(default: Any, help: str, *names: str, **more: Any) -> Any:
-    """A field's option, named after the field unless it has other names. `more` is what typer.Option takes."""
-    return _field(
-        default, lambda name, panel: typer.Option(*(names or [name]), help=help, rich_help_panel=panel, **more)
-    )
+    """A field's option, `--` and the field's name unless `names` has a long one. `more` is what typer.Option takes."""
+
+    def read(name: str, panel: str) -> Any:
+        all_names = names if any(given.startswith("--") for given in names) else (name, *names)
+        return typer.Option(*all_names, help=help, rich_help_panel=panel, **more)
+
+    return field(default=default, metadata={"read": read})
 
 
 def argument(default: Any, help: str) -> Any:
     """A field's positional argument."""
-    return _field(default, lambda _name, _panel: typer.Argument(help=help))
-
-
-def _field(default: Any, read: Callable[[str, str], Any]) -> Any:
-    return field(default=default, metadata={"read": read})
+    return field(default=default, metadata={"read": lambda name, panel: typer.Argument(help=help)})
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns the command as typer reads it, with one parameter for each option of its groups.
+    """Returns a command of groups as typer reads it, with one parameter for each option.
 
-    Raises ValueError where two of them have the same name.
+    Raises ValueError where two options have the same name.
     """
-    kinds = get_type_hints(command, include_extras=True)
-    given = inspect.signature(command).parameters.values()
-    groups = {parameter.name: kinds[parameter.name] for parameter in given if is_dataclass(kinds[parameter.name])}
-    options: list[Parameter] = []
-    for parameter in given:
-        if parameter.name in groups:
-            options += _parameters(groups[parameter.name])
-        else:
-            options.append(parameter.replace(annotation=kinds[parameter.name], kind=Parameter.KEYWORD_ONLY))
+    groups = {name: kind for name, kind in get_type_hints(command).items() if name != "return"}
 
     @functools.wraps(command)
     def called(**values: Any) -> None:
-        made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
-        command(**values, **made)
+        command(**{name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()})
 
+    options = [parameter for kind in groups.values() for parameter in _parameters(kind)]
     called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     called.__annotations__ = {option.name: option.annotation for option in options}
     return called
 
 
 def _parameters(group: Any) -> Iterator[Parameter]:
-    kinds = get_type_hints(group, include_extras=True)
+    kinds = get_type_hints(group)
     for f in fields(group):
-        read = f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)
+        annotation = Annotated[kinds[f.name], f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)]
         default = Parameter.empty if f.default is MISSING else f.default
-        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kinds[f.name], read])
+        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

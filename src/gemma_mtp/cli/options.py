@@ -60,7 +60,7 @@ Strict = Annotated[bool, typer.Option("--strict", help=STRICT, rich_help_panel=M
 
 @group(MODELS)
 class PairOptions:
-    """The pair that a command decodes with."""
+    """The pair that a command decodes with, and what it takes of the machine."""
 
     target: Path | None = option(None, TARGET)
     drafter: Path | None = option(None, DRAFTER)
@@ -69,6 +69,7 @@ class PairOptions:
     quantize: str | None = option(None, QUANTIZE)
     strict: bool = option(False, STRICT)
     device: str = option("auto", DEVICE)
+    threads: int | None = option(None, THREADS)
 
     def check(self) -> None:
         if self.no_drafter and self.drafter is not None:

@@ -70,7 +70,7 @@ class LimitOptions:
 
 @group(MODELS)
 class ServedPair(options.PairOptions):
-    """The pair that is served, and what it takes of the machine."""
+    """The pair that is served."""
 
     threads: int | None = option(None, "CPU threads; default: all cores but one, which HTTP needs.")
     model_name: str | None = option(None, "What clients call the model; default: the target directory's name.")
@@ -80,7 +80,7 @@ class ServedPair(options.PairOptions):
 class DraftingOptions:
     """How requests are drafted for."""
 
-    draft_tokens: str = option("auto", "Drafts a round, where the request does not say.", "--draft-tokens", "-k")
+    draft_tokens: str = option("auto", "Drafts a round, where the request does not say.", "-k")
 
 
 @group(LOGS)

@@ -81,7 +81,7 @@ class GateOptions:
     held_out_prompts: int = option(24, "Prompts that acceptance is measured on.")
     gate_steps: int | None = option(None, "Measure in the engine every so many steps too.")
     patience: int | None = option(None, "Stop after so many measurements without gain; the best is kept.")
-    draft_tokens: int = option(4, "Drafts a round when measuring.", "--draft-tokens", "-k")
+    draft_tokens: int = option(4, "Drafts a round when measuring.", "-k")
     gate_tokens: int = option(128, "Tokens a prompt when measuring.")
     force: bool = option(False, "Export even what is worse than the start.")
 
@@ -93,7 +93,6 @@ class DecodingOptions:
     temperature: list[float] | None = option(
         None,
         "Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]",
-        "--temperature",
         "-t",
     )
     top_k: int = option(0, "Of the decoding to come; 0: all.")
