@@ -278,7 +278,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, arguments: list[str]
     assert main(arguments) == code
     for stream in streams:
         stream.flush()
-    out, err = (stream.buffer.getvalue() for stream in streams)  # type: ignore[attr-defined]
+    out, err = (stream.buffer.getvalue() for stream in streams)
     return out, err
 
 

@@ -15,7 +15,7 @@ from byte_fallback import gemma_like
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from gemma_mtp import chat_template
+from gemma_mtp.chat import template as chat_template
 from gemma_mtp.datasets import Example
 from gemma_mtp.errors import TokenizerError
 from gemma_mtp.tokenizer import Tokenizer
@@ -233,7 +233,7 @@ def test_templates_see_plain_values_only(directory: Path, theirs: PreTrainedToke
         "{% for m in messages %}{{ m }}{% endfor %}{{ a }}{{ b }}{{ c }}{{ d }}{{ messages[0].role.name is defined }}"
     )
     messages = [{"role": Role.USER, "content": [Part("text", "x"), np.float32(0.5), np.bool_(False), b"raw", (1, 2)]}]
-    given = {"a": np.int64(3), "b": np.zeros(2), "c": {Role.USER: 1}, "d": open}
+    given: dict[str, Any] = {"a": np.int64(3), "b": np.zeros(2), "c": {Role.USER: 1}, "d": open}
     base = Tokenizer.from_dir(directory)
     ours = Tokenizer(base.raw, base.settings, template).apply_chat_template(messages, **given)
     assert ours == theirs.apply_chat_template(messages, tokenize=False, chat_template=template, **given)
@@ -292,7 +292,8 @@ def test_templates_are_found_where_transformers_finds_them(directory: Path, tmp_
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(text.encode())
     ours, theirs, messages = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path), CONVERSATIONS["one"]
-    for given in ({}, {"tools": [TOOL]}):
+    asked: list[dict[str, Any]] = [{}, {"tools": [TOOL]}]
+    for given in asked:
         try:
             expected = theirs.apply_chat_template(messages, tokenize=False, **given)
         except ValueError:

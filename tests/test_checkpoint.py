@@ -23,13 +23,11 @@ from transformers import PreTrainedModel
 
 from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import (
-    GenerationDefaults,
     load_drafter,
     load_target,
     read_config,
     read_drafter_config,
     read_generation_config,
-    read_headers,
     read_target_config,
     save_drafter,
     save_target,
@@ -37,9 +35,11 @@ from gemma_mtp.checkpoint import (
 )
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError, GemmaMtpError
+from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weight_files import read_headers
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 Load = Callable[[Path, torch.dtype], Any]

@@ -15,7 +15,7 @@ from test_cli import refused
 
 from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.cli import acceptance_report, main
-from gemma_mtp.cli.acceptance import spread
+from gemma_mtp.cli.options import spread
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams

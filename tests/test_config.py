@@ -23,7 +23,6 @@ from gemma_mtp.config import (
     PRESETS,
     DrafterConfig,
     LayerType,
-    RopeConfig,
     TargetConfig,
     TextConfig,
     drafter_config_to_hf,
@@ -32,6 +31,7 @@ from gemma_mtp.config import (
     target_config_to_hf,
 )
 from gemma_mtp.errors import ConfigError
+from gemma_mtp.rope_config import RopeConfig
 
 THEIRS: dict[str, type[PreTrainedConfig]] = {
     "gemma4": Gemma4Config,

@@ -236,7 +236,7 @@ def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.9), (1.0, 0.9), (1.0, 1.0)):
         pair.generate("import os", SamplingParams(max_tokens=4, temperature=temperature, top_p=top_p))
     assert asked == ["argmax", "drawn", "processed"]
-    assert min(measure_costs(pair.backend, "drawn").seconds) > 0  # type: ignore[arg-type]
+    assert min(measure_costs(pair.backend, "drawn").seconds) > 0
 
 
 def test_without_a_cache_they_are_measured_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

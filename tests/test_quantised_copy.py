@@ -23,10 +23,11 @@ from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.quantised_copy import write_quantised_copy
+from gemma_mtp.weight_files import SINGLE_FILE
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
-SINGLE = checkpoint.SINGLE_FILE
+SINGLE = SINGLE_FILE
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 KINDS = ["int8", "int4", "target=int4,embeddings=int4,drafter-head=int4"]
 

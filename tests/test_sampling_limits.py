@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, uniform
 from gemma_mtp.decoding.sampling import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
+    Candidates,
     SamplingParams,
     TokenHistory,
     choose,
     probabilities,
     process,
 )
-from gemma_mtp.decoding.verify import VERIFICATIONS, verify_block, verify_rejection
+from gemma_mtp.decoding.verify import VERIFICATIONS, Verification, verify_block, verify_rejection
 
 VOCAB = 12
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -35,6 +37,7 @@ TINIEST = 5e-324
 TOO_LOW = (TINIEST, 1e-45, 1e-40, 1e-38, 1.2e-38, 1e-10, math.nextafter(LOWEST_TEMPERATURE, 0.0))
 #: neither float32 sums of noise nor its rounding move a total by more
 NOISE_ROUNDING = 4e-6
+FILTERED: list[dict[str, Any]] = [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}]
 
 logit = st.one_of(
     st.integers(-40, 40).map(lambda n: n / 8),  # ties in plenty
@@ -112,7 +115,10 @@ def totals(values: list[float], params: SamplingParams, position: int) -> list[f
     return [value / params.temperature + x for value, x in zip(values, noise.tolist(), strict=True)]
 
 
-def check_row(logits, params, prompt, output, position, candidates, r, chosen) -> None:
+def check_row(
+    logits: list[float], params: SamplingParams, prompt: list[int], output: list[int], position: int,
+    candidates: Candidates, r: int, chosen: int,
+) -> None:  # fmt: skip
     values = shifted(logits, params, prompt, output)
     assume(max(values) > -math.inf)
     plain = not params.uses_history and not params.logit_bias
@@ -151,8 +157,9 @@ def check_row(logits, params, prompt, output, position, candidates, r, chosen) -
     first=st.sampled_from([0, 1, 131_071, 2**31, 2**53]),
 )
 def test_choices_and_distributions_are_those_of_float64(
-    filter_values, penalty_values, rows, prompt, output, draft, first
-) -> None:
+    filter_values: dict[str, Any], penalty_values: dict[str, Any], rows: list[list[float]], prompt: list[int],
+    output: list[int], draft: int, first: int,
+) -> None:  # fmt: skip
     params = SamplingParams(**filter_values, **penalty_values)
     history = TokenHistory(prompt, VOCAB, "cpu")
     history.commit(torch.tensor(output, dtype=torch.int64))
@@ -169,7 +176,9 @@ def test_choices_and_distributions_are_those_of_float64(
     drafts=st.lists(tokens, min_size=2, max_size=2),
     first=st.integers(0, 2**31),
 )
-def test_verification_commits_what_the_target_may_say(filter_values, rows, drafts, first) -> None:
+def test_verification_commits_what_the_target_may_say(
+    filter_values: dict[str, Any], rows: list[list[float]], drafts: list[int], first: int
+) -> None:
     """At any limit: a committed token has a chance by the target, and one that is sure is committed."""
     params = SamplingParams(**filter_values)
     target = probabilities(process(torch.tensor(rows[:3]), params), params, VOCAB)
@@ -210,7 +219,7 @@ def test_output_at_low_temperatures_is_greedy_output(name: str, centroids: bool)
     greedy = play(backend, [5, 6, 7], SamplingParams(max_tokens=12), 0).tokens
     assert greedy == slow_decode(target, [5, 6, 7], SamplingParams(), 12)
     for temperature in (1e-38, LOWEST_TEMPERATURE):  # all that are too low are one
-        for filtered in ({}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}):
+        for filtered in FILTERED:
             params = SamplingParams(max_tokens=12, temperature=temperature, seed=3, **filtered)
             for verification in VERIFICATIONS:
                 assert play(backend, [5, 6, 7], params, 3, verification).tokens[:12] == greedy
@@ -256,13 +265,14 @@ def test_both_zeros_are_one_score() -> None:
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
-def test_a_drafter_whose_candidates_are_all_forbidden_drafts_no_more(verification) -> None:
+def test_a_drafter_whose_candidates_are_all_forbidden_drafts_no_more(verification: Verification) -> None:
     """A centroid head scores a part of the vocabulary. With no chance at all there would be no distribution to
     compare, and `block` would take what stands before for certain."""
     target, drafter = agreeing_pair()
     drafter = random_drafter(centroids=True)
     forbidden = {token: -math.inf for token in range(0, 61) if token not in (17, 40)}
-    for filtered in ({}, {"top_p": 0.9}):
+    tried: list[dict[str, Any]] = [{}, {"top_p": 0.9}]
+    for filtered in tried:
         params = SamplingParams(max_tokens=30, temperature=1.0, seed=2, logit_bias=forbidden, **filtered)
         played = play(ReferenceBackend(target, drafter), [5, 6, 7], params, 4, verification)
         assert set(played.tokens) <= {17, 40}

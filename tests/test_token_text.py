@@ -96,9 +96,11 @@ def expected(ours: Tokenizer, ids: list[int], skip: bool) -> str:
         mended += mend(run)
         run = b""
         mended += [] if token is None else [token]
-    raw = RawTokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(map(word_of(ours), mended)))}))
+    words = [each if isinstance(each, str) else str(ours.raw.id_to_token(each)) for each in mended]
+    numbers = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    raw = RawTokenizer(models.WordLevel(numbers))
     raw.decoder = ours.raw.decoder
-    return raw.decode([raw.token_to_id(word_of(ours)(each)) for each in mended])
+    return raw.decode([numbers[word] for word in words])
 
 
 def mend(run: bytes) -> list[int | str]:
@@ -118,10 +120,6 @@ def mend(run: bytes) -> list[int | str]:
             found.append("\ufffd")
             at += 1
     return found
-
-
-def word_of(ours: Tokenizer):
-    return lambda each: each if isinstance(each, str) else ours.raw.id_to_token(each)
 
 
 def test_every_byte_of_broken_utf8_is_replaced_and_its_neighbours_stay() -> None:

@@ -28,7 +28,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_mtp.conversation import Message, for_template
+from gemma_mtp.chat.conversation import Conversation, Message
+from gemma_mtp.chat.prompt import chat_text
 from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.text import check_text
 from gemma_mtp.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ class Example:
             assert isinstance(self.content, str)
             return self.content
         try:
-            return tokenizer.apply_chat_template(self.conversation(), **template_variables)
+            return chat_text(self.conversation(**template_variables), tokenizer)
         except TokenizerError as error:
             raise DataError(f"{self.origin} can not be rendered as a conversation: {error}") from None
 
@@ -83,12 +84,12 @@ class Example:
         """Whether it goes through the chat template."""
         return self.kind == "messages" or (self.kind == "prompt" and tokenizer.chat_template is not None)
 
-    def conversation(self) -> list[Message]:
-        """The messages up to where the model speaks, of a prompt or of messages."""
+    def conversation(self, **template_variables: Any) -> Conversation:
+        """Returns a prompt, or messages up to where the model speaks, for the chat template."""
         if isinstance(self.content, str):
-            return [{"role": "user", "content": self.content}]
-        last = self.content[-1]
-        return list(self.content[:-1] if last["role"] in ("assistant", "model") else self.content)
+            return Conversation.of_user(self.content, **template_variables)
+        answered = self.content[-1]["role"] in ("assistant", "model")
+        return Conversation(self.content[:-1] if answered else self.content, variables=template_variables)
 
 
 def check_token_ids(
@@ -231,7 +232,7 @@ def _messages(value: object, origin: str) -> tuple[Message, ...]:
             )
     if value[-1]["role"] in ("assistant", "model") and len(value) == 1:
         raise DataError(f"{origin} has the assistant's message only; put the user's before it.")
-    return tuple(for_template(message) for message in value)
+    return tuple(Conversation(value).messages)
 
 
 def _is_text_part(part: object) -> bool:

@@ -17,6 +17,7 @@ from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.console import print_anything
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
+from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
@@ -36,13 +37,13 @@ def run() -> None:
     sys.exit(main())
 
 
-app.command()(generate)
+app.command()(grouped(generate))
 app.command()(inspect)
-app.command()(train)
+app.command()(grouped(train))
 app.command()(quantize)
-app.command()(acceptance)
-app.command()(serve)
-app.command()(bench_serve)
+app.command()(grouped(acceptance))
+app.command()(grouped(serve))
+app.command()(grouped(bench_serve))
 
 
 def _version(wanted: bool) -> None:

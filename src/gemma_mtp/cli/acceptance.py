@@ -8,28 +8,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import cast
 
-import typer
-
+from gemma_mtp.chat.prompt import thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
-from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING, option
+from gemma_mtp.cli.option_groups import argument, group, option
+from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.datasets import Example, read_examples
+from gemma_mtp.datasets import Example
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
-from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
-from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
-from gemma_mtp.measure.acceptance import PROMPT_TOKENS, compare, measure_acceptance, prompts_of
+from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.errors import DataError, PromptError, SamplingError
+from gemma_mtp.measure.acceptance import PROMPT_TOKENS, AcceptanceReport, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.plot import check_plot, plot_acceptance
 from gemma_mtp.measure.speedup import measure_speedup, steady_costs
-from gemma_mtp.tokenizer import Tokenizer
 
-#: names that chat templates give to the switch for thinking text, Gemma's first
-THINKING_VARIABLES = ("enable_thinking", "thinking")
 THINKING = {"default": (None,), "on": (True,), "off": (False,), "both": (False, True)}
 TEMPERATURES = (0.0, 1.0)
 
@@ -47,214 +45,177 @@ class Setting:
         return temperature if self.thinking is None else f"{temperature}, thinking {'on' if self.thinking else 'off'}"
 
 
+@group(MODELS)
+class ComparedPair:
+    """The pair to measure, and another drafter for its target."""
+
+    target: Path | None = option(None, options.TARGET)
+    drafter: Path | None = option(None, options.DRAFTER)
+    against: Path | None = option(
+        None, "Another drafter's directory, measured on the same prompts: the difference, with its 95% interval."
+    )
+    dtype: str = option("auto", options.DTYPE)
+    device: str = option("auto", options.DEVICE)
+    quantize: str | None = option(None, options.QUANTIZE)
+    strict: bool = option(False, options.STRICT)
+    threads: int | None = option(None, options.THREADS)
+
+    def load(self, drafter: Path | None) -> Pair:
+        return load_pair(
+            self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict
+        )
+
+
+@group(DATA)
+class PromptOptions(options.ExampleOptions):
+    """Which examples are taken, and how prompts are made of them."""
+
+    data: list[Path] | None = argument(
+        None,
+        "JSON lines with text, prompt or messages (and, optionally, task), plain text, source files, or"
+        " directories of them; default: the bundled pair's held-out Python.",
+    )
+    prompt_tokens: int = option(
+        PROMPT_TOKENS,
+        "Texts and source files are cut to their first lines of so many tokens; prompts and messages are taken whole.",
+    )
+    thinking: str = option(
+        "default",
+        "on, off, or both one after the other, where the chat template has a switch for thinking text;"
+        " default: as the template has it.",
+    )
+
+    def check(self) -> None:
+        for name, value, least in (("--limit", self.limit, 1), ("--prompt-tokens", self.prompt_tokens, 2)):
+            if value < least:
+                raise SamplingError(f"{name} is {value}, but must be {least} or more.")
+        if self.thinking not in THINKING:
+            raise SamplingError(f"--thinking is {self.thinking!r}, but must be on, off or both.")
+
+
+@group(DRAFTING)
+class DraftingOptions:
+    """How rounds draft."""
+
+    draft_tokens: int = option(4, "Drafts a round (K).", "-k")
+    verification: str = option("exact", options.VERIFICATION)
+
+
+@group(SAMPLING)
+class SamplingOptions:
+    """How tokens are chosen, and when they end."""
+
+    temperature: list[float] | None = option(None, "0 is greedy; may be repeated. Default: 0 and 1.", "-t")
+    top_k: int | None = option(
+        None, "Keep the k likeliest tokens; 0: all. Default: the checkpoint's own for conversations, else all."
+    )
+    top_p: float | None = option(
+        None,
+        "Keep the likeliest tokens up to this mass; 1: all. Default: the checkpoint's own for conversations, else all.",
+    )
+    seed: int = option(0, "Prompt i is sampled with seed + i.")
+    max_tokens: int = option(128, "At most so many tokens for each prompt.", "-n")
+    ignore_eos: bool | None = option(
+        None,
+        "Whether to go on after the checkpoint's end-of-sequence tokens. Default: stop in conversations only.",
+        "--ignore-eos/--stop-at-eos",
+        show_default=False,
+    )
+
+    def params(self, pair: Pair, examples: Sequence[Example]) -> SamplingParams:
+        """What all settings share; conversations are sampled as the checkpoint says, and end where the model ends
+        them."""
+        conversations = any(example.kind != "text" for example in examples)
+        if conversations and not all(example.kind != "text" for example in examples):
+            text = next(example.origin for example in examples if example.kind == "text")
+            raise DataError(
+                f"{text} is text among prompts or messages, which are sampled differently; measure them apart."
+            )
+        ignore_eos = not conversations if self.ignore_eos is None else self.ignore_eos
+        own = {**vars(self), "temperature": None, "ignore_eos": ignore_eos}
+        return sampling_params(pair.generation.conversation() if conversations else {}, **own)
+
+
+@group(OUTPUT)
+class OutputOptions:
+    """What is measured beside acceptance, and how all is shown."""
+
+    speed: bool = option(False, "Measure the speed-up too: every prompt plainly and drafted, in turn.")
+    plot: Path | None = option(None, "Draw acceptance and histograms to this file, .png, .svg or .pdf.")
+    as_json: bool = option(False, options.JSON, "--json")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured under every setting."""
+
+    pair: Pair
+    other: Pair | None
+    examples: Sequence[Example]
+    prompt_tokens: int
+    drafting: DraftingOptions
+    speed: bool
+    costs: Callable[[ChoiceKind], RoundCosts]
+    say: Callable[[str], object]
+
+    def under(self, setting: Setting) -> shown.Measured:
+        thinking = setting.thinking
+        variables = {} if thinking is None else {thinking_variable(self.pair.tokenizer): thinking}
+        prompts = prompts_of(self.pair, self.examples, self.prompt_tokens, **variables)
+        draft_tokens, verification = self.drafting.draft_tokens, cast(Verification, self.drafting.verification)
+
+        def report(side: Pair, name: str) -> AcceptanceReport:
+            done = itertools.count(1)
+            return measure_acceptance(
+                side, prompts, draft_tokens, setting.params, verification,
+                lambda _: self.say(f"{setting.label}{name}: {next(done)} prompts of {len(prompts)}"),
+            )  # fmt: skip
+
+        own = report(self.pair, "")
+        comparison = None if self.other is None else compare(report(self.other, ", the other drafter"), own)
+        speedup = None
+        self.say(f"{setting.label}: speed")
+        if self.speed:
+            speedup = measure_speedup(self.pair, prompts, draft_tokens, setting.params, verification)
+        return shown.Measured(setting.label, thinking, own, self.costs(setting.params.choice), speedup, comparison)
+
+
 def acceptance(
-    data: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="JSON lines with text, prompt or messages (and, optionally, task), plain text, source files, or"
-            " directories of them; default: the bundled pair's held-out Python.",
-        ),
-    ] = None,
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    against: Annotated[
-        Path | None,
-        option(
-            "--against",
-            help="Another drafter's directory, measured on the same prompts: the difference, with its 95% interval.",
-            panel=options.MODELS,
-        ),
-    ] = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantize: options.Quantize = None,
-    strict: options.Strict = False,
-    threads: options.Threads = None,
-    pattern: Annotated[
-        str, option("--pattern", help="Which files of a directory to read, such as '*.py'.", panel=DATA)
-    ] = "*",
-    limit: Annotated[
-        int, option("--limit", help="At most so many prompts, spread evenly over the data.", panel=DATA)
-    ] = 100,
-    prompt_tokens: Annotated[
-        int,
-        option(
-            "--prompt-tokens",
-            help="Texts and source files are cut to their first lines of so many tokens; prompts and messages are"
-            " taken whole.",
-            panel=DATA,
-        ),
-    ] = PROMPT_TOKENS,
-    thinking: Annotated[
-        str,
-        option(
-            "--thinking",
-            help="on, off, or both one after the other, where the chat template has a switch for thinking text;"
-            " default: as the template has it.",
-            panel=DATA,
-        ),
-    ] = "default",
-    draft_tokens: Annotated[int, option("--draft-tokens", "-k", help="Drafts a round (K).", panel=DRAFTING)] = 4,
-    verification: options.Verify = "exact",
-    temperature: Annotated[
-        list[float] | None,
-        option("--temperature", "-t", help="0 is greedy; may be repeated. Default: 0 and 1.", panel=SAMPLING),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        option(
-            "--top-k",
-            help="Keep the k likeliest tokens; 0: all. Default: the checkpoint's own for conversations, else all.",
-            panel=SAMPLING,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        option(
-            "--top-p",
-            help="Keep the likeliest tokens up to this mass; 1: all. Default: the checkpoint's own for conversations,"
-            " else all.",
-            panel=SAMPLING,
-        ),
-    ] = None,
-    seed: Annotated[int, option("--seed", help="Prompt i is sampled with seed + i.", panel=SAMPLING)] = 0,
-    max_tokens: Annotated[
-        int, option("--max-tokens", "-n", help="At most so many tokens for each prompt.", panel=SAMPLING)
-    ] = 128,
-    ignore_eos: Annotated[
-        bool | None,
-        typer.Option(
-            "--ignore-eos/--stop-at-eos",
-            help="Whether to go on after the checkpoint's end-of-sequence tokens. Default: stop in conversations only.",
-            rich_help_panel=SAMPLING,
-            show_default=False,
-        ),
-    ] = None,
-    speed: Annotated[
-        bool,
-        option("--speed", help="Measure the speed-up too: every prompt plainly and drafted, in turn.", panel=OUTPUT),
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        option("--plot", help="Draw acceptance and histograms to this file, .png, .svg or .pdf.", panel=OUTPUT),
-    ] = None,
-    as_json: Annotated[bool, option("--json", help="Print one JSON object.", panel=OUTPUT)] = False,
+    models: ComparedPair,
+    chosen: PromptOptions,
+    drafting: DraftingOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
 ) -> None:
     """Measure how many drafts a pair accepts on your data: by position, by task or file, by temperature.
 
     Decodes in the engine, and predicts from measured costs how many drafts a round pay on this machine.
     """
-    _check(limit, prompt_tokens, thinking)
-    options.use_threads(threads)
-    check_plot(plot)
-    if target is not None and drafter is None:
+    chosen.check()
+    options.use_threads(models.threads)
+    check_plot(output.plot)
+    if models.target is not None and models.drafter is None:
         raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
-    sources = data or [bundled_directory() / "heldout_prompts.jsonl"]
+    sources = options.sources_of(chosen.data)
     with progress("reading") as say:
-        examples = spread(sources, pattern, limit)
+        examples = chosen.examples(sources)
         say("loading")
-        load = functools.partial(load_pair, target, dtype=dtype, device=device, quantize=quantize, strict=strict)
-        pair, other = load(drafter), None if against is None else load(against)
-        base = _params(pair, examples, top_k, top_p, seed, max_tokens, ignore_eos)
+        pair = models.load(models.drafter)
+        other = None if models.against is None else models.load(models.against)
+        base = sampling.params(pair, examples)
         settings = [
             Setting(replace(base, temperature=t), on)
-            for on, t in itertools.product(THINKING[thinking], temperature or TEMPERATURES)
+            for on, t in itertools.product(THINKING[chosen.thinking], sampling.temperature or TEMPERATURES)
         ]
         costs = functools.cache(functools.partial(steady_costs, pair))  # first asked for after prompts were decoded
+        what = Measurement(pair, other, examples, chosen.prompt_tokens, drafting, output.speed, costs, say)
         measured = []
         for setting in settings:
             say(setting.label)
-            measured.append(
-                _measure(pair, other, examples, setting, draft_tokens, verification, prompt_tokens, costs, speed, say)
-            )
-    if plot is not None:
-        plot_acceptance({m.label: m.report for m in measured}, plot, {m.label: m.predictions for m in measured})
-    if as_json:
+            measured.append(what.under(setting))
+    if output.plot is not None:
+        plot_acceptance({m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured})
+    if output.as_json:
         print(json.dumps({"data": [str(path) for path in sources], **shown.to_json(measured)}))
     else:
         shown.print_report(console(), measured)
-
-
-def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
-    """At most `limit` examples, evenly spread. Reads twice instead of holding everything in memory."""
-    count = sum(1 for _ in read_examples(sources, pattern))
-    chosen = {i * count // limit for i in range(limit)} if count > limit else range(count)
-    return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]
-
-
-def _check(limit: int, prompt_tokens: int, thinking: str) -> None:
-    for name, value, least in (("--limit", limit, 1), ("--prompt-tokens", prompt_tokens, 2)):
-        if value < least:
-            raise SamplingError(f"{name} is {value}, but must be {least} or more.")
-    if thinking not in THINKING:
-        raise SamplingError(f"--thinking is {thinking!r}, but must be on, off or both.")
-
-
-def _params(
-    pair: Pair,
-    examples: Sequence[Example],
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    max_tokens: int,
-    ignore_eos: bool | None,
-) -> SamplingParams:
-    """What all settings share; conversations are sampled as the checkpoint says, and end where the model ends them."""
-    conversations = any(example.kind != "text" for example in examples)
-    if conversations and not all(example.kind != "text" for example in examples):
-        text = next(example.origin for example in examples if example.kind == "text")
-        raise DataError(f"{text} is text among prompts or messages, which are sampled differently; measure them apart.")
-    return sampling_params(
-        pair.generation.conversation() if conversations else {},
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        ignore_eos=not conversations if ignore_eos is None else ignore_eos,
-    )
-
-
-def thinking_variable(tokenizer: Tokenizer | None) -> str:
-    """The name of the chat template's switch for thinking text. Raises TokenizerError where it has none."""
-    known = frozenset() if tokenizer is None else tokenizer.template_variables
-    for name in THINKING_VARIABLES:
-        if name in known:
-            return name
-    raise TokenizerError(
-        f"--thinking needs a chat template that asks for {' or '.join(THINKING_VARIABLES)}, and the checkpoint's does"
-        " not; leave it out."
-    )
-
-
-def _measure(
-    pair: Pair,
-    other: Pair | None,
-    examples: Sequence[Example],
-    setting: Setting,
-    draft_tokens: int,
-    verification: Any,
-    prompt_tokens: int,
-    costs: Callable[[ChoiceKind], RoundCosts],
-    speed: bool,
-    say: Any,
-) -> shown.Measured:
-    variables = {} if setting.thinking is None else {thinking_variable(pair.tokenizer): setting.thinking}
-    prompts = prompts_of(pair, examples, prompt_tokens, **variables)
-    done = itertools.count(1)
-
-    def report(side: Pair, name: str) -> Any:
-        return measure_acceptance(
-            side, prompts, draft_tokens, setting.params, verification,
-            lambda _: say(f"{setting.label}{name}: {next(done)} prompts of {len(prompts)}"),
-        )  # fmt: skip
-
-    own = report(pair, "")
-    comparison = None
-    if other is not None:
-        done = itertools.count(1)
-        comparison = compare(report(other, ", the other drafter"), own)
-    say(f"{setting.label}: speed")
-    measured = None
-    if speed:
-        measured = measure_speedup(pair, prompts, draft_tokens, setting.params, verification)
-    return shown.Measured(setting.label, setting.thinking, own, costs(setting.params.choice), measured, comparison)

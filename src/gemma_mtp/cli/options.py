@@ -1,21 +1,22 @@
-"""Options that several commands have, said once."""
+"""Options and groups of options that several commands have, said once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gemma_mtp.backend.native import set_threads
-from gemma_mtp.errors import SamplingError
+from gemma_mtp.cli.option_groups import group, option
+from gemma_mtp.datasets import Example, read_examples
+from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.errors import PromptError, SamplingError
 
 DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
 GRAMMAR, OUTPUT = "Constrained output", "Output"
-
-
-def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
 
 
 def use_threads(threads: int | None) -> None:
@@ -26,44 +27,79 @@ def use_threads(threads: int | None) -> None:
         set_threads(threads)
 
 
-Target = Annotated[
-    Path | None, option("--target", help="Target checkpoint directory; default: the bundled pair.", panel=MODELS)
-]
-Drafter = Annotated[Path | None, option("--drafter", help="Drafter checkpoint directory.", panel=MODELS)]
-NoDrafter = Annotated[bool, option("--no-drafter", help="Decode without a drafter.", panel=MODELS)]
-Dtype = Annotated[
-    str,
-    option(
-        "--dtype",
-        help="auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU.",
-        panel=MODELS,
-    ),
-]
-Device = Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=MODELS)]
-Threads = Annotated[int | None, option("--threads", help="CPU threads; default: one for each core.", panel=MODELS)]
-Strict = Annotated[
-    bool,
-    option(
-        "--strict",
-        help="Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning.",
-        panel=MODELS,
-    ),
-]
-Quantize = Annotated[
-    str | None,
-    option(
-        "--quantize",
-        help="Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target,"
-        " embeddings, drafter and drafter-head.",
-        panel=MODELS,
-    ),
-]
-Verify = Annotated[
-    str,
-    option(
-        "--verification",
-        help="exact: the very tokens of plain decoding; rejection, block: the same"
-        " distribution, more accepted at high temperature.",
-        panel=DRAFTING,
-    ),
-]
+def parse_draft_tokens(text: str) -> DraftTokens:
+    """What --draft-tokens says. Raises SamplingError."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise SamplingError(f"--draft-tokens is {text!r}, but must be auto or a whole number, such as 4.") from None
+
+
+# help of options that several groups have
+TARGET = "Target checkpoint directory; default: the bundled pair."
+DRAFTER = "Drafter checkpoint directory."
+DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
+DEVICE = "auto, cpu, cuda or cuda:N."
+THREADS = "CPU threads; default: one for each core."
+STRICT = "Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning."
+QUANTIZE = (
+    "Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target, embeddings,"
+    " drafter and drafter-head."
+)
+VERIFICATION = (
+    "exact: the very tokens of plain decoding; rejection, block: the same distribution, more accepted at high"
+    " temperature."
+)
+LIMIT = "At most so many prompts, spread evenly over the data."
+JSON = "Print one JSON object."
+#: of commands without groups
+Strict = Annotated[bool, typer.Option("--strict", help=STRICT, rich_help_panel=MODELS)]
+
+
+@group(MODELS)
+class PairOptions:
+    """The pair that a command decodes with, and what it takes of the machine."""
+
+    target: Path | None = option(None, TARGET)
+    drafter: Path | None = option(None, DRAFTER)
+    no_drafter: bool = option(False, "Decode without a drafter.")
+    dtype: str = option("auto", DTYPE)
+    quantize: str | None = option(None, QUANTIZE)
+    strict: bool = option(False, STRICT)
+    device: str = option("auto", DEVICE)
+    threads: int | None = option(None, THREADS)
+
+    def check(self) -> None:
+        if self.no_drafter and self.drafter is not None:
+            raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+
+    def load(self) -> Pair:
+        return load_pair(
+            self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
+            quantize=self.quantize, strict=self.strict,
+        )  # fmt: skip
+
+
+@group(DATA)
+class ExampleOptions:
+    """Which examples of a data set are taken."""
+
+    pattern: str = option("*", "Which files of a directory to read, such as '*.py'.")
+    limit: int = option(100, LIMIT)
+
+    def examples(self, sources: Sequence[Path]) -> list[Example]:
+        return spread(sources, self.pattern, self.limit)
+
+
+def sources_of(data: Sequence[Path] | None) -> Sequence[Path]:
+    """What was given, or the bundled pair's held-out Python."""
+    return data or [bundled_directory() / "heldout_prompts.jsonl"]
+
+
+def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
+    """At most `limit` examples, evenly spread. Reads twice instead of holding everything in memory."""
+    count = sum(1 for _ in read_examples(sources, pattern))
+    chosen = {i * count // limit for i in range(limit)} if count > limit else range(count)
+    return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]

@@ -5,142 +5,134 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Annotated
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.generate import parse_draft_tokens
-from gemma_mtp.cli.options import DRAFTING, MODELS, option
+from gemma_mtp.cli.option_groups import group, option
+from gemma_mtp.cli.options import DRAFTING, MODELS
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.errors import PromptError, ServerError
+from gemma_mtp.errors import ServerError
 from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 from gemma_mtp.text import check_text
 
 LISTENING, ENGINE, LIMITS, LOGS = "Listening", "Engine", "Limits", "Logs"
 
 
+@group(LISTENING)
+class ListeningOptions:
+    """Where the server listens, and whom it lets in."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "0 takes a free one.")
+    api_key_file: Path | None = option(None, f"Keys that are let in, one a line; or set {KEYS_VARIABLE}.")
+    no_auth: bool = option(False, "Serve everybody who reaches the address, without a key.")
+    public_metrics: bool = option(False, "Let /metrics be read without a key.")
+    allow_origin: list[str] | None = option(None, "Let pages of this origin call the server; may be repeated.")
+
+
+@group(ENGINE)
+class EngineOptions:
+    """The engine's settings."""
+
+    max_running: int = option(EngineSettings.max_running, "Sequences that decode together.")
+    max_waiting: int = option(EngineSettings.max_waiting, "Sequences that may wait; more are answered 429.")
+    max_tokens: int | None = option(None, "Prompt and output; default: the model's context.")
+    kv_memory: int | None = option(None, "Megabytes of keys and values of all sequences.")
+    no_prefix_reuse: bool = option(False, "Keep no keys and values for later prompts.")
+
+    def settings(self) -> EngineSettings:
+        return EngineSettings(
+            max_running=self.max_running, max_waiting=self.max_waiting, max_tokens=self.max_tokens,
+            kv_memory_mb=self.kv_memory, prefix_reuse=not self.no_prefix_reuse,
+        )  # fmt: skip
+
+
+@group(LIMITS)
+class LimitOptions:
+    """Limits of requests; the fields have ServerSettings' names."""
+
+    max_body_bytes: int = option(4 << 20, "Of a request's body.")
+    max_prompt_tokens: int | None = option(None, "Of one prompt; default: --max-tokens.")
+    max_output_tokens: int | None = option(None, "Of one choice; default: --max-tokens.")
+    max_choices: int = option(16, "n of a request.")
+    max_prompts: int = option(64, "Prompts of a request.")
+    max_concurrent: int = option(256, "Requests at a time; more are answered 429.")
+    request_seconds: float = option(600, "That a request may take.")
+    drain_seconds: float = option(30, "That running requests may go on after SIGTERM.")
+
+    def check(self) -> None:
+        _check_positive(**{**vars(self), "drain_seconds": None})
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ServerError(f"--drain-seconds is {self.drain_seconds}, but must be 0 or more.")
+
+
+@group(MODELS)
+class ServedPair(options.PairOptions):
+    """The pair that is served."""
+
+    threads: int | None = option(None, "CPU threads; default: all cores but one, which HTTP needs.")
+    model_name: str | None = option(None, "What clients call the model; default: the target directory's name.")
+
+
+@group(DRAFTING)
+class DraftingOptions:
+    """How requests are drafted for."""
+
+    draft_tokens: str = option("auto", "Drafts a round, where the request does not say.", "-k")
+
+
+@group(LOGS)
+class LogOptions:
+    """What is logged."""
+
+    log_text: bool = option(False, "Log prompts and outputs, too.")
+
+
 def serve(
-    target: options.Target = None,
-    drafter: options.Drafter = None,
-    no_drafter: options.NoDrafter = False,
-    dtype: options.Dtype = "auto",
-    quantize: options.Quantize = None,
-    strict: options.Strict = False,
-    device: options.Device = "auto",
-    threads: Annotated[
-        int | None, option("--threads", help="CPU threads; default: all cores but one, which HTTP needs.", panel=MODELS)
-    ] = None,
-    model_name: Annotated[
-        str | None,
-        option("--model-name", help="What clients call the model; default: the target directory's name.", panel=MODELS),
-    ] = None,
-    draft_tokens: Annotated[
-        str,
-        option("--draft-tokens", "-k", help="Drafts a round, where the request does not say.", panel=DRAFTING),
-    ] = "auto",
-    host: Annotated[str, option("--host", help="Address to listen on.", panel=LISTENING)] = "127.0.0.1",
-    port: Annotated[int, option("--port", help="0 takes a free one.", panel=LISTENING)] = 8000,
-    api_key_file: Annotated[
-        Path | None,
-        option("--api-key-file", help=f"Keys that are let in, one a line; or set {KEYS_VARIABLE}.", panel=LISTENING),
-    ] = None,
-    no_auth: Annotated[
-        bool, option("--no-auth", help="Serve everybody who reaches the address, without a key.", panel=LISTENING)
-    ] = False,
-    public_metrics: Annotated[
-        bool, option("--public-metrics", help="Let /metrics be read without a key.", panel=LISTENING)
-    ] = False,
-    allow_origin: Annotated[
-        list[str] | None,
-        option("--allow-origin", help="Let pages of this origin call the server; may be repeated.", panel=LISTENING),
-    ] = None,
-    max_running: Annotated[
-        int, option("--max-running", help="Sequences that decode together.", panel=ENGINE)
-    ] = EngineSettings.max_running,
-    max_waiting: Annotated[
-        int, option("--max-waiting", help="Sequences that may wait; more are answered 429.", panel=ENGINE)
-    ] = EngineSettings.max_waiting,
-    max_tokens: Annotated[
-        int | None,
-        option("--max-tokens", help="Prompt and output; default: the model's context.", panel=ENGINE),
-    ] = None,
-    kv_memory: Annotated[
-        int | None, option("--kv-memory", help="Megabytes of keys and values of all sequences.", panel=ENGINE)
-    ] = None,
-    no_prefix_reuse: Annotated[
-        bool, option("--no-prefix-reuse", help="Keep no keys and values for later prompts.", panel=ENGINE)
-    ] = False,
-    max_body_bytes: Annotated[int, option("--max-body-bytes", help="Of a request's body.", panel=LIMITS)] = 4 << 20,
-    max_prompt_tokens: Annotated[
-        int | None, option("--max-prompt-tokens", help="Of one prompt; default: --max-tokens.", panel=LIMITS)
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None, option("--max-output-tokens", help="Of one choice; default: --max-tokens.", panel=LIMITS)
-    ] = None,
-    max_choices: Annotated[int, option("--max-choices", help="n of a request.", panel=LIMITS)] = 16,
-    max_prompts: Annotated[int, option("--max-prompts", help="Prompts of a request.", panel=LIMITS)] = 64,
-    max_concurrent: Annotated[
-        int, option("--max-concurrent", help="Requests at a time; more are answered 429.", panel=LIMITS)
-    ] = 256,
-    request_seconds: Annotated[float, option("--request-seconds", help="That a request may take.", panel=LIMITS)] = 600,
-    drain_seconds: Annotated[
-        float, option("--drain-seconds", help="That running requests may go on after SIGTERM.", panel=LIMITS)
-    ] = 30,
-    log_text: Annotated[bool, option("--log-text", help="Log prompts and outputs, too.", panel=LOGS)] = False,
+    models: ServedPair,
+    drafting: DraftingOptions,
+    listening: ListeningOptions,
+    engine_options: EngineOptions,
+    limits: LimitOptions,
+    logging: LogOptions,
 ) -> None:
     """Serve the pair over HTTP, as OpenAI's API. Without --target, the bundled pair."""
-    keys = read_keys(api_key_file, os.environ.get(KEYS_VARIABLE, ""))
-    options.use_threads(max(1, (os.cpu_count() or 1) - 1) if threads is None else threads)
-    if no_drafter and drafter is not None:
-        raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
-    _check_positive(
-        max_running=max_running, max_waiting=max_waiting, max_tokens=max_tokens, kv_memory=kv_memory,
-        max_body_bytes=max_body_bytes, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens,
-        max_choices=max_choices, max_prompts=max_prompts, max_concurrent=max_concurrent,
-        request_seconds=request_seconds,
-    )  # fmt: skip
-    if not 0 <= drain_seconds < math.inf:
-        raise ServerError(f"--drain-seconds is {drain_seconds}, but must be 0 or more.")
+    keys = read_keys(listening.api_key_file, os.environ.get(KEYS_VARIABLE, ""))
+    options.use_threads(max(1, (os.cpu_count() or 1) - 1) if models.threads is None else models.threads)
+    models.check()
+    _check_positive(**{**vars(engine_options), "no_prefix_reuse": None})
+    limits.check()
     try:
         from gemma_mtp.server import logs, run
         from gemma_mtp.server.service import Service
     except ModuleNotFoundError as error:
         raise ServerError(f"serving needs {error.name}; install it with: pip install 'gemma-mtp[serve]'.") from None
+    host, no_auth = listening.host, listening.no_auth
     if not keys and not no_auth and not run.is_loopback(host):
         raise ServerError(
             f"without API keys everybody who reaches {host} could use the server; give --api-key-file, or --no-auth to"
             " serve them all."
         )
     settings = ServerSettings(
-        model_name=check_text(model_name or _default_name(target), "the model's name", ServerError),
-        api_keys=keys, public_metrics=public_metrics, loopback_names_only=not keys and not no_auth,
-        allow_origins=tuple(allow_origin or ()), draft_tokens=parse_draft_tokens(draft_tokens),
-        max_body_bytes=max_body_bytes, max_prompt_tokens=max_prompt_tokens, max_output_tokens=max_output_tokens,
-        max_choices=max_choices, max_prompts=max_prompts, max_concurrent=max_concurrent,
-        request_seconds=request_seconds, drain_seconds=drain_seconds, log_text=log_text,
+        model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
+        api_keys=keys, public_metrics=listening.public_metrics, loopback_names_only=not keys and not no_auth,
+        allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
+        draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
     )  # fmt: skip
-    engine_settings = EngineSettings(
-        max_running=max_running, max_waiting=max_waiting, max_tokens=max_tokens, kv_memory_mb=kv_memory,
-        prefix_reuse=not no_prefix_reuse,
-    )  # fmt: skip
-    with run.listen(host, port) as listener:
+    with run.listen(host, listening.port) as listener:
         with progress("loading"):
-            pair = load_pair(
-                target, drafter, dtype=dtype, device=device, use_drafter=not no_drafter, quantize=quantize,
-                strict=strict,
-            )  # fmt: skip
+            pair = models.load()
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
-        engine = EngineThread(pair, engine_settings)
+        engine = EngineThread(pair, engine_options.settings())
         with progress("measuring what rounds cost"):
             engine.warm_up()
         with engine:
             logs.configure()
             run.run(Service(engine, settings), listener, lambda: print(
                 f"serving {settings.model_name} at {run.url(listener)}: {engine.max_tokens} tokens a request,"
-                f" {max_running} sequences at a time, {max_waiting} waiting,"
+                f" {engine_options.max_running} sequences at a time, {engine_options.max_waiting} waiting,"
                 f" {f'{len(keys)} API keys' if keys else 'no API keys'}",
                 flush=True,
             ))  # fmt: skip

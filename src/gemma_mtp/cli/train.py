@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import cast
 
 import typer
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
-from gemma_mtp.cli.options import DATA, MODELS, option, use_threads
+from gemma_mtp.cli.option_groups import REQUIRED, group, option
+from gemma_mtp.cli.options import DATA, MODELS, use_threads
 from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
 from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.gate import setting
-from gemma_mtp.training.losses import LOSSES
+from gemma_mtp.training.losses import LOSSES, LossKind
 from gemma_mtp.training.parallel import joined_world
 from gemma_mtp.training.run import Outcome, run_training
 from gemma_mtp.training.settings import DataSettings, RunSettings
@@ -28,213 +29,183 @@ WRITING, LEARNING, RUNNING, GATE = "What decoding will use", "Learning", "Runnin
 REFUSED = 3
 
 
+@group(MODELS)
+class ModelOptions:
+    """The target, and the drafter to start from."""
+
+    target: Path = option(REQUIRED, "Target checkpoint directory.")
+    out: Path = option(REQUIRED, "Where the drafter goes, and the run's state.")
+    drafter: Path | None = option(None, "Drafter to adapt; else give --new.")
+    quantize: str | None = option(None, options.QUANTIZE)
+    strict: bool = option(False, options.STRICT)
+    new: bool = option(False, "Make a new drafter of the official shape for the target.")
+
+
+@group(MODELS)
+class ShapeOptions:
+    """The shape of a new drafter; the fields have DrafterShape's names."""
+
+    hidden: int | None = option(None, "With --new: hidden size; default: the official one.")
+    intermediate: int | None = option(None, "With --new: width of the MLPs.")
+    heads: int | None = option(None, "With --new: query heads.")
+    layers: int = option(4, "With --new: layers, the last of them full, the others sliding.")
+    centroids: int | None = option(None, "With --new: a centroid head of so many clusters of tokens.")
+    centroid_top_k: int = option(32, "With --centroids: clusters whose tokens are scored.")
+
+
+@group(DATA)
+class DataOptions:
+    """What is trained on."""
+
+    data: list[Path] = option(
+        REQUIRED,
+        "File or directory; may be repeated. Lines of .jsonl files have text, prompt or messages; any other"
+        " file is one text.",
+    )
+    pattern: str = option("*", 'Files of directories to take, such as "*.py".')
+    regenerate: bool = option(
+        False, "Let the target write continuations and train on those; the default, and always so for prompts."
+    )
+    as_is: bool = option(False, "Train on texts as they stand; with --regenerate, on both.")
+    length: int = option(512, "Tokens of a row; longer documents are cut into rows.")
+    max_new_tokens: int = option(256, "Tokens the target writes after a prompt, at most.")
+    written_tokens: int = option(400_000, "Tokens the target writes in all, at most.")
+    cache: Path | None = option(None, "Where written texts are kept for other runs; default: in --out.")
+
+
+@group(GATE)
+class GateOptions:
+    """How the gate measures, and what it lets pass."""
+
+    held_out: Path | None = option(None, "Data to measure acceptance on; default: a part of --data.")
+    held_out_prompts: int = option(24, "Prompts that acceptance is measured on.")
+    gate_steps: int | None = option(None, "Measure in the engine every so many steps too.")
+    patience: int | None = option(None, "Stop after so many measurements without gain; the best is kept.")
+    draft_tokens: int = option(4, "Drafts a round when measuring.", "-k")
+    gate_tokens: int = option(128, "Tokens a prompt when measuring.")
+    force: bool = option(False, "Export even what is worse than the start.")
+
+
+@group(WRITING)
+class DecodingOptions:
+    """The decoding to come."""
+
+    temperature: list[float] | None = option(
+        None,
+        "Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]",
+        "-t",
+    )
+    top_k: int = option(0, "Of the decoding to come; 0: all.")
+    top_p: float = option(1.0, "Of the decoding to come; 1: all.")
+
+
+@group(LEARNING)
+class LearningOptions:
+    """What is made small, and how, and for how long."""
+
+    loss: str = option(
+        "lk", "kl, ce, tv, lk (KL far from the target, total variation near it) or lk-log (-log acceptance)."
+    )
+    draft_steps: int = option(5, "Drafts unrolled from every row.")
+    step_decay: float = option(0.9, "Weight of a draft against the one before it.")
+    own_tokens: float = option(
+        0.9, "Chance that drafts are fed the drafter's own tokens, their loss ending where they go wrong."
+    )
+    steps: int | None = option(None, "Optimiser steps.")
+    epochs: float | None = option(None, "Passes through the data; 2 if nothing else is given.")
+    minutes: float | None = option(None, "Wall time of the steps, in place of --steps and --epochs.")
+    batch: int = option(8, "Texts of one optimiser step; gradients add up over blocks of it.")
+    lr: float = option(1e-3, "Peak learning rate of AdamW.")
+    matrix_lr: float | None = option(None, "Train the layers' matrices by Muon, at this peak rate.")
+    warmup: float = option(0.03, "Share of the run in which rates rise.")
+    clip: float = option(1.0, "Longest gradient.")
+
+
+@group(RUNNING)
+class RunningOptions:
+    """What the run takes of the machine, and what it leaves there."""
+
+    dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")
+    device: str = option("auto", options.DEVICE)
+    threads: int | None = option(None, options.THREADS)
+    memory: int = option(2048, "Megabytes of activations, beside the weights; blocks are cut to fit.")
+    store_target: bool = option(
+        False, "Keep the target's states, keys and values on disk after the first pass through the data."
+    )
+    compile: bool = option(False, "Compile the models first: a minute or two, then faster.")
+    seed: int = option(1, "Of initial weights, order and sampled text.")
+    checkpoint_steps: int = option(100, "Steps between checkpoints.")
+    resume: bool = option(False, "Go on from the run's last checkpoint.")
+    tensorboard: bool = option(False, "Log to TensorBoard too (extra: train).")
+
+
 def train(
-    target: Annotated[Path, option("--target", help="Target checkpoint directory.", panel=MODELS)],
-    data: Annotated[
-        list[Path],
-        option(
-            "--data",
-            help="File or directory; may be repeated. Lines of .jsonl files have text, prompt or messages; any other"
-            " file is one text.",
-            panel=DATA,
-        ),
-    ],
-    out: Annotated[Path, option("--out", help="Where the drafter goes, and the run's state.", panel=MODELS)],
-    drafter: Annotated[
-        Path | None, option("--drafter", help="Drafter to adapt; else give --new.", panel=MODELS)
-    ] = None,
-    quantize: options.Quantize = None,
-    strict: options.Strict = False,
-    new: Annotated[
-        bool, option("--new", help="Make a new drafter of the official shape for the target.", panel=MODELS)
-    ] = False,
-    hidden: Annotated[
-        int | None, option("--hidden", help="With --new: hidden size; default: the official one.", panel=MODELS)
-    ] = None,
-    intermediate: Annotated[
-        int | None, option("--intermediate", help="With --new: width of the MLPs.", panel=MODELS)
-    ] = None,
-    heads: Annotated[int | None, option("--heads", help="With --new: query heads.", panel=MODELS)] = None,
-    layers: Annotated[
-        int, option("--layers", help="With --new: layers, the last of them full, the others sliding.", panel=MODELS)
-    ] = 4,
-    centroids: Annotated[
-        int | None,
-        option("--centroids", help="With --new: a centroid head of so many clusters of tokens.", panel=MODELS),
-    ] = None,
-    centroid_top_k: Annotated[
-        int, option("--centroid-top-k", help="With --centroids: clusters whose tokens are scored.", panel=MODELS)
-    ] = 32,
-    pattern: Annotated[
-        str, option("--pattern", help='Files of directories to take, such as "*.py".', panel=DATA)
-    ] = "*",
-    regenerate: Annotated[
-        bool,
-        option(
-            "--regenerate",
-            help="Let the target write continuations and train on those; the default, and always so for prompts.",
-            panel=DATA,
-        ),
-    ] = False,
-    as_is: Annotated[
-        bool,
-        option("--as-is", help="Train on texts as they stand; with --regenerate, on both.", panel=DATA),
-    ] = False,
-    length: Annotated[
-        int, option("--length", help="Tokens of a row; longer documents are cut into rows.", panel=DATA)
-    ] = 512,
-    max_new_tokens: Annotated[
-        int, option("--max-new-tokens", help="Tokens the target writes after a prompt, at most.", panel=DATA)
-    ] = 256,
-    written_tokens: Annotated[
-        int, option("--written-tokens", help="Tokens the target writes in all, at most.", panel=DATA)
-    ] = 400_000,
-    cache: Annotated[
-        Path | None,
-        option("--cache", help="Where written texts are kept for other runs; default: in --out.", panel=DATA),
-    ] = None,
-    held_out: Annotated[
-        Path | None,
-        option("--held-out", help="Data to measure acceptance on; default: a part of --data.", panel=GATE),
-    ] = None,
-    held_out_prompts: Annotated[
-        int, option("--held-out-prompts", help="Prompts that acceptance is measured on.", panel=GATE)
-    ] = 24,
-    temperature: Annotated[
-        list[float] | None,
-        option(
-            "--temperature",
-            "-t",
-            help="Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]",
-            panel=WRITING,
-        ),
-    ] = None,
-    top_k: Annotated[int, option("--top-k", help="Of the decoding to come; 0: all.", panel=WRITING)] = 0,
-    top_p: Annotated[float, option("--top-p", help="Of the decoding to come; 1: all.", panel=WRITING)] = 1.0,
-    loss: Annotated[
-        str,
-        option(
-            "--loss",
-            help="kl, ce, tv, lk (KL far from the target, total variation near it) or lk-log (-log acceptance).",
-            panel=LEARNING,
-        ),
-    ] = "lk",
-    draft_steps: Annotated[int, option("--draft-steps", help="Drafts unrolled from every row.", panel=LEARNING)] = 5,
-    step_decay: Annotated[
-        float, option("--step-decay", help="Weight of a draft against the one before it.", panel=LEARNING)
-    ] = 0.9,
-    own_tokens: Annotated[
-        float,
-        option(
-            "--own-tokens",
-            help="Chance that drafts are fed the drafter's own tokens, their loss ending where they go wrong.",
-            panel=LEARNING,
-        ),
-    ] = 0.9,
-    steps: Annotated[int | None, option("--steps", help="Optimiser steps.", panel=LEARNING)] = None,
-    epochs: Annotated[
-        float | None, option("--epochs", help="Passes through the data; 2 if nothing else is given.", panel=LEARNING)
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        option("--minutes", help="Wall time of the steps, in place of --steps and --epochs.", panel=LEARNING),
-    ] = None,
-    batch: Annotated[
-        int,
-        option("--batch", help="Texts of one optimiser step; gradients add up over blocks of it.", panel=LEARNING),
-    ] = 8,
-    lr: Annotated[float, option("--lr", help="Peak learning rate of AdamW.", panel=LEARNING)] = 1e-3,
-    matrix_lr: Annotated[
-        float | None,
-        option("--matrix-lr", help="Train the layers' matrices by Muon, at this peak rate.", panel=LEARNING),
-    ] = None,
-    warmup: Annotated[float, option("--warmup", help="Share of the run in which rates rise.", panel=LEARNING)] = 0.03,
-    clip: Annotated[float, option("--clip", help="Longest gradient.", panel=LEARNING)] = 1.0,
-    dtype: Annotated[
-        str, option("--dtype", help="float32, bfloat16, or auto: bfloat16 where it is fast.", panel=RUNNING)
-    ] = "auto",
-    device: Annotated[str, option("--device", help="auto, cpu, cuda or cuda:N.", panel=RUNNING)] = "auto",
-    threads: Annotated[
-        int | None, option("--threads", help="CPU threads; default: one for each core.", panel=RUNNING)
-    ] = None,
-    memory: Annotated[
-        int,
-        option("--memory", help="Megabytes of activations, beside the weights; blocks are cut to fit.", panel=RUNNING),
-    ] = 2048,
-    store_target: Annotated[
-        bool,
-        option(
-            "--store-target",
-            help="Keep the target's states, keys and values on disk after the first pass through the data.",
-            panel=RUNNING,
-        ),
-    ] = False,
-    compile: Annotated[
-        bool, option("--compile", help="Compile the models first: a minute or two, then faster.", panel=RUNNING)
-    ] = False,
-    seed: Annotated[int, option("--seed", help="Of initial weights, order and sampled text.", panel=RUNNING)] = 1,
-    checkpoint_steps: Annotated[
-        int, option("--checkpoint-steps", help="Steps between checkpoints.", panel=RUNNING)
-    ] = 100,
-    resume: Annotated[bool, option("--resume", help="Go on from the run's last checkpoint.", panel=RUNNING)] = False,
-    tensorboard: Annotated[
-        bool, option("--tensorboard", help="Log to TensorBoard too (extra: train).", panel=RUNNING)
-    ] = False,
-    gate_steps: Annotated[
-        int | None, option("--gate-steps", help="Measure in the engine every so many steps too.", panel=GATE)
-    ] = None,
-    patience: Annotated[
-        int | None,
-        option("--patience", help="Stop after so many measurements without gain; the best is kept.", panel=GATE),
-    ] = None,
-    draft_tokens: Annotated[int, option("--draft-tokens", "-k", help="Drafts a round when measuring.", panel=GATE)] = 4,
-    gate_tokens: Annotated[int, option("--gate-tokens", help="Tokens a prompt when measuring.", panel=GATE)] = 128,
-    force: Annotated[bool, option("--force", help="Export even what is worse than the start.", panel=GATE)] = False,
+    models: ModelOptions,
+    shape: ShapeOptions,
+    data: DataOptions,
+    gate: GateOptions,
+    decoding: DecodingOptions,
+    learning: LearningOptions,
+    running: RunningOptions,
 ) -> None:
     """Train or adapt a drafter for a target, and export it if it is not worse than the one it started from.
 
     Started by torchrun, several processes share each step. Exits with 3 where the gate refuses the drafter.
     """
-    _check(drafter, new, loss, steps, epochs, minutes, patience, gate_steps, dtype)
-    use_threads(threads)
-    if steps is None and minutes is None and epochs is None:
-        epochs = 2.0
-    objective = Objective(loss, draft_steps, step_decay, own_tokens, top_k, top_p)  # type: ignore[arg-type]
+    _check(models, gate, learning, running)
+    use_threads(running.threads)
     settings = RunSettings(
-        target=target, out=out, drafter=drafter,
-        data=DataSettings(tuple(data), pattern, held_out, held_out_prompts, length, regenerate or not as_is, as_is,
-                          max_new_tokens, written_tokens, cache, store_target),
-        new=DrafterShape(hidden, intermediate, heads, layers, centroids, centroid_top_k),
-        recipe=DrafterRecipe(objective, steps, epochs, minutes, batch, lr, matrix_lr, warmup, clip, memory,
-                             checkpoint_steps, gate_steps, patience, seed, compile),
-        temperatures=tuple(temperature or (0.0, 1.0)), draft_tokens=draft_tokens, gate_tokens=gate_tokens,
-        dtype=dtype, device=device, quantize=parse_weight_types(quantize or "none"), strict=strict, force=force,
-        resume=resume, tensorboard=tensorboard,
+        target=models.target, out=models.out, drafter=models.drafter, data=_data(data, gate, running),
+        new=DrafterShape(**vars(shape)), recipe=_recipe(gate, decoding, learning, running),
+        temperatures=tuple(decoding.temperature or (0.0, 1.0)), draft_tokens=gate.draft_tokens,
+        gate_tokens=gate.gate_tokens, dtype=running.dtype, device=running.device,
+        quantize=parse_weight_types(models.quantize or "none"), strict=models.strict, force=gate.force,
+        resume=running.resume, tensorboard=running.tensorboard,
     )  # fmt: skip
     keep_freed_memory()
     log = console(stderr=True)
-    with joined_world(choose_device(device)) as world:
+    with joined_world(choose_device(running.device)) as world:
         outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
     if outcome is not None:
-        _report(outcome, out)
+        _report(outcome, models.out)
         if not outcome.exported:
             raise typer.Exit(REFUSED)
 
 
-def _check(
-    drafter: Path | None, new: bool, loss: str, steps: int | None, epochs: float | None, minutes: float | None,
-    patience: int | None, gate_steps: int | None, dtype: str,
-) -> None:  # fmt: skip
-    if new == (drafter is not None):
+def _data(data: DataOptions, gate: GateOptions, running: RunningOptions) -> DataSettings:
+    return DataSettings(
+        tuple(data.data), data.pattern, gate.held_out, gate.held_out_prompts, data.length,
+        data.regenerate or not data.as_is, data.as_is, data.max_new_tokens, data.written_tokens, data.cache,
+        running.store_target,
+    )  # fmt: skip
+
+
+def _recipe(
+    gate: GateOptions, decoding: DecodingOptions, learning: LearningOptions, running: RunningOptions
+) -> DrafterRecipe:
+    objective = Objective(
+        cast(LossKind, learning.loss), learning.draft_steps, learning.step_decay, learning.own_tokens, decoding.top_k,
+        decoding.top_p,
+    )  # fmt: skip
+    endless = learning.steps is None and learning.minutes is None and learning.epochs is None
+    return DrafterRecipe(
+        objective, learning.steps, 2.0 if endless else learning.epochs, learning.minutes, learning.batch, learning.lr,
+        learning.matrix_lr, learning.warmup, learning.clip, running.memory, running.checkpoint_steps, gate.gate_steps,
+        gate.patience, running.seed, running.compile,
+    )  # fmt: skip
+
+
+def _check(models: ModelOptions, gate: GateOptions, learning: LearningOptions, running: RunningOptions) -> None:
+    if models.new == (models.drafter is not None):
         raise TrainingError("give either --drafter, to adapt one, or --new, to make one.")
-    if loss not in LOSSES:
-        raise TrainingError(f"--loss is {loss!r}, but must be one of {', '.join(LOSSES)}.")
-    if sum(value is not None for value in (steps, epochs, minutes)) > 1:
+    if learning.loss not in LOSSES:
+        raise TrainingError(f"--loss is {learning.loss!r}, but must be one of {', '.join(LOSSES)}.")
+    if sum(value is not None for value in (learning.steps, learning.epochs, learning.minutes)) > 1:
         raise TrainingError("--steps, --epochs and --minutes exclude each other; give one of them.")
-    if patience is not None and gate_steps is None:
+    if gate.patience is not None and gate.gate_steps is None:
         raise TrainingError("--patience counts measurements; give --gate-steps too.")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise TrainingError(f"--dtype is {dtype!r}, but must be auto, float32 or bfloat16.")
+    if running.dtype not in ("auto", "float32", "bfloat16"):
+        raise TrainingError(f"--dtype is {running.dtype!r}, but must be auto, float32 or bfloat16.")
 
 
 def _report(outcome: Outcome, out: Path) -> None:

@@ -48,7 +48,7 @@ class RequestMix:
         body = {"model": self.model, "max_tokens": length, "seed": self.seed + number, **self.settings, **extensions}
         if example.kind == "text":
             return Ask("/v1/completions", {**body, "prompt": f"{before}{example.content}"})
-        first, *rest = example.conversation()
+        first, *rest = example.conversation().messages
         return Ask("/v1/chat/completions", {**body, "messages": [_begun(first, before), *rest]})
 
     def _example(self, number: int) -> Example:

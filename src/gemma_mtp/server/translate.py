@@ -9,11 +9,12 @@ import secrets
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma_mtp.conversation import for_template
+from gemma_mtp.chat.conversation import Conversation
+from gemma_mtp.chat.prompt import chat_text
 from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
-from gemma_mtp.errors import GemmaMtpError, TokenizerError
+from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.errors import ApiError, from_engine
 from gemma_mtp.server.protocol import (
     ChatCompletionRequest,
@@ -24,7 +25,6 @@ from gemma_mtp.server.protocol import (
 )
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
-from gemma_mtp.text import check_text
 
 #: OpenAI's default for completions
 COMPLETION_TOKENS = 16
@@ -73,10 +73,8 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[
 
 def render_chat(messages: Sequence[Message], service: Service, begin_turn: bool = True) -> str:
     """A conversation through the checkpoint's template. Raises ApiError."""
-    rendered = [for_template(message.model_dump()) for message in messages]
     try:
-        text = service.tokenizer.apply_chat_template(rendered, begin_turn)
-        return check_text(text, "what the chat template makes of them", TokenizerError)
+        return chat_text(Conversation([message.model_dump() for message in messages], begin_turn), service.tokenizer)
     except GemmaMtpError as error:
         raise ApiError(400, str(error), param="messages") from None
 
