@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import (
     GenerationDefaults,
     load_drafter,
@@ -321,7 +320,7 @@ def test_a_damaged_header_is_refused_or_harmless(
 @pytest.mark.parametrize(("kind", "load"), KINDS)
 def test_tensors_that_do_not_fit(kind: str, load: Load, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is refused before any weight is copied, wherever in the file it is."""
-    monkeypatch.setattr(checkpoint, "copy_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("gemma_mtp.checkpoint.load.copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole = load_file(directory / SINGLE)
     for name, tensor in whole.items():
@@ -437,7 +436,7 @@ def test_a_failed_write_keeps_the_old_weights(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr("gemma_mtp.checkpoint.load.save_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model\.safetensors can not be written.*No space left"):
         save(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

@@ -25,7 +25,7 @@ from gemma_mtp.checkpoint import load_target
 from gemma_mtp.cli import main
 from gemma_mtp.config import PRESETS, TargetConfig, drafter_config_to_hf, parse_drafter_config, parse_target_config
 from gemma_mtp.config import target_config_to_hf as to_hf
-from gemma_mtp.config_fields import (
+from gemma_mtp.config.fields import (
     APPLIED_OF_DRAFTERS,
     APPLIED_OF_TARGETS,
     APPLIED_OF_TEXT,

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_mtp.checkpoint import load_drafter, load_target
+from gemma_mtp.checkpoint.names import find_tensors
+from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.measure.memory import inspect_checkpoint
-from gemma_mtp.quantised_copy import write_quantised_copy
-from gemma_mtp.tensor_names import find_tensors
 from gemma_mtp.weight_types import parse_weight_types
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,6 +13,8 @@ from gemma_mtp import checkpoint
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.config.generation import GenerationDefaults
+from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
@@ -22,9 +24,7 @@ from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import CheckpointError, QuantisationError, SamplingError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 

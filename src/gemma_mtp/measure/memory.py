@@ -17,10 +17,10 @@ from gemma_mtp.checkpoint import (
     read_weight_types,
     stored_tensors,
 )
+from gemma_mtp.checkpoint.safetensors import TensorHeader
 from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.weight_files import TensorHeader
 
 #: bytes of one cached element: bf16 and fp16, the dtypes a GPU decodes in
 HALF_BYTES = 2

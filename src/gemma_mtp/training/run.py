@@ -12,6 +12,7 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
@@ -19,7 +20,6 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.pairing import check_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import DrafterResult, DrafterTrainer

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_mtp.checkpoint.safetensors import read_headers
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
@@ -21,7 +22,6 @@ from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.examples import ExampleSet, TokenExample
 from gemma_mtp.training.material import Beginning
-from gemma_mtp.weight_files import read_headers
 
 #: samples of a weight file that its fingerprint is made of, and their bytes
 SAMPLES, SAMPLE_BYTES = 64, 65536

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint import load_drafter, load_target, read_config, save_drafter, save_target, stored_dtypes
+from gemma_mtp.checkpoint.load import load_drafter, load_target, read_config, save_drafter, save_target, stored_dtypes
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.errors import CheckpointError, QuantisationError
 from gemma_mtp.json_files import read_json, write_json

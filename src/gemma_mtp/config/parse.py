@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gemma_mtp.config_values import field_value
+from gemma_mtp.config.rope import DEFAULT_ROPES, RopeConfig, parse_ropes, rope_to_hf
+from gemma_mtp.config.values import field_value
 from gemma_mtp.errors import ConfigError
-from gemma_mtp.rope_config import DEFAULT_ROPES, RopeConfig, parse_ropes, rope_to_hf
 
 LayerType = Literal["sliding_attention", "full_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)

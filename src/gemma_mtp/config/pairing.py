@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemma_mtp.config import SLIDING, DrafterConfig, TargetConfig
+from gemma_mtp.config.parse import SLIDING, DrafterConfig, TargetConfig
 from gemma_mtp.errors import PairError
 
 

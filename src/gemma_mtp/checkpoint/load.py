@@ -12,25 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma_mtp.config import (
-    DrafterConfig,
-    TargetConfig,
-    TextConfig,
-    drafter_config_to_hf,
-    parse_drafter_config,
-    parse_target_config,
-    target_config_to_hf,
-)
-from gemma_mtp.config_fields import config_notes
-from gemma_mtp.errors import CheckpointError
-from gemma_mtp.generation_config import FILE as GENERATION_FILE
-from gemma_mtp.generation_config import GenerationDefaults, parse_generation_config
-from gemma_mtp.json_files import existing, read_json, replace_file, write_json
-from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
-from gemma_mtp.tensor_names import EMBEDDING, HEAD, find_tensors, missing_tensor, unused_tensors
-from gemma_mtp.weight_files import (
+from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, find_tensors, missing_tensor, unused_tensors
+from gemma_mtp.checkpoint.safetensors import (
     FLOAT_DTYPES,
     SINGLE_FILE,
     TensorHeader,
@@ -40,6 +23,23 @@ from gemma_mtp.weight_files import (
     read_headers,
     same_values,
 )
+from gemma_mtp.config import (
+    DrafterConfig,
+    TargetConfig,
+    TextConfig,
+    drafter_config_to_hf,
+    parse_drafter_config,
+    parse_target_config,
+    target_config_to_hf,
+)
+from gemma_mtp.config.fields import config_notes
+from gemma_mtp.config.generation import FILE as GENERATION_FILE
+from gemma_mtp.config.generation import GenerationDefaults, parse_generation_config
+from gemma_mtp.errors import CheckpointError
+from gemma_mtp.json_files import existing, read_json, replace_file, write_json
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 from gemma_mtp.weight_types import WeightTypes, parse_quantization_config, weight_types_to_hf
 
 logger = logging.getLogger("gemma_mtp")

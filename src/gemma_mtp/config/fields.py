@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma_mtp.rope_config import DEFAULT_ROPES, ROPE_FIELDS, rope_type
+from gemma_mtp.config.rope import DEFAULT_ROPES, ROPE_FIELDS, rope_type
 
 #: what `config.py` and `weight_types.py` read of the outer object of a target, and of a drafter
 APPLIED_OF_TARGETS = frozenset({
