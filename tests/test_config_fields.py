@@ -94,7 +94,7 @@ class Recorded(dict[str, Any]):
         return super().__getitem__(name)
 
 
-#: what other modules read: weight_types.py, and full_layer_overrides where there is such a field
+#: what other modules read: weight_types.py, and `layers.py` where there is a per_layer_config
 ELSEWHERE = {"quantization_config"}
 
 
