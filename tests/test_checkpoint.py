@@ -436,7 +436,7 @@ def test_a_failed_write_keeps_the_old_weights(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma_mtp.checkpoint.load.save_file", full_disk)
+    monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model\.safetensors can not be written.*No space left"):
         save(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

@@ -170,7 +170,7 @@ def test_a_failed_copy_leaves_nothing(where: str, saved: Path, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     if where == "save_file":
-        monkeypatch.setattr("gemma_mtp.checkpoint.load.save_file", full_disk)
+        monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
     elif where == "copyfile":
         monkeypatch.setattr(shutil, "copyfile", full_disk)
     else:  # the last rename, of the directory

@@ -1,140 +1,133 @@
-"""Tensors in safetensors files: what the headers say, and their values, copied or compared a piece at a time."""
+"""Checkpoint directories in the official Hugging Face layout, their weights in safetensors files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import functools
+import math
+import shutil
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from gemma_mtp.checkpoint.names import find_tensors
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, Piece, StoredTensor
+from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.json_files import existing, read_json
-from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.tokenizer import Tokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 #: a file is opened anew after so many bytes, so that the pages mapped for tensors already copied are given back
 MAPPED_BYTES = 32 << 20
-#: safetensors' names of the dtypes we load, and their size in bytes
-FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
-INTEGER_DTYPES = {"I64": 8, "I32": 4}
-#: safetensors' names of what quantised matrices are stored as
-QUANTISED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
+#: files that a copy takes along, where the checkpoint has them
+KEPT_FILES = (
+    GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+#: files that a copy takes along from a directory of templates
+KEPT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says of one tensor: the file it is in, its name there, dtype and shape."""
+class SafetensorsSource:
+    """A directory in the Hugging Face layout; its methods are those of `Source`."""
 
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError where there is no such directory."""
+        self._directory = existing(directory)
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * {**FLOAT_DTYPES, **INTEGER_DTYPES}.get(self.dtype, 1)
+    def path(self) -> Path:
+        return self._directory
+
+    def config(self) -> Any:
+        return read_json(self.path / "config.json")
+
+    def generation_config(self) -> Any:
+        file = self.path / GENERATION_FILE
+        return read_json(file) if file.exists() else {}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.path / "tokenizer.json").exists()
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_dir(self.path)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Returns what the files' headers say; a missing, truncated or damaged file raises CheckpointError."""
+        return self._tensors
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, StoredTensor]:
+        headers: dict[str, StoredTensor] = {}
+        for file in _weight_files(self.path):
+            headers |= _file_headers(file)
+        return headers
+
+    def places(self, needed: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
+        return find_tensors(self.tensors(), needed, optional)
+
+    def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+        for batch in _batches(pieces):
+            with safe_open(batch[0][0].file, "pt") as tensors:
+                for tensor, rows in batch:
+                    yield tensors.get_slice(tensor.name)[... if rows is None else rows]
+
+    def notes(self) -> list[str]:
+        """Returns a sentence where it is not plain which files are loaded."""
+        if not ((self.path / SINGLE_FILE).is_file() and (self.path / INDEX_FILE).is_file()):
+            return []
+        return [f"both {SINGLE_FILE} and {INDEX_FILE} are there; the single file is loaded: remove the other's shards."]
+
+    def copy_companions(self, directory: Path) -> None:
+        for path in (*(self.path / name for name in KEPT_FILES), *self.path.glob(KEPT_TEMPLATES)):
+            if path.is_file():
+                kept = directory / path.relative_to(self.path)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, kept)
 
 
-def read_headers(directory: str | Path) -> dict[str, TensorHeader]:
-    """Dtypes and shapes of every tensor by its stored name, from the files' headers alone.
-
-    Raises CheckpointError where there are no safetensors files, or a shard is missing or truncated.
-    """
-    headers: dict[str, TensorHeader] = {}
-    for file in _weight_files(existing(directory)):
-        headers |= _file_headers(file)
-    return headers
-
-
-def _file_headers(file: Path) -> dict[str, TensorHeader]:
+def _file_headers(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of a file by its name. Raises CheckpointError where it is truncated or damaged."""
     try:
         with safe_open(file, "pt") as tensors:
             entries = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-            return {
-                name: TensorHeader(file, name, entry.get_dtype(), tuple(entry.get_shape()))
-                for name, entry in entries.items()
-            }
+            return {name: _stored(file, name, entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} can not be read as safetensors ({error}); it is truncated or damaged: copy it again."
         ) from None
 
 
-def file_notes(directory: Path) -> list[str]:
-    """A sentence where it is not plain which files are loaded."""
-    if (directory / SINGLE_FILE).is_file() and (directory / INDEX_FILE).is_file():
-        return [f"both {SINGLE_FILE} and {INDEX_FILE} are there; the single file is loaded: remove the other's shards."]
-    return []
+def _stored(file: Path, name: str, dtype: str, shape: Iterable[int]) -> StoredTensor:
+    sizes = tuple(shape)
+    return StoredTensor(file, name, dtype, sizes, math.prod(sizes) * {**FLOAT_DTYPES, **INTEGER_DTYPES}.get(dtype, 1))
 
 
-def allowed_dtypes(dtype: torch.dtype) -> Iterable[str]:
-    """safetensors' names of what may be stored for a tensor of `dtype`."""
-    if dtype in QUANTISED_DTYPES:
-        return [QUANTISED_DTYPES[dtype]]
-    return FLOAT_DTYPES if dtype.is_floating_point else INTEGER_DTYPES
-
-
-def copy_tensors(views: Mapping[str, Weight], headers: Mapping[str, TensorHeader]) -> None:
-    """Copy every stored tensor into the view of the same name, converted to its dtype, file by file."""
-    for file in sorted({headers[name].file for name in views}):
-        names = [name for name in views if headers[name].file == file]
-        for batch in _batches(names, headers):
-            with safe_open(file, "pt") as tensors:
-                for name, rows in batch:
-                    stored = tensors.get_slice(headers[name].name)
-                    if rows is None:
-                        views[name].copy_(stored[...])
-                    else:
-                        views[name][rows].copy_(stored[rows])
-
-
-def same_values(one: TensorHeader, other: TensorHeader) -> bool:
-    """Whether two stored tensors are equal, number by number, whatever they are stored as."""
-    if one.shape != other.shape:
-        return False
-    wider = max(one, other, key=lambda header: header.nbytes)
-    for rows, _ in _pieces(wider):
-        with safe_open(one.file, "pt") as first, safe_open(other.file, "pt") as second:
-            a, b = (
-                tensors.get_slice(header.name)[... if rows is None else rows]
-                for tensors, header in ((first, one), (second, other))
-            )
-            if not torch.equal(a, b) if a.dtype == b.dtype else not torch.equal(a.double(), b.double()):
-                return False
-    return True
-
-
-def _batches(names: Iterable[str], headers: Mapping[str, TensorHeader]) -> Iterable[list[tuple[str, slice | None]]]:
-    """Tensors, and row ranges of tensors that are larger, in groups of at most `MAPPED_BYTES`."""
-    batch: list[tuple[str, slice | None]] = []
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that follow each other, of one file and of at most `MAPPED_BYTES` together; a larger one is alone."""
+    batch: list[Piece] = []
     size = 0
-    for name in names:
-        for rows, nbytes in _pieces(headers[name]):
-            if size + nbytes > MAPPED_BYTES and batch:
-                yield batch
-                batch, size = [], 0
-            batch.append((name, rows))
-            size += nbytes
-    yield batch
+    for tensor, rows in pieces:
+        nbytes = _piece_bytes(tensor, rows)
+        if batch and (size + nbytes > MAPPED_BYTES or tensor.file != batch[0][0].file):
+            yield batch
+            batch, size = [], 0
+        batch.append((tensor, rows))
+        size += nbytes
+    if batch:
+        yield batch
 
 
-def _pieces(header: TensorHeader) -> Iterable[tuple[slice | None, int]]:
-    """The whole tensor, or ranges of its rows that fit into `MAPPED_BYTES`, with their bytes."""
-    if header.nbytes <= MAPPED_BYTES or not header.shape:
-        return [(None, header.nbytes)]
-    count, row_bytes = header.shape[0], header.nbytes // header.shape[0]
-    step = max(1, MAPPED_BYTES // row_bytes)
-    starts = range(0, count, step)
-    return [(slice(i, min(i + step, count)), (min(i + step, count) - i) * row_bytes) for i in starts]
+def _piece_bytes(tensor: StoredTensor, rows: slice | None) -> int:
+    if rows is None:
+        return tensor.nbytes
+    return len(range(*rows.indices(tensor.shape[0]))) * tensor.nbytes // tensor.shape[0]
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_mtp.checkpoint.safetensors import read_headers
+from gemma_mtp.checkpoint import Location, open_source
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
@@ -138,10 +138,10 @@ class WrittenStore:
             ) from None
 
 
-def fingerprint(target: Path) -> str:
+def fingerprint(target: Location) -> str:
     """A short name of a checkpoint's weights, from samples of its files: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted({header.file for header in read_headers(target).values()}):
+    for path in sorted({header.file for header in open_source(target).tensors().values()}):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
