@@ -19,7 +19,7 @@ APPLIED_OF_TARGETS = frozenset({
 APPLIED_OF_DRAFTERS = APPLIED_OF_TARGETS | {
     "backbone_hidden_size", "use_ordered_embeddings", "num_centroids", "centroid_intermediate_top_k",
 }  # fmt: skip
-#: what they read of the text model's object; a family may have fields of its own beside these
+#: what they read of the text model's object, once a family's own fields are translated
 APPLIED_OF_TEXT = frozenset({
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "global_head_dim", "num_global_key_value_heads", "per_layer_config",
@@ -78,7 +78,6 @@ def _unknown_fields(raw: Mapping[str, Any], family: Family | None) -> Iterator[s
         yield from _unknown(raw, APPLIED_OF_DRAFTERS if drafter else APPLIED_OF_TARGETS, "")
         text, outer, path = nested, frozenset(), "text_config."
     if family is not None:
-        outer |= family.own_fields
         text = family.translated(text)
     yield from _unknown(text, APPLIED_OF_TEXT | outer, path)
     for name in ("rope_parameters", "rope_scaling"):

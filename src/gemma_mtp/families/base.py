@@ -35,10 +35,10 @@ class Family:
     `name` is what messages call the family. `targets` and `drafters` are its top-level model_types; a target's text
     configuration stands under the key given, or is the whole file (None). `text_model_type` is what a text
     configuration is that does not say. `defaults` gives the values of fields that a text configuration of a model_type
-    leaves out. `own_fields` are read beside the skeleton's, and `translated` returns a text configuration with them
-    turned into the skeleton's; it raises ConfigError for what can not be. `options` reads the layers' options from the
-    untranslated text configuration. `ends_full` says that the last layer is a full one. `architectures` are what
-    written files name for each model_type; a family without them is read only.
+    leaves out. `translated` returns a text configuration with the family's own fields turned into the skeleton's; it
+    raises ConfigError for what can not be. `options` reads the layers' options from the untranslated text
+    configuration. `ends_full` says that the last layer is a full one. `architectures` are what written files name for
+    each model_type; a family without them is read only.
 
     Of tensors:
     `renames` maps parts of official names, between dots, to the family's own. A norm multiplies by its stored weight
@@ -50,7 +50,6 @@ class Family:
     text_model_type: str
     defaults: Callable[[str], Mapping[str, Any]]
     drafters: tuple[str, ...] = ()
-    own_fields: frozenset[str] = frozenset()
     translated: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: raw
     options: Callable[[Mapping[str, Any]], LayerOptions] = lambda raw: LayerOptions()
     ends_full: bool = True
