@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemma_mtp.checkpoint.safetensors import INDEX_FILE
 from gemma_mtp.config import (
     FULL,
     PRESETS,
@@ -34,7 +35,6 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
-from gemma_mtp.weight_files import INDEX_FILE
 
 #: a shard is closed once it holds so many bytes; a larger tensor has one to itself
 SHARD_BYTES = 512 << 20

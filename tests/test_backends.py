@@ -12,6 +12,7 @@ from models import TINY, VOCAB, WIDE, agreeing_pair, backends, opened, random_dr
 
 from gemma_mtp.backend.base import Backend, DraftRows, Rows
 from gemma_mtp.backend.reference import BLOCK, ReferenceBackend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
@@ -20,7 +21,6 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops

@@ -22,13 +22,13 @@ from models import VOCAB, agreeing_pair
 
 from gemma_mtp import load_pair
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.job import Job
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Update
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.measure.load import ClosedLoop, Extent, Reply, run_load
 
 PROMPTS = [[7, 3, 11], [5, 6, 7, 8, 9]]

@@ -21,25 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import (
     load_drafter,
     load_target,
     read_config,
     read_drafter_config,
     read_generation_config,
+    read_headers,
     read_target_config,
     save_drafter,
     save_target,
     stored_tensors,
 )
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.errors import CheckpointError, GemmaMtpError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.quantise import Weight
-from gemma_mtp.weight_files import read_headers
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 Load = Callable[[Path, torch.dtype], Any]
@@ -321,7 +320,7 @@ def test_a_damaged_header_is_refused_or_harmless(
 @pytest.mark.parametrize(("kind", "load"), KINDS)
 def test_tensors_that_do_not_fit(kind: str, load: Load, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is refused before any weight is copied, wherever in the file it is."""
-    monkeypatch.setattr(checkpoint, "copy_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("gemma_mtp.checkpoint.load.copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole = load_file(directory / SINGLE)
     for name, tensor in whole.items():
@@ -437,7 +436,7 @@ def test_a_failed_write_keeps_the_old_weights(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model\.safetensors can not be written.*No space left"):
         save(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

@@ -30,8 +30,8 @@ from gemma_mtp.config import (
     parse_target_config,
     target_config_to_hf,
 )
+from gemma_mtp.config.rope import RopeConfig
 from gemma_mtp.errors import ConfigError
-from gemma_mtp.rope_config import RopeConfig
 
 THEIRS: dict[str, type[PreTrainedConfig]] = {
     "gemma4": Gemma4Config,

@@ -25,7 +25,7 @@ from gemma_mtp.checkpoint import load_target
 from gemma_mtp.cli import main
 from gemma_mtp.config import PRESETS, TargetConfig, drafter_config_to_hf, parse_drafter_config, parse_target_config
 from gemma_mtp.config import target_config_to_hf as to_hf
-from gemma_mtp.config_fields import (
+from gemma_mtp.config.fields import (
     APPLIED_OF_DRAFTERS,
     APPLIED_OF_TARGETS,
     APPLIED_OF_TEXT,
@@ -94,7 +94,7 @@ class Recorded(dict[str, Any]):
         return super().__getitem__(name)
 
 
-#: what other modules read: weight_types.py, and full_layer_overrides where there is such a field
+#: what other modules read: weight_types.py, and `layers.py` where there is a per_layer_config
 ELSEWHERE = {"quantization_config"}
 
 

@@ -23,6 +23,7 @@ from models import VOCAB, agreeing_pair, letters, random_drafter, random_target
 
 from gemma_mtp.backend.native import module, set_threads
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
@@ -35,7 +36,6 @@ from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.kv import blocks as blocks_module
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 

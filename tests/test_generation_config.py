@@ -14,10 +14,10 @@ from oracle import build_target
 from transformers import GenerationConfig
 
 from gemma_mtp.cli import main
+from gemma_mtp.config.generation import DRAWS_ONLY, HONOURED, IRRELEVANT, NOT_HONOURED, parse_generation_config
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError
-from gemma_mtp.generation_config import DRAWS_ONLY, HONOURED, IRRELEVANT, NOT_HONOURED, parse_generation_config
 
 CASE = {
     "eos_token_id": [1, 6], "bos_token_id": 2, "do_sample": False, "temperature": 1.0, "top_k": 64, "top_p": 0.95,

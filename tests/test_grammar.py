@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from gemma_mtp.cli import main
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, process
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
@@ -29,7 +30,6 @@ from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.round import verify_round
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.errors import GemmaMtpError, SamplingError, TokenizerError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.tokenizer import Tokenizer
 
 EOS = 1

@@ -12,11 +12,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.config import LayerOptions, TargetConfig, TextConfig, target_config_to_hf
+from gemma_mtp.config.rope import RopeConfig
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.round import forward
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.model.target import Target
-from gemma_mtp.rope_config import RopeConfig
 
 VOCAB, SCALAR, LINEAR = 61, 24, 8.0
 #: what Gemma 3 does otherwise than Gemma 4

@@ -14,14 +14,11 @@ import gemma_mtp
 PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; nothing imports upwards
 LEVELS = {
-    "errors": 0, "cpu_clock": 0, "text": 1, "chat": 1, "_native": 0, "json_files": 0, "config_values": 0,
-    "token_text": 0,
-    "config": 1, "config_fields": 1, "rope_config": 1, "generation_config": 1, "tensor_names": 1, "weight_types": 1,
-    "tokenizer": 1, "tokenizer_files": 1, "output_text": 1, "ops": 1,
-    "weight_files": 2, "pairing": 2, "datasets": 2,
-    "model": 2, "kv": 2, "decoding": 2,
+    "errors": 0, "cpu_clock": 0, "_native": 0, "json_files": 0,
+    "families": 0, "text": 1, "chat": 1, "config": 1, "weight_types": 1, "tokenizer": 1, "ops": 1,
+    "datasets": 2, "model": 2, "kv": 2, "decoding": 2,
     "checkpoint": 3, "backend": 3,
-    "quantised_copy": 4, "engine": 4, "measure": 5, "training": 6, "server": 7, "cli": 8,
+    "engine": 4, "measure": 5, "training": 6, "server": 7, "cli": 8,
 }  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from models import TINY, VOCAB, agreeing_pair, letters, random_drafter, random_t
 
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError, PairError, PromptError, SamplingError, TokenizerError
-from gemma_mtp.generation_config import GenerationDefaults
 
 PROMPT = [9, 8, 7]
 

@@ -13,9 +13,9 @@ from oracle import FAMILIES, F, S
 
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config, save_drafter, save_target
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig
+from gemma_mtp.config.pairing import check_pair, pair_verdict
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import CheckpointError, PairError
-from gemma_mtp.pairing import check_pair, pair_verdict
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 SIZES = ["E2B", "E4B", "12B", "26B-A4B", "31B"]

@@ -34,6 +34,7 @@ from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
+from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
 from gemma_mtp.config import TargetConfig, TextConfig
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import load_pair
@@ -43,7 +44,6 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.ops import quantise
 from gemma_mtp.ops.linear import Chooser, Matrix
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
-from gemma_mtp.weight_files import SINGLE_FILE
 from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]

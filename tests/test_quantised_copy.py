@@ -13,7 +13,15 @@ from oracle import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from gemma_mtp import checkpoint
-from gemma_mtp.checkpoint import load_drafter, load_target, read_weight_types, save_drafter, save_target
+from gemma_mtp.checkpoint import (
+    SINGLE_FILE,
+    load_drafter,
+    load_target,
+    read_weight_types,
+    save_drafter,
+    save_target,
+)
+from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -22,8 +30,6 @@ from gemma_mtp.errors import CheckpointError, GemmaMtpError, QuantisationError
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.quantised_copy import write_quantised_copy
-from gemma_mtp.weight_files import SINGLE_FILE
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
@@ -171,7 +177,7 @@ def test_a_failed_copy_leaves_nothing(where: str, saved: Path, tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     if where == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+        monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
     elif where == "copyfile":
         monkeypatch.setattr(shutil, "copyfile", full_disk)
     else:  # the last rename, of the directory
@@ -210,7 +216,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("kind", ["target", "drafter"])
 def test_damaged_copies(kind: str, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is refused before any weight is read."""
-    monkeypatch.setattr(checkpoint, "copy_tensors", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("gemma_mtp.checkpoint.load.copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole, config = load_file(directory / SINGLE), json.loads((directory / "config.json").read_text())
     edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})

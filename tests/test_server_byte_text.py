@@ -10,8 +10,8 @@ from live_server import Live, serving
 from models import TINY, random_drafter, random_target
 
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.tokenizer import Tokenizer
 
 RUNES = "ᚠᚢᚦᚨᚱᚲᚷᚹ"

@@ -12,9 +12,9 @@ from tokenizers import decoders, models
 
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import TokenizerError
-from gemma_mtp.output_text import OutputText
-from gemma_mtp.token_text import TokenTexts
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.tokenizer.output_text import OutputText
+from gemma_mtp.tokenizer.token_text import TokenTexts
 
 REPLACE, FUSE, BYTES = decoders.Replace("▁", " "), decoders.Fuse(), decoders.ByteFallback()
 DECODERS = {

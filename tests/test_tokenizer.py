@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import TokenizerError
-from gemma_mtp.output_text import StopMatcher
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.tokenizer.output_text import StopMatcher
 
 DIRECTORY = bundled_directory() / "target"
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(

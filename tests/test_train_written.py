@@ -9,9 +9,9 @@ import pytest
 from models import agreeing_pair
 
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.material import Beginning
 from gemma_mtp.training.written import Writing, write_texts

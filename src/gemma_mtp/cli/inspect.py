@@ -13,8 +13,8 @@ from gemma_mtp import checkpoint
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
+from gemma_mtp.config.pairing import pair_verdict
 from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
-from gemma_mtp.pairing import pair_verdict
 
 
 def inspect(

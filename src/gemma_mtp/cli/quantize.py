@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import options
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.measure.memory import inspect_checkpoint
-from gemma_mtp.quantised_copy import write_quantised_copy
 from gemma_mtp.weight_types import parse_weight_types
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mtp.backend.base import Backend
+from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
@@ -17,7 +18,6 @@ from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.text import check_text

@@ -12,7 +12,10 @@ import torch
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.select import make_backend
-from gemma_mtp.config import DrafterConfig, TargetConfig
+from gemma_mtp.checkpoint import Source
+from gemma_mtp.config import TargetConfig
+from gemma_mtp.config.generation import GenerationDefaults
+from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import Verification
@@ -22,10 +25,7 @@ from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import CheckpointError, QuantisationError, SamplingError
-from gemma_mtp.generation_config import GenerationDefaults
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.pairing import check_pair
-from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,34 +132,35 @@ def load_pair(
     if not use_drafter:
         drafter = None
     chosen_device = choose_device(device)
-    target_config: TargetConfig = checkpoint.read_target_config(target)
-    if drafter is not None:
-        drafter_config: DrafterConfig = checkpoint.read_drafter_config(drafter)
-        check_pair(target_config, drafter_config)
-    generation = _generation_defaults(target, target_config, strict)
-    chosen_dtype = _dtype(dtype, chosen_device, target)
-    loaded_target = checkpoint.load_target(target, chosen_dtype, chosen_device, types, strict)
+    source = checkpoint.open_source(target)
+    target_config = checkpoint.read_target_config(source)
+    drafter_source = None if drafter is None else checkpoint.open_source(drafter)
+    if drafter_source is not None:
+        check_pair(target_config, checkpoint.read_drafter_config(drafter_source))
+    generation = _generation_defaults(source, target_config, strict)
+    chosen_dtype = _dtype(dtype, chosen_device, source)
+    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict)
     loaded_drafter = None
-    if drafter is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter, chosen_dtype, chosen_device, types, strict)
+    if drafter_source is not None:
+        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict)
     return Pair(
         backend=make_backend(loaded_target, loaded_drafter),
-        tokenizer=Tokenizer.from_dir(target) if (Path(target) / "tokenizer.json").exists() else None,
+        tokenizer=source.tokenizer() if source.has_tokenizer else None,
         generation=generation,
     )
 
 
-def _generation_defaults(target: str | Path, config: TargetConfig, strict: bool) -> GenerationDefaults:
+def _generation_defaults(source: Source, config: TargetConfig, strict: bool) -> GenerationDefaults:
     """Returns those of the checkpoint, held to be usable; a suppressed token that the model does not have is left
     out."""
-    found = checkpoint.read_generation_config(target)
-    checkpoint.report(target, found.notes, strict)
+    found = checkpoint.read_generation_config(source)
+    checkpoint.report(source, found.notes, strict)
     known = tuple(i for i in found.suppress_tokens if 0 <= i < config.text.vocab_size)
     generation = replace(found, suppress_tokens=known)
     try:
         SamplingParams(**generation.conversation())
     except SamplingError as error:
-        raise CheckpointError(f"{target}: generation_config.json asks for what can not be done: {error}") from None
+        raise CheckpointError(f"{source.path}: generation_config.json asks for what can not be done: {error}") from None
     return generation
 
 
@@ -176,14 +177,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device, target: str | Path) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":
         if device.type != "cpu":
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
-        stored = checkpoint.stored_dtypes(target)
+        stored = checkpoint.stored_dtypes(source)
         narrow = "BF16" in stored and not stored & {"F32", "F64"}
         return torch.bfloat16 if narrow and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from gemma_mtp.output_text import OutputText
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.tokenizer.output_text import OutputText
 
 FinishReason = Literal["stop", "length", "cancelled"]
 #: how an output token came about: by the prefill, as an accepted draft, or as the target's own token after a refused

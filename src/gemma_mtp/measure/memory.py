@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from gemma_mtp.checkpoint import (
+    Location,
+    StoredTensor,
     check_headers,
+    empty_model,
+    open_source,
     read_config,
     read_contents,
-    read_weight_types,
     stored_tensors,
 )
 from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
-from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.model.target import Target
-from gemma_mtp.weight_files import TensorHeader
 
 #: bytes of one cached element: bf16 and fp16, the dtypes a GPU decodes in
 HALF_BYTES = 2
@@ -61,18 +58,17 @@ class CheckpointReport:
         return {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}
 
 
-def inspect_checkpoint(directory: str | Path) -> CheckpointReport:
-    """Read a target's or drafter's directory, and hold every tensor against the configuration.
+def inspect_checkpoint(location: Location) -> CheckpointReport:
+    """Read a target's or drafter's checkpoint, and hold every tensor against the configuration.
 
     No weights are read, but for a head that the configuration ties to the embedding.
 
     Raises CheckpointError, ConfigError or QuantisationError where it could not be loaded.
     """
-    contents = read_contents(directory, read_config(directory))
+    source = open_source(location)
+    contents = read_contents(source, read_config(source))
     config = contents.config
-    with torch.device("meta"):
-        model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
-        model.quantise_(read_weight_types(directory))
+    model = empty_model(config, contents.types)
     weights = model.checkpoint_tensors()
     check_headers(stored_tensors(weights), contents)
     used = [contents.headers[name] for name in stored_tensors(weights)]
@@ -148,5 +144,5 @@ def _pattern(text: TextConfig) -> str:
     return letters
 
 
-def _nbytes(headers: Iterable[TensorHeader]) -> int:
+def _nbytes(headers: Iterable[StoredTensor]) -> int:
     return sum(header.nbytes for header in headers)

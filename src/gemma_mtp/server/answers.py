@@ -38,8 +38,8 @@ from gemma_mtp.server.protocol import (
 )
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import Prompt
-from gemma_mtp.token_text import TextDecoder
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.tokenizer.token_text import TextDecoder
 
 FINGERPRINT = f"gemma-mtp-{__version__}"
 END = b"data: [DONE]\n\n"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_mtp.checkpoint import read_generation_config, save_drafter
+from gemma_mtp.checkpoint import open_source, read_generation_config, save_drafter
 from gemma_mtp.config import DrafterConfig
-from gemma_mtp.json_files import read_json, replace_file, write_json
+from gemma_mtp.json_files import replace_file, write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting
@@ -27,9 +27,10 @@ def export_drafter(
 
 
 def _generation_config(target: Path, draft_tokens: int) -> dict[str, Any]:
-    path = target / GENERATION_CONFIG
-    given: dict[str, Any] = read_json(path) if path.exists() else {}
-    given.setdefault("eos_token_id", list(read_generation_config(target).eos_token_ids))
+    source = open_source(target)
+    defaults = read_generation_config(source)
+    given = dict(source.generation_config())
+    given.setdefault("eos_token_id", list(defaults.eos_token_ids))
     return {**given, "num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
 
 

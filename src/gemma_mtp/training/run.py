@@ -12,6 +12,7 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
@@ -19,8 +20,6 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.pairing import check_pair
-from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import DrafterResult, DrafterTrainer
 from gemma_mtp.training.examples import ExampleSet
@@ -61,7 +60,8 @@ class Run:
     def __init__(self, settings: RunSettings, world: World, say: Callable[[str], None]) -> None:
         self.settings, self.world, self.say = settings, world, say
         self.state = settings.out / STATE
-        target_config = checkpoint.read_target_config(settings.target)
+        source = checkpoint.open_source(settings.target)
+        target_config = checkpoint.read_target_config(source)
         check_settings(settings, target_config)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
@@ -70,18 +70,16 @@ class Run:
         else:
             self.config = new_drafter_config(target_config, settings.new)
         check_pair(target_config, self.config)
-        self.weight_types = merge(checkpoint.read_weight_types(settings.target), settings.quantize)
+        self.weight_types = merge(checkpoint.read_weight_types(source), settings.quantize)
         if settings.drafter is not None:
             check_unquantised(settings.drafter)
         # training scores the whole vocabulary; a centroid head is made when it is done
         self.plain_config = replace(self.config, use_ordered_embeddings=False)
         self.known_head: CentroidHead | None = None
-        self.tokenizer = Tokenizer.from_dir(settings.target)
+        self.tokenizer = source.tokenizer()
         if world.leads:  # one process alone, or two would move the same probe
             check_output(settings, self.state)
-        self.target = checkpoint.load_target(
-            settings.target, self.dtype, self.device, settings.quantize, settings.strict
-        )
+        self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict)
         self.target.dequantise_()
         self.target_name = _target_name(settings)
         self.pair = self._engine_pair()

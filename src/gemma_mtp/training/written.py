@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_mtp.checkpoint import Location, open_source
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
@@ -21,7 +22,6 @@ from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.examples import ExampleSet, TokenExample
 from gemma_mtp.training.material import Beginning
-from gemma_mtp.weight_files import read_headers
 
 #: samples of a weight file that its fingerprint is made of, and their bytes
 SAMPLES, SAMPLE_BYTES = 64, 65536
@@ -138,10 +138,10 @@ class WrittenStore:
             ) from None
 
 
-def fingerprint(target: Path) -> str:
+def fingerprint(target: Location) -> str:
     """A short name of a checkpoint's weights, from samples of its files: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted({header.file for header in read_headers(target).values()}):
+    for path in sorted({header.file for header in open_source(target).tensors().values()}):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemma_mtp.config import SLIDING, DrafterConfig, TargetConfig
+from gemma_mtp.config.models import DrafterConfig, TargetConfig
+from gemma_mtp.config.text import SLIDING
 from gemma_mtp.errors import PairError
 
 

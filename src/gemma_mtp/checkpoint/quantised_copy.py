@@ -1,4 +1,4 @@
-"""Write a quantised copy of a checkpoint directory."""
+"""Writes a quantised copy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,33 +10,30 @@ from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint import load_drafter, load_target, read_config, save_drafter, save_target, stored_dtypes
+from gemma_mtp.checkpoint.load import load_drafter, load_target
+from gemma_mtp.checkpoint.open import open_source
+from gemma_mtp.checkpoint.read import read_config, stored_dtypes
+from gemma_mtp.checkpoint.save import save_drafter, save_target
+from gemma_mtp.checkpoint.source import Location
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.errors import CheckpointError, QuantisationError
-from gemma_mtp.json_files import read_json, write_json
+from gemma_mtp.json_files import write_json
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
 
-#: files that a copy takes along, where the checkpoint has them
-KEPT_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-#: files that a copy takes along from a directory of templates
-KEPT_TEMPLATES = "additional_chat_templates/*.jinja"
 
-
-def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes, strict: bool = False) -> WeightTypes:
+def write_quantised_copy(location: Location, out: str | Path, types: WeightTypes, strict: bool = False) -> WeightTypes:
     """Write a target's text model, or a drafter, to the new directory `out`, quantised, with its tokenizer's files.
 
     `config.json` is the source's, with a `quantization_config`. Returns how the parts of the copy are quantised. The
     copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. Peak memory
     is that of `load_target`, and `strict` as there. Raises CheckpointError, ConfigError or QuantisationError.
     """
+    source = open_source(location)
     config = read_config(source)
     kind = "target" if isinstance(config, TargetConfig) else "drafter"
     wanted = types.of_target() if isinstance(config, TargetConfig) else types.of_drafter()
     if not wanted:
-        raise QuantisationError(f"{source} is a {kind}, and no part of a {kind} was asked to be quantised.")
+        raise QuantisationError(f"{source.path} is a {kind}, and no part of a {kind} was asked to be quantised.")
     dtype = _dtype(stored_dtypes(source))
     with _new_directory(Path(out)) as directory:
         if isinstance(config, TargetConfig):
@@ -52,12 +49,8 @@ def write_quantised_copy(source: str | Path, out: str | Path, types: WeightTypes
         }  # fmt: skip
         if tied != config.text.tie_word_embeddings:  # the weights decided otherwise
             written["tie_word_embeddings"] = tied
-        write_json(directory / "config.json", {**read_json(Path(source) / "config.json"), **written})
-        for path in (*(Path(source) / name for name in KEPT_FILES), *Path(source).glob(KEPT_TEMPLATES)):
-            if path.is_file():
-                kept = directory / path.relative_to(source)
-                kept.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, kept)
+        write_json(directory / "config.json", {**source.config(), **written})
+        source.copy_companions(directory)
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.tokenizer.tokenizer import Tokenizer
 
 
 class StopMatcher:

@@ -8,10 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from gemma_mtp import tokenizer_files as files
 from gemma_mtp.chat import template as chat
 from gemma_mtp.errors import TokenizerError
-from gemma_mtp.token_text import TextDecoder, TokenTexts
+from gemma_mtp.tokenizer import files
+from gemma_mtp.tokenizer.token_text import TextDecoder, TokenTexts
 
 
 class Tokenizer:

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma_mtp.rope_config import DEFAULT_ROPES, ROPE_FIELDS, rope_type
+from gemma_mtp.config.rope import DEFAULT_ROPES, ROPE_FIELDS, rope_type
+from gemma_mtp.families.base import Family
+from gemma_mtp.families.known import family_of
 
-#: what `config.py` and `weight_types.py` read of the outer object of a target, and of a drafter
+#: what `parse.py` and `weight_types.py` read of the outer object of a target, and of a drafter
 APPLIED_OF_TARGETS = frozenset({
     "model_type", "text_config", "tie_word_embeddings", "eos_token_id", "quantization_config", "transformers_weights",
 })  # fmt: skip
 APPLIED_OF_DRAFTERS = APPLIED_OF_TARGETS | {
     "backbone_hidden_size", "use_ordered_embeddings", "num_centroids", "centroid_intermediate_top_k",
 }  # fmt: skip
-#: what they read of the text model's object
+#: what they read of the text model's object, once a family's own fields are translated
 APPLIED_OF_TEXT = frozenset({
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "global_head_dim", "num_global_key_value_heads", "per_layer_config",
@@ -61,20 +63,23 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     """A sentence for each field that is not known, of a config.json parsed without error; null says nothing."""
     return [
         f"config.json has the field {path}, which is not known and not applied; remove it if the model needs none."
-        for path in _unknown_fields(raw)
+        for path in _unknown_fields(raw, family_of(str(raw.get("model_type"))))
     ]
 
 
-def _unknown_fields(raw: Mapping[str, Any]) -> Iterator[str]:
+def _unknown_fields(raw: Mapping[str, Any], family: Family | None) -> Iterator[str]:
     """Their paths, such as `text_config.rope_parameters.full_attention.beta_fast`."""
     nested = raw.get("text_config")
-    drafter = "assistant" in str(raw.get("model_type"))
-    text: Mapping[str, Any] = raw
+    drafter = family is not None and raw.get("model_type") in family.drafters
+    text = dict(raw)
+    outer: frozenset[str] = APPLIED_OF_TARGETS
     path = ""
     if isinstance(nested, dict):
         yield from _unknown(raw, APPLIED_OF_DRAFTERS if drafter else APPLIED_OF_TARGETS, "")
-        text, path = nested, "text_config."
-    yield from _unknown(text, APPLIED_OF_TEXT | (APPLIED_OF_TARGETS if text is raw else frozenset()), path)
+        text, outer, path = nested, frozenset(), "text_config."
+    if family is not None:
+        text = family.translated(text)
+    yield from _unknown(text, APPLIED_OF_TEXT | outer, path)
     for name in ("rope_parameters", "rope_scaling"):
         yield from _unknown_of_ropes(text.get(name) or {}, f"{path}{name}.")
 

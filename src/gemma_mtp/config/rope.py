@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gemma_mtp.config_values import field_value
+from gemma_mtp.config.values import field_value
 from gemma_mtp.errors import ConfigError
 
 RopeType = Literal["default", "linear", "proportional"]

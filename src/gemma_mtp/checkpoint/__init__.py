@@ -1,0 +1,52 @@
+"""Checkpoints of targets and drafters: what they hold, loading and saving, whatever format they are stored in."""
+
+from gemma_mtp.checkpoint.load import load_drafter, load_target
+from gemma_mtp.checkpoint.open import open_source
+from gemma_mtp.checkpoint.read import (
+    Contents,
+    check_headers,
+    empty_model,
+    read_config,
+    read_contents,
+    read_drafter_config,
+    read_generation_config,
+    read_headers,
+    read_target_config,
+    read_weight_types,
+    report,
+    stored_dtypes,
+    text_headers,
+)
+from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
+from gemma_mtp.checkpoint.save import save_drafter, save_target
+from gemma_mtp.checkpoint.source import Location, Source, StoredTensor
+from gemma_mtp.checkpoint.tensors import SCALES, stored_tensors
+from gemma_mtp.config.generation import GenerationDefaults
+
+__all__ = [
+    "SCALES",
+    "SINGLE_FILE",
+    "Contents",
+    "GenerationDefaults",
+    "Location",
+    "Source",
+    "StoredTensor",
+    "check_headers",
+    "empty_model",
+    "load_drafter",
+    "load_target",
+    "open_source",
+    "read_config",
+    "read_contents",
+    "read_drafter_config",
+    "read_generation_config",
+    "read_headers",
+    "read_target_config",
+    "read_weight_types",
+    "report",
+    "save_drafter",
+    "save_target",
+    "stored_dtypes",
+    "stored_tensors",
+    "text_headers",
+]

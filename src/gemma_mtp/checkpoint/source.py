@@ -1,0 +1,91 @@
+"""What a checkpoint is to everything that reads one, whatever format it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.tokenizer import Tokenizer
+
+#: names of the dtypes we load, which are safetensors', and their size in bytes
+FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
+INTEGER_DTYPES = {"I64": 8, "I32": 4}
+#: names of what quantised matrices are stored as
+QUANTISED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How one tensor is stored: the file it is in, its name there, dtype, shape and bytes."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+#: a tensor, or a range of its rows
+Piece = tuple[StoredTensor, slice | None]
+
+
+class Source(Protocol):
+    """An opened checkpoint of a target or a drafter. Nothing is written to it, and opening it reads no weights.
+
+    Every method raises CheckpointError naming the file that is missing or damaged.
+    """
+
+    @property
+    def path(self) -> Path:
+        """Where it lies, for messages."""
+        ...
+
+    def config(self) -> Any:
+        """Returns the content of config.json in Hugging Face's form, not checked yet."""
+        ...
+
+    def generation_config(self) -> Any:
+        """Returns the content of generation_config.json, not checked yet; {} where there is none."""
+        ...
+
+    @property
+    def has_tokenizer(self) -> bool: ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer with its chat templates. Raises TokenizerError where it is missing or malformed."""
+        ...
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Returns how every tensor is stored, by its stored name."""
+        ...
+
+    def places(self, needed: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
+        """Returns the stored name of each official name that is there.
+
+        Official names are those of a text-only checkpoint of the family: `model.layers.0…`, `lm_head.weight`.
+        """
+        ...
+
+    def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+        """Yields the values of each piece as they are stored, on the CPU, in order.
+
+        A value may be a view of a mapped file: copy it, and let go of it before the next.
+        """
+        ...
+
+    def notes(self) -> list[str]:
+        """Returns a sentence on each thing about its files that is not as it should be, though it can be loaded."""
+        ...
+
+    def copy_companions(self, directory: Path) -> None:
+        """Write what belongs to a copy beside weights and config.json: tokenizer, templates, generation config."""
+        ...
+
+
+#: where a checkpoint lies, or the checkpoint itself as it was opened
+Location = str | Path | Source

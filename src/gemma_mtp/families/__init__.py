@@ -1,0 +1,1 @@
+"""Families of models as tables of data: one file each, and one line in `known.FAMILIES`."""
