@@ -62,6 +62,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: Any) -> Iterator[Parameter]:
     kinds = get_type_hints(group)
     for f in fields(group):
-        annotation = Annotated[kinds[f.name], f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)]
+        read = f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)
         default = Parameter.empty if f.default is MISSING else f.default
-        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kinds[f.name], read])
