@@ -44,9 +44,14 @@ def test_the_prompt_has_the_messages_the_variables_and_the_models_turn() -> None
     ours = tokenizer(TEMPLATE)
     assert chat_text(Conversation.of_user("Hi"), ours) == "<bos><user>Hi<model>"
     assert chat_text(Conversation.of_user("Hi", "Be brief"), ours) == "<bos><system>Be brief<user>Hi<model>"
-    thinking = Conversation.of_user("Hi", enable_thinking=True, tools=[{"type": "function"}])
+    thinking = Conversation.of_user("Hi", variables={"enable_thinking": True, "tools": [{"type": "function"}]})
     assert chat_text(thinking, ours) == "<bos><user>Hi<think>1<model>"
     assert chat_text(Conversation(thinking.messages, begin_turn=False), ours) == "<bos><user>Hi"
+
+
+def test_a_variable_of_any_name_reaches_the_template() -> None:
+    ours = tokenizer("{{ system }}{{ prompt }}{{ messages | length }}")
+    assert Example("prompt", "Hi", "x", "x").render(ours, system="a", prompt="b") == "ab1"
 
 
 def test_a_prompt_has_the_templates_special_tokens_and_no_others() -> None:
@@ -83,9 +88,4 @@ def test_what_is_no_prompt_is_refused_for_every_caller(template: str | None, wor
      ("{{ messages }}", None), (None, None)],
 )  # fmt: skip
 def test_the_switch_for_thinking_is_the_one_that_the_template_asks_for(template: str | None, name: str | None) -> None:
-    if name is not None:
-        assert thinking_variable(tokenizer(template)) == name
-        return
-    for without in (tokenizer(template), None):
-        with pytest.raises(TokenizerError, match="asks for enable_thinking or thinking"):
-            thinking_variable(without)
+    assert thinking_variable(tokenizer(template)) == name

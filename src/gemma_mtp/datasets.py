@@ -87,7 +87,7 @@ class Example:
     def conversation(self, **template_variables: Any) -> Conversation:
         """Returns a prompt, or messages up to where the model speaks, for the chat template."""
         if isinstance(self.content, str):
-            return Conversation.of_user(self.content, **template_variables)
+            return Conversation.of_user(self.content, variables=template_variables)
         answered = self.content[-1]["role"] in ("assistant", "model")
         return Conversation(self.content[:-1] if answered else self.content, variables=template_variables)
 

@@ -27,10 +27,10 @@ class Conversation:
         object.__setattr__(self, "messages", tuple(map(_for_template, self.messages)))
 
     @staticmethod
-    def of_user(prompt: str, system: str | None = None, **variables: Any) -> Conversation:
+    def of_user(prompt: str, system: str | None = None, variables: Mapping[str, Any] | None = None) -> Conversation:
         """Returns a conversation that a user begins, after the system's message if there is one."""
         before = [{"role": "system", "content": system}] if system else []
-        return Conversation([*before, {"role": "user", "content": prompt}], variables=variables)
+        return Conversation([*before, {"role": "user", "content": prompt}], variables=variables or {})
 
 
 def _for_template(message: Message) -> dict[str, Any]:

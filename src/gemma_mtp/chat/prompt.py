@@ -26,13 +26,6 @@ def chat_ids(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(chat_text(conversation, tokenizer), special=False)
 
 
-def thinking_variable(tokenizer: Tokenizer | None) -> str:
-    """The name of the chat template's switch for thinking text. Raises TokenizerError where it has none."""
-    known = frozenset() if tokenizer is None else tokenizer.template_variables
-    for name in THINKING_VARIABLES:
-        if name in known:
-            return name
-    raise TokenizerError(
-        f"--thinking needs a chat template that asks for {' or '.join(THINKING_VARIABLES)}, and the checkpoint's does"
-        " not; leave it out."
-    )
+def thinking_variable(tokenizer: Tokenizer) -> str | None:
+    """Returns the name of the chat template's switch for thinking text, if it has one."""
+    return next((name for name in THINKING_VARIABLES if name in tokenizer.template_variables), None)

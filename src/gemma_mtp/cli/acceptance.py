@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from gemma_mtp.chat.prompt import thinking_variable
+from gemma_mtp.chat.prompt import THINKING_VARIABLES, thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
@@ -23,7 +23,7 @@ from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair, load_pair
-from gemma_mtp.errors import DataError, PromptError, SamplingError
+from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, AcceptanceReport, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.plot import check_plot, plot_acceptance
 from gemma_mtp.measure.speedup import measure_speedup, steady_costs
@@ -123,8 +123,7 @@ class SamplingOptions:
     )
 
     def params(self, pair: Pair, examples: Sequence[Example]) -> SamplingParams:
-        """What all settings share; conversations are sampled as the checkpoint says, and end where the model ends
-        them."""
+        """What all settings share; conversations are sampled, and end, as the checkpoint says."""
         conversations = any(example.kind != "text" for example in examples)
         if conversations and not all(example.kind != "text" for example in examples):
             text = next(example.origin for example in examples if example.kind == "text")
@@ -159,8 +158,7 @@ class Measurement:
     say: Callable[[str], object]
 
     def under(self, setting: Setting) -> shown.Measured:
-        thinking = setting.thinking
-        variables = {} if thinking is None else {thinking_variable(self.pair.tokenizer): thinking}
+        variables = thinking_given(self.pair, setting.thinking)
         prompts = prompts_of(self.pair, self.examples, self.prompt_tokens, **variables)
         draft_tokens, verification = self.drafting.draft_tokens, cast(Verification, self.drafting.verification)
 
@@ -177,7 +175,22 @@ class Measurement:
         self.say(f"{setting.label}: speed")
         if self.speed:
             speedup = measure_speedup(self.pair, prompts, draft_tokens, setting.params, verification)
-        return shown.Measured(setting.label, thinking, own, self.costs(setting.params.choice), speedup, comparison)
+        return shown.Measured(
+            setting.label, setting.thinking, own, self.costs(setting.params.choice), speedup, comparison
+        )
+
+
+def thinking_given(pair: Pair, thinking: bool | None) -> dict[str, bool]:
+    """The template variable that says whether to think. Raises TokenizerError where the template has none."""
+    if thinking is None:
+        return {}
+    name = None if pair.tokenizer is None else thinking_variable(pair.tokenizer)
+    if name is None:
+        raise TokenizerError(
+            f"--thinking needs a chat template that asks for {' or '.join(THINKING_VARIABLES)}, and the checkpoint's"
+            " does not; leave it out."
+        )
+    return {name: thinking}
 
 
 def acceptance(

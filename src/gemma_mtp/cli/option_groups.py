@@ -62,7 +62,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: Any) -> Iterator[Parameter]:
     kinds = get_type_hints(group)
     for f in fields(group):
-        option = f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)
-        annotation: Any = Annotated.__class_getitem__((kinds[f.name], option))  # type: ignore[attr-defined]
+        read = f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)
         default = Parameter.empty if f.default is MISSING else f.default
-        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kinds[f.name], read])
