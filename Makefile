@@ -32,7 +32,7 @@ sanitize: $(VENV)/.dev     ## the native operators' tests under AddressSanitizer
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 GEMMA_MTP_BUILD=$(abspath build/sanitize) \
 	  $(BIN)/python -m pytest -q tests/test_native.py
 
-docs: $(VENV)/.core        ## docs/cli.md from the commands' own help
+docs: $(VENV)/.core        ## docs/use/cli.md from the commands' own help
 	$(BIN)/python tools/cli_docs.py
 
 stub: $(VENV)/.dev         ## src/gemma_mtp/_native.pyi from the built native module
@@ -43,10 +43,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/training.md)
+pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/use/training.md)
 	$(BIN)/python tools/make_pair.py --device $(or $(DEVICE),cpu)
 
-example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/adapting.md)
+example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/use/adapting.md)
 	$(BIN)/python examples/finetune_and_adapt/run.py
 
 bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
