@@ -7,7 +7,8 @@ import cli_docs
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -18,19 +19,27 @@ def test_cli_page_is_the_commands_own_help() -> None:
     assert cli_docs.DOCS.read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_links_lead_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (path.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {
+        (index.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+    }
+    assert set(PAGES) - linked == {index, ROOT / "README.md"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_make_targets_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?\bmake ([a-z]+)`", path.read_text(encoding="utf-8"))) <= targets
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_options_of_shown_commands_exist(path: Path) -> None:
     helps = cli_docs.page()
     for block in blocks(path, "sh"):
@@ -42,7 +51,7 @@ def test_options_of_shown_commands_exist(path: Path) -> None:
                     assert re.search(rf"{option}\s", helps), f"{option} in {line}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_python_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Blocks of one page share their names, as a reader would type them one after the other."""
     names: dict[str, object] = {}

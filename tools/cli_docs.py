@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help texts: `python tools/cli_docs.py`. A test holds the two equal."""
+"""Write docs/use/cli.md from the commands' own help texts: `python tools/cli_docs.py`. A test holds the two equal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemma_mtp.cli import app, main
 #: so that the page does not depend on the terminal
 TERMINAL = {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
-DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
+DOCS = Path(__file__).parents[1] / "docs" / "use" / "cli.md"
 INTRODUCTION = """# The command line
 
 Written by `make docs` from the commands' own help; do not edit.

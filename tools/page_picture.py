@@ -1,4 +1,4 @@
-"""Take the picture of the server's page that the docs show: a finished race of the bundled pair (docs/page.png)."""
+"""Take the picture of the server's page that the docs show: a finished race of the bundled pair (docs/use/page.png)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-PICTURE = Path(__file__).parents[1] / "docs" / "page.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "use" / "page.png"
 MILLISECONDS = 120_000
 
 

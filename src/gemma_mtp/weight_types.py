@@ -54,7 +54,7 @@ class WeightTypes:
         return {part: kind for part, kind in self.parts.items() if kind is not None}
 
 
-#: what a kind alone means; int4 keeps the target's tables and head at int8 (docs/quantisation.md has the figures)
+#: what a kind alone means; int4 keeps the target's tables and head at int8 (docs/use/quantisation.md has the figures)
 UNIFORM: dict[str, WeightTypes] = {
     "none": WeightTypes(),
     "int8": WeightTypes("int8", "int8", "int8", "int8"),
