@@ -115,8 +115,8 @@ def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-#: runs the command once for each number, in a process that kills itself at that call of a function of the trainer's, or at
-#: none where it is negative; says how each ended. They are forked where all is imported, and nothing has run
+#: runs the command once for each number, in a process that kills itself at that call of a function of the trainer's, or
+#: at none where it is negative; says how each ended. They are forked where all is imported, and nothing has run
 MORTALS = """
 import os, signal, sys
 import gemma_mtp.training.run, torch._dynamo
