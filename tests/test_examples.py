@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import cli_docs
-import finetune
 import pytest
 import run
 import torch
@@ -37,6 +38,12 @@ BUNDLE = f"""(function() {{
 """
 
 
+@pytest.fixture(scope="module")
+def finetune() -> ModuleType:
+    """Imported where it is run: with peft it takes seconds, in every process that only looks for its tests, too."""
+    return importlib.import_module("finetune")
+
+
 def test_bundles_are_split_into_their_modules() -> None:
     found = dict(run.modules(BUNDLE))
     assert list(found) == ["models/a.js", "models/b.js"]
@@ -61,7 +68,7 @@ def test_every_option_handed_to_the_command_is_one_it_has(tmp_path: Path) -> Non
 
 
 def test_finetuning_writes_a_checkpoint_that_decodes_as_transformers_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: ModuleType
 ) -> None:
     """Some steps on one sentence: the loss falls, and the merged weights give transformers' greedy tokens."""
     for name, value in (("ROW_TOKENS", 32), ("BATCH_ROWS", 4), ("LEARNING_RATE", 1e-2)):
@@ -82,7 +89,7 @@ def test_finetuning_writes_a_checkpoint_that_decodes_as_transformers_does(
     assert ours == theirs[0, len(prompt) :].tolist()
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+def test_the_learning_rate_warms_up_and_ends_at_zero(finetune: ModuleType) -> None:
     rates = [finetune.learning_rate(p / 1000) for p in range(1001)]
     assert rates[0] == 0 and max(rates) <= finetune.LEARNING_RATE and rates[-1] == pytest.approx(0)
     assert rates.index(max(rates)) == pytest.approx(1000 * finetune.WARM_UP, abs=30)

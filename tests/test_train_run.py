@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import random
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -115,17 +115,22 @@ def run_process(tiny: Path, out: Path, *more: object, launcher: list[str] | None
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-#: kills itself at a call of a function of the trainer's, or at none where its number is negative
-MORTAL = """
+#: runs the command once for each number, in a process that kills itself at that call of a function of the trainer's, or
+#: at none where it is negative; says how each ended. They are forked where all is imported, and nothing has run
+MORTALS = """
 import os, signal, sys
+import gemma_mtp.training.run, torch._dynamo
 from test_train_run import calls_of_the_trainer
 from gemma_mtp.cli import main
 from gemma_mtp.engine import costs
 costs.BUDGET_SECONDS = 0.05
-last = int(sys.argv[1])
-with calls_of_the_trainer(lambda number: number == last and os.kill(os.getpid(), signal.SIGKILL)):
-    code = main(sys.argv[3:])
-sys.exit(code)
+for last in map(int, sys.argv[1].split()):
+    child = os.fork()
+    if not child:
+        with calls_of_the_trainer(lambda number: number == last and os.kill(os.getpid(), signal.SIGKILL)):
+            code = main(sys.argv[3:])
+        sys.exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
 """
 
 
@@ -152,11 +157,12 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> No
     calls: list[int] = []
     with calls_of_the_trainer(calls.append):
         assert train(tiny, tmp_path / "whole", *options) == 0
-    broken, chooser, third = tmp_path / "broken", random.Random(1), len(calls) // 3
-    for last in (*(chooser.randrange(third // 2, third) for _ in range(3)), -1):
-        process = run_process(tiny, broken, *options, launcher=[sys.executable, "-c", MORTAL, str(last)])
-        output, _ = process.communicate()
-        assert process.returncode == (-signal.SIGKILL if last >= 0 else 0), output
+    chooser, third = random.Random(1), len(calls) // 3
+    numbers = " ".join(str(chooser.randrange(third // 2, third)) for _ in range(3))
+    process = run_process(tiny, broken := tmp_path / "broken", *options,
+                          launcher=[sys.executable, "-c", MORTALS, f"{numbers} -1"])  # fmt: skip
+    output, _ = process.communicate()
+    assert re.findall(r"^-?\d+$", output, re.MULTILINE) == ["-9", "-9", "-9", "0"], output
     for name in ("model.safetensors", "training/drafter.csv"):
         assert _without_speed(tmp_path / "whole" / name) == _without_speed(broken / name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ the same as `gemma-mtp`.
 """
 
 
+@functools.cache
 def page() -> str:
     """The page's text: every command's help, without trailing blanks."""
     callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
