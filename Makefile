@@ -6,17 +6,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: demo test help slow check sanitize docs stub format pair example bench peers clean
+.PHONY: help demo test slow check sanitize docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
 
+help:                      ## what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
-
-help:                      ## what each target does
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1 \2/p' Makefile | while read -r target text; do \
-	  printf 'make %-9s %s\n' "$$target" "$$text"; done
 
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
@@ -42,7 +41,7 @@ docs: $(VENV)/.core        ## docs/use/cli.md from the commands' own help
 stub: $(VENV)/.dev         ## src/gemma_mtp/_native.pyi from the built native module
 	$(BIN)/python tools/native_stub.py
 
-format: $(VENV)/.dev       ## format Python and C++
+format: $(VENV)/.dev       ## fix lint and format, Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
@@ -50,13 +49,13 @@ format: $(VENV)/.dev       ## format Python and C++
 pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/use/training.md)
 	$(BIN)/python tools/make_pair.py --device $(or $(DEVICE),cpu)
 
-example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/use/adapting.md)
+example: $(VENV)/.dev      ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/use/adapting.md)
 	$(BIN)/python examples/finetune_and_adapt/run.py
 
 bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
 	$(BIN)/python benchmarks/decode.py
 
-peers: $(VENV)/.bench ## the same beside llama.cpp too, and a pair of 112 M parameters in three weight types
+peers: $(VENV)/.bench      ## the same beside llama.cpp too, and a pair of 112 M parameters in three weight types
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/decode.py --pair small
 	$(BIN)/python benchmarks/decode.py --pair small --quantize int8 --peers llama.cpp
@@ -68,7 +67,7 @@ build/axe-core:
 	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1
 	mkdir -p $@ && tar xzf build/axe-core-4.14.1.tgz -C $@
 
-clean:                     ## remove the environment and what was built
+clean:                     ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist
 
 $(VENV)/bin/python:
