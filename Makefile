@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: demo test help slow check sanitize docs stub format pair example bench peers clean
+.PHONY: help demo test slow check sanitize docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
@@ -41,7 +41,7 @@ docs: $(VENV)/.core        ## docs/use/cli.md from the commands' own help
 stub: $(VENV)/.dev         ## src/gemma_mtp/_native.pyi from the built native module
 	$(BIN)/python tools/native_stub.py
 
-format: $(VENV)/.dev       ## format Python and C++
+format: $(VENV)/.dev       ## fix lint and format, Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
@@ -49,7 +49,7 @@ format: $(VENV)/.dev       ## format Python and C++
 pair: $(VENV)/.core        ## train the bundled pair from scratch: DEVICE=cuda as it was made, or hours on CPUs (docs/use/training.md)
 	$(BIN)/python tools/make_pair.py --device $(or $(DEVICE),cpu)
 
-example: $(VENV)/.dev     ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/use/adapting.md)
+example: $(VENV)/.dev      ## fine-tune the bundled target, adapt its drafter (about half an hour; see docs/use/adapting.md)
 	$(BIN)/python examples/finetune_and_adapt/run.py
 
 bench: $(VENV)/.dev        ## decode speed, plain and drafted, beside transformers
@@ -67,7 +67,7 @@ build/axe-core:
 	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1
 	mkdir -p $@ && tar xzf build/axe-core-4.14.1.tgz -C $@
 
-clean:                     ## remove the environment and what was built
+clean:                     ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist
 
 $(VENV)/bin/python:
