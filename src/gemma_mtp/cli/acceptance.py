@@ -158,6 +158,7 @@ class Measurement:
     say: Callable[[str], object]
 
     def under(self, setting: Setting) -> shown.Measured:
+        self.say(setting.label)
         variables = thinking_given(self.pair, setting.thinking)
         prompts = prompts_of(self.pair, self.examples, self.prompt_tokens, **variables)
         draft_tokens, verification = self.drafting.draft_tokens, cast(Verification, self.drafting.verification)
@@ -222,10 +223,7 @@ def acceptance(
         ]
         costs = functools.cache(functools.partial(steady_costs, pair))  # first asked for after prompts were decoded
         what = Measurement(pair, other, examples, chosen.prompt_tokens, drafting, output.speed, costs, say)
-        measured = []
-        for setting in settings:
-            say(setting.label)
-            measured.append(what.under(setting))
+        measured = [what.under(setting) for setting in settings]
     if output.plot is not None:
         plot_acceptance({m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured})
     if output.as_json:

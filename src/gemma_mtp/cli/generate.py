@@ -97,9 +97,7 @@ class DraftingOptions:
     """How decoding drafts."""
 
     draft_tokens: str = option(
-        "auto",
-        "Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.",
-        "-k",
+        "auto", "Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.", "-k"
     )
     verification: str = option("exact", options.VERIFICATION)
 

@@ -91,9 +91,7 @@ class DecodingOptions:
     """The decoding to come."""
 
     temperature: list[float] | None = option(
-        None,
-        "Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]",
-        "-t",
+        None, "Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]", "-t"
     )
     top_k: int = option(0, "Of the decoding to come; 0: all.")
     top_p: float = option(1.0, "Of the decoding to come; 1: all.")
