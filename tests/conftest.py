@@ -27,7 +27,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with 
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and so the processes that it starts
 
 # time decides no test, and every run tries the same examples
-settings.register_profile("ours", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "ours", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("ours")
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
