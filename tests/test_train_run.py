@@ -337,7 +337,7 @@ def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path)
         (["--new", "--loss", "l2"], "--loss is 'l2'"),
         (["--new", "--steps", 1, "--epochs", 1], "exclude each other"),
         (["--new", "--patience", 1], "--gate-steps"),
-        (["--new", "--steps", 1, "--memory", 16], "more than --memory 16 allows"),
+        (["--new", "--steps", 1, "--memory", 1], "more than --memory 1 allows"),
         (["--new", "--steps", 1, "--length", 8], "--length is 8, but must be from 16 to 4096"),
         (["--new", "--steps", 0], "--steps is 0, but must be 1 or more"),
         (["--new", "--batch", 0], "--batch is 0"),

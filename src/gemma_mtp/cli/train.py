@@ -158,7 +158,12 @@ def train(
     ] = None,
     memory: Annotated[
         int,
-        option("--memory", help="Megabytes of activations, beside the weights; blocks are cut to fit.", panel=RUNNING),
+        option(
+            "--memory",
+            help="Megabytes of activations, logits and gradients, beside weights and the optimiser; blocks and slabs of"
+            " logits are cut to fit.",
+            panel=RUNNING,
+        ),
     ] = 2048,
     store_target: Annotated[
         bool,
