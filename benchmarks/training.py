@@ -1,13 +1,20 @@
 """Training tokens a second, beside a straightforward implementation with transformers' modules doing the same work.
 
+    export OMP_WAIT_POLICY=PASSIVE                     # as the command has it: idle threads sleep
     python benchmarks/training.py                      # the bundled pair; --compile adds a compiled side
     python benchmarks/training.py --target DIR --drafter DIR --length 512 --batch 8 --json FILE
+    python benchmarks/training.py --vocabulary 262144 --length 128 --batch 2 --slab-rows 8 64
 
 Both sides do whole steps: the frozen target's pass over a batch, five unrolled drafts from every row, the same loss
 against the target's distribution, backward, clipping, AdamW. They take turns on the same batches, and the figure is the
 median over the turns. The straightforward side runs `Gemma4ForCausalLM` and `Gemma4AssistantForCausalLM` (5.22.2) with
 4-D masks that give each row what decoding would show it, whole-vocabulary logits and autograd; its loss on the first
-batch must be ours. `--block` is our memory bound in MB; the other side holds the whole batch.
+batch must be ours. `--memory` is our memory bound in MB; the other side holds the whole batch.
+
+With `--vocabulary` the pair is a random one with so many tokens and small layers, and the text is random: what is
+measured is what a vocabulary costs. The straightforward side would not fit into memory; ours with slabs of other sizes
+take its place. Beside the time stand the processor's time and the memory at its peak, beyond weights and the
+optimiser's state, which is to be less than `--memory`.
 """
 
 from __future__ import annotations
@@ -17,7 +24,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,36 +38,43 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
 from gemma_mtp.backend.native import set_threads
-from gemma_mtp.checkpoint import load_drafter, load_target
+from gemma_mtp.checkpoint import load_drafter, load_target, save_drafter, save_target
+from gemma_mtp.config import TargetConfig
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, bundled_directory
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
 from gemma_mtp.training.losses import choice_at, wanted
 from gemma_mtp.training.memory import MEGABYTE, plan_blocks
 from gemma_mtp.training.optim import Masters, Optimiser
+from gemma_mtp.training.shapes import BUNDLED_TARGET, initialise, new_drafter_config
 from gemma_mtp.training.step import DraftStep, Objective, StepStats
+from gemma_mtp.training.unroll import trained_head
 
 #: a step of one side: batch to loss
 Side = Callable[[Batch], float]
 
 
-def ours(target: Path, drafter: Path, dtype: torch.dtype, objective: Objective, args: Any, compile: bool) -> Side:
-    """`gemma-mtp train`'s step."""
+def ours(
+    target: Path, drafter: Path, dtype: torch.dtype, objective: Objective, args: Any, compile: bool = False
+) -> Callable[..., float]:
+    """`gemma-mtp train`'s step: a `Side`, which may be told how many rows a slab has."""
     frozen, model = load_target(target, dtype), load_drafter(drafter, dtype).requires_grad_(True)
     step = DraftStep(frozen, model, objective, args.length, compile)
     masters = Masters(model)
     optimiser = Optimiser(model, masters, 1e-5)
     plan = plan_blocks(step, args.length, args.batch, args.memory * MEGABYTE)
 
-    def one(batch: Batch) -> float:
+    def one(batch: Batch, slab_rows: int | None = None) -> float:
         stats, counts = StepStats.zeros(objective.steps, torch.device("cpu")), batch.reached(objective.steps)
         masters.clear()
+        table = masters.gradient(trained_head(model))
         for first, last in plan.blocks(0, args.batch):
-            step.block(batch.rows(first, last), counts, stats, plan.slab_rows)
+            step.block(batch.rows(first, last), counts, stats, slab_rows or plan.slab_rows, table_gradient=table)
             masters.accumulate()
         masters.clip()
         optimiser.step(1.0)
@@ -137,12 +155,79 @@ def batches(target: Path, length: int, batch: int, data: Path) -> BatchOrder:
     return BatchOrder(ExampleSet.of(TokenExample(row, 0, float(i % 2)) for i, row in enumerate(rows)), batch, 0)
 
 
+def written_pair(vocabulary: int, directory: Path) -> tuple[Path, Path]:
+    """Target and drafter of random weights with small layers: the vocabulary is nearly all they cost."""
+    text = replace(
+        BUNDLED_TARGET.text, vocab_size=vocabulary, hidden_size=512, num_hidden_layers=5, num_kv_shared_layers=0,
+        layer_types=BUNDLED_TARGET.text.layer_types[:5], hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
+        use_double_wide_mlp=False,
+    )  # fmt: skip
+    config = TargetConfig(text)
+    drafter_config = new_drafter_config(config)
+    target, drafter = Target(text), Drafter(drafter_config)
+    for model in (target, drafter):
+        initialise(model, 0)
+    save_target(target, config, directory / "target")
+    save_drafter(drafter, drafter_config, directory / "drafter")
+    return directory / "target", directory / "drafter"
+
+
+def random_batches(args: argparse.Namespace) -> BatchOrder:
+    """Rows of random tokens, greedy and at temperature 1 in turn."""
+    rows = np.random.default_rng(0).integers(0, args.vocabulary, (4 * args.batch, args.length)).astype(np.int32)
+    return BatchOrder(ExampleSet.of(TokenExample(row, 0, float(i % 2)) for i, row in enumerate(rows)), args.batch, 0)
+
+
+def vocabulary(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps with slabs as planned and with those of `--slab-rows`, in turns."""
+    set_threads(args.threads)
+    keep_freed_memory()
+    objective, dtype, order = Objective(steps=5), DTYPES[args.dtype], random_batches(args)
+    with TemporaryDirectory() as directory:
+        pair = written_pair(args.vocabulary, Path(directory))
+        step = ours(*pair, dtype, objective, args)
+    sides: dict[str, Side] = {"as planned": step}
+    sides |= {f"{n} rows": partial(step, slab_rows=n) for n in args.slab_rows}
+    step(order.batch(0))  # from here on the optimiser's state is there
+    rows: dict[str, dict[str, Any]] = {}
+    for name, side in sides.items():
+        peak = allocated_peak(partial(side, order.batch(1)))
+        rows[name] = {"peak_mb": peak / MEGABYTE, "seconds": [], "processor_seconds": []}
+    for turn in range(2, 2 + args.turns):
+        for name, side in sides.items():
+            started, used = time.perf_counter(), time.process_time()
+            side(order.batch(turn))
+            rows[name]["processor_seconds"].append(time.process_time() - used)
+            rows[name]["seconds"].append(time.perf_counter() - started)
+    setting = {name: getattr(args, name) for name in ("vocabulary", "dtype", "threads", "batch", "length", "memory")}
+    return {"sides": rows, **setting, "machine": processor(), "torch": torch.__version__}
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most by which what PyTorch's CPU allocator held rose during `work`: what `work` freed of before comes off."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+    return max(now - least for now, least in zip(held, accumulate(held, min), strict=True))
+
+
+def show_vocabulary(report: dict[str, Any]) -> None:
+    table = Table("slabs", "s a step", "processor's s", "to planned", f"peak, of {report['memory']} MB")
+    base = statistics.median(report["sides"]["as planned"]["processor_seconds"])
+    for name, row in report["sides"].items():
+        used = statistics.median(row["processor_seconds"])
+        table.add_row(name, f"{statistics.median(row['seconds']):.1f}", f"{used:.1f}", f"{used / base:.2f}x",
+                      f"{row['peak_mb']:.0f} MB")  # fmt: skip
+    Console().print(table)
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     set_threads(args.threads)
     keep_freed_memory()
     objective, dtype = Objective("kl", steps=5), DTYPES[args.dtype]
     order = batches(args.target, args.length, args.batch, args.data)
-    sides: dict[str, Side] = {"gemma-mtp": ours(args.target, args.drafter, dtype, objective, args, False)}
+    sides: dict[str, Side] = {"gemma-mtp": ours(args.target, args.drafter, dtype, objective, args)}
     if args.compile:
         sides["gemma-mtp, compiled"] = ours(args.target, args.drafter, dtype, objective, args, True)
     sides["transformers, straightforward"] = straightforward(args.target, args.drafter, dtype, objective, args)
@@ -183,13 +268,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--vocabulary", type=int, help="a random pair with so many tokens, in place of --target")
+    parser.add_argument("--slab-rows", type=int, nargs="*", default=[8, 64], help="with --vocabulary: beside the plan")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     options = parse()
-    result = main(options)
-    show(result)
+    if options.vocabulary:
+        result = vocabulary(options)
+        show_vocabulary(result)
+    else:
+        result = main(options)
+        show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

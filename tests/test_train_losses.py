@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.training import step as step_module
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.losses import LK_ETA, LOSSES, LossKind, choice_at, coupled_chance, slab_loss, wanted
 from gemma_mtp.training.step import TILE_LOGITS, DraftStep, Objective, SlabRows, StepStats, slab_spans
@@ -204,6 +205,27 @@ def test_blocks_slabs_and_tiles_of_any_size_give_the_same_gradient(
     for each in found[1:]:
         for one, other in zip(found[0], each, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_tables_gradient_goes_where_it_is_wanted(
+    dtype: torch.dtype, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added to what is there, in pieces or whole, and to the same values as the parameter's own gradient."""
+    step, drafter = doubled_step(Objective(steps=3))
+    step.target.to(dtype), drafter.to(dtype)
+    step = DraftStep(step.target, drafter, step.objective, 24)
+    counts, stats = batch.reached(3), StepStats.zeros(3, torch.device("cpu"))
+    table = drafter.embed_tokens.weight
+    step.block(batch, counts, stats)
+    assert table.grad is not None
+    own, table.grad = table.grad, None
+    given = torch.ones(table.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    monkeypatch.setattr(step_module, "PRODUCT_VALUES", 7 * table.shape[1])
+    step.block(batch, counts, stats, table_gradient=given)
+    assert table.grad is None
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close((given - 1).to(dtype), own, rtol=tolerance, atol=tolerance * own.abs().max().item())
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -126,7 +126,11 @@ class RunningOptions:
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 where it is fast.")
     device: str = option("auto", options.DEVICE)
     threads: int | None = option(None, options.THREADS)
-    memory: int = option(2048, "Megabytes of activations, beside the weights; blocks are cut to fit.")
+    memory: int = option(
+        2048,
+        "Megabytes of activations, logits and gradients, beside weights and the optimiser; blocks and slabs of logits are"
+        " cut to fit.",
+    )
     store_target: bool = option(
         False, "Keep the target's states, keys and values on disk after the first pass through the data."
     )

@@ -22,6 +22,7 @@ from gemma_mtp.training.optim import Masters, Optimiser, cosine
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.state import load_state, save_state
 from gemma_mtp.training.step import DraftStep, Objective, StepStats, StoredRows
+from gemma_mtp.training.unroll import trained_head
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -30,7 +31,8 @@ CHECKPOINT = "checkpoint.safetensors"
 class DrafterRecipe:
     """How a drafter is trained. One of `steps`, `epochs` and `minutes` (wall time of the steps) says how long; only the
     first two give the same weights again. Learning rates are peaks; with `matrix_lr` the layers' matrices take Muon.
-    `batch_size` counts sequences; they are worked through in blocks that hold `memory_mb` of activations at most."""
+    `batch_size` counts sequences; they are worked through in blocks that hold `memory_mb` of
+    activations, logits and gradients at most."""
 
     objective: Objective = field(default_factory=Objective)
     steps: int | None = None
@@ -162,8 +164,9 @@ class DrafterTrainer:
         start, stop = self.world.part(recipe.batch_size)
         stats = StepStats.zeros(recipe.objective.steps, self.draft_step.device)
         self.masters.clear()
+        table = self.masters.gradient(trained_head(self.drafter))
         for first, last in plan.blocks(start, stop):
-            self.draft_step.block(batch.rows(first, last), counts, stats, plan.slab_rows)
+            self.draft_step.block(batch.rows(first, last), counts, stats, plan.slab_rows, table_gradient=table)
             self.masters.accumulate()
         self._sum_over_processes(stats)
         norm, loss = self.masters.clip(recipe.clip), stats.loss.item()

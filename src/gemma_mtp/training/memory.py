@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.training.step import DraftStep
+from gemma_mtp.training.step import PRODUCT_VALUES, DraftStep
 from gemma_mtp.training.unroll import trained_head
 
 #: buffers of a tile, of fp32 size, that are alive at once: log q, q, gradient and what the operators need between;
@@ -32,18 +32,18 @@ ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 class BlockPlan:
     """Sequences a block, rows a slab, and the bytes that are held: of the target's states, keys and values for each
     sequence, of what the drafter keeps for its backward pass for each sequence, of one slab of logits, and of the
-    gradient of the drafter's output table, which a block gathers beside that of the blocks before."""
+    gradients, of which that of the drafter's output table is nearly all."""
 
     sequences: int
     slab_rows: int
     target_bytes: int
     drafter_bytes: int
     slab_bytes: int
-    table_bytes: int
+    gradient_bytes: int
 
     @property
     def nbytes(self) -> int:
-        return self.sequences * (self.target_bytes + self.drafter_bytes) + self.slab_bytes + self.table_bytes
+        return self.sequences * (self.target_bytes + self.drafter_bytes) + self.slab_bytes + self.gradient_bytes
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Sequences start to stop - 1 in as few blocks as fit, of sizes that differ by one at most."""
@@ -52,14 +52,14 @@ class BlockPlan:
         yield from pairwise(bounds)
 
     def describe(self, length: int, limit: int) -> str:
-        target, drafter, slab, table = (
+        target, drafter, slab, gradients = (
             f"{count / MEGABYTE:.1f} MB"
             for count in (self.sequences * self.target_bytes, self.sequences * self.drafter_bytes, self.slab_bytes,
-                          self.table_bytes)
+                          self.gradient_bytes)
         )  # fmt: skip
         return (
             f"blocks of up to {self.sequences} x {length} tokens: target {target}, drafter {drafter}, logits of"
-            f" {self.slab_rows} rows {slab}, table's gradient {table}; limit {limit / MEGABYTE:.0f} MB"
+            f" {self.slab_rows} rows {slab}, gradients {gradients}; limit {limit / MEGABYTE:.0f} MB"
         )
 
 
@@ -82,22 +82,24 @@ def plan_blocks(step: DraftStep, length: int, batch_size: int, limit: int) -> Bl
     Raises TrainingError where not even one sequence and the smallest slab fit.
     """
     target_bytes, drafter_bytes = _bytes_of_one(step, length)
-    each, table_bytes = target_bytes + drafter_bytes, _table_bytes(step)
+    each, gradient_bytes = target_bytes + drafter_bytes, _gradient_bytes(step)
 
     def slab_bytes(rows: int) -> int:
         return rows * _row_bytes(step) + min(rows, step.tile_rows) * _tile_row_bytes(step)
 
-    room, least = limit - table_bytes, step.objective.steps
+    room, least = limit - gradient_bytes, step.objective.steps
     most = max(least, min(step.best_slab_rows, batch_size * length))
     slab_rows = max(least, bisect_right(range(most + 1), room - each, key=slab_bytes) - 1)
     fits = (room - slab_bytes(slab_rows)) // each
     if fits < 1:
-        needed = (table_bytes + slab_bytes(least) + each) / MEGABYTE
+        needed = (gradient_bytes + slab_bytes(least) + each) / MEGABYTE
         raise TrainingError(
             f"one sequence of {length} tokens needs {math.ceil(needed)} MB, more than --memory"
             f" {limit / MEGABYTE:.0f} allows; raise it, or lower --length or --draft-steps."
         )
-    return BlockPlan(min(fits, batch_size), slab_rows, target_bytes, drafter_bytes, slab_bytes(slab_rows), table_bytes)
+    return BlockPlan(
+        min(fits, batch_size), slab_rows, target_bytes, drafter_bytes, slab_bytes(slab_rows), gradient_bytes
+    )
 
 
 def _row_bytes(step: DraftStep) -> int:
@@ -113,11 +115,13 @@ def _tile_row_bytes(step: DraftStep) -> int:
     return step.target.config.vocab_size * buffers * _wide(step.drafter.norm.weight.element_size())
 
 
-def _table_bytes(step: DraftStep) -> int:
-    """The table's gradient, gathered in fp32, and beside it a product or the whole in bf16, where that is trained."""
-    table = trained_head(step.drafter)
-    size = table.element_size()
-    return table.numel() * (_wide(size) + (size if size < _wide(size) else 0))
+def _gradient_bytes(step: DraftStep) -> int:
+    """The masters' gradients. Beside them a block has its own of all parameters but the table; of the table a piece and
+    its wider copy, where bf16 is trained."""
+    count, table = sum(p.numel() for p in step.drafter.parameters()), trained_head(step.drafter)
+    size, wide = table.element_size(), _wide(table.element_size())
+    piece = min(PRODUCT_VALUES, table.numel()) * (size + wide) if size < wide else 0
+    return count * wide + (count - table.numel()) * size + piece
 
 
 def _wide(size: int) -> int:

@@ -40,6 +40,13 @@ class Masters:
                 master.grad = new if master.grad is None else master.grad.add_(new)
                 parameter.grad = None
 
+    def gradient(self, working: Tensor) -> Tensor:
+        """The gradient of a working parameter's master, to add to; zeros where there is none yet."""
+        (master,) = (self.fp32[name] for name, parameter in self.working.items() if parameter is working)
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return master.grad
+
     def clip(self, norm: float = 1.0) -> float:
         """Scale the masters' gradients down to `norm` where it is more. Returns what it was."""
         return float(nn.utils.clip_grad_norm_(self.fp32.values(), norm))

@@ -32,6 +32,8 @@ from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, train
 TILE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 #: from so many rows on, products with a table spend their time on sums, not on reading the table
 SLAB_ROWS = 128
+#: values of a piece of the table's gradient that are computed at once in bf16
+PRODUCT_VALUES = 1 << 22
 
 #: gives a block's rows from where they were kept, or lets the function given compute them
 StoredRows = Callable[[Batch, Callable[[Tensor], TargetRows]], TargetRows]
@@ -96,10 +98,12 @@ class DraftStep:
         return max(self.tile_rows, SLAB_ROWS)
 
     def block(
-        self, block: Batch, counts: list[int], stats: StepStats, slab_rows: int | None = None, backward: bool = True
-    ) -> None:
-        """One block of a batch in which draft i has `counts[i]` rows. Adds to `stats` and to the gradients. A slab has
-        `slab_rows` rows, by default the `best_slab_rows`."""
+        self, block: Batch, counts: list[int], stats: StepStats, slab_rows: int | None = None, backward: bool = True,
+        table_gradient: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """One block of a batch in which draft i has `counts[i]` rows. Adds to `stats` and to the gradients; that of the
+        drafter's output table [V, H] is added to `table_gradient` where given, of fp32 (fp64 of fp64), so that it is
+        there once for all blocks. A slab has `slab_rows` rows, by default the `best_slab_rows`."""
         tokens_BT = block.tokens_BT.to(self.device)
         rows = self.compute_rows(tokens_BT) if self.stored_rows is None else self.stored_rows(block, self.compute_rows)
         with torch.set_grad_enabled(backward):
@@ -108,12 +112,15 @@ class DraftStep:
             [torch.zeros_like(state, memory_format=torch.contiguous_format) for state in states] if backward else []
         )
         table = trained_head(self.drafter)
-        head = torch.zeros_like(table, dtype=_wide(table)) if backward else None
+        head = table_gradient
+        if backward and head is None:
+            head = torch.zeros_like(table, dtype=_wide(table))
         with torch.no_grad():
             for slab in self._slabs(block, tokens_BT, rows, states, slab_rows or self.best_slab_rows):
                 slab.run(self.objective, counts, stats, gradients, head)
         if head is not None:
             torch.autograd.backward(states, gradients)
+        if head is not None and table_gradient is None:
             table.grad = head.to(table.dtype) if table.grad is None else table.grad.add_(head)
 
     def compute_rows(self, tokens_BT: Tensor) -> TargetRows:
@@ -267,11 +274,14 @@ class Slab:
 
 
 def _add_product(sums_VH: Tensor, gradient_NV: Tensor, state_NH: Tensor) -> None:
-    """Add the products' sum over rows, held in full only where the sums are of a wider type."""
+    """Add the products' sum over rows. Where the sums are of a wider type, piece by piece, because a product and its
+    wider copy are held beside them."""
     if sums_VH.dtype == state_NH.dtype:
         sums_VH.addmm_(gradient_NV.T, state_NH)
-    else:
-        sums_VH.add_(gradient_NV.T @ state_NH)
+        return
+    at_once = PRODUCT_VALUES // sums_VH.shape[1]
+    for sums, gradient in zip(sums_VH.split(at_once), gradient_NV.split(at_once, dim=1), strict=True):
+        sums.add_(gradient.T @ state_NH)
 
 
 def _wide(x: Tensor) -> torch.dtype:
