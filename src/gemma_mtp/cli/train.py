@@ -128,8 +128,8 @@ class RunningOptions:
     threads: int | None = option(None, options.THREADS)
     memory: int = option(
         2048,
-        "Megabytes of activations, logits and gradients, beside weights and the optimiser; blocks and slabs of logits are"
-        " cut to fit.",
+        "Megabytes of activations, logits and gradients, beside weights and the optimiser; blocks and slabs of logits"
+        " are cut to fit.",
     )
     store_target: bool = option(
         False, "Keep the target's states, keys and values on disk after the first pass through the data."
