@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,6 +13,9 @@ from models import TINY, VOCAB, WIDE, agreeing_pair, backends, opened, random_dr
 
 from gemma_mtp.backend.base import Backend, DraftRows, Rows
 from gemma_mtp.backend.reference import BLOCK, ReferenceBackend
+from gemma_mtp.backend.select import make_backend
+from gemma_mtp.checkpoint import load_drafter, load_target, save_drafter, save_target, stored_tensors
+from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
@@ -195,3 +199,21 @@ def test_plain_pytorch_is_exact(dtype: torch.dtype, family: str, count: int) -> 
 
 def test_blocks_of_the_reference_lie_within_blocks_of_the_pool() -> None:
     assert BLOCK_ROWS % BLOCK == 0 and TINY.sliding_window < BLOCK
+
+
+def test_what_a_backend_reordered_is_saved_as_it_was(tmp_path: Path) -> None:
+    """Weights in panels are the model's still: nothing that was freed is written empty."""
+    target, drafter = random_target(5, WIDE["ple"]).bfloat16(), wide_drafter(WIDE["ple"]).bfloat16()
+    written = [
+        {name: tensor.clone() for name, tensor in stored_tensors(model.checkpoint_tensors()).items()}
+        for model in (target, drafter)
+    ]
+    backend = make_backend(target, drafter)
+    assert backend.drafter is not None
+    save_target(backend.target, TargetConfig(target.config), tmp_path / "target")
+    save_drafter(backend.drafter, drafter.config, tmp_path / "drafter")
+    read = (load_target(tmp_path / "target", torch.bfloat16), load_drafter(tmp_path / "drafter", torch.bfloat16))
+    for expected, loaded in zip(written, read, strict=True):
+        found = stored_tensors(loaded.checkpoint_tensors())
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []

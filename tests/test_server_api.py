@@ -255,6 +255,16 @@ SCHEMA = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_expression_that_turns_out_too_complex_is_a_bad_request(live: Live, stream: bool) -> None:
+    """It compiles, and no state of it can be made: that shows when the request is admitted."""
+    body = {"prompt": PROMPT, "regex": "((a{1000}){1000}){1000}", "max_tokens": 5, "stream": stream}
+    answer = live.post(COMPLETIONS, body)
+    assert answer.status_code == (200 if stream else 400)
+    assert "the regular expression can not be used" in answer.text and "invalid_value" in answer.text
+    assert live.post(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 2}).status_code == 200
+
+
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_output_keeps_to_its_grammar(live: Live, drafts: int) -> None:
     body = {"prompt": PROMPT, "max_tokens": 60, "seed": 1, "draft_tokens": drafts}
