@@ -72,10 +72,10 @@ def speed(pair: Pair, drafts: DraftTokens, prompt: list[int], tokens: int) -> tu
 def compared(pair: Pair, acceptance: float, args: argparse.Namespace) -> dict[str, object]:
     """One row: `auto` and the best fixed length at this acceptance."""
     prompt = list(range(3, 3 + args.prompt_tokens))
-    # each side has a drafter of its own, so that what one draws does not depend on what the others did
+    # in a pass all sides meet the same luck, position by position; another pass has another
     sides: list[DraftTokens] = ["auto", *args.draft_tokens]
-    pairs = {side: pair if acceptance == 1 else unreliable(pair, acceptance, seed=i) for i, side in enumerate(sides)}
-    first = {side: speed(pairs[side], side, prompt, args.tokens)[0] for side in sides}
+    passes = [pair if acceptance == 1 else unreliable(pair, acceptance, seed) for seed in range(args.repeats + 1)]
+    first = {side: speed(passes[-1], side, prompt, args.tokens)[0] for side in sides}
     finalists = sorted(args.draft_tokens, key=lambda k: -first[k])[:FINALISTS]
     playing: list[DraftTokens] = ["auto", *finalists]
     speeds: dict[DraftTokens, list[float]] = {side: [] for side in playing}
@@ -83,7 +83,7 @@ def compared(pair: Pair, acceptance: float, args: argparse.Namespace) -> dict[st
     for repeat in range(args.repeats):
         turn = repeat % len(playing)
         for side in [*playing[turn:], *playing[:turn]]:
-            of_side, per_round, _ = speed(pairs[side], side, prompt, args.tokens)
+            of_side, per_round, _ = speed(passes[repeat], side, prompt, args.tokens)
             speeds[side].append(of_side)
             drafts += [per_round] if side == "auto" else []
     best = max(finalists, key=lambda k: statistics.median(speeds[k]))

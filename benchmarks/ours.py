@@ -12,6 +12,7 @@ from sides import Side
 from gemma_mtp import SamplingParams
 from gemma_mtp.backend.base import Backend, DraftedTokens, DraftRows
 from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.decoding.noise import STREAM_ACCEPT, uniform
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
@@ -55,22 +56,30 @@ def useless_drafter(pair: Pair) -> Drafter:
 class Unreliable:
     """A backend that spoils drafts after it has made them; everything else is the other backend's own.
 
-    Only `draft` is spoilt: choices that no penalty, filter or grammar takes part in.
+    Only `draft` is spoilt: choices that no penalty, filter or grammar takes part in. Whether a draft is wrong follows
+    from the seed and its position, so that sides with other draft lengths meet the same luck.
     """
 
     def __init__(self, backend: Backend, acceptance: float, seed: int) -> None:
         self._backend, self._acceptance = backend, acceptance
         self._vocab = backend.target.config.vocab_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
     def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
-        return [DraftedTokens(self._spoilt(made.token_ids), made.confidences) for made in self._backend.draft(calls)]
+        made = zip(calls, self._backend.draft(calls), strict=True)
+        return [
+            DraftedTokens(self._spoilt(of_one.token_ids, call.cache.table.length + 1), of_one.confidences)
+            for call, of_one in made
+        ]
 
-    def _spoilt(self, token_ids: list[int]) -> list[int]:
-        wrong = torch.rand(len(token_ids), generator=self._generator) >= self._acceptance
+    def _spoilt(self, token_ids: list[int], first: int) -> list[int]:
+        positions = torch.arange(first, first + len(token_ids))
+        wrong = (
+            uniform(self._seed, positions, torch.zeros(1, dtype=torch.int64), STREAM_ACCEPT)[:, 0] >= self._acceptance
+        )
         return [(token + 1) % self._vocab if spoil else token for token, spoil in zip(token_ids, wrong, strict=True)]
 
 
