@@ -26,6 +26,7 @@ from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
+from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
 
@@ -204,15 +205,19 @@ def test_blocks_of_the_reference_lie_within_blocks_of_the_pool() -> None:
 def test_what_a_backend_reordered_is_saved_as_it_was(tmp_path: Path) -> None:
     """Weights in panels are the model's still: nothing that was freed is written empty."""
     target, drafter = random_target(5, WIDE["ple"]).bfloat16(), wide_drafter(WIDE["ple"]).bfloat16()
+    models: tuple[Target | Drafter, ...] = (target, drafter)
     written = [
         {name: tensor.clone() for name, tensor in stored_tensors(model.checkpoint_tensors()).items()}
-        for model in (target, drafter)
+        for model in models
     ]
     backend = make_backend(target, drafter)
     assert backend.drafter is not None
     save_target(backend.target, TargetConfig(target.config), tmp_path / "target")
     save_drafter(backend.drafter, drafter.config, tmp_path / "drafter")
-    read = (load_target(tmp_path / "target", torch.bfloat16), load_drafter(tmp_path / "drafter", torch.bfloat16))
+    read: tuple[Target | Drafter, ...] = (
+        load_target(tmp_path / "target", torch.bfloat16),
+        load_drafter(tmp_path / "drafter", torch.bfloat16),
+    )
     for expected, loaded in zip(written, read, strict=True):
         found = stored_tensors(loaded.checkpoint_tensors())
         assert found.keys() == expected.keys()
