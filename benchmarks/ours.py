@@ -61,9 +61,11 @@ class Unreliable:
     """
 
     def __init__(self, backend: Backend, acceptance: float, seed: int) -> None:
-        self._backend, self._acceptance = backend, acceptance
+        self._backend = backend
         self._vocab = backend.target.config.vocab_size
-        self._seed = seed
+        positions = torch.arange(backend.target.config.max_position_embeddings)
+        luck = uniform(seed, positions, torch.zeros(1, dtype=torch.int64), STREAM_ACCEPT)[:, 0]
+        self._wrong: list[bool] = (luck >= acceptance).tolist()  # made once: drafting is what is timed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -76,10 +78,7 @@ class Unreliable:
         ]
 
     def _spoilt(self, token_ids: list[int], first: int) -> list[int]:
-        positions = torch.arange(first, first + len(token_ids))
-        wrong = (
-            uniform(self._seed, positions, torch.zeros(1, dtype=torch.int64), STREAM_ACCEPT)[:, 0] >= self._acceptance
-        )
+        wrong = self._wrong[first : first + len(token_ids)]
         return [(token + 1) % self._vocab if spoil else token for token, spoil in zip(token_ids, wrong, strict=True)]
 
 
