@@ -31,6 +31,7 @@ from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine import execution as execution_module
 from gemma_mtp.engine import round as round_module
+from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Generation, Request, Update
 from gemma_mtp.engine.settings import EngineSettings
@@ -354,6 +355,22 @@ def test_after_a_call_that_fails_the_engine_goes_on(engine: EngineThread, monkey
         engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait()
     monkeypatch.undo()
     assert len(engine.submit(Request([5, 6], SamplingParams(max_tokens=20))).wait().token_ids) == 20
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_after_a_plan_that_fails_the_engine_goes_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the call of the target, but before it: what raises there would end the thread that steps."""
+    engine = Engine(pair, EngineSettings(max_running=1, max_tokens=400))
+    monkeypatch.setattr(engine.policy, "costs", lambda *_: 1 / 0)
+    failing, waiting = (engine.submit(Request([5, 6], SamplingParams(max_tokens=20))) for _ in range(2))
+    while not failing.ended:
+        engine.step()
+    with pytest.raises(EngineError, match="division by zero"):
+        failing.wait()
+    monkeypatch.undo()
+    while not engine.idle:
+        engine.step()
+    assert len(waiting.wait().token_ids) == 20
     assert engine.stats().kv_blocks_used == 0
 
 

@@ -195,9 +195,9 @@ def test_drafter_sees_the_committed_rows_of_its_donors(monkeypatch: pytest.Monke
     cache = play(backend, PROMPT, SamplingParams(max_tokens=40), 4).sequence.cache
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         seen.append((k, v))
-        return ops.attention(q, k, v, mask)
+        return ops.attention(q, k, v)
 
     monkeypatch.setattr("gemma_mtp.backend.reference.ops", SimpleNamespace(**{**vars(ops), "attention": attention}))
     backend.draft([DraftRows(cache, 3, 1, 0.0, [0], None)])

@@ -48,8 +48,7 @@ class CpuBackend:
         self.target, self.drafter = target, drafter
         self._stack = stack or TargetStack(target)
         self._drafts = None if drafter is None else DrafterStack(drafter, self._stack)
-        self._rope: Mapping[LayerType, Rope] = {}
-        self._rope_rows = 0
+        self._rope: tuple[int, Mapping[LayerType, Rope]] = 0, {}  # how many positions, and their tables
 
     @property
     def identity(self) -> Mapping[str, str | int]:
@@ -125,10 +124,12 @@ class CpuBackend:
 
     def _rope_for(self, rows: int) -> Mapping[LayerType, Rope]:
         """Returns rotary tables of so many positions and more."""
-        if rows > self._rope_rows:
-            self._rope_rows = max(rows, min(2 * rows, self.target.config.max_position_embeddings))
-            self._rope = rope_for(self.target.config, torch.arange(self._rope_rows), self.kv_dtype)
-        return self._rope
+        known, tables = self._rope  # both at once: other threads may make longer ones
+        if rows > known:
+            known = max(rows, min(2 * rows, self.target.config.max_position_embeddings))
+            tables = rope_for(self.target.config, torch.arange(known), self.kv_dtype)
+            self._rope = known, tables
+        return tables
 
 
 class TargetStack:

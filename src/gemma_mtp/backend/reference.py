@@ -219,7 +219,7 @@ class _CommittedKeyValues:
         lowest = start // BLOCK_ROWS
         blocks = torch.tensor(table.tables[kind][lowest : -(-table.length // BLOCK_ROWS)], device=pool.device)
         rows = slice(start - lowest * BLOCK_ROWS, table.length - lowest * BLOCK_ROWS)
-        return ops.attention(q_BTHd, *_gathered(pool, pool.config.donor_layers[kind], blocks, rows), None)
+        return ops.attention(q_BTHd, *_gathered(pool, pool.config.donor_layers[kind], blocks, rows))
 
 
 def _gathered(pool: KVPool, layer: int, blocks: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,7 @@ from gemma_mtp.families.known import drafter_types, family_of, names, target_typ
 def parse_target_config(raw: dict[str, Any]) -> TargetConfig:
     """Read a target's `config.json` dictionary. Raises ConfigError naming the field that is wrong."""
     model_type = _model_type(raw)
-    family = family_of(model_type)
-    if family is None or model_type not in family.targets:
-        hint = "" if family is None else "; it is a drafter: pass it as the drafter"
-        raise ConfigError(
-            f"config.json has model_type {model_type!r}, which is not a {names()} target"
-            f" (expected one of {', '.join(target_types())}){hint}."
-        )
+    family = _family(model_type, "target", target_types(), "drafter")
     text_raw = _text_object(raw, family)
     if text_raw is None:
         raise ConfigError(
@@ -36,13 +30,7 @@ def parse_target_config(raw: dict[str, Any]) -> TargetConfig:
 def parse_drafter_config(raw: dict[str, Any]) -> DrafterConfig:
     """Read a drafter's `config.json` dictionary. Raises ConfigError naming the field that is wrong."""
     model_type = _model_type(raw)
-    family = family_of(model_type)
-    if family is None or model_type not in family.drafters:
-        hint = "" if family is None else "; it is a target: pass it as the target"
-        raise ConfigError(
-            f"config.json has model_type {model_type!r}, which is not a {names()} drafter"
-            f" (expected one of {', '.join(drafter_types())}){hint}."
-        )
+    family = _family(model_type, "drafter", drafter_types(), "target")
     if not isinstance(raw.get("text_config"), dict):
         raise ConfigError("the drafter's config.json has no 'text_config' object; restore it from the source.")
     text_raw = dict(raw["text_config"])
@@ -64,6 +52,18 @@ def _text_object(raw: dict[str, Any], family: Family) -> dict[str, Any] | None:
     key = family.targets[raw["model_type"]]
     text_raw = raw if key is None else raw.get(key)
     return text_raw if isinstance(text_raw, dict) else None
+
+
+def _family(model_type: str, kind: str, types: list[str], other: str) -> Family:
+    """Returns the family of a model_type, which must be one of `types`. `kind` and `other` are what a model can be."""
+    family = family_of(model_type)
+    if family is None or model_type not in types:
+        hint = "" if family is None else f"; it is a {other}: pass it as the {other}"
+        raise ConfigError(
+            f"config.json has model_type {model_type!r}, which is not a {names()} {kind}"
+            f" (expected one of {', '.join(types)}){hint}."
+        )
+    return family
 
 
 def _model_type(raw: Any) -> str:

@@ -125,11 +125,22 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Schedule, run, settle. Does nothing where nothing waits or runs."""
+        """Schedule, run, settle. Does nothing where nothing waits or runs.
+
+        What fails in what all share ends those that run; who waits goes on.
+        """
         began = time.perf_counter()
-        step = self._schedule()
-        result = self._run(step)
-        self._settle(step, result, time.perf_counter() - began)
+        try:
+            step = self._schedule()
+            if step.jobs:
+                result = run_step(self.pair.backend, step.turns, step.chunks)
+                self._settle(step, result, time.perf_counter() - began)
+        except Exception as error:
+            running = tuple(self.scheduler.running)
+            if not running:
+                raise
+            for entry in running:
+                self._fail(self._jobs[entry], error)
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of the counters."""
@@ -184,18 +195,8 @@ class Engine:
         longest = job.plan.longest
         return longest and min(longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
 
-    def _run(self, step: Step) -> StepResult:
-        if not step.jobs:
-            return StepResult([])
-        try:
-            return run_step(self.pair.backend, step.turns, step.chunks)
-        except Exception as error:  # of the call that all share: who is in it can not go on
-            return StepResult([error] * len(step.jobs))
-
     def _settle(self, step: Step, result: StepResult, seconds: float) -> None:
         """Learn from a step, hand its tokens out, and end what is done."""
-        if not step.jobs:
-            return
         outcomes = result.outcomes
         rounds = outcomes[: len(step.turns)]
         rows = sum(output.drafted + 1 for output in rounds if isinstance(output, RoundOutput))

@@ -21,16 +21,16 @@ def rotate(x_BTHd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
     return torch.addcmul(x_BTHd * cos, x_BTHd.roll(x_BTHd.shape[-1] // 2, -1), sin)
 
 
-def attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention. Queries carry the scale of their scores. Returns [B, T, H * d].
+def attention(q_BTHd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> Tensor:
+    """Grouped-query attention in which every row sees all of S. Queries carry the scale of their scores. Returns
+    [B, T, H * d].
 
     The query heads that share a key-value head are stacked as rows, so keys and values are never repeated.
-    `mask` is additive, [(H / G) * T, S], its rows stacked the same way (`stack_mask`); None: every row sees all of S.
     """
     B, T, H, d = q_BTHd.shape
     G = k_BGSd.shape[1]
     q = q_BTHd.view(B, T, G, H // G, d).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, d)
-    out = F.scaled_dot_product_attention(q, k_BGSd, v_BGSd, attn_mask=mask, scale=1.0)
+    out = F.scaled_dot_product_attention(q, k_BGSd, v_BGSd, scale=1.0)
     return out.view(B, G, H // G, T, d).permute(0, 3, 1, 2, 4).reshape(B, T, H * d)
 
 
@@ -46,12 +46,6 @@ def visible_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int
     distance = query_positions_T[:, None] - row_positions_S[None, :]
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
-
-
-def stack_mask(visible_TS: Tensor, heads_per_group: int, dtype: torch.dtype) -> Tensor:
-    """Turn a boolean visibility matrix into the additive mask `attention` takes."""
-    mask = torch.zeros(visible_TS.shape, dtype=dtype, device=visible_TS.device)
-    return mask.masked_fill_(~visible_TS, -torch.inf).repeat(heads_per_group, 1)
 
 
 def gated_mlp(gate_up: Tensor) -> Tensor:
