@@ -40,7 +40,7 @@ def unreliable(pair: Pair, acceptance: float, seed: int = 0) -> Pair:
     For a pair whose drafter always agrees, so that this is the acceptance at every position.
     """
     assert pair.drafter is not None
-    return dataclasses.replace(pair, backend=cast("Backend", Unreliable(pair.backend, acceptance, seed)))
+    return dataclasses.replace(pair, backend=cast("Backend", Unreliable(pair.backend, acceptance, seed)), policies={})
 
 
 def useless_drafter(pair: Pair) -> Drafter:
