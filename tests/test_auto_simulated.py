@@ -19,26 +19,41 @@ from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.engine.round import RoundOutput
 
-#: a draft step, and verifying 1 to 17 rows, in plain rounds: rows that cost little; as measured of a pair of 112 M
-#: parameters with AVX2 in bf16; with steps where the hardware takes six rows at once
+
+def drafting_of(first: float, step: float) -> list[float]:
+    return [0.0] + [first + k * step for k in range(LONGEST)]
+
+
+#: drafting 0 to 16 tokens, and verifying 1 to 17 rows, in plain rounds: rows that cost little; as measured of a pair of
+#: 112 M parameters with AVX2 in bf16; with steps where the hardware takes six rows at once, and a dear first draft
 TRUE = {
-    "flat": (0.1, [1 + 0.015 * k for k in range(LONGEST + 1)]),
-    "bf16": (0.14, [1, 1.01, 1.02, 1.09, 1.17, 1.23, 1.52, 1.71, 1.78, 1.84, 1.95, 2.11, 2.43, 2.57, 2.61, 2.7, 2.86]),
-    "steps": (0.08, [1, 1.03, 1.1, 1.18, 1.28, 1.36, 1.9, 1.94, 1.98, 2.02, 2.07, 2.1, 2.73, 2.77, 2.8, 2.85, 2.9]),
+    "flat": (drafting_of(0.1, 0.1), [1 + 0.015 * k for k in range(LONGEST + 1)]),
+    "bf16": (
+        drafting_of(0.2, 0.14),
+        [1, 1.01, 1.02, 1.09, 1.17, 1.23, 1.52, 1.71, 1.78, 1.84, 1.95, 2.11, 2.43, 2.57, 2.61, 2.7, 2.86],
+    ),
+    "steps": (
+        drafting_of(0.16, 0.08),
+        [1, 1.03, 1.1, 1.18, 1.28, 1.36, 1.9, 1.94, 1.98, 2.02, 2.07, 2.1, 2.73, 2.77, 2.8, 2.85, 2.9],
+    ),
 }
 ACCEPTANCE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 TOKENS, SEEDS = 300, 8
 Verify = list[float]
-#: what the measurement says instead: (draft step, verify) -> the same
-WRONG: dict[str, Callable[[float, Verify], tuple[float, Verify]]] = {
-    "a draft step at half": lambda step, verify: (step / 2, verify),
-    "a draft step at three times": lambda step, verify: (step * 3, verify),
-    "verifying at half": lambda step, verify: (step, [v / 2 for v in verify]),
-    "verifying at three times": lambda step, verify: (step, [v * 3 for v in verify]),
-    "more rows at a third": lambda step, verify: (step, [1 + (v - 1) / 3 for v in verify]),
-    "more rows at three times": lambda step, verify: (step, [1 + 3 * (v - 1) for v in verify]),
-    "four drafts at three times": lambda step, verify: (step, [v * 3 if k == 4 else v for k, v in enumerate(verify)]),
-    "four drafts at half": lambda step, verify: (step, [v / 2 if k == 4 else v for k, v in enumerate(verify)]),
+#: what the measurement says instead: (drafting, verify) -> the same
+WRONG: dict[str, Callable[[list[float], Verify], tuple[list[float], Verify]]] = {
+    "drafting at half": lambda drafting, verify: ([d / 2 for d in drafting], verify),
+    "drafting at three times": lambda drafting, verify: ([d * 3 for d in drafting], verify),
+    "no dearer first draft": lambda drafting, verify: ([k * (drafting[2] - drafting[1]) for k in range(17)], verify),
+    "verifying at half": lambda drafting, verify: (drafting, [v / 2 for v in verify]),
+    "verifying at three times": lambda drafting, verify: (drafting, [v * 3 for v in verify]),
+    "more rows at a third": lambda drafting, verify: (drafting, [1 + (v - 1) / 3 for v in verify]),
+    "more rows at three times": lambda drafting, verify: (drafting, [1 + 3 * (v - 1) for v in verify]),
+    "four drafts at three times": lambda drafting, verify: (
+        drafting,
+        [v * 3 if k == 4 else v for k, v in enumerate(verify)],
+    ),
+    "four drafts at half": lambda drafting, verify: (drafting, [v / 2 if k == 4 else v for k, v in enumerate(verify)]),
 }
 
 
@@ -51,8 +66,10 @@ def busy(rng: random.Random) -> float:
     return math.exp(rng.gauss(0, 0.2)) * (1 + min(5, rng.paretovariate(1.2)) * (rng.random() < 0.1))
 
 
-def costs_of(step: float, verify: Verify) -> RoundCosts:
-    return RoundCosts({k: v + k * step for k, v in enumerate(verify)}, step)
+def costs_of(drafting: list[float], verify: Verify) -> RoundCosts:
+    return RoundCosts(
+        {k: d + v for k, (d, v) in enumerate(zip(drafting, verify, strict=True))}, dict(enumerate(drafting))
+    )
 
 
 def drafts_made(plan: Plan, left: int, sure: float) -> int:
@@ -66,23 +83,23 @@ def drafts_made(plan: Plan, left: int, sure: float) -> int:
 
 
 def losses(
-    name: str, costs: RoundCosts, acceptance: float, noise: Callable[[random.Random], float], seed: int
+    name: str, policy: DraftLength, acceptance: float, noise: Callable[[random.Random], float], seed: int
 ) -> list[float]:
     """Of every round of one generation: the regret, as a share of what the best fixed length takes for all of it."""
-    step, verify = TRUE[name]
-    true = [v + k * step for k, v in enumerate(verify)]
+    drafting, verify = TRUE[name]
+    true = [d + v for d, v in zip(drafting, verify, strict=True)]
     tokens = [sum(acceptance**i for i in range(k + 1)) for k in range(LONGEST + 1)]
     speed = max(n / seconds for n, seconds in zip(tokens, true, strict=True))
-    rng, policy, left, lost = random.Random(seed), DraftLength(costs), TOKENS, list[float]()
+    rng, left, lost = random.Random(seed), TOKENS, list[float]()
     while left > 0:
         made = drafts_made(policy.choose(), left, 0.9999)
         accepted = 0
         while accepted < made and rng.random() < acceptance:
             accepted += 1
-        drafting = made * step * noise(rng)
+        of_drafts = drafting[made] * noise(rng)
         sure = [0.9999] * made
         played = RoundOutput([], made, accepted, None, sure)
-        policy.learn([played], drafting + verify[made] * noise(rng), drafting)
+        policy.learn([played], of_drafts + verify[made] * noise(rng), of_drafts)
         lost.append((true[made] - tokens[made] / speed) * speed / TOKENS)
         left -= accepted + 1
     return lost[:-1]  # the last one is cut short for every length
@@ -92,19 +109,57 @@ def mean_loss(
     name: str, costs: Callable[[], RoundCosts], acceptance: float, noise: Callable[[random.Random], float],
     seeds: int = SEEDS, since: int = 0,
 ) -> float:  # fmt: skip
-    runs = [losses(name, costs(), acceptance, noise, seed) for seed in range(seeds)]
+    runs = [losses(name, DraftLength(costs()), acceptance, noise, seed) for seed in range(seeds)]
     return statistics.fmean(sum(run[since:]) for run in runs)
 
 
 @pytest.mark.parametrize("name", TRUE)
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.03, 0.04), (busy, 0.03, 0.05)])
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.038, 0.052), (busy, 0.038, 0.052)])
 def test_close_to_the_best_fixed_length(
     name: str, noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:
-    """Over 300 tokens, from nothing known of the drafter, which is as sure of what is wrong."""
+    """Over 300 tokens, from nothing known of the drafter, which is as sure of what is wrong.
+
+    With costs known exactly it loses 2.0%, 2.2% and 3.8% on average: the price of learning what is accepted.
+    """
     lost = {a: mean_loss(name, functools.partial(costs_of, *TRUE[name]), a, noise) for a in ACCEPTANCE}
     assert statistics.fmean(lost.values()) <= mean, lost
     assert max(lost.values()) <= worst, lost
+
+
+#: acceptances of texts that one pair generates one after the other
+TEXTS = (0.5, 0.5, 0.8, 0.5, 0.8, 1.0, 0.8)
+
+
+@functools.cache
+def in_turn(noise: Callable[[random.Random], float], remembers: bool, seeds: int = 2) -> dict[tuple[str, str], float]:
+    """What is lost on average of texts generated one after the other, whose costs were measured wrong at the start.
+
+    `remembers`: whether a text's policy begins with what the one before it learnt.
+    """
+    lost = {}
+    for name, (wrong, measured) in itertools.product(TRUE, {"right": lambda *costs: costs, **WRONG}.items()):
+        of_seeds = []
+        for seed in range(seeds):
+            costs, earlier = costs_of(*measured(*TRUE[name])), None
+            for i, acceptance in enumerate(TEXTS):
+                policy = DraftLength(costs)
+                earlier = policy.after(earlier) if remembers and earlier is not None else policy
+                of_seeds.append(sum(losses(name, earlier, acceptance, noise, 100 * seed + i)))
+        lost[name, wrong] = statistics.fmean(of_seeds)
+    return lost
+
+
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.022, 0.055), (busy, 0.027, 0.05)])
+def test_texts_one_after_the_other(noise: Callable[[random.Random], float], mean: float, worst: float) -> None:
+    lost = in_turn(noise, remembers=True)
+    assert statistics.fmean(lost.values()) <= mean, lost
+    assert max(lost.values()) <= worst, lost
+
+
+def test_what_one_text_taught_helps_the_next() -> None:
+    kept, forgotten = in_turn(quiet, remembers=True), in_turn(quiet, remembers=False)
+    assert statistics.fmean(kept.values()) < 0.9 * statistics.fmean(forgotten.values()), (kept, forgotten)
 
 
 def corrected(noise: Callable[[random.Random], float], seeds: int) -> dict[tuple[str, str, float], float]:
@@ -118,7 +173,7 @@ def corrected(noise: Callable[[random.Random], float], seeds: int) -> dict[tuple
     return lost
 
 
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.01, 0.035), (busy, 0.015, 0.065)])
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.01, 0.075), (busy, 0.012, 0.06)])
 def test_wrong_costs_are_put_right_within_fifty_rounds(
     noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:

@@ -29,7 +29,7 @@ from gemma_mtp.engine.costs import measure_costs, round_costs
 from gemma_mtp.engine.pair import load_pair
 
 KEY: Key = {"processor": "one", "threads": 2}
-COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021}, 0.00005)
+COSTS = RoundCosts({0: 0.001, 4: 0.0013, LONGEST: 0.0021}, {1: 0.00006, 4: 0.00021})
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_costs_come_back_as_they_were_stored(tmp_path: Path) -> None:
     store_costs(directory, KEY, COSTS)
     loaded = load_costs(directory, KEY)
     assert loaded is not None and loaded.seconds == pytest.approx(COSTS.seconds)
-    assert loaded.draft_step == COSTS.draft_step
+    assert loaded.drafting == pytest.approx(COSTS.drafting)
     assert load_costs(directory, {**KEY, "threads": 3}) is None
     assert the_file(directory).name.startswith("costs-"), "nothing temporary is left"
 
@@ -94,7 +94,7 @@ def test_a_damaged_file_counts_for_nothing(name: str, tmp_path: Path) -> None:
     "change",
     [{"version": 0}, {"key": {}}, {"seconds": COSTS.seconds[:-1]}, {"seconds": [*COSTS.seconds[:-1], -1.0]},
      {"seconds": [*COSTS.seconds[:-1], float("nan")]}, {"seconds": [*COSTS.seconds[:-1], "1"]}, {"seconds": 3},
-     {"draft_step": -1.0}, {"draft_step": None}],
+     {"drafting": [-1.0, *COSTS.drafting[1:]]}, {"drafting": COSTS.drafting[:-1]}, {"drafting": None}],
 )  # fmt: skip
 def test_values_that_are_not_what_they_should_be_count_for_nothing(change: dict[str, object], tmp_path: Path) -> None:
     store_costs(tmp_path, KEY, COSTS)

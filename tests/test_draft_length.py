@@ -172,6 +172,7 @@ def test_many_together_draft_equally_many() -> None:
         policy.record(4, 3)
     few, many = RoundCosts({0: 1.0, LONGEST: 4.0}), RoundCosts({0: 1.0, LONGEST: 4.0})
     policy.use(few, STOP_EARLY_AMONG)
+    policy.tried = policy.rounds  # no length is due for a trial
     plan = policy.choose()
     assert plan.longest == LONGEST and plan.stop is not None
     policy.use(many, STOP_EARLY_AMONG + 1)

@@ -16,7 +16,7 @@ measurements = st.dictionaries(st.integers(1, LONGEST), st.floats(0.1, 9), max_s
 def test_costs_pass_through_what_was_measured(measured: dict[int, float], none: float, step: float) -> None:
     measured = {**measured, 0: none}
     step = min([step, *(s / (2 * k) for k, s in measured.items() if k)])
-    costs = RoundCosts(measured, step).seconds
+    costs = RoundCosts(measured, {1: step, LONGEST: LONGEST * step}).seconds
     assert min(costs) > 0
     assert len(costs) == LONGEST + 1
     assert all(b - a >= step - 1e-9 for a, b in itertools.pairwise(costs)), "a draft is never free"
@@ -79,7 +79,7 @@ def test_one_disturbed_measurement_among_many_counts_for_nothing(length: int, wr
 
 def test_steps_of_the_hardware_stay() -> None:
     steps = {k: 1.0 + 0.4 * (k // 6) + 0.1 * k for k in range(LONGEST + 1)}
-    assert RoundCosts(steps, 0.1).seconds == pytest.approx(list(steps.values()))
+    assert RoundCosts(steps, {1: 0.1, 16: 1.6}).seconds == pytest.approx(list(steps.values()))
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
@@ -87,7 +87,8 @@ def test_steps_of_the_hardware_stay() -> None:
 def test_what_drafting_took_puts_both_parts_right_within_fifty_rounds(factor: float, part: str) -> None:
     """To a tenth, by rounds of one length and a few plain ones, whatever the load; lengths beside them follow."""
     step = 0.1 * (factor if part == "step" else 1)
-    costs = RoundCosts({k: (factor if part == "verify" else 1) + k * step for k in range(LONGEST + 1)}, step)
+    drafting = {k: k * step for k in range(LONGEST + 1)}
+    costs = RoundCosts({k: (factor if part == "verify" else 1) + drafting[k] for k in drafting}, drafting)
     for i in range(50):
         load, k = 1 + (i % 7) / 10, 0 if i % 10 == 9 else 4
         costs.note(k, load * (1 + 0.1 * k), load * 0.1 * k)
@@ -95,9 +96,32 @@ def test_what_drafting_took_puts_both_parts_right_within_fifty_rounds(factor: fl
     assert relative[:9] == pytest.approx([1 + 0.1 * k for k in range(9)], rel=0.1)
 
 
+def test_a_first_draft_that_costs_more_is_told_from_further_ones() -> None:
+    """Rounds of one draft say nothing bad of long ones, whose further drafts are cheap."""
+    drafting = {k: 0.3 + 0.1 * k if k else 0.0 for k in range(LONGEST + 1)}
+    costs = RoundCosts({k: 1 + of_k for k, of_k in drafting.items()}, drafting)
+    assert costs.drafting == pytest.approx(list(drafting.values()))
+    for i in range(50):
+        k = 0 if i % 10 == 9 else 1
+        costs.note(k, 1 + drafting[k], drafting[k])
+    assert costs.seconds == pytest.approx([1 + of_k for of_k in drafting.values()], rel=0.03)
+
+
+def test_what_a_length_may_cost_at_least_comes_near_its_cost_as_it_is_played() -> None:
+    costs = RoundCosts({k: 1 + 0.1 * k for k in range(LONGEST + 1)}, {1: 0.05, LONGEST: 0.8})
+    before = costs.least_seconds(0, 1.0)
+    assert before[0] == pytest.approx(costs.seconds[0]), "a length is not in doubt beside itself"
+    assert 0.3 * costs.seconds[16] < before[16] < 0.8 * costs.seconds[16]
+    for _ in range(10):
+        costs.note(0, 1.0)
+        costs.note(16, 2.6, 0.8)
+    after = costs.least_seconds(0, 1.0)
+    assert costs.seconds[16] > after[16] > 0.85 * costs.seconds[16]
+
+
 def test_without_the_share_of_drafting_the_whole_is_put_right() -> None:
     """As on a GPU, where the host does not know when the drafts are there."""
-    costs = RoundCosts({k: 1 + 0.3 * k for k in range(LONGEST + 1)}, 0.3)
+    costs = RoundCosts({k: 1 + 0.3 * k for k in range(LONGEST + 1)}, {1: 0.3, 2: 0.6})
     for i in range(50):
         k = (0, 3, 4, 5)[i % 4]
         costs.note(k, 1 + 0.1 * k)
@@ -107,7 +131,7 @@ def test_without_the_share_of_drafting_the_whole_is_put_right() -> None:
 @given(st.lists(st.tuples(st.integers(0, LONGEST), st.floats(1e-6, 1e6), st.floats(0, 1)), max_size=60))
 @settings(max_examples=60, derandomize=True)
 def test_no_clock_however_wild_breaks_the_costs(rounds: list[tuple[int, float, float]]) -> None:
-    costs = RoundCosts({0: 1.0, 4: 1.5, LONGEST: 3.0}, 0.05)
+    costs = RoundCosts({0: 1.0, 4: 1.5, LONGEST: 3.0}, {4: 0.2, LONGEST: 0.8})
     for drafts, seconds, share in rounds:
         costs.note(drafts, seconds, share * seconds)
     assert all(0 < seconds < float("inf") for seconds in costs.seconds)

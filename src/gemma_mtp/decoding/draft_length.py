@@ -21,6 +21,8 @@ DraftTokens = int | Literal["auto"]
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.7, 2.0
 #: a later position is believed to be as good as the one before it; the rounds that this counts for
 NEIGHBOUR_ROUNDS = 6.0
+#: rounds that an earlier sequence's record counts for
+KEPT_ROUNDS = 4.0
 #: weight of a round against the next one's: text changes, and what was accepted long ago says little
 DECAY = 0.98
 #: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
@@ -34,6 +36,9 @@ LEAST_GAIN = 1.45
 STOP_EARLY_AMONG = 2
 #: rounds after which a plan is made anew; it changes slowly, and making one takes longer than anything else here
 PLAN_ROUNDS = 8
+#: a length that would do better by this factor if its costs were this many standard deviations lower is tried, once in
+#: so many rounds with drafts; one round tells what it costs
+TRIAL_GAIN, TRIAL_ERRORS, TRIAL_ROUNDS = 1.02, 1.5, 16
 #: plain rounds in a row, at most, before drafting is looked at again
 LONGEST_PAUSE = 500
 
@@ -121,6 +126,7 @@ class DraftLength:
     plan: Plan = PLAIN
     rounds: float = 0.0  # rounds with drafts
     planned: float = -1.0  # how many of them there were when the plan was made
+    tried: float = 0.0  # how many of them there were at the last trial
     pause: int = 0  # plain rounds to play before the next look
 
     def use(self, costs: RoundCosts, sequences: int) -> None:
@@ -128,6 +134,15 @@ class DraftLength:
         if costs is not self.costs:
             self.costs, self.planned, self.pause = costs, -1.0, 0
         self.sequences = sequences
+
+    def after(self, earlier: DraftLength) -> DraftLength:
+        """Returns this policy, which begins with what an earlier sequence's policy learnt, as far as that goes for
+        another text."""
+        share = min(1.0, KEPT_ROUNDS / max(earlier.reached[0], 1e-9))
+        self.reached = [share * reached for reached in earlier.reached]
+        self.accepted = [share * accepted for accepted in earlier.accepted]
+        self.calibration = earlier.calibration.for_another_text()
+        return self
 
     def acceptance(self) -> list[float]:
         """The chance of each position. One that was hardly reached is believed to be as good as the one before."""
@@ -144,7 +159,8 @@ class DraftLength:
         if self.pause:
             self.pause -= 1
             return PLAIN
-        if self.planned < 0 or self.rounds - self.planned >= min(PLAN_ROUNDS, max(1, self.rounds // 4)):
+        lasts = 1 if self.planned == self.tried else min(PLAN_ROUNDS, max(1, self.rounds // 4))  # a trial, one round
+        if self.planned < 0 or self.rounds - self.planned >= lasts:
             self.plan, self.planned = self._new_plan(), self.rounds
             if not self.plan.longest:
                 return self._rest(self.costs.loss(1))
@@ -156,6 +172,11 @@ class DraftLength:
         chances = self.acceptance()
         seconds = self.costs.seconds
         best, rate = best_length(chances, seconds)
+        if self.rounds >= self.tried + TRIAL_ROUNDS:
+            other, better = best_length(chances, self.costs.least_seconds(best, TRIAL_ERRORS))
+            if other and other != best and better > TRIAL_GAIN * rate:
+                self.tried = self.rounds
+                return Plan(other)
         if best == 0 or not self.early_stop or self.sequences > STOP_EARLY_AMONG:
             return Plan(best)
         return Plan(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 BIAS, SLOPE = 0.5, 1.2
 #: how far that may be off at the start: variance of the bias, covariance, variance of the slope
 PRIOR_ERRORS = (4.0, 0.0, 0.16)
+#: what of these is left where another text of the same drafter has been seen
+KEPT_DOUBT = 0.25
 #: weight of what is known against what the next round says: text changes
 FORGETTING = 0.98
 LEAST_SLOPE, NEWTON_STEPS = 0.1, 12
@@ -61,6 +63,10 @@ class Calibration:
     bias: float = BIAS
     slope: float = SLOPE
     errors: tuple[float, float, float] = PRIOR_ERRORS  # of bias; of both; of slope
+
+    def for_another_text(self) -> Calibration:
+        """Returns the same, less sure of itself."""
+        return Calibration(self.bias, self.slope, tuple(KEPT_DOUBT * error for error in PRIOR_ERRORS))  # type: ignore[arg-type]
 
     def learn(self, confidences: Sequence[float], accepted: int) -> None:
         """Take a round into account: of its drafts, the first `accepted` were accepted, and the next was refused."""

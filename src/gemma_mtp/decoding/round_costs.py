@@ -1,10 +1,11 @@
 """What a round with 0, 1, ... drafts costs: measured once, then put right by every round that is played.
 
-A round takes `load * (drafts * step + verify[drafts])` seconds. The step and the 17 verify costs are believed to be
-what was measured, times a factor near 1. Factors of neighbouring lengths err alike, because what disturbs a measurement
-lasts for some rounds. The load is what the machine's other work and a longer context do to all rounds alike. It wanders
-from round to round, and says nothing about the factors. A Kalman filter over the 18 factors and the load takes in the
-seconds of each round; time spent drafting is told apart where it is known.
+A round takes `load * (drafting + verify[drafts])` seconds. Drafting is `first + (drafts - 1) * step`: the first draft
+begins a call, and finds the processor's caches full of the target. The first draft, a further step and the 17 verify
+costs are believed to be what was measured, times a factor near 1. Factors of neighbouring lengths err alike, because
+what disturbs a measurement lasts for some rounds. The load is what the machine's other work and a longer context do to
+all rounds alike. It wanders from round to round, and says nothing about the factors. A Kalman filter over the 19
+factors and the load takes in the seconds of rounds; time spent drafting is told apart where it is known.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 #: most drafts of a round that are considered
 LONGEST = 16
 #: indexes behind the verify factors of 0 to LONGEST drafts
-STEP, LOAD = LONGEST + 1, LONGEST + 2
-#: how far measured costs may be off, as standard deviations of factors: of a draft step; of what more rows add, all
-#: alike; of neighbouring lengths (over about so many doublings of the number of rows); of each length alone
-STEP_ERROR, SLOPE_ERROR, ROWS_ERROR, ROWS_DOUBLINGS, LENGTH_ERROR = 0.35, 0.35, 0.15, 1.5, 0.05
+FIRST, STEP, LOAD = LONGEST + 1, LONGEST + 2, LONGEST + 3
+#: how far measured costs may be off, as standard deviations of factors: of the first draft and further ones alike; of
+#: either alone; of what more rows add, all alike; of neighbouring lengths (over about so many doublings of the number
+#: of rows); of each length alone
+DRAFTING_ERROR, STEP_ERROR, SLOPE_ERROR, ROWS_ERROR, ROWS_DOUBLINGS, LENGTH_ERROR = 0.35, 0.2, 0.35, 0.15, 1.5, 0.05
 #: the same of the load at the start, and of its change from one round to the next
 LOAD_ERROR, LOAD_CHANGE = 0.6, 0.1
 #: how far single rounds are off, at the start, and the least that is ever believed; how fast it is learnt
@@ -31,6 +33,8 @@ NOISE, LEAST_NOISE, NOISE_WEIGHT = 0.3, 0.02, 0.1
 SURPRISES, LEAST_SHARE = 1.5, 0.1
 #: gains below this are not lowered any more: costs that change slowly are followed, and most rounds cost little to note
 LEAST_ROUND_GAIN = 0.01
+#: of a length whose rounds say so little, one in so many is looked at: between rounds even this little work is felt
+HEARD = 4
 _NONE = np.zeros(LOAD + 1)
 
 
@@ -40,21 +44,22 @@ class RoundCosts:
     Nothing depends on more than their ratios.
     """
 
-    def __init__(self, measured: Mapping[int, float], draft_step: float = 0.0) -> None:
-        """From some lengths' seconds and a draft step's; others follow on straight lines, the last one going on.
+    def __init__(self, measured: Mapping[int, float], drafting: Mapping[int, float] | None = None) -> None:
+        """From some lengths' seconds, and how many of them drafting took; others follow on straight lines, the last one
+        going on.
 
         Verifying more rows never costs less: where it was measured to, the measurement was disturbed.
         """
         known = sorted(measured)
         assert known and known[0] == 0
-        step = min([draft_step, *(0.9 * measured[k] / k for k in known[1:])])  # whatever the clock said
-        verify = [measured[k] - k * step for k in known]
+        first, step = _drafting_line(measured, drafting or {})
+        verify = [measured[k] - (first + (k - 1) * step if k else 0.0) for k in known]
         verify = _rising(_without_outliers(verify))
-        self.draft_step = step
-        self._measured = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [step, 1.0]
+        self._measured = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [first, step, 1.0]
         self._factors = np.ones(LOAD + 1)
         self._errors = _prior_errors(self._measured)
         self._noise = NOISE
+        self._unheard = [0] * (LONGEST + 1)  # rounds of each length to leave out
         self._seconds: list[float] | None = None
 
     @property
@@ -63,9 +68,17 @@ class RoundCosts:
         seconds = self._seconds
         if seconds is None:
             measured, factors = self._measured, self._factors.tolist()
-            step = measured[STEP] * factors[STEP]
-            seconds = self._seconds = [k * step + measured[k] * factors[k] for k in range(LONGEST + 1)]
+            first, step = measured[FIRST] * factors[FIRST], measured[STEP] * factors[STEP]
+            seconds = self._seconds = [
+                measured[k] * factors[k] + (first + (k - 1) * step if k else 0.0) for k in range(LONGEST + 1)
+            ]
         return seconds
+
+    @property
+    def drafting(self) -> list[float]:
+        """What drafting takes of the seconds."""
+        first, step = (self._measured[i] * float(self._factors[i]) for i in (FIRST, STEP))
+        return [0.0] + [first + k * step for k in range(LONGEST)]
 
     def note(self, drafts: int, seconds: float, drafting: float | None = None) -> None:
         """Take a played round into account. `drafting`: how many of its seconds its drafts took, where that is known.
@@ -73,19 +86,26 @@ class RoundCosts:
         A busy machine or a longer context makes all rounds slower, and says nothing about lengths that are not played.
         """
         self._errors[LOAD, LOAD] += LOAD_CHANGE**2
+        if self._unheard[drafts]:
+            self._unheard[drafts] -= 1
+            return
         verify = self._measured[drafts] * float(self._factors[drafts])
-        step = self._measured[STEP] * float(self._factors[STEP])
-        if drafting is not None and drafts and step and 0 < drafting < seconds:
-            self._take(drafting / (drafts * step), {LOAD: 1.0, STEP: 1.0})
-            self._take((seconds - drafting) / verify, {LOAD: 1.0, drafts: 1.0})
+        first, step = (self._measured[i] * float(self._factors[i]) for i in (FIRST, STEP))
+        parts = {FIRST: first, STEP: (drafts - 1) * step} if drafts else {}
+        expected = sum(parts.values())
+        if drafting is not None and expected and 0 < drafting < seconds:
+            gain = self._take(drafting / expected, {LOAD: 1.0, **{i: part / expected for i, part in parts.items()}})
+            gain = max(gain, self._take((seconds - drafting) / verify, {LOAD: 1.0, drafts: 1.0}))
         else:
-            expected = drafts * step + verify
-            self._take(seconds / expected, {LOAD: 1.0, STEP: drafts * step / expected, drafts: verify / expected})
+            parts[drafts] = verify
+            expected += verify
+            gain = self._take(seconds / expected, {LOAD: 1.0, **{i: part / expected for i, part in parts.items()}})
+        self._unheard[drafts] = HEARD - 1 if gain < LEAST_ROUND_GAIN else 0
         self._seconds = None
 
-    def _take(self, ratio: float, weights: Mapping[int, float]) -> None:
+    def _take(self, ratio: float, weights: Mapping[int, float]) -> float:
         """One observation: `ratio` of what was seen to what the factors say at a load of 1. `weights`: how much each
-        factor's share is in it."""
+        factor's share is in it. Returns by how much of its surprise it moved the factor that it moved most."""
         errors, factors = self._errors, self._factors
         spread = sum((errors[i] * weight for i, weight in weights.items()), _NONE)
         variance = sum(float(spread[i]) * weight for i, weight in weights.items()) + self._noise**2
@@ -94,10 +114,27 @@ class RoundCosts:
         self._noise += NOISE_WEIGHT * (max(LEAST_NOISE, 1.25 * abs(surprise)) - self._noise)
         gains = spread / variance
         self._factors = factors * (1 + gains * surprise)
-        if abs(gains[:LOAD]).max() < LEAST_ROUND_GAIN:
+        most = float(abs(gains[:LOAD]).max())
+        if most < LEAST_ROUND_GAIN:
             errors[LOAD, LOAD] -= gains[LOAD] * spread[LOAD]
         else:
             errors -= np.multiply.outer(gains, spread)
+        return most
+
+    def least_seconds(self, beside: int, errors: float) -> list[float]:
+        """The seconds as low as they may well be, beside those of the length `beside`: by so many standard deviations
+        of what is believed of the two together."""
+        seconds = np.array(self.seconds)
+        parts = np.zeros((LONGEST + 1, LOAD + 1))  # the share of each factor in the seconds of each length
+        for k, verify in enumerate(self._measured[: LONGEST + 1]):
+            parts[k, k] = verify * self._factors[k]
+            if k:
+                parts[k, FIRST] = self._measured[FIRST] * self._factors[FIRST]
+                parts[k, STEP] = (k - 1) * self._measured[STEP] * self._factors[STEP]
+        parts /= seconds[:, None]
+        parts -= parts[beside].copy()
+        doubt = np.sqrt(np.maximum(0.0, np.einsum("ki,ij,kj->k", parts, self._errors, parts)))
+        return list((seconds * np.maximum(LEAST_SHARE, 1 - errors * doubt)).tolist())
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
@@ -118,8 +155,27 @@ def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
             near = math.exp(-(((doublings[i] - doublings[j]) / ROWS_DOUBLINGS) ** 2) / 2)
             errors[i][j] = SLOPE_ERROR**2 * added[i] * added[j] + ROWS_ERROR**2 * near
         errors[i][i] += LENGTH_ERROR**2
-    errors[STEP][STEP], errors[LOAD][LOAD] = STEP_ERROR**2, LOAD_ERROR**2
+    for i in (FIRST, STEP):
+        errors[i][FIRST] = errors[i][STEP] = DRAFTING_ERROR**2
+        errors[i][i] += STEP_ERROR**2
+    errors[LOAD][LOAD] = LOAD_ERROR**2
     return np.array(errors)
+
+
+def _drafting_line(measured: Mapping[int, float], drafting: Mapping[int, float]) -> tuple[float, float]:
+    """Returns the seconds of a round's first draft and of each further one, whatever the clock said of either.
+
+    The shortest round says what the first takes, and the longest how many seconds the further ones add to it.
+    """
+    known = sorted(k for k in drafting if k)
+    if not known:
+        return 0.0, 0.0
+    shortest, longest = known[0], known[-1]
+    step = (drafting[longest] - drafting[shortest]) / (longest - shortest) if longest > shortest else drafting[longest]
+    step = min(max(0.0, step), *(drafting[k] / k for k in known))
+    first = drafting[shortest] - (shortest - 1) * step
+    share = min([1.0, *(0.9 * measured[k] / (first + (k - 1) * step) for k in measured if k and first + step > 0)])
+    return share * first, share * step
 
 
 def _without_outliers(values: Sequence[float]) -> list[float]:

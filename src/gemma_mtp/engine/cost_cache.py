@@ -25,7 +25,7 @@ from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
-VERSION = 2
+VERSION = 3
 #: costs older than a day are measured anew: the machine may have been slower then
 MAX_AGE_SECONDS = 24 * 3600.0
 
@@ -63,12 +63,14 @@ def load_costs(directory: Path, key: Key) -> RoundCosts | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return RoundCosts(dict(enumerate(content["seconds"])), content["draft_step"]) if _usable(content, key) else None
+    if not _usable(content, key):
+        return None
+    return RoundCosts(dict(enumerate(content["seconds"])), dict(enumerate(content["drafting"])))
 
 
 def store_costs(directory: Path, key: Key, costs: RoundCosts) -> None:
     """Write costs under a temporary name, then rename the file into place; where that fails, a log line says so."""
-    content = {"version": VERSION, "key": key, "seconds": costs.seconds, "draft_step": costs.draft_step}
+    content = {"version": VERSION, "key": key, "seconds": costs.seconds, "drafting": costs.drafting}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(_path(directory, key), json.dumps(content, indent=2) + "\n")
@@ -94,14 +96,18 @@ def _path(directory: Path, key: Key) -> Path:
 def _usable(content: Any, key: Key) -> bool:
     if not isinstance(content, dict) or content.get("version") != VERSION or content.get("key") != key:
         return False
-    seconds, step = content.get("seconds"), content.get("draft_step")
-    if not isinstance(seconds, list) or len(seconds) != LONGEST + 1:
-        return False
-    return all(map(_is_duration, seconds)) and (step == 0 or _is_duration(step))
+    seconds, drafting = _durations(content.get("seconds")), _durations(content.get("drafting"))
+    return bool(seconds and drafting) and min(seconds) > 0
+
+
+def _durations(values: Any) -> list[float]:
+    """Returns the seconds of 0 to LONGEST drafts; none where the values are something else."""
+    right = isinstance(values, list) and len(values) == LONGEST + 1 and all(map(_is_duration, values))
+    return values if right else []
 
 
 def _is_duration(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and value > 0
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
 
 
 def _digest(model: torch.nn.Module, config: Any) -> str:

@@ -58,19 +58,19 @@ def measure_costs(backend: Backend, choice: ChoiceKind = "argmax", sequences: in
     least of up to twelve times each, of all the sequences' rounds together."""
     prompts = _made_up_sequences(backend, CHOICES[choice], sequences)
     rounds: dict[int, float] = {}
-    steps: list[float] = []
+    drafting: dict[int, float] = {}
     started = time.perf_counter()
     for repeat in range(REPEATS + 1):  # the first warms up, and stands where there is no time for more
         for drafts in ORDER if repeat == 0 else tuple(rounds):
             taken = time.perf_counter() - started
             if len(rounds) >= 2 and taken > BUDGET_SECONDS:
-                return RoundCosts(rounds, min(steps))
+                return RoundCosts(rounds, drafting)
             if repeat == 0 and len(rounds) >= 2 and taken > FIRST_ROUNDS * BUDGET_SECONDS:
                 break
-            drafting, took = _round_seconds(backend, prompts, drafts)
+            of_drafts, took = _round_seconds(backend, prompts, drafts)
             rounds[drafts] = took if repeat <= 1 else min(took, rounds[drafts])
-            steps += [drafting / drafts] if drafts else []
-    return RoundCosts(rounds, min(steps))
+            drafting[drafts] = of_drafts if repeat <= 1 else min(of_drafts, drafting[drafts])
+    return RoundCosts(rounds, drafting)
 
 
 def _made_up_sequences(backend: Backend, params: SamplingParams, count: int) -> list[Sequence]:

@@ -18,12 +18,13 @@ Policies = dict[ChoiceKind, DraftLength]
 class DraftPolicy:
     """The `auto` draft lengths of an engine.
 
-    A lone job has policies of its own. Jobs that run together share one: each draft makes all of them wait, and what
-    was accepted of the others' says at once what a new one's are worth.
+    A lone job has policies of its own, which begin with what the newest ones learnt. Jobs that run together share one:
+    each draft makes all of them wait, and what was accepted of the others' says at once what a new one's are worth.
     """
 
     costs: Callable[[ChoiceKind, int], RoundCosts]  # of rounds that choose so, of so many sequences together
     watches_drafts: bool
+    latest: Policies = field(default_factory=dict)  # the newest of each kind; the pair keeps them for its next engine
     shared: Policies = field(default_factory=dict)
     sequences: int = 1  # that run together in the step under way
     _in_force: dict[ChoiceKind, DraftLength | None] = field(default_factory=dict)
@@ -59,6 +60,9 @@ class DraftPolicy:
         policies = self.shared if together else own
         if choice not in policies:
             policies[choice] = DraftLength(costs, early_stop=self.watches_drafts)
+            if choice in self.latest:
+                policies[choice].after(self.latest[choice])
+            self.latest[choice] = policies[choice]
         policies[choice].use(costs, self.sequences)
         return policies[choice]
 

@@ -61,7 +61,7 @@ class Engine:
         counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element)
         self.pool = backend.make_pool(counts, self.settings.max_running)
         self.scheduler = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
-        self.policy = DraftPolicy(pair.round_costs, backend.watches_drafts)
+        self.policy = DraftPolicy(pair.round_costs, backend.watches_drafts, pair.policies)
         self._lock = threading.RLock()  # of the scheduler and of what is cancelled
         self._jobs: dict[Entry, Job] = {}
         self._arrivals = itertools.count()

@@ -16,6 +16,7 @@ from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
+from gemma_mtp.engine.draft_policy import Policies
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, SamplingError, TokenizerError
 from gemma_mtp.model.drafter import Drafter
@@ -32,6 +33,7 @@ class LoadedPair:
     tokenizer: Tokenizer | None
     generation: GenerationDefaults
     _costs: dict[tuple[ChoiceKind, int], RoundCosts] = field(default_factory=dict, repr=False)
+    policies: Policies = field(default_factory=dict, repr=False)  # the newest draft lengths of each kind
 
     @property
     def target(self) -> Target:

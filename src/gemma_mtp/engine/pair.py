@@ -37,7 +37,7 @@ class Pair(LoadedPair):
 
     def with_drafter(self, drafter: Drafter | None) -> Pair:
         """Returns a pair of the same target and another drafter."""
-        return replace(self, backend=self.backend.with_drafter(drafter), _costs={})
+        return replace(self, backend=self.backend.with_drafter(drafter), _costs={}, policies={})
 
     def generate(
         self,
