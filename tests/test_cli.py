@@ -83,11 +83,12 @@ def test_text_is_streamed_and_the_summary_goes_to_stderr(capsys: pytest.CaptureF
     assert main(["generate", PROMPT, "--max-tokens", "16"]) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
-    assert re.match(r"\d+ tokens, prefill .* (no drafts|rounds of auto drafts)", err)
+    ended = r"\d+ tokens, ended by the length limit \(length\), prefill .*"
+    assert re.match(rf"{ended} (no drafts|rounds of auto drafts)", err)
     assert main(["generate", PROMPT, "--max-tokens", "16", "-k", "4"]) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
-    assert re.match(r"\d+ tokens, prefill .* \d+ rounds of 4 drafts", err)
+    assert re.match(rf"{ended} \d+ rounds of 4 drafts", err)
     assert main(["generate", PROMPT, "--max-tokens", "16", "--quiet", "--no-drafter"]) == 0
     assert capsys.readouterr() == (text + "\n", "")
 
@@ -274,7 +275,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--dtype", "int4"], "dtype 'int4' is not known"),
         (["x", "--device", "abacus"], "device 'abacus' is not known"),
         (["x", "--threads", "0"], "--threads is 0"),
-        (["x", "--repeats", "0"], "--repeats is 0"),
+        (["x", "--compare", "--repeats", "0"], "--repeats is 0"),
+        (["x", "--json", "--show-drafts"], "--json and --show-drafts exclude each other"),
         (["x", "--stop", ""], "stop"),
         (["x", "--file", "y"], "the prompt was given twice (PROMPT and --file)"),
         (["--file", "/absent/prompt"], "the prompt file /absent/prompt can not be read"),

@@ -10,6 +10,7 @@
     ├── SamplingError     a sampling parameter out of its range
     ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
     ├── QueueFullError    a request that came when as many were waiting as may
+    ├── OptionError       options of the command line that are of no use together
     ├── ServerError       a server that can not be started, reached or measured
     ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
@@ -62,6 +63,10 @@ class QueueFullError(GemmaMtpError):
         self.retry_after = retry_after
 
 
+class OptionError(GemmaMtpError):
+    """Options of the command line that are of no use together."""
+
+
 class ServerError(GemmaMtpError):
     """A server that can not be started, reached or measured."""
 
@@ -72,3 +77,8 @@ class DataError(GemmaMtpError):
 
 class TrainingError(GemmaMtpError):
     """Training data or settings that cannot work."""
+
+
+def missing_extra(needed_by: str, package: str | None, extra: str) -> str:
+    """Returns the message where what `needed_by` names needs a package that only an extra of ours installs."""
+    return f"{needed_by} needs {package}, which is not installed; run: pip install 'gemma-mtp[{extra}]'."

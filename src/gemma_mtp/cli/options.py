@@ -1,19 +1,24 @@
-"""Options and groups of options that several commands have, said once."""
+"""Options and groups of options that several commands have, said once.
+
+Modules of options import nothing that does work: the help and the completion of a command take no longer than to read
+what it is called with. What does the work is imported where a command runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.cli.option_groups import group, option
-from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import PromptError, SamplingError
+
+if TYPE_CHECKING:
+    from gemma_mtp.datasets import Example
+    from gemma_mtp.decoding.draft_length import DraftTokens
+    from gemma_mtp.engine.pair import Pair
 
 DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
 GRAMMAR, OUTPUT = "Constrained output", "Output"
@@ -24,6 +29,8 @@ def use_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
     if threads is not None:
+        from gemma_mtp.backend.native import set_threads
+
         set_threads(threads)
 
 
@@ -76,6 +83,8 @@ class PairOptions:
             raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
 
     def load(self) -> Pair:
+        from gemma_mtp.engine.pair import load_pair
+
         return load_pair(
             self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
             quantize=self.quantize, strict=self.strict,
@@ -95,11 +104,15 @@ class ExampleOptions:
 
 def sources_of(data: Sequence[Path] | None) -> Sequence[Path]:
     """What was given, or the bundled pair's held-out Python."""
+    from gemma_mtp.engine.pair import bundled_directory
+
     return data or [bundled_directory() / "heldout_prompts.jsonl"]
 
 
 def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
     """At most `limit` examples, evenly spread. Reads twice instead of holding everything in memory."""
+    from gemma_mtp.datasets import read_examples
+
     count = sum(1 for _ in read_examples(sources, pattern))
     chosen = {i * count // limit for i in range(limit)} if count > limit else range(count)
     return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import options
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.weight_types import parse_weight_types
 
 
@@ -27,6 +25,9 @@ def quantize(
     It gives the same output as quantising while loading, bit for bit. Its config.json says what is quantised; other
     programs than gemma-mtp can not read its weights.
     """
+    from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
+    from gemma_mtp.measure.memory import inspect_checkpoint
+
     before = inspect_checkpoint(directory)
     types = parse_weight_types(kinds)
     with progress("quantising"):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gemma_mtp.decoding.schema import largest_multiple, without_annotations
 from gemma_mtp.decoding.verify import agreeing
-from gemma_mtp.errors import SamplingError, TokenizerError
+from gemma_mtp.errors import SamplingError, TokenizerError, missing_extra
 from gemma_mtp.text import is_text
 from gemma_mtp.tokenizer import Tokenizer
 
@@ -175,6 +175,11 @@ class GrammarState:
         self._follow(token_ids)
         return len(self._taken) < len(token_ids) or not isinstance(self._masks[-1], np.ndarray)
 
+    def complete_after(self, token_ids: Sequence[int]) -> bool:
+        """Whether the text is whole after these tokens, though more may follow."""
+        self._follow(token_ids)
+        return len(self._taken) == len(token_ids) and (self._masks[-1] is None or self._matcher.is_accepting())
+
     def commit(self, token_ids: Sequence[int]) -> int | None:
         """Move on by a round's tokens.
 
@@ -254,9 +259,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise SamplingError(
-            "a grammar needs llguidance, which is not installed; run `pip install 'gemma-mtp[grammar]'`."
-        ) from None
+        raise SamplingError(missing_extra("a grammar", "llguidance", "grammar")) from None
     return llguidance
 
 

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_mtp.errors import DataError
-from gemma_mtp.measure.acceptance import AcceptanceReport
-from gemma_mtp.measure.speedup import Prediction
+from gemma_mtp.errors import DataError, missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+    from gemma_mtp.measure.acceptance import AcceptanceReport
+    from gemma_mtp.measure.speedup import Prediction
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -28,7 +29,7 @@ def check_plot(path: Path | None) -> None:
     if not path.absolute().parent.is_dir():
         raise DataError(f"--plot is {path}, but its directory does not exist; create it.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise DataError("--plot needs matplotlib, which is not installed; pip install 'gemma-mtp[plot]'.")
+        raise DataError(missing_extra("--plot", "matplotlib", "plot"))
 
 
 def plot_acceptance(

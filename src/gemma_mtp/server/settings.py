@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.errors import ServerError
 from gemma_mtp.text import check_text, read_text
+
+if TYPE_CHECKING:
+    from gemma_mtp.decoding.draft_length import DraftTokens
 
 #: where keys may stand, beside a file: separated by commas or white space
 KEYS_VARIABLE = "GEMMA_MTP_API_KEYS"

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gemma_mtp.errors import TrainingError
+from gemma_mtp.errors import TrainingError, missing_extra
 from gemma_mtp.json_files import replace_file
 
 LINE_SECONDS = 10.0
@@ -113,7 +113,5 @@ def _summary_writer(directory: Path, resumed_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise TrainingError(
-            "--tensorboard needs the tensorboard package; install gemma-mtp with its `train` extra, or leave it out."
-        ) from None
+        raise TrainingError(missing_extra("--tensorboard", "tensorboard", "train")) from None
     return SummaryWriter(str(directory), purge_step=resumed_step or None)

@@ -1,0 +1,151 @@
+"""What `gemma-mtp generate` does: complete the prompt, and print it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from typing import cast
+
+import typer
+
+from gemma_mtp.chat.conversation import Conversation
+from gemma_mtp.chat.prompt import chat_ids
+from gemma_mtp.cli import options, render
+from gemma_mtp.cli.console import console
+from gemma_mtp.cli.generate_options import (
+    DraftingOptions,
+    GrammarOptions,
+    OutputOptions,
+    PromptOptions,
+    SamplingOptions,
+)
+from gemma_mtp.cli.progress import progress
+from gemma_mtp.decoding.draft_length import DraftTokens
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.pair import Pair
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.errors import PromptError, TokenizerError
+from gemma_mtp.text import check_text
+
+#: exit code where the limit cut an output that a grammar was to make whole
+NOT_WHOLE = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to generate with which pair: everything but how to print it."""
+
+    pair: Pair
+    prompt: str | list[int]
+    params: SamplingParams
+    draft_tokens: DraftTokens
+    verification: Verification
+
+    def once(self, draft_tokens: DraftTokens | None = None, max_tokens: int | None = None) -> GenerationResult:
+        params = self.params
+        if max_tokens is not None:
+            params = replace(params, max_tokens=min(max_tokens, params.max_tokens))
+        k = self.draft_tokens if draft_tokens is None else draft_tokens
+        return self.pair.generate(self.prompt, params, draft_tokens=k, verification=self.verification)
+
+
+def generate(
+    given: str | list[int],
+    source: PromptOptions,
+    models: options.PairOptions,
+    drafting: DraftingOptions,
+    sampling: SamplingOptions,
+    constrained: GrammarOptions,
+    output: OutputOptions,
+) -> None:
+    """Load the pair, and complete the prompt that was given."""
+    grammar = constrained.grammar()
+    pair = models.load()
+    defaults = pair.generation.conversation() if source.chat else {}
+    params = sampling.params(defaults, logprobs=output.logprobs, grammar=grammar)
+    prompt, draft_tokens = prompt_for(pair, given, source), options.parse_draft_tokens(drafting.draft_tokens)
+    run = Run(pair, prompt, params, draft_tokens, cast(Verification, drafting.verification))  # checked by the engine
+    if output.compare:
+        result = _compare(run, output)
+    elif output.as_json:
+        with progress("generating"):
+            result = run.once()
+        print(json.dumps(render.to_json(result)))
+    elif output.show_drafts or pair.tokenizer is None:
+        result = _print_whole(run, output)
+    else:
+        result = _print_stream(run, output.quiet)
+    state = pair.grammar_state(params)
+    if state is not None and result.finish_reason == "length" and not state.complete_after(result.token_ids):
+        print(f"the output is not whole: {render.ENDS['length']} cut it; raise --max-tokens.", file=sys.stderr)
+        raise typer.Exit(NOT_WHOLE)
+
+
+def prompt_for(pair: Pair, given: str | list[int], source: PromptOptions) -> str | list[int]:
+    """What the pair goes on from: the prompt given, through the chat template with --chat."""
+    if not source.chat:
+        return given
+    if pair.tokenizer is None:
+        raise TokenizerError("--chat needs a tokenizer with a chat template, and the target's directory has none.")
+    assert isinstance(given, str)
+    system = check_text(source.system, "--system", PromptError) if source.system else None
+    return chat_ids(Conversation.of_user(given, system), pair.tokenizer)
+
+
+def _print_stream(run: Run, quiet: bool) -> GenerationResult:
+    stream = run.pair.stream(run.prompt, run.params, draft_tokens=run.draft_tokens, verification=run.verification)
+    with progress("prefill"):
+        piece = next(stream, "")
+    print(piece, end="", flush=True)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    _print_summary(stream.result, quiet)
+    return stream.result
+
+
+def _print_whole(run: Run, output: OutputOptions) -> GenerationResult:
+    with progress("generating"):
+        result = run.once()
+    if output.show_drafts:
+        render.print_drafts(console(), result, run.pair.tokenizer)
+    else:
+        print(" ".join(map(str, result.token_ids)))
+    _print_summary(result, output.quiet)
+    return result
+
+
+def _print_summary(result: GenerationResult, quiet: bool) -> None:
+    if not quiet:
+        print(render.summary(result), file=sys.stderr)
+
+
+def _compare(run: Run, output: OutputOptions) -> GenerationResult:
+    """Both sides once to warm up, then in turn. Exits with 1 if `exact` verification changed the output."""
+    plain: list[GenerationResult] = []
+    drafted: list[GenerationResult] = []
+    with progress("comparing") as say:
+        for k in (0, None):
+            run.once(draft_tokens=k, max_tokens=16)
+        for i in range(output.repeats):
+            say(f"comparing: run {i + 1} of {output.repeats}")
+            plain.append(run.once(draft_tokens=0))
+            drafted.append(run.once())
+    compared = render.comparison(plain, drafted)
+    if output.as_json:
+        sides = {"plain": render.to_json(plain[-1]), "drafted": render.to_json(drafted[-1])}
+        print(json.dumps({**compared, **sides}))
+    else:
+        shown = console()
+        if output.show_drafts:
+            render.print_drafts(shown, drafted[-1], run.pair.tokenizer)
+        else:
+            text = drafted[-1].text
+            print(" ".join(map(str, drafted[-1].token_ids)) if text is None else text)
+        print()
+        render.print_comparison(shown, plain, drafted)
+    if run.verification == "exact" and not compared["identical"]:
+        raise typer.Exit(1)
+    return drafted[-1]
