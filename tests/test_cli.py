@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import wait_for
 from models import VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
 from rich.console import Console
 
 import gemma_mtp
-from gemma_mtp.cli import main, progress, render
+from gemma_mtp.cli import main, render
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -326,21 +325,3 @@ def test_text_needs_a_tokenizer(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     latin.write_bytes(b"caf\xe9")
     assert "is not UTF-8 text" in refused(capsys, ["generate", "--file", str(latin)])
     assert f"token id {VOCAB}" in refused(capsys, ["generate", "--token-ids", str(VOCAB), *models(tiny)])
-
-
-def test_progress_shows_on_a_terminal_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-
-    def shown(terminal: bool, patience: float) -> str:
-        stream = io.StringIO()
-        monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
-        monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=terminal))
-        with progress.progress("loading") as say:
-            if terminal and patience == 0:
-                wait_for(lambda: "loading" in stream.getvalue())
-            say("generating")
-        return stream.getvalue()
-
-    assert "loading" in shown(terminal=True, patience=0)
-    assert shown(terminal=True, patience=3600) == ""
-    assert shown(terminal=False, patience=0) == ""

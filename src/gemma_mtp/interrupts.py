@@ -23,6 +23,27 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C inside raises KeyboardInterrupt at the end only, so that what is done inside is done whole."""
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises KeyboardInterrupt. What is given tells whether it was pressed.
 

@@ -173,11 +173,27 @@ def train(
     keep_freed_memory()
     log = console(stderr=True)
     with joined_world(choose_device(running.device)) as world:
-        outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
+        try:
+            outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
+        except KeyboardInterrupt:
+            if world.leads:
+                log.print(how_to_go_on(models.out), soft_wrap=True)
+            raise
     if outcome is not None:
         _report(outcome, models.out)
         if not outcome.exported:
             raise typer.Exit(REFUSED)
+
+
+def how_to_go_on(out: Path) -> str:
+    """What to do after Ctrl-C."""
+    from gemma_mtp.training.drafter_trainer import CHECKPOINT
+    from gemma_mtp.training.run import STATE
+
+    checkpoint = out / STATE / CHECKPOINT
+    if checkpoint.exists():
+        return f"interrupted; {checkpoint} keeps what was trained: go on by the same command with --resume."
+    return "interrupted before the first step; the same command goes on from the texts written so far."
 
 
 def _data(data: DataOptions, gate: GateOptions, running: RunningOptions) -> DataSettings:

@@ -31,9 +31,18 @@ from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(repr=False)
 class Pair(LoadedPair):
     """A loaded pair that completes prompts, one at a time. Each has an engine of its own, of just the size it needs."""
+
+    def __repr__(self) -> str:
+        sizes = [
+            f"{name}={sum(w.numel() for w in model.checkpoint_tensors().values()) / 1e6:.1f}M"
+            for name, model in (("target", self.target), ("drafter", self.drafter))
+            if model is not None
+        ]
+        text = "with" if self.tokenizer is not None else "without"
+        return f"<Pair {' '.join(sizes)} on {self.backend.device}, {text} tokenizer>"
 
     def with_drafter(self, drafter: Drafter | None) -> Pair:
         """Returns a pair of the same target and another drafter."""

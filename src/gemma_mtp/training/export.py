@@ -46,6 +46,8 @@ class CardFacts:
     seconds: float
     data: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    base_model: str = "unknown"
+    license: str = "other"
 
 
 def write_card(
@@ -65,7 +67,17 @@ def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recal
         f" {', '.join(f'{share:.3f}' for share in b.pooled.by_position)} | {b.pooled.rounds} |"
         for a, b in zip(start, now, strict=True)
     )
-    return f"""# MTP drafter for {facts.target}
+    return f"""---
+license: {facts.license}
+base_model: {facts.base_model}
+library_name: gemma-mtp
+tags:
+- speculative-decoding
+- multi-token-prediction
+- gemma4
+---
+
+# MTP drafter for {facts.target}
 
 Drafts tokens for this target in speculative decoding; the target alone decides what is written. It is of no use with
 another target. Trained by `gemma-mtp train`, from {facts.start}.
@@ -94,4 +106,15 @@ prompt. The mean acceptance length counts the target's own token; acceptance at 
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
+    return "\n".join(f"- {name.replace('_', ' ')}: {_in_words(value)}" for name, value in facts.items())
+
+
+def _in_words(value: object) -> str:
+    """A setting as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value))
+    return f"{value:,}" if isinstance(value, int) else str(value).removeprefix("torch.")

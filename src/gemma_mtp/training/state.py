@@ -26,6 +26,17 @@ def save_state(
     replace_file(path, lambda partial: save_file(tensors, partial, metadata={"facts": json.dumps(facts)}))
 
 
+def load_facts(path: Path) -> dict[str, Any]:
+    """The `facts` of a checkpoint alone. Raises TrainingError where there are none."""
+    try:
+        with safe_open(path, "pt") as stored:
+            facts: dict[str, Any] = json.loads(stored.metadata()["facts"])
+            facts["recipe"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} can not be resumed ({error}); remove it to start anew.") from None
+    return facts
+
+
 def load_state(path: Path, masters: Masters, optimiser: Optimiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take up what `save_state` wrote. Returns its `facts` and `more`. Raises TrainingError where it does not fit."""
     parts: dict[str, dict[str, Tensor]] = {"masters": {}, "optimiser": {}, "more": {}}
