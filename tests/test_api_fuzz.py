@@ -48,8 +48,7 @@ def test_a_sampling_parameter_of_any_kind(name: str, pair: Pair) -> None:
         pair.generate([3], SamplingParams(**{"max_tokens": 2, name: value}))
 
     for value in JUNK:
-        if name != "max_tokens" or value != 2**70:
-            taken(complete, value)
+        taken(complete, value)
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "encode"])
@@ -84,8 +83,7 @@ def test_a_grammar_of_any_kind(names: tuple[str, ...], pair: Pair) -> None:
         taken(lambda **parts: pair.generate([3], SamplingParams(max_tokens=2, grammar=Grammar(**parts))), **given)
 
 
-@pytest.mark.parametrize("name", list(inspect.signature(pair_defaults := Pair.default_params).parameters)[1:])
-def test_default_parameters_of_any_kind(name: str, pair: Pair) -> None:
+def test_default_parameters_of_any_kind(pair: Pair) -> None:
     for field in dataclasses.fields(SamplingParams):
         for value in JUNK:
             taken(pair.default_params, **{field.name: value})

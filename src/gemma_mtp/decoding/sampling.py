@@ -70,7 +70,10 @@ def _listed(value: object, name: str, expected: str) -> tuple[Any, ...]:
     """What a list or another iterable holds; a lone text or a mapping is none."""
     _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping), name, value, expected)
     assert isinstance(value, Iterable)
-    return tuple(value)
+    try:
+        return tuple(value)
+    except TypeError:  # a tensor without dimensions
+        raise SamplingError(f"{name} is {value!r}, but must be {expected}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,7 @@ class SamplingParams:
             _require(allowed, f"logit_bias of token {token_id}", bias, "between -100 and 100, or -inf")
 
     def _check_limits(self) -> None:
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
         _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         for text in self.stop:

@@ -164,5 +164,7 @@ def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
 def sampling_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
     """Returns SamplingParams of defaults and of what is given; None is not given, and `logit_bias` is joined."""
     given = {name: value for name, value in given.items() if value is not None}
-    biases = {**defaults.get("logit_bias", {}), **given.get("logit_bias", {})}
+    biases = given.get("logit_bias", {})
+    if isinstance(biases, Mapping):  # what is none is refused below
+        biases = {**defaults.get("logit_bias", {}), **biases}
     return SamplingParams(**{**defaults, **given, "logit_bias": biases})

@@ -24,7 +24,7 @@ from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.errors import CheckpointError, QuantisationError, SamplingError
+from gemma_mtp.errors import CheckpointError, PairError, QuantisationError, SamplingError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
@@ -45,7 +45,9 @@ class Pair(LoadedPair):
         return f"<Pair {' '.join(sizes)} on {self.backend.device}, {text} tokenizer>"
 
     def with_drafter(self, drafter: Drafter | None) -> Pair:
-        """Returns a pair of the same target and another drafter."""
+        """Returns a pair of the same target and another drafter. Raises PairError for what is no drafter."""
+        if not (drafter is None or isinstance(drafter, Drafter)):
+            raise PairError(f"the drafter is of type {type(drafter).__name__}, but must be a Drafter or None.")
         return replace(self, backend=self.backend.with_drafter(drafter), _costs={}, policies={})
 
     def generate(
@@ -136,6 +138,9 @@ def load_pair(
     for directory in (target, drafter):
         if not (directory is None or isinstance(directory, str | Path)):
             raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
+    for name, flag in (("use_drafter", use_drafter), ("strict", strict)):
+        if not isinstance(flag, bool):
+            raise CheckpointError(f"{name} is of type {type(flag).__name__}, but must be True or False.")
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
@@ -179,7 +184,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
