@@ -220,8 +220,10 @@ def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capf
     assert train(tiny, tmp_path, *options) == 0
     assert train(tiny, tmp_path, *options) == 2
     assert "go on with it by --resume" in capfd.readouterr().err
-    assert train(tiny, tmp_path, *options, "--loss", "kl", "--resume") == 2
-    assert "other settings or data" in capfd.readouterr().err
+    for other, told in ((["--loss", "kl"], "--loss was lk and is now kl"), (["--memory", 999], "--memory was 2048 and"),
+                        (["--length", 64], "--length was"), (["--temperature", 0.5], "--temperature was")):  # fmt: skip
+        assert train(tiny, tmp_path, *options, *other, "--resume") == 2
+        assert f"with other settings: {told}" in capfd.readouterr().err
 
 
 def test_a_centroid_head_is_made_and_kept_when_adapting(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]

@@ -11,12 +11,14 @@ import functools
 import os
 import warnings
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from gemma_mtp.errors import EngineError
 from gemma_mtp.ops.linear import Matrix, Panels
 from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
 
@@ -46,8 +48,18 @@ def module() -> Any:
             stacklevel=2,
         )
         return None
+    check_instruction_set(os.environ.get("GEMMA_MTP_ISA"), [*_native.isas(), "portable", "control"])
     _native.set_threads(torch.get_num_threads())
     return _native
+
+
+def check_instruction_set(wanted: str | None, known: Sequence[str]) -> None:
+    """Raise EngineError where GEMMA_MTP_ISA asks for an instruction set that this machine or build does not have."""
+    if wanted is not None and wanted not in known:
+        names = ", ".join(dict.fromkeys(known))
+        raise EngineError(
+            f"GEMMA_MTP_ISA is {wanted!r}, but must be one of {names} here; unset it for the best of them."
+        )
 
 
 def set_threads(threads: int) -> None:

@@ -102,7 +102,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _difference(name: str, before: Any, now: Any) -> str:
     option = "--" + OPTIONS.get(name, name.removeprefix("objective.").removesuffix("_mb").replace("_", "-"))
-    return option if name in ("target", "data") else f"{option} was {before} and is now {now}"
+    return option if name in ("target", "data", "data files") else f"{option} was {before} and is now {now}"
 
 
 #: measures the drafter's mean acceptance length in the engine
