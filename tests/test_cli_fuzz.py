@@ -128,7 +128,7 @@ def ends_well(arguments: list[str], stdin: bytes = b"") -> None:
         code = main(arguments)
     for stream in (out, err):
         stream.flush()
-    told = err.buffer.getvalue().decode() if arguments else "Usage"  # type: ignore[attr-defined]
+    told = err.buffer.getvalue().decode() if arguments else "Usage"
     assert code in CODES and "Traceback" not in told
     assert code != 2 or re.search(r"^error: .*\.$|╭─ Error|Usage", told, re.MULTILINE | re.DOTALL), told
 

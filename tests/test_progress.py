@@ -17,7 +17,7 @@ def console(monkeypatch: pytest.MonkeyPatch, terminal: bool, width: int = 80, du
     monkeypatch.setenv("TERM", "dumb" if dumb else "xterm")
     stream = io.StringIO()
     made = {"file": stream, "force_terminal": terminal, "width": width}
-    monkeypatch.setattr(progress, "Console", lambda **given: Console(**{**given, "stderr": False, **made}))  # type: ignore[arg-type]
+    monkeypatch.setattr(progress, "Console", lambda **given: Console(**{**given, "stderr": False, **made}))
     return stream
 
 
