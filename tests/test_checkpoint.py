@@ -432,11 +432,10 @@ def test_a_failed_write_keeps_the_old_weights(
     directory = shutil.copytree(saved / "target", tmp_path / "model")
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def full_disk(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+    def full_disk(writer: Any, name: str, values: memoryview, first_byte: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
+    monkeypatch.setattr("gemma_mtp.files.safetensors.SafetensorsWriter.write", full_disk)
     with pytest.raises(CheckpointError, match=r"model\.safetensors can not be written.*No space left"):
         save(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

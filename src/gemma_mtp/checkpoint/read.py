@@ -116,10 +116,13 @@ def read_contents(location: Location, config: _Config) -> Contents[_Config]:
     )
 
 
-def empty_model(config: TargetConfig | DrafterConfig, types: WeightTypes) -> Target | Drafter:
-    """Returns the model without memory, quantised so, for the names and shapes of its tensors."""
+def empty_model(
+    config: TargetConfig | DrafterConfig, types: WeightTypes, dtype: torch.dtype = torch.float32
+) -> Target | Drafter:
+    """Returns the model without memory, quantised so, for the names, shapes and dtypes of its tensors."""
     with torch.device("meta"):
         model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
+    model = model.to(dtype)
     model.quantise_(types)
     return model
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma_mtp.checkpoint import open_source, read_generation_config, save_drafter
 from gemma_mtp.config import DrafterConfig
-from gemma_mtp.json_files import replace_file, write_json
+from gemma_mtp.files.replace import replace_file
+from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting

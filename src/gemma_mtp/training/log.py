@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from gemma_mtp.errors import TrainingError, missing_extra
-from gemma_mtp.json_files import replace_file
+from gemma_mtp.files.replace import replace_file
 from gemma_mtp.progress import Display
 
 
