@@ -69,9 +69,9 @@ def set_threads(threads: int) -> None:
         module().set_threads(threads)
 
 
-def usable(weight: Tensor) -> bool:
-    """Whether models with such weights run natively."""
-    return weight.device.type == "cpu" and weight.dtype in DENSE_DTYPES and module() is not None
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether models there, of such a dtype, run natively."""
+    return device.type == "cpu" and dtype in DENSE_DTYPES and module() is not None
 
 
 @dataclass

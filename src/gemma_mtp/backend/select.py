@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.backend.native import usable
 from gemma_mtp.backend.reference import ReferenceBackend
@@ -14,8 +16,18 @@ def make_backend(target: Target, drafter: Drafter | None = None) -> Backend:
 
     A drafter of another dtype or device than the target's must fit the same backend.
     """
-    if usable(target.embed_tokens.weight) and (drafter is None or usable(drafter.embed_tokens.weight)):
+    tables = [model.embed_tokens.weight for model in (target, drafter) if model is not None]
+    if all(usable(table.device, table.dtype) for table in tables):
         from gemma_mtp.backend.cpu import CpuBackend  # which can be imported only where the operators were built
 
         return CpuBackend(target, drafter)
     return ReferenceBackend(target, drafter)
+
+
+def kv_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Returns in which dtype the backend that would run models of such a device and dtype keeps keys and values."""
+    if usable(device, dtype):
+        from gemma_mtp.backend.cpu import CpuBackend
+
+        return CpuBackend.kv_dtype
+    return dtype  # as the reference does

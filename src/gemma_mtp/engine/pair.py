@@ -152,7 +152,7 @@ def load_pair(
     if drafter_source is not None:
         check_pair(target_config, checkpoint.read_drafter_config(drafter_source))
     generation = _generation_defaults(source, target_config, strict)
-    chosen_dtype = _dtype(dtype, chosen_device, source)
+    chosen_dtype = choose_dtype(dtype, chosen_device, source)
     loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict)
     loaded_drafter = None
     if drafter_source is not None:
@@ -191,7 +191,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+    """The dtype that a checkpoint is loaded in; "auto" as `load_pair` says. Raises CheckpointError."""
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":
