@@ -86,14 +86,14 @@ def _parsed(file: PieceFile) -> Header:
 
 
 def _json(content: bytes) -> dict[str, Any]:
-    if not content.startswith(b"{"):
-        raise _UnsoundError("its header is no JSON object")
     try:
-        raw: dict[str, Any] = json.loads(content, object_pairs_hook=_unique)
+        raw = json.loads(content.decode(), object_pairs_hook=_unique)
     except _UnsoundError:
         raise
     except (ValueError, RecursionError) as error:
         raise _UnsoundError(f"its header is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise _UnsoundError("its header is no JSON object")
     return raw
 
 
