@@ -15,10 +15,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config, text_headers
+from gemma_mtp.checkpoint.pieces import read_pieces
 from gemma_mtp.config import FULL, TextConfig
 
 TYPES = {
@@ -87,8 +87,7 @@ def _write(
     for name, header in headers.items():
         if "masked_embedding" in name:
             continue
-        with safe_open(header.file, "pt") as tensors:
-            tensor = tensors.get_tensor(header.name)
+        (tensor,) = read_pieces([(header, None)])
         data = _converted(tensor, kind if tensor.ndim == 2 else "F32")
         writer.add_tensor(_gguf_name(name), data, raw_dtype=TYPES[kind] if data.dtype == np.uint8 else None)
     writer.add_tensor("rope_freqs.weight", _rope_divisors(text))

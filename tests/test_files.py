@@ -124,9 +124,11 @@ def read_by_us(path: Path) -> dict[str, Any] | None:
     try:
         return {name: (each.dtype, list(each.shape)) for name, each in read_header(path).entries.items()}
     except CheckpointError as error:
-        assert str(error).startswith(f"{path} can not be read as safetensors (")
-        assert str(error).endswith("truncated or damaged: copy it again.") and "\n" not in str(error)
-        return None
+        message = str(error)
+    assert message.startswith(f"{path} can not be read as safetensors (")
+    assert message.endswith("truncated or damaged: copy it again.")
+    assert "\n" not in message
+    return None
 
 
 @pytest.mark.parametrize("name", UNSOUND)
@@ -181,7 +183,7 @@ def test_a_file_that_is_cut_off_after_it_was_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"file ends at byte 2000, but 4000 bytes from \d+ on were expected"):
         list(read_pieces([(stored, None)]))
     (tmp_path / "file").unlink()
-    with pytest.raises(CheckpointError, match="file can not be read.*No such file"):
+    with pytest.raises(CheckpointError, match=r"file can not be read.*No such file"):
         list(read_pieces([(stored, None)]))
     with pytest.raises(CheckpointError, match="can not be read"):
         PieceFile(tmp_path)
@@ -204,15 +206,16 @@ def test_pieces_of_several_files_in_turn(tmp_path: Path) -> None:
 
 
 def test_what_is_not_written_whole_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="not written whole"), SafetensorsWriter(
-        tmp_path / "file", {"x": ("F32", (4,)), "y": ("U8", (1,))}
-    ) as writer:
+    with (
+        pytest.raises(AssertionError, match="not written whole"),
+        SafetensorsWriter(tmp_path / "file", {"x": ("F32", (4,)), "y": ("U8", (1,))}) as writer,
+    ):
         writer.write("x", memoryview(bytes(8)), 8)
 
 
 def test_shards() -> None:
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {name: ("F32", (size,)) for name, size in
-                                                      {"a": 1, "b": 1, "c": 9, "d": 1, "e": 1, "f": 1}.items()}  # fmt: skip
+    sizes = {"a": 1, "b": 1, "c": 9, "d": 1, "e": 1, "f": 1}
+    layout = {name: ("F32", (size,)) for name, size in sizes.items()}
     assert [list(part) for part in shards(layout, 8)] == [["a", "b"], ["c"], ["d", "e"], ["f"]]
     assert [list(part) for part in shards(layout, 1000)] == [list(layout)]
     assert list(shards({}, 8)) == []
@@ -259,18 +262,23 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         partial.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="file can not be written.*No space left"):
+    with pytest.raises(CheckpointError, match=r"file can not be written.*No space left"):
         replace_file(tmp_path / "file", half)
     with pytest.raises(KeyboardInterrupt):
-        replace_file(tmp_path / "file", lambda partial: (partial.write_text("half"), interrupt()))
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "directory") as directory:
-        (directory / "half").write_text("half")
-        interrupt()
+        replace_file(tmp_path / "file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_directory(tmp_path / "directory")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
 
 
-def interrupt() -> None:
+def interrupted(partial: Path) -> None:
+    partial.write_text("half")
     raise KeyboardInterrupt
+
+
+def interrupted_directory(path: Path) -> None:
+    with new_directory(path) as directory:
+        interrupted(directory / "half")
 
 
 def test_threads_may_write_the_same_file(tmp_path: Path) -> None:

@@ -87,6 +87,15 @@ def test_who_counts_knows_no_tensors(name: str) -> None:
         left += [found for found in imports(path) if found.count(".")]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_written_by_one_helper(path: Path) -> None:
+    """`files.replace`, which honours the umask. What makes temporary files of its own makes them private (0600)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in names} & {"tempfile", "safetensors"}
+
+
 def test_public_names_are_there() -> None:
     assert all(getattr(gemma_mtp, name) is not None for name in gemma_mtp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):

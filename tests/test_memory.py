@@ -68,7 +68,7 @@ def test_kv_bytes_are_of_the_backend_that_would_run(
     save_target(random_target(), TargetConfig(TINY), tmp_path, stored)
     sizes, backend = inspect_checkpoint(tmp_path).kv_bytes, load_pair(tmp_path).backend
     assert sizes is not None
-    rows = backend.make_pool({kind: 1 for kind in LAYER_TYPES}, 1).layers.values()
+    rows = backend.make_pool(dict.fromkeys(LAYER_TYPES, 1), 1).layers.values()
     written = sum(kept.keys.nbytes + kept.values.nbytes for kept in rows) // BLOCK_ROWS
     assert written == sizes.per_token + sizes.sliding_per_token_until_window
     assert (sizes.dtype, sizes.element_bytes) == (str(backend.kv_dtype).removeprefix("torch."), 4)

@@ -72,6 +72,10 @@ def test_a_new_drafter_is_trained_measured_and_exported(tiny: Path, tmp_path: Pa
     assert "blocks of up to 4 x 64 tokens: target" in shown.err and "start: mean acceptance length" in shown.err
     assert "speed-up over plain decoding" in shown.out and f"wrote {tmp_path}" in " ".join(shown.out.split())
     assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "made").touch()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {"model.safetensors", "config.json", "MODEL_CARD.md", "drafter.csv"}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "made").stat().st_mode}  # as the umask has it
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -2,8 +2,8 @@
 
     python tools/sparse_checkpoint.py gemma-4-31B-it /tmp/31b
 
-The files are as long as the real ones, and sparse: what is not written reads as zeros. So whatever reads a checkpoint can
-be tried at its real size.
+The files are as long as the real ones, and sparse: what is not written reads as zeros. So whatever reads a checkpoint
+can be tried at its real size.
 """
 
 from __future__ import annotations

@@ -60,10 +60,10 @@ def stored_name(official: str, config: TargetConfig | DrafterConfig) -> str:
     return official.replace("model.", "model.language_model.", 1) if multimodal else official
 
 
-def write_shards(directory: Path, layout: Layout, values: Values, limit: int = SHARD_BYTES) -> None:
-    """Write tensors into a new directory as their values come: `model.safetensors`, or shards of at most `limit` bytes
+def write_shards(directory: Path, layout: Layout, values: Values) -> None:
+    """Write tensors into a new directory as their values come: `model.safetensors`, or shards of at most `SHARD_BYTES`
     and their index. Raises OSError."""
-    parts = list(shards(_in_file(layout), limit))
+    parts = list(shards(_in_file(layout), SHARD_BYTES))
     files = [SINGLE_FILE]
     if len(parts) > 1:
         files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
