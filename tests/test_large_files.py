@@ -143,7 +143,7 @@ def test_quantising_a_file_larger_than_memory(tmp_path: Path) -> None:
     print(
         f"peak grew by {copying / 1e6:.0f} MB, and loading {weights / 1e6:.0f} MB of weights by {loading / 1e6:.0f} MB"
     )
-    assert copying < 110e6
+    assert copying < 140e6  # two pieces of 32 MB, and what is made of one
     assert loading < weights + 90e6
     tensors = load_file(tmp_path / "copy" / SINGLE_FILE)
     table = tensors["model.language_model.embed_tokens.weight"]

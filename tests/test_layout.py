@@ -106,7 +106,8 @@ def test_the_package_needs_no_test_dependency() -> None:
     """Generating works where what only tests and extras need can not be imported."""
     code = (
         "import sys\n"
-        "for name in ('transformers', 'scipy', 'hypothesis', 'pytest', 'fastapi', 'uvicorn', 'llguidance'):\n"
+        "for name in ('transformers', 'scipy', 'hypothesis', 'pytest', 'fastapi', 'uvicorn', 'llguidance',\n"
+        "             'safetensors'):\n"
         "    sys.modules[name] = None\n"
         "from gemma_mtp.cli import main\n"
         "sys.exit(main(['generate', 'import', '-n', '4', '-q']))"
