@@ -43,7 +43,7 @@ def read_pieces(pieces: Iterable[Piece]) -> Iterator[Tensor]:
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's own bytes, or a copy's where it is not contiguous or not on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _read(file: PieceFile, tensor: StoredTensor, rows: slice | None) -> Tensor:
@@ -56,5 +56,5 @@ def _read(file: PieceFile, tensor: StoredTensor, rows: slice | None) -> Tensor:
     row_bytes = tensor.nbytes // tensor.shape[0] if rows is not None else 0
     nbytes = tensor.nbytes if rows is None else shape[0] * row_bytes
     values = torch.empty(nbytes, dtype=torch.uint8)
-    file.read_into(memoryview(values.numpy()), tensor.offset + first * row_bytes)
+    file.read_into(values.numpy().data, tensor.offset + first * row_bytes)
     return values.view(TORCH_DTYPES[tensor.dtype]).view(shape)

@@ -63,7 +63,8 @@ def _write_weights(source: Source, model: Target | Drafter, contents: Contents[A
         for name, tensor in stored_tensors(weights).items()
     }
     values = converted_tensors(source, views, contents.headers, additions(contents, views))
-    write_shards(directory, layout, ((stored_name(name, contents.config), *piece) for name, *piece in values))
+    named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
+    write_shards(directory, layout, named)
 
 
 def _check_written(contents: Contents[Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.pieces import PieceFile
@@ -112,7 +112,7 @@ def _entry(name: str, raw: Any, data: int) -> Entry:
     )
     if not (isinstance(dtype, str) and dtype in BITS):
         raise _UnsoundError(f"{name} is of dtype {dtype!r}, which the format does not have")
-    if not (_numbers(shape) and _numbers(places) and len(places) == 2):
+    if not (_numbers(shape) and _numbers(places)) or len(places) != 2:
         raise _UnsoundError(f"{name} has shape {shape!r} and data_offsets {places!r}")
     begin, end = places
     bits = math.prod(shape) * BITS[dtype]
@@ -121,7 +121,7 @@ def _entry(name: str, raw: Any, data: int) -> Entry:
     return Entry(dtype, tuple(shape), data + begin, end - begin)
 
 
-def _numbers(values: Any) -> bool:
+def _numbers(values: Any) -> TypeGuard[list[int]]:
     """Whether it is a list of whole numbers that the format can hold."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < LARGEST_DIMENSION for value in values)
 
@@ -149,7 +149,8 @@ def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str] | None = Non
     """
     order = list(BITS)
     names = sorted(layout, key=lambda name: (-order.index(layout[name][0]), name))
-    begin, raw = 0, {} if metadata is None else {METADATA: dict(metadata)}
+    begin = 0
+    raw: dict[str, Any] = {} if metadata is None else {METADATA: dict(metadata)}
     for name in names:
         dtype, shape = layout[name]
         end = begin + math.prod(shape) * BITS[dtype] // 8
