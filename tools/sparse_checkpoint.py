@@ -19,7 +19,7 @@ from gemma_mtp.checkpoint.pieces import NAMES, bytes_of
 from gemma_mtp.checkpoint.safetensors import INDEX_FILE
 from gemma_mtp.checkpoint.save import stored_name
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, drafter_config_to_hf, target_config_to_hf
-from gemma_mtp.files.safetensors import lay_out, shards
+from gemma_mtp.files.safetensors import Layout, lay_out, shards
 from gemma_mtp.json_files import write_json
 from gemma_mtp.weight_types import WeightTypes
 
@@ -30,7 +30,7 @@ def write_sparse(config: TargetConfig | DrafterConfig, directory: Path, shard_by
     tensors = stored_tensors(empty_model(config, WeightTypes(), torch.bfloat16).checkpoint_tensors())
     layout = {stored_name(name, config): (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     if shard_bytes is None:
-        files = {SINGLE_FILE: layout}
+        files: dict[str, Layout] = {SINGLE_FILE: layout}
     else:
         parts = list(shards(layout, shard_bytes))
         files = {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
