@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
 from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.training.optim import Masters, Optimiser
 
 
@@ -27,10 +28,9 @@ def save_state(
 def load_facts(path: Path) -> dict[str, Any]:
     """The `facts` of a checkpoint alone. Raises TrainingError where there are none."""
     try:
-        with safe_open(path, "pt") as stored:
-            facts: dict[str, Any] = json.loads(stored.metadata()["facts"])
-            facts["recipe"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        facts: dict[str, Any] = json.loads(read_header(path).metadata["facts"])
+        facts["recipe"]
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path} can not be resumed ({error}); remove it to start anew.") from None
     return facts
 
