@@ -85,12 +85,19 @@ class Engine:
     def prepare(self, request: Request) -> Job:
         """Returns a job to `add`. It may take a while, where a grammar is compiled. Raises as `submit` does."""
         prompt = self.pair.encode(request.prompt_token_ids)
+        self.pair.check(request.params, request.draft_tokens, request.verification)
+        return self.job(request, prompt)
+
+    def job(self, request: Request, prompt: list[int]) -> Job:
+        """Returns a job to `add`, of a request and its prompt's token ids that the pair has checked.
+
+        Raises PromptError where it is too long for this engine, and SamplingError for a wrong priority.
+        """
         if len(prompt) >= self.max_tokens:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, but a request may have at most {self.max_tokens}, output"
                 " included; shorten it."
             )
-        self.pair.check(request.params, request.draft_tokens, request.verification)
         if not isinstance(request.priority, int):  # else it could not be compared with those that wait
             raise SamplingError(f"priority is {request.priority!r}, but must be a whole number.")
         drafts = request.draft_tokens if self.pair.drafter is not None else 0

@@ -85,7 +85,8 @@ class Pair(LoadedPair):
         self.check(params, draft_tokens, verification)
         longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
         engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
-        return TextStream(engine, engine.submit(Request(prompt_ids, params, draft_tokens, verification)))
+        job = engine.job(Request(prompt_ids, params, draft_tokens, verification), prompt_ids)
+        return TextStream(engine, engine.add(job))
 
 
 class TextStream(Iterator[str]):
