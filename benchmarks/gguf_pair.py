@@ -118,7 +118,7 @@ def _add_keys(writer: gguf.GGUFWriter, text: TextConfig, architecture: str, extr
     }  # fmt: skip
     for name, real in reals.items():
         writer.add_float32(f"{architecture}.{name}", real)
-    by_layer = {
+    by_layer: dict[str, list[int] | list[bool]] = {
         "attention.head_count_kv": [text.layer_kv_heads(i) for i in layers],
         "feed_forward_length": [text.layer_intermediate_size(i) for i in layers],
         "attention.sliding_window_pattern": [text.is_sliding(i) for i in layers],

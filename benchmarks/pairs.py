@@ -34,7 +34,7 @@ from gemma_mtp.config import (
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weights.base import Weight
 
 #: a shard is closed once it holds so many bytes; a larger tensor has one to itself
 SHARD_BYTES = 512 << 20

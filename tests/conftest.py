@@ -2,6 +2,7 @@ import gemma_mtp.cli.environment  # isort: skip  (before PyTorch)
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,3 +74,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
         return written[family]
 
     return directories
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pair as we write it, in fp32: `target` and `drafter`, which has centroids."""
+    from models import random_drafter, random_target, save_pair
+
+    root = tmp_path_factory.mktemp("saved")
+    save_pair(root, random_target(), random_drafter(centroids=True))
+    return root
+
+
+@pytest.fixture
+def pair(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "pair")

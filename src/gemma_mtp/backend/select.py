@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gemma_mtp.backend.base import Backend
-from gemma_mtp.backend.native import usable
+from gemma_mtp.backend.native import readable, usable
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
@@ -16,8 +16,8 @@ def make_backend(target: Target, drafter: Drafter | None = None) -> Backend:
 
     A drafter of another dtype or device than the target's must fit the same backend.
     """
-    tables = [model.embed_tokens.weight for model in (target, drafter) if model is not None]
-    if all(usable(table.device, table.dtype) for table in tables):
+    models = [model for model in (target, drafter) if model is not None]
+    if all(usable(m.embed_tokens.device, m.embed_tokens.dtype) and readable(m) for m in models):
         from gemma_mtp.backend.cpu import CpuBackend  # which can be imported only where the operators were built
 
         return CpuBackend(target, drafter)

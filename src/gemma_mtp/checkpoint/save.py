@@ -15,7 +15,7 @@ from gemma_mtp.checkpoint.names import HEAD
 from gemma_mtp.checkpoint.pieces import NAMES, bytes_of
 from gemma_mtp.checkpoint.read import family_table
 from gemma_mtp.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
-from gemma_mtp.checkpoint.tensors import SCALES, pieces, stored_tensors
+from gemma_mtp.checkpoint.tensors import pieces, stored_tensors
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig, drafter_config_to_hf, target_config_to_hf
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.replace import replace_file
@@ -23,8 +23,8 @@ from gemma_mtp.files.safetensors import SafetensorsWriter, shards
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
+from gemma_mtp.weights.base import SCALES, Weight
 
 #: a new directory's weights are dealt out to files of so many bytes, as transformers long did
 SHARD_BYTES = 5_000_000_000

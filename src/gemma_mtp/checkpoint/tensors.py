@@ -9,24 +9,16 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.pieces import NAMES
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, Piece, Source, StoredTensor
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.weights.base import SCALES, Weight
+from gemma_mtp.weights.dense import Dense
 
-#: a quantised matrix is stored under the official name, and its scales under the same with this at its end, which no
-#: official name has (a router's per_expert_scale comes near)
-SCALES = "_scales"
 #: what is read of a tensor at once
 PIECE_BYTES = 32 << 20
 
 
 def stored_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """The tensors a file holds of them: of a quantised matrix its data and its scales."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, QuantisedMatrix):
-            tensors |= {name: weight.data, name + SCALES: weight.scales}
-        else:
-            tensors[name] = weight
-    return tensors
+    return {stored: tensor for name, weight in weights.items() for stored, tensor in weight.saved(name).items()}
 
 
 def allowed_dtypes(dtype: torch.dtype) -> Iterable[str]:
@@ -40,7 +32,8 @@ def stored_views(weights: Mapping[str, Weight], stored: Collection[str]) -> dict
     """What stored tensors are copied into, by their names: a matrix that is stored quantised has two."""
     views: dict[str, Weight] = {}
     for name, weight in weights.items():
-        views |= stored_tensors({name: weight}) if name + SCALES in stored else {name: weight}
+        tensors = weight.saved(name) if name + SCALES in stored else {}
+        views |= {part: Dense(tensor) for part, tensor in tensors.items()} or {name: weight}
     return views
 
 
@@ -63,12 +56,7 @@ def converted_tensors(
     """
     for name, rows, value in read_values(source, views, headers, added):
         view, first = views[name], 0 if rows is None else rows.start
-        piece: Weight
-        if isinstance(view, QuantisedMatrix):
-            piece = QuantisedMatrix.empty(view.kind, value.shape).copy_(value)
-        else:
-            piece = value.to(view.dtype)
-        for part, tensor in stored_tensors({name: piece}).items():
+        for part, tensor in view.like(value).saved(name).items():
             yield part, first, tensor
 
 

@@ -52,8 +52,8 @@ DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: one for each core."
 STRICT = "Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning."
 QUANTIZE = (
-    "Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target, embeddings,"
-    " drafter and drafter-head."
+    "Quantise while loading: int8, int4, q8_0, or parts, such as target=int4,drafter=int8; the parts are target,"
+    " embeddings, drafter and drafter-head."
 )
 VERIFICATION = (
     "exact: the very tokens of plain decoding; rejection, block: the same distribution, more accepted at high"

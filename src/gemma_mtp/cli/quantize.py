@@ -16,7 +16,7 @@ def quantize(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the quantised copy.")],
     kinds: Annotated[
-        str, typer.Option("--quantize", help="int8, int4, or parts, as for generate --quantize.", metavar="KINDS")
+        str, typer.Option("--quantize", help="int8, int4, q8_0, or parts, as for generate --quantize.", metavar="KINDS")
     ] = "int8",
     strict: options.Strict = False,
 ) -> None:

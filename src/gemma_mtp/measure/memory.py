@@ -80,7 +80,7 @@ def inspect_checkpoint(location: Location) -> CheckpointReport:
         kind="target" if isinstance(config, TargetConfig) else "drafter",
         model_type=config.model_type,
         geometry=geometry(config),
-        parameters=sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
+        parameters=sum(weight.numel() for weight in weights.values() if weight.dtype.is_floating_point),
         stored_dtypes=dict(Counter(header.dtype for header in used)),
         quantised=dict(model.weight_types.quantised),
         weight_bytes=_nbytes(used),

@@ -53,7 +53,7 @@ class EngineGate:
 
     def with_drafter(self, directory: Path) -> Pair:
         """The pair with the drafter of a checkpoint directory, ready to decode."""
-        table = self.pair.target.embed_tokens.weight
+        table = self.pair.target.embed_tokens
         drafter = load_drafter(directory, table.dtype, table.device, self.weight_types.of_drafter())
         return self.pair.with_drafter(drafter)
 
