@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import cast
@@ -25,10 +26,13 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.errors import CheckpointError
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
+from gemma_mtp.weights.int8 import Int8
+from gemma_mtp.weights.matrix import matrices
 
 FAMILIES = ("ple", "untied", "odd", "moe")
 TOKENS = [(7 * i * i + i) % VOCAB for i in range(90)]
@@ -222,3 +226,15 @@ def test_what_a_backend_reordered_is_saved_as_it_was(tmp_path: Path) -> None:
         found = stored_tensors(loaded.checkpoint_tensors())
         assert found.keys() == expected.keys()
         assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_what_the_config_would_not_say_is_not_saved(tmp_path: Path) -> None:
+    """A matrix in a format that the record of weight types lacks, and another model's configuration."""
+    target, drafter = random_target(5, WIDE["ple"]), wide_drafter(WIDE["ple"])
+    matrices(target)[3].convert_(Int8)
+    with pytest.raises(CheckpointError, match=r"can not be saved: of model\.\S+ it has .+, but its .* call for "):
+        save_target(target, TargetConfig(target.config), tmp_path / "target")
+    wrong = dataclasses.replace(drafter.config, text=dataclasses.replace(drafter.config.text, intermediate_size=64))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight it has float"):
+        save_drafter(drafter, wrong, tmp_path / "drafter")
+    assert list(tmp_path.iterdir()) == []

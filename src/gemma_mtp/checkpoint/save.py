@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.checkpoint.names import HEAD
 from gemma_mtp.checkpoint.pieces import NAMES, bytes_of
-from gemma_mtp.checkpoint.read import family_table
+from gemma_mtp.checkpoint.read import empty_model, family_table
 from gemma_mtp.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from gemma_mtp.checkpoint.tensors import pieces, stored_tensors
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig, drafter_config_to_hf, target_config_to_hf
@@ -24,7 +23,7 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
-from gemma_mtp.weights.base import SCALES, Weight
+from gemma_mtp.weights.base import SCALES
 
 #: a new directory's weights are dealt out to files of so many bytes, as transformers long did
 SHARD_BYTES = 5_000_000_000
@@ -38,20 +37,24 @@ Values = Iterable[tuple[str, int, Tensor]]
 def save_target(
     model: Target, config: TargetConfig, directory: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write a target in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
-    weights = model.checkpoint_tensors()
-    config = replace(config, text=_tied_as(config.text, weights))
-    named = {stored_name(name, config): weight for name, weight in weights.items()}
+    """Write a target in the official layout: `model.safetensors` and `config.json`, each renamed into place.
+
+    Raises CheckpointError where the model is not what the configuration and its weight types say.
+    """
+    config = replace(config, text=_tied_as(config.text, model))
+    named = {stored_name(name, config): tensor for name, tensor in _tensors_of(model, config).items()}
     _save(named, target_config_to_hf(config), model.weight_types, directory, dtype)
 
 
 def save_drafter(
     model: Drafter, config: DrafterConfig, directory: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write a drafter in the official layout: `model.safetensors` and `config.json`, each renamed into place."""
-    weights = model.checkpoint_tensors()
-    config = replace(config, text=_tied_as(config.text, weights))
-    _save(weights, drafter_config_to_hf(config), model.weight_types, directory, dtype)
+    """Write a drafter in the official layout: `model.safetensors` and `config.json`, each renamed into place.
+
+    Raises CheckpointError where the model is not what the configuration and its weight types say.
+    """
+    config = replace(config, text=_tied_as(config.text, model))
+    _save(_tensors_of(model, config), drafter_config_to_hf(config), model.weight_types, directory, dtype)
 
 
 def stored_name(official: str, config: TargetConfig | DrafterConfig) -> str:
@@ -74,17 +77,41 @@ def write_shards(directory: Path, layout: Layout, values: Values) -> None:
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _tied_as(config: TextConfig, weights: Mapping[str, Weight]) -> TextConfig:
-    return replace(config, tie_word_embeddings=HEAD not in weights)
+def _tied_as(config: TextConfig, model: Target | Drafter) -> TextConfig:
+    return replace(config, tie_word_embeddings=model.lm_head is None)
+
+
+def _tensors_of(model: Target | Drafter, config: TargetConfig | DrafterConfig) -> dict[str, Tensor]:
+    """Returns what a file holds of a model, by official names.
+
+    Raises CheckpointError where it is not what a loader would look for by the config.json beside it.
+    """
+    tensors = stored_tensors(model.checkpoint_tensors())
+    planned = stored_tensors(empty_model(config, model.weight_types).checkpoint_tensors())
+    for name in {**planned, **tensors}:
+        found, expected = (_described(of.get(name)) for of in (tensors, planned))
+        if found != expected:
+            raise CheckpointError(
+                f"the model can not be saved: of {name} it has {found}, but its configuration and weight types call for"
+                f" {expected}; save it with the configuration that it was made of."
+            )
+    return tensors
+
+
+def _described(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)}"
 
 
 def _save(
-    named: Mapping[str, Weight], config: dict[str, Any], types: WeightTypes, directory: str | Path, dtype: torch.dtype
+    tensors: Mapping[str, Tensor], config: dict[str, Any], types: WeightTypes, directory: str | Path, dtype: torch.dtype
 ) -> None:
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     if dtype not in names:
         raise CheckpointError(f"checkpoints can not be saved as {dtype}; use one of {', '.join(names.values())}.")
-    tensors, path = stored_tensors(named), Path(directory)
+    path = Path(directory)
     layout = {name: (_saved_dtype(name, tensor, dtype), tensor.shape) for name, tensor in tensors.items()}
     quantization = {"quantization_config": weight_types_to_hf(types)} if types else {}
     replace_file(
