@@ -239,7 +239,7 @@ def test_float64_is_converted(dtype: torch.dtype, pair: Path, saved: Path) -> No
         rewrite(pair / kind, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()})
         same_weights(load(pair / kind, dtype).checkpoint_tensors(), load(saved / kind, dtype).checkpoint_tensors())
     ours = load_pair(pair / "target", pair / "drafter", device="cpu")
-    assert ours.target.embed_tokens.weight.dtype == torch.float32
+    assert ours.target.embed_tokens.dtype == torch.float32
     write_quantised_copy(pair / "target", pair / "copy", parse_weight_types("int8"))
     assert inspect_checkpoint(pair / "copy").stored_dtypes["F32"] > 0
 
