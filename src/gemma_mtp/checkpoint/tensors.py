@@ -32,8 +32,10 @@ def stored_views(weights: Mapping[str, Weight], stored: Collection[str]) -> dict
     """What stored tensors are copied into, by their names: a matrix that is stored quantised has two."""
     views: dict[str, Weight] = {}
     for name, weight in weights.items():
-        tensors = weight.saved(name) if name + SCALES in stored else {}
-        views |= {part: Dense(tensor) for part, tensor in tensors.items()} or {name: weight}
+        if name + SCALES in stored:
+            views.update((part, Dense(tensor)) for part, tensor in weight.saved(name).items())
+        else:
+            views[name] = weight
     return views
 
 
