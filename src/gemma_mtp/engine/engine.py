@@ -130,12 +130,19 @@ class Engine:
         """Whether nothing waits or runs."""
         return self.scheduler.idle
 
-    @torch.inference_mode()
     def step(self) -> None:
         """Schedule, run, settle. Does nothing where nothing waits or runs.
 
-        What fails in what all share ends those that run; who waits goes on.
+        What fails in what all share ends those that run; who waits goes on. Who steps many times may be in
+        `torch.inference_mode` already, which takes a while to enter.
         """
+        if torch.is_inference_mode_enabled():
+            self._step()
+        else:
+            with torch.inference_mode():
+                self._step()
+
+    def _step(self) -> None:
         began = time.perf_counter()
         try:
             step = self._schedule()
@@ -213,7 +220,7 @@ class Engine:
             job.entry.reading = job.entry.table.length < job.entry.rows_wanted
             self.scheduler.register(job.entry)
         counts = [_delivered(job, outcome, seconds) for job, outcome in zip(step.jobs, outcomes, strict=True)]
-        self._count(outcomes, counts)
+        self._count(rounds, counts)
         for job, outcome, count in zip(step.jobs, outcomes, counts, strict=True):
             if isinstance(count, Exception):
                 self._fail(job, count)
@@ -223,16 +230,20 @@ class Engine:
             if outcome is not None:
                 job.tell(count)
 
-    def _count(self, outcomes: Items[Outcome], counts: Items[int | Exception]) -> None:
+    def _count(self, rounds: Items[Outcome], counts: Items[int | Exception]) -> None:
         with self._stats as stats:
             stats.steps += 1
-            stats.output_tokens += sum(count for count in counts if isinstance(count, int))
-            for outcome in outcomes:
+            for count in counts:
+                if isinstance(count, int):
+                    stats.output_tokens += count
+            for outcome in rounds:
                 if isinstance(outcome, RoundOutput):
-                    stats.count_round(outcome.drafted, outcome.accepted)
+                    stats.rounds_of[outcome.drafted, outcome.accepted] += 1
 
     def _learn(self, step: Step, rounds: Items[Outcome], seconds: float, drafting: float) -> None:
         """Let the policies know what came of their plans."""
+        if not self.policy.planned:
+            return
         planned: dict[ChoiceKind, list[RoundOutput]] = {}
         for job, outcome in zip(step.jobs, rounds, strict=False):
             if isinstance(outcome, RoundOutput) and job.result.draft_tokens == "auto":

@@ -63,10 +63,14 @@ class Pair(LoadedPair):
         `draft_tokens` is K, drafts a round; 0 is plain decoding, "auto" what pays most.
         Raises PromptError, SamplingError, TokenizerError.
         """
-        stream = self.stream(prompt, params, draft_tokens=draft_tokens, verification=verification)
-        for _ in stream:
+        engine, generation = self._begin(prompt, params, draft_tokens, verification)
+        generation.leave_out_text()
+        with torch.inference_mode():  # once: entering it takes a while
+            while not generation.ended:
+                engine.step()
+        for _ in generation.take():  # raises what the request failed with
             pass
-        return stream.result
+        return generation.result
 
     def stream(
         self,
@@ -80,13 +84,20 @@ class Pair(LoadedPair):
 
         Its `result` grows while it is read and is complete when it ends.
         """
+        return TextStream(*self._begin(prompt, params, draft_tokens, verification))
+
+    def _begin(
+        self, prompt: str | Sequence[int], params: SamplingParams | None, draft_tokens: DraftTokens,
+        verification: Verification,
+    ) -> tuple[Engine, Generation]:  # fmt: skip
+        """Returns an engine of just the size, and the generation that waits in it."""
         params = SamplingParams() if params is None else params
         prompt_ids = self.encode(prompt)
         self.check(params, draft_tokens, verification)
         longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
         engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
         job = engine.job(Request(prompt_ids, params, draft_tokens, verification), prompt_ids)
-        return TextStream(engine, engine.add(job))
+        return engine, engine.add(job)
 
 
 class TextStream(Iterator[str]):
