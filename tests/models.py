@@ -18,7 +18,7 @@ from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.round import forward, play_rounds, prefill

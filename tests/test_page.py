@@ -338,7 +338,7 @@ def test_failures_come_as_sentences(browser: Any, live: Live) -> None:
         alert = page.get_by_role("alert")
         set_options(page, prompt="x = 1\n" * 600, tokens=4)
         page.click("#run")
-        expect(alert).to_have_text(re.compile(r"^The prompt has \d+ tokens, but at most 2047"))
+        expect(alert).to_have_text(re.compile(r"^This model.s maximum context length is 2048 tokens"))
         set_options(page, tokens=4)
         page.context.set_offline(True)
         page.click("#run")

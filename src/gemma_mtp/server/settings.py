@@ -51,6 +51,7 @@ class ServerSettings:
     max_stop: int = 16
     max_stop_characters: int = 1000
     max_logit_bias: int = 1024
+    max_tools: int = 128
     max_json_depth: int = 64
     max_concurrent: int = 256
     request_seconds: float = 600.0
