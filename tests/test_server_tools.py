@@ -252,14 +252,14 @@ def test_drafters_are_as_good_as_their_names_say() -> None:
             result = pair.generate(prompt, SamplingParams(max_tokens=12), draft_tokens=2)
             drafted, accepted = drafted + result.drafted, accepted + result.accepted
         shares[quality] = accepted / drafted
-    assert shares["right"] > 0.6 > shares["half"] > 0.1 > shares["wrong"]
+    assert shares["right"] > 0.6 > shares["half"] > 0.04 > shares["wrong"]
 
 
 @pytest.mark.parametrize("quality", ["right", "half", "wrong"])
 def test_drafted_is_plain_among_sixteen(quality: Quality) -> None:
     """Every script, with tools and without, 16 at once: the same bytes whatever the drafter says."""
     bodies = [
-        ask(key, seed=seed, temperature=temperature, max_tokens=50, **fields)
+        ask(key, seed=seed, temperature=temperature, max_tokens=32, **fields)
         for seed, key in enumerate(SCRIPTS)
         for temperature in (0, 30.0)[: 2 if seed % 2 else 1]
         for fields in (
