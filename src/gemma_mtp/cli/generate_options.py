@@ -33,6 +33,7 @@ class PromptOptions:
         " checkpoint's own sampling defaults.",
     )
     system: str | None = option(None, "System message.", needs="--chat")
+    thinking: bool = option(False, "Let the model think first; thoughts are dimmed.", needs="--chat")
 
     def read(self) -> str | list[int]:
         """The prompt from the one place it was given."""

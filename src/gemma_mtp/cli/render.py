@@ -119,6 +119,8 @@ def to_json(result: GenerationResult) -> dict[str, Any]:
         "decode_seconds": result.decode_seconds,
         "tokens_per_second": result.tokens_per_second,
     }
+    if result.begin is not None:
+        content["thought"] = result.thought
     if result.logprobs is not None:
         content["logprobs"] = [
             {"token_id": entry.token_id, "logprob": entry.logprob, "top": [list(pair) for pair in entry.top]}

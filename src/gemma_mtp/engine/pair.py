@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.chat.turn import Event, TurnReader
 from gemma_mtp.checkpoint import Source
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
@@ -86,6 +87,24 @@ class Pair(LoadedPair):
         """
         return TextStream(*self._begin(prompt, params, draft_tokens, verification))
 
+    def turn(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        draft_tokens: DraftTokens = "auto",
+        verification: Verification = "exact",
+        tools: Collection[str] = (),
+    ) -> TurnStream:
+        """The same, as an iterator of the events of a model's turn: text, thoughts, and calls of the `tools` named.
+
+        `params.apart` must be set, so that stop strings are looked for in the text alone. Raises SamplingError where it
+        is not, and what `generate` raises.
+        """
+        if not params.apart:
+            raise SamplingError("a turn is read in parts, so apart must be true.")
+        return TurnStream(*self._begin(prompt, params, draft_tokens, verification), tools)
+
     def _begin(
         self, prompt: str | Sequence[int], params: SamplingParams | None, draft_tokens: DraftTokens,
         verification: Verification,
@@ -118,6 +137,25 @@ def _pieces(engine: Engine, generation: Generation) -> Iterator[str]:
         for update in generation.take():
             if update.text:
                 yield update.text
+
+
+class TurnStream(Iterator[Event]):
+    """Events of one turn; `result` holds what has been generated so far."""
+
+    def __init__(self, engine: Engine, generation: Generation, tools: Collection[str]) -> None:
+        self.result = generation.result
+        generation.leave_out_text()  # the reader makes it
+        self._events = _turn_events(engine, generation, generation.result.turn_reader(tools))
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+
+def _turn_events(engine: Engine, generation: Generation, reader: TurnReader) -> Iterator[Event]:
+    while not generation.ended:
+        engine.step()
+        for update in generation.take():
+            yield from reader.push(update.token_ids, last=update.finish_reason is not None)
 
 
 def bundled_directory() -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from gemma_mtp.chat.marks import Region
-from gemma_mtp.chat.turn import TurnReader
+from gemma_mtp.chat.turn import Thought, TurnReader
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.tokenizer.output_text import OutputText
 
@@ -90,6 +90,15 @@ class GenerationResult:
         """Reads the tokens as the parts of a turn. `tools`: names of those that may be called."""
         assert self.tokenizer is not None, "parts are told apart by a tokenizer's marks"
         return TurnReader(self.tokenizer, self.stop, self.begin or "text", tools)
+
+    @property
+    def thought(self) -> str | None:
+        """What is certain of the text of thoughts; None where all is text."""
+        if self.begin is None:
+            return None
+        ended = self.ended
+        events = self.turn_reader().push(self.token_ids, last=ended)
+        return "".join(event.text for event in events if isinstance(event, Thought))
 
     @property
     def decode_rounds(self) -> list[RoundStats]:
