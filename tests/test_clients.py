@@ -29,16 +29,15 @@ def test_langchain(live: Live) -> None:
     tools: Any = pytest.importorskip("langchain_core.tools")
     openai: Any = pytest.importorskip("langchain_openai")
 
-    @tools.tool
     def get_weather(city: str, days: int) -> str:
         """The weather."""
         return f"{city}: sun for {days} days"
 
     model = openai.ChatOpenAI(base_url=f"{live.url}/v1", api_key="none", model=MODEL, temperature=0)
-    bound = model.bind_tools([get_weather])
+    bound = model.bind_tools([tools.tool(get_weather)])
     (call,) = bound.invoke("WEATHER").tool_calls
     assert (call["name"], call["args"]) == ("get_weather", CALLED)
-    whole = None
+    whole: Any = None
     for chunk in bound.stream("WEATHER"):
         whole = chunk if whole is None else whole + chunk
     assert whole.tool_calls[0]["args"] == CALLED
@@ -53,15 +52,15 @@ def test_pydantic_ai(live: Live) -> None:
     models: Any = pytest.importorskip("pydantic_ai.models.openai")
     providers: Any = pytest.importorskip("pydantic_ai.providers.openai")
     provider = providers.OpenAIProvider(base_url=f"{live.url}/v1", api_key="none")
-    agent = ai.Agent(models.OpenAIChatModel(MODEL, provider=provider), model_settings={"temperature": 0})
+    agent: Any = ai.Agent(models.OpenAIChatModel(MODEL, provider=provider), model_settings={"temperature": 0})
     called = []
 
-    @agent.tool_plain
     def get_weather(city: str, days: int) -> str:
         """The weather."""
         called.append({"city": city, "days": days})
         return "sun"
 
+    agent.tool_plain(get_weather)
     assert agent.run_sync("WEATHER").output == "It is sunny there." and called == [CALLED]
 
 

@@ -55,6 +55,8 @@ MAY_BE_ABSENT = {
     "message": ("tool_calls", "reasoning_content", "reasoning"),
     "delta": ("role", "content", "tool_calls", "reasoning_content", "reasoning"),
 }
+#: what is left out of a delta that has text alone, as most do
+TEXT_ALONE = {"delta": {"role": True, "tool_calls": True, "reasoning_content": True, "reasoning": True}}
 
 
 def usage(batch: Batch, prompts: Sequence[Prompt]) -> Usage:
@@ -402,6 +404,9 @@ class ChatAnswers(Answers):
         for i, choice in enumerate(answer.choices):  # type: ignore[attr-defined]
             name = "message" if isinstance(choice, ChatChoice) else "delta"
             part = getattr(choice, name)
+            if name == "delta" and part.role is part.reasoning is part.tool_calls is None and part.content is not None:
+                found[i] = TEXT_ALONE
+                continue
             left_out: dict[str, Any] = {field: True for field in MAY_BE_ABSENT[name] if getattr(part, field) is None}
             if name == "delta" and part.tool_calls:
                 left_out["tool_calls"] = {
