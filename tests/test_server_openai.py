@@ -144,7 +144,11 @@ def test_tools_make_a_round_trip(tools_client: openai.OpenAI) -> None:
 def test_tools_are_streamed(tools_client: openai.OpenAI) -> None:
     tool = openai.pydantic_function_tool(GetWeather)
     with tools_client.chat.completions.stream(
-        model=MODEL, messages=asked("WEATHER"), tools=[tool], temperature=0, extra_body={"draft_tokens": 2}
+        model=MODEL,
+        messages=asked("WEATHER"),
+        tools=[tool],
+        temperature=0,
+        extra_body={"draft_tokens": 2, "stream_options": {"include_rounds": True}},
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()

@@ -105,7 +105,8 @@ def test_streamed_is_whole(live: Live, key: str, fields: dict[str, Any]) -> None
 
 
 def test_arguments_come_while_they_are_written(live: Live) -> None:
-    events = live.events(CHAT, ask("WEATHER", tools=TOOLS, draft_tokens=0))
+    each = {"include_rounds": True}  # a chunk for each round, however slowly they are read
+    events = live.events(CHAT, ask("WEATHER", tools=TOOLS, draft_tokens=0, stream_options=each))
     pieces = [call for event in events for call in event["choices"][0]["delta"].get("tool_calls", [])]
     assert len(pieces) >= 5 and pieces[0]["function"] == {"name": "get_weather", "arguments": "{"}
 
