@@ -106,7 +106,7 @@ def finish(page: Any, button: str = "#run") -> None:
 
 def shown(page: Any, lane: int = 0) -> list[tuple[str, str]]:
     """(kind, text) of each token."""
-    script = "tokens => tokens.map(token => [token.className.replace('token ', ''), token.textContent])"
+    script = "tokens => tokens.map(token => [token.classList[1], token.textContent])"
     found = page.locator(".lane").nth(lane).locator(".output .token").evaluate_all(script)
     return [(kind, text) for kind, text in found]
 
