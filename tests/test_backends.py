@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import random
 from pathlib import Path
 from typing import cast
@@ -42,12 +43,35 @@ def pairs_of(family: str, dtype: torch.dtype) -> dict[str, Backend]:
     return backends(random_target(5, WIDE[family]).to(dtype), wide_drafter(WIDE[family], family == "ple").to(dtype))
 
 
+def interpreted(family: str) -> Backend:
+    """The kernels of the GPU backend in Triton's interpreter, whose products are a tensor core's."""
+    from tensor_core import Interpreter
+
+    from gemma_mtp.backend.cuda.backend import CudaBackend
+
+    target, drafter = random_target(5, WIDE[family]), wide_drafter(WIDE[family], family == "ple")
+    return CudaBackend(target.bfloat16(), drafter.bfloat16(), Interpreter())
+
+
 BACKENDS = {
     f"{name}, {family}, {str(dtype)[6:]}": backend
     for family in FAMILIES
     for dtype in (torch.float32, torch.bfloat16)
     for name, backend in pairs_of(family, dtype).items()
 }
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    BACKENDS |= {f"cuda, {family}, bfloat16": interpreted(family) for family in FAMILIES}
+#: the interpreter takes half a second a call: one family by default, and all with `-m slow`
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") and "ple" not in name else name
+    for name in BACKENDS
+]
+
+
+def sized(name: str, rows: int) -> int:
+    """So many rows, or few where each call takes long."""
+    return min(rows, 6) if name.startswith("cuda") else rows
 
 
 @torch.inference_mode()
@@ -68,15 +92,15 @@ def states(backend: Backend, lengths: list[int], cuts: list[int], together: bool
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_has_the_same_bits_whatever_shares_its_call(name: str) -> None:
-    backend, rng = BACKENDS[name], random.Random(1)
-    (alone,) = states(backend, [70], list(range(1, 70)))  # one row at a time
-    for _ in range(3):
-        lengths = [70, rng.randint(1, 70), rng.randint(1, 90)]
-        cuts = sorted(rng.sample(range(1, 70), rng.randint(0, 8)))
+    backend, rng, most = BACKENDS[name], random.Random(1), sized(name, 70)
+    (alone,) = states(backend, [most], list(range(1, most)))  # one row at a time
+    for _ in range(1 if name.startswith("cuda") else 3):
+        lengths = [most, rng.randint(1, most), rng.randint(1, most + 20 * most // 70)]
+        cuts = sorted(rng.sample(range(1, most), rng.randint(most // 60, most // 6)))
         for length, found in zip(lengths, states(backend, lengths, cuts), strict=True):
-            assert torch.equal(found[:70], alone[:length])
+            assert torch.equal(found[:most], alone[:length])
 
 
 def test_a_kernel_that_sees_the_number_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,35 +142,37 @@ def test_states_are_those_of_a_whole_sequence(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_choices_are_the_general_ones(name: str, temperature: float) -> None:
-    backend = BACKENDS[name]
-    (hidden_RD,) = states(backend, [40], [])
+    backend, count = BACKENDS[name], sized(name, 40)
+    (hidden_RD,) = states(backend, [count], [])
     params = SamplingParams(temperature=temperature, seed=11)
     with torch.inference_mode():
-        expected = choose(process(backend.logits(hidden_RD), params), params, torch.arange(1, 41)).tolist()
-        keys = [row_key(11, position, STREAM_CHOICE) if temperature else 0 for position in range(1, 41)]
-        assert backend.choose(hidden_RD, range(40), [temperature] * 40, keys) == expected
-        some = [3, 39, 0]
+        expected = choose(process(backend.logits(hidden_RD), params), params, torch.arange(1, count + 1)).tolist()
+        keys = [row_key(11, position, STREAM_CHOICE) if temperature else 0 for position in range(1, count + 1)]
+        assert backend.choose(hidden_RD, range(count), [temperature] * count, keys) == expected
+        some = [3, count - 1, 0]
         found = backend.choose(hidden_RD, some, [temperature] * 3, [keys[row] for row in some])
     assert found == [expected[row] for row in some]
 
 
 @pytest.mark.parametrize("stop", [None, StopRule((0.0, 0.02, 0.05, 0.1), 0.5, 1.2)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_drafts_are_those_of_single_steps(name: str, temperature: float, stop: StopRule | None) -> None:
     """Drafted at once or step by step, alone or together."""
     backend = BACKENDS[name]
     params = SamplingParams(temperature=temperature, seed=4)
-    sequences = [opened(backend, TOKENS[:length], params)[0] for length in (9, 40)]
+    most = 3 if name.startswith("cuda") else 6
+    lengths = (4,) if name.startswith("cuda") else (9, 40)
+    sequences = [opened(backend, TOKENS[:length], params)[0] for length in lengths]
     for sequence in sequences:
-        (at_once,) = propose(backend, [Turn(sequence, 6, "exact", stop)])
-        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, 6, "exact", stop)])[0]
+        (at_once,) = propose(backend, [Turn(sequence, most, "exact", stop)])
+        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, most, "exact", stop)])[0]
         assert at_once.token_ids == stepwise.token_ids
         assert at_once.confidences == pytest.approx(stepwise.confidences, abs=1e-4)
-        assert (len(at_once) == 6) or stop is not None
+        assert (len(at_once) == most) or stop is not None
 
 
 class _WithoutChoices:
@@ -160,11 +186,11 @@ class _WithoutChoices:
         return getattr(self._backend, name)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_slots_keep_states_and_drafting_leaves_sequences_alone(name: str) -> None:
     backend = BACKENDS[name]
-    sequence, _ = opened(backend, TOKENS[:20], SamplingParams())
+    sequence, _ = opened(backend, TOKENS[: sized(name, 20)], SamplingParams())
     before, length = sequence.cache.state.clone(), sequence.cache.table.length
     call = DraftRows(sequence.cache, sequence.last_token, 4, 0.0, [0] * 4, None)
     first, again = backend.draft([call]), backend.draft([call])

@@ -4,6 +4,7 @@
     ├── ConfigError       a config.json that is malformed or describes a model we cannot run
     ├── CheckpointError   a checkpoint directory that is missing, truncated, or does not match its config
     ├── QuantisationError a weight type or part that is not known, or weights quantised in a way we can not read
+    ├── DeviceError       a device, or what is installed for it, that a backend can not run on
     ├── PairError         a drafter that does not fit its target
     ├── TokenizerError    a tokenizer or chat template that is missing or unusable
     ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
@@ -33,6 +34,10 @@ class CheckpointError(GemmaMtpError):
 
 class QuantisationError(GemmaMtpError):
     """A weight type or part that is not known, or weights quantised in a way we can not read."""
+
+
+class DeviceError(GemmaMtpError):
+    """A device, or what is installed for it, that a backend can not run on."""
 
 
 class PairError(GemmaMtpError):
