@@ -79,7 +79,8 @@ def _per_layer(ple: PerLayerInput) -> DevicePerLayer:
 
 def _experts(moe: MoE) -> DeviceExperts:
     return DeviceExperts(
-        moe.router.proj.stored.dense().detach().bfloat16().contiguous(), vector(moe.router.scale), vector(moe.router.per_expert_scale),
+        moe.router.proj.stored.dense().detach().bfloat16().contiguous(), vector(moe.router.scale),
+        vector(moe.router.per_expert_scale),
         of_module(moe.experts.gate_up_proj), of_module(moe.experts.down_proj), moe.router.top_k,
         vector(moe.post_feedforward_layernorm_1.weight), vector(moe.pre_feedforward_layernorm_2.weight),
         vector(moe.post_feedforward_layernorm_2.weight),

@@ -125,8 +125,8 @@ def per_layer_inputs(
     out = torch.empty(width // P, R, P, dtype=torch.float32, device=token_ids_R.device)
     launch(
         ple_kernel, (R, width // P), token_ids_R, projected_SRW, table.data, table.scales, weight_P, out, R, P,
-        width // P, scale, projection_scale, eps, PARTS=parts, KIND=table.kind, GROUP=table.group, BLOCK=power_of_two(P),
-        warps=2,
+        width // P, scale, projection_scale, eps, PARTS=parts, KIND=table.kind, GROUP=table.group,
+        BLOCK=power_of_two(P), warps=2,
     )  # fmt: skip
     return out
 
