@@ -1,7 +1,7 @@
 """The one chain of tensor-core steps that all products with weights are made of (rule R1).
 
-A weight [N, K] is dense bf16; int8 in groups of 64 or 32; int4 in groups of 32, two values a byte: of each group, byte i
-has column i low and column i + 16 high; or fp8 e4m3 in groups of 128 or of whole rows. Groups have float32 scales
+A weight [N, K] is dense bf16; int8 in groups of 64 or 32; int4 in groups of 32, two values a byte: of each group, byte
+i has column i low and column i + 16 high; or fp8 e4m3 in groups of 128 or of whole rows. Groups have float32 scales
 [N, K / group]. Integers up to 8 bits and e4m3 are exact in bf16, so a group's products are exact.
 """
 

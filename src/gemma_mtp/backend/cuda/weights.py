@@ -37,7 +37,8 @@ class DeviceWeight:
 
 def device_weight(weight: Weight) -> DeviceWeight:
     """Returns a weight for the kernels: the same memory where its order is theirs, else reordered. Experts' lie one
-    below the other. Raises DeviceError for a dense weight that is not bf16, and for a format that the kernels do not read."""
+    below the other. Raises DeviceError for a dense weight that is not bf16, and for a format that the kernels do not
+    read."""
     rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
     if isinstance(weight, Dense) and weight.dtype is torch.bfloat16:
         data = weight.tensor.detach().contiguous()
