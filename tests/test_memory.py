@@ -8,8 +8,8 @@ import torch
 from oracle import build_target
 
 from gemma_mtp.config import PRESETS, TargetConfig
-from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
-from gemma_mtp.kv.pool import KVPool, block_bytes
+from gemma_mtp.kv.blocks import BLOCK_ROWS, block_bytes, block_counts
+from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
 from gemma_mtp.model.target import Target
 

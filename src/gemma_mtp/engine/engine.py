@@ -19,6 +19,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
+from gemma_mtp.backend.device_memory import device_free_bytes
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size
@@ -58,7 +59,8 @@ class Engine:
         context = config.max_position_embeddings
         self.max_tokens = min(context, self.settings.max_tokens or context)
         element = backend.kv_dtype.itemsize
-        counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element)
+        free = device_free_bytes(backend.device)
+        counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element, free)
         self.pool = backend.make_pool(counts, self.settings.max_running)
         self.scheduler = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
         self.policy = DraftPolicy(pair.round_costs, backend.watches_drafts, pair.policies)

@@ -1,43 +1,119 @@
-"""How many blocks an engine's pool has."""
+"""How many blocks an engine's pool has, and what would fit into other memory. Integers only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gemma_mtp.config import LayerType, TextConfig
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
-from gemma_mtp.kv.blocks import block_counts
-from gemma_mtp.kv.pool import block_bytes
+from gemma_mtp.kv.blocks import block_bytes, block_counts
+from gemma_mtp.sizes.machine import shown_bytes
+
+#: share of the free memory that a pool takes where its size is left open: rounds take some, too
+FREE_SHARE = 0.9
+Counts = dict[LayerType, int]
+
+
+def sequence_blocks(config: TextConfig, tokens: int, chunk_rows: int, sequences: int = 1) -> Counts:
+    """Returns the blocks of each kind that so many requests of so many tokens need, `chunk_rows` written at once."""
+    of_one = block_counts(config.sliding_window, tokens + LONGEST + 1, chunk_rows)
+    return {kind: sequences * count for kind, count in of_one.items()}
+
+
+def pool_bytes(config: TextConfig, counts: Mapping[LayerType, int], element_bytes: int) -> int:
+    """Returns the bytes of a pool of so many blocks of each kind."""
+    return sum(count * block_bytes(config, kind, element_bytes) for kind, count in counts.items())
 
 
 def pool_blocks(
-    config: TextConfig, settings: EngineSettings, max_tokens: int, chunk_rows: int, element_bytes: int
-) -> dict[LayerType, int]:
+    config: TextConfig, settings: EngineSettings, max_tokens: int, chunk_rows: int, element_bytes: int,
+    free_bytes: int | None = None,
+) -> Counts:  # fmt: skip
     """Returns the blocks of each kind: room for one request of `max_tokens` at least, and as much as the settings give.
 
-    `chunk_rows`: rows written at once. Raises EngineError where the memory does not hold one request.
+    `chunk_rows`: rows written at once. `free_bytes`: what the device has left, where that is known; a pool whose size
+    the settings leave open keeps within it. Raises EngineError, saying what would fit, where the memory does not hold
+    one request.
     """
+    least = sequence_blocks(config, max_tokens, chunk_rows)
 
-    def counts(tokens: int, sequences: int) -> dict[LayerType, int]:
-        of_one = block_counts(config.sliding_window, tokens + LONGEST + 1, chunk_rows)
-        return {kind: sequences * count for kind, count in of_one.items()}
+    def size(counts: Mapping[LayerType, int]) -> int:
+        return pool_bytes(config, counts, element_bytes)
 
-    def size(blocks: Mapping[LayerType, int]) -> int:
-        return sum(count * block_bytes(config, kind, element_bytes) for kind, count in blocks.items())
+    def fits(room: float) -> str:
+        longest = largest_context(config, 1, room, chunk_rows, element_bytes, max_tokens)
+        return (
+            f"a request of {longest} tokens would fit: lower the most tokens" if longest else "not even one would fit"
+        )
 
-    least, wanted = counts(max_tokens, 1), counts(-(-max_tokens // 4), settings.max_running)
-    if settings.kv_memory_mb is not None:
-        room = settings.kv_memory_mb * 2**20
+    if settings.kv_memory_mb is None:
+        quarter = sequence_blocks(config, -(-max_tokens // 4), chunk_rows, settings.max_running)
+        wanted = {kind: max(quarter[kind], least[kind]) for kind in least}
+        room = size(wanted) if free_bytes is None else FREE_SHARE * free_bytes
+        if size(wanted) <= room:
+            return wanted
         if room < size(least):
             raise EngineError(
-                f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
-                f" which take {size(least) / 2**20:.3g} MB; give more memory, or lower the most tokens."
+                f"{shown_bytes(free_bytes or 0)} of memory are free, which do not hold the keys and values of one"
+                f" request of {max_tokens} tokens, {shown_bytes(size(least))}; {fits(room)}, or free some memory."
             )
-        share = room / size(wanted)
-        wanted = {kind: int(share * count) for kind, count in wanted.items()}
-        if any(wanted[kind] < least[kind] for kind in least):  # what one request needs, and the rest for the others
-            spare = (room - size(least)) / size(wanted)
-            wanted = {kind: least[kind] + int(spare * count) for kind, count in wanted.items()}
-    return {kind: max(wanted[kind], least[kind]) for kind in least}
+        return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)
+    room = settings.kv_memory_mb * 2**20
+    if room < size(least):
+        raise EngineError(
+            f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
+            f" which take {size(least) / 2**20:.3g} MB; {fits(room)}, or give more memory."
+        )
+    if free_bytes is not None and room > free_bytes:
+        raise EngineError(
+            f"{settings.kv_memory_mb:g} MB were asked for keys and values, but {free_bytes / 2**20:.0f} MB of memory"
+            f" are free; {fits(FREE_SHARE * free_bytes)}, or ask for less than is free."
+        )
+    return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)
+
+
+def largest_context(
+    config: TextConfig, sequences: int, room: float, chunk_rows: int, element_bytes: int, most: int | None = None
+) -> int:
+    """Returns the most tokens that each of so many sequences can have in `room` bytes at the same time; 0: none."""
+
+    def fits(tokens: int) -> bool:
+        counts = sequence_blocks(config, tokens, chunk_rows, sequences)
+        return pool_bytes(config, counts, element_bytes) <= room
+
+    return _most(fits, config.max_position_embeddings if most is None else most)
+
+
+def most_sequences(config: TextConfig, tokens: int, room: float, chunk_rows: int, element_bytes: int) -> int:
+    """Returns how many sequences of so many tokens have room together in `room` bytes."""
+    return int(room // pool_bytes(config, sequence_blocks(config, tokens, chunk_rows), element_bytes))
+
+
+def _within(
+    config: TextConfig, running: int, max_tokens: int, chunk_rows: int, element_bytes: int, room: float
+) -> Counts:
+    """Returns blocks of `room` bytes, which hold one request of `max_tokens`: so many tokens for each that runs as fit,
+    and of what is left as much of each kind."""
+    least = sequence_blocks(config, max_tokens, chunk_rows)
+
+    def counts(tokens: int) -> Counts:
+        each = sequence_blocks(config, tokens, chunk_rows, running)
+        return {kind: max(each[kind], least[kind]) for kind in least}
+
+    tokens = _most(lambda n: pool_bytes(config, counts(n), element_bytes) <= room, max_tokens)
+    wanted = counts(tokens) if tokens else least
+    share = room / pool_bytes(config, wanted, element_bytes)
+    return {kind: int(share * count) for kind, count in wanted.items()}
+
+
+def _most(holds: Callable[[int], bool], limit: int) -> int:
+    """Returns the largest number up to `limit` for which `holds`, which no larger one does once one does not."""
+    if holds(limit):
+        return limit
+    low, high = 0, limit  # low holds or is 0, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

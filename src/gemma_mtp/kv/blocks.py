@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma_mtp.config import FULL, LAYER_TYPES, SLIDING, LayerType
+from gemma_mtp.config import FULL, LAYER_TYPES, SLIDING, LayerType, TextConfig
 
 #: rows of a block; the native operators export theirs, and a test holds both equal
 BLOCK_ROWS = 32
@@ -216,6 +216,12 @@ def block_counts(sliding_window: int, max_length: int, max_rows: int) -> dict[La
     full = blocks_of(max_length)
     # any so many rows in a row may begin anywhere in their first block
     return {FULL: full, SLIDING: min(full, blocks_of(sliding_window - 1 + max_rows - 1) + 1)}
+
+
+def block_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
+    """Returns the bytes of one block of a kind, in all of its layers."""
+    layers = [i for i in range(config.first_kv_shared_layer) if config.layer_types[i] == kind]
+    return sum(2 * config.layer_kv_heads(i) * BLOCK_ROWS * config.layer_head_dim(i) for i in layers) * element_bytes
 
 
 def block_names(
