@@ -19,6 +19,7 @@ from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.plan import plan
+from gemma_mtp.cli.pull import pull
 from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
@@ -41,6 +42,7 @@ def run() -> None:
 app.command()(grouped(generate))
 app.command()(inspect)
 app.command()(grouped(plan))
+app.command()(pull)
 app.command()(grouped(train))
 app.command()(quantize)
 app.command()(grouped(acceptance))

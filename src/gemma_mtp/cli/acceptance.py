@@ -208,13 +208,13 @@ def acceptance(
     chosen.check()
     options.use_threads(models.threads)
     check_plot(output.plot)
-    if models.target is not None and models.drafter is None:
-        raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
     sources = options.sources_of(chosen.data)
     with progress("reading") as say:
         examples = chosen.examples(sources)
         say("loading")
-        pair = models.load(models.drafter)
+        pair = options.named(models.load(models.drafter))
+        if pair.drafter is None:
+            raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
         other = None if models.against is None else models.load(models.against)
         base = sampling.params(pair, examples)
         settings = [

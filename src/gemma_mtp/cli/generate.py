@@ -177,10 +177,12 @@ def generate(
     given = source.read()
     grammar = constrained.grammar()
     models.check()
-    if output.compare and (models.no_drafter or (models.target is not None and models.drafter is None)):
-        raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
+    if output.compare and models.no_drafter:
+        raise PromptError("--compare needs a drafter; leave --no-drafter out.")
     with progress("loading"):
         pair = models.load()
+    if output.compare and pair.drafter is None:
+        raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
     defaults = pair.generation.conversation() if source.chat else {}
     params = sampling.params(defaults, logprobs=output.logprobs, grammar=grammar)
     draft_tokens = options.parse_draft_tokens(drafting.draft_tokens)

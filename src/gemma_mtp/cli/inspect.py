@@ -14,6 +14,7 @@ from gemma_mtp.checkpoint import read_drafter_config, read_target_config
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.config.pairing import pair_verdict
+from gemma_mtp.locate import Role, locate
 from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
 
 
@@ -28,7 +29,8 @@ def inspect(
     Reads configurations and file headers, and no weights but those of a head that the configuration ties to the
     embedding. Exits with 1 if the pair does not fit.
     """
-    paths = [path for path in (directory, drafter) if path is not None]
+    roles: dict[Role, Path | None] = {"target": directory, "drafter": drafter}
+    paths = [locate(path, role) for role, path in roles.items() if path is not None]
     reports = [inspect_checkpoint(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
         checkpoint.report(path, report.notes, strict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +39,8 @@ def parse_draft_tokens(text: str) -> DraftTokens:
 
 
 # help of options that several groups have
-TARGET = "Target checkpoint directory; default: the bundled pair."
-DRAFTER = "Drafter checkpoint directory."
+TARGET = "Target: a directory, bundled, or a name on the Hugging Face hub (see pull); default: the bundled pair."
+DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
 DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: one for each core."
@@ -76,10 +77,17 @@ class PairOptions:
             raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
 
     def load(self) -> Pair:
-        return load_pair(
+        return named(load_pair(
             self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
             quantize=self.quantize, strict=self.strict,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+
+def named(pair: Pair) -> Pair:
+    """Returns the pair, once standard error says which drafter was found for it."""
+    if pair.found_drafter is not None:
+        print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
+    return pair
 
 
 @group(DATA)

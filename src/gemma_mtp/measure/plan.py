@@ -31,8 +31,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Takes:
-    """Bytes by part. `workspace`: rotary tables, hidden states and copies of weights that operators keep; `process`:
-    what the program takes before anything is loaded."""
+    """Bytes by part. `workspace`: rotary tables, hidden states, the tokenizer and
+    copies of weights that operators keep; `process`: what the program takes before anything is loaded."""
 
     weights: int
     drafter: int
@@ -74,6 +74,7 @@ def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:
     by_kind: dict[LayerType, int] = {
         kind: count * block_bytes(text, kind, loaded.kv_bytes) for kind, count in counts.items()
     }
+    host = 0 if gpu else loaded.tokenizer_bytes()
     states = load.sequences * text.hidden_size * loaded.kv_bytes
     return Takes(
         weights=loaded.target_weights(),
@@ -81,7 +82,7 @@ def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:
         kv_full=by_kind[FULL],
         kv_sliding=by_kind[SLIDING],
         activations=loaded.activation_bytes(load.sequences, load.draft_tokens, load.context),
-        workspace=loaded.rope_bytes(load.context) + loaded.target_copies() + states,
+        workspace=loaded.rope_bytes(load.context) + loaded.target_copies() + states + host,
         process=CUDA_CONTEXT_BYTES if gpu else PROCESS_BYTES,
     )
 

@@ -17,9 +17,11 @@ NATIVE_CHUNK_ROWS, REFERENCE_CHUNK_ROWS = 128, 512
 CHUNK_ROWS: Mapping[Operators, int] = {"native": NATIVE_CHUNK_ROWS, "reference": REFERENCE_CHUNK_ROWS}
 #: what Python and PyTorch take once something has been decoded, the models and the pool left out: measured with
 #: PyTorch 2.13 for CPUs (`tests/test_plan_resident.py` prints it); a CUDA context comes on top of it on the host
-PROCESS_BYTES = 290_000_000
+PROCESS_BYTES = 295_000_000
 #: what CUDA's context and its libraries' workspaces take of a GPU, about
 CUDA_CONTEXT_BYTES = 700_000_000
+#: what a tokenizer takes, by token of its vocabulary: 193 MB of 262144 tokens and as many merges were measured
+TOKENIZER_BYTES = 740
 FLOAT_BYTES = 4
 HEAD_CHUNK = 256  # rows of the head that a thread of the native operators scores at once
 BLOCK = 16  # rows that the reference computes at once
@@ -36,6 +38,7 @@ class Loaded:
     kv_bytes: int
     operators: Operators
     threads: int = 1
+    tokenizer: bool = True
 
     @property
     def chunk_rows(self) -> int:
@@ -55,6 +58,9 @@ class Loaded:
 
     def _copies(self, config: TargetConfig | DrafterConfig) -> int:
         return native_copies(config, self.types, self.dense_bytes) if self.operators == "native" else 0
+
+    def tokenizer_bytes(self) -> int:
+        return self.target.text.vocab_size * TOKENIZER_BYTES if self.tokenizer else 0
 
     def rope_bytes(self, context: int) -> int:
         """Returns the bytes of rotary tables: the native operators keep those of every position, in advance of twice
