@@ -15,6 +15,7 @@ from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.console import print_anything
+from gemma_mtp.cli.doctor import doctor
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.option_groups import grouped
@@ -43,6 +44,7 @@ app.command()(grouped(generate))
 app.command()(inspect)
 app.command()(grouped(plan))
 app.command()(pull)
+app.command()(grouped(doctor))
 app.command()(grouped(train))
 app.command()(quantize)
 app.command()(grouped(acceptance))
