@@ -18,7 +18,6 @@ from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
-from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
@@ -26,7 +25,7 @@ from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import DataError, PromptError, SamplingError, TokenizerError
 from gemma_mtp.measure.acceptance import PROMPT_TOKENS, AcceptanceReport, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.plot import check_plot, plot_acceptance
-from gemma_mtp.measure.speedup import measure_speedup, steady_costs
+from gemma_mtp.measure.speedup import SteadyCosts, measure_speedup, steady_costs
 
 THINKING = {"default": (None,), "on": (True,), "off": (False,), "both": (False, True)}
 TEMPERATURES = (0.0, 1.0)
@@ -154,7 +153,7 @@ class Measurement:
     prompt_tokens: int
     drafting: DraftingOptions
     speed: bool
-    costs: Callable[[ChoiceKind], RoundCosts]
+    costs: Callable[[ChoiceKind], SteadyCosts]
     say: Callable[[str], object]
 
     def under(self, setting: Setting) -> shown.Measured:
