@@ -148,7 +148,7 @@ def test_each_setting_is_weighed_with_the_costs_of_its_own_rounds(
     assert main(["acceptance", *arguments]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     (row,) = (row for row in rows if row[:2] == ["2", "1.00"])
-    assert (row[5], row[9]) == ("3.00", "3.00")
+    assert (row[4], row[7]) == ("3.00", "3.00")
 
 
 def test_against_another_drafter_and_with_speeds(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_another_fine_tune_is_found(pair: Pair, prompts: list[Prompt]) -> None:
     target = pair.target
     table = target.embed_tokens.weight
     rows = torch.arange(len(table))
-    moved = rows % 3 != 2
+    moved = (rows % 3 != 2) & (rows < len(table) - 1)
     head = Linear(table.shape[1], len(table))
     head.weight = torch.nn.Parameter(table[torch.where(moved, rows - rows % 3 + (rows % 3 + 1) % 2, rows)], False)
     target.lm_head = head

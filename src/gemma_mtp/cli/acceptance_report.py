@@ -26,8 +26,8 @@ from gemma_mtp.measure.speedup import (
 MOST_TASKS = 30
 LENGTHS = "the length counts the target's own token of every round (correction or bonus), accepted drafts do not"
 PREDICTED = (
-    "predicted from round costs measured on this machine: length that breaks even, mean acceptance length, speed-up and"
-    " its bounds"
+    "predicted from round costs measured on this machine: length that breaks even, mean acceptance length,"
+    " bounds of the speed-up"
 )
 EXTRAPOLATED = "* positions beyond those measured are taken to be as good as the last"
 
@@ -150,15 +150,12 @@ def _by_task(measured: Sequence[Measured]) -> Table:
 
 
 def _paying(measured: Sequence[Measured]) -> Table:
-    """A round's cost is the length at which it breaks even; beside it, what length and speed-up to expect."""
-    table = _table(["drafts a round", *(m.label for m in measured)])
+    """A round's cost is the length at which it breaks even; beside it, what length, and what speed-ups are likely."""
+    table = _table(["drafts", *(m.label for m in measured)])
     for k, rows in enumerate(zip(*(m.predictions for m in measured), strict=True)):
         lengths = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '}" for p in rows)
-        bounds = (f"{m.intervals[k].low:.2f}-{m.intervals[k].high:.2f}" for m in measured)
-        cells = (
-            f"{p.cost:.2f} {length} {p.speedup:.2f}x {bound}"
-            for p, length, bound in zip(rows, lengths, bounds, strict=True)
-        )
+        bounds = (f"{m.intervals[k].low:.2f}-{m.intervals[k].high:.2f}x" for m in measured)
+        cells = (f"{p.cost:.2f} {length} {bound}" for p, length, bound in zip(rows, lengths, bounds, strict=True))
         table.add_row(str(k), *cells)
     return table
 
