@@ -49,11 +49,13 @@ def planned(model: str, drafter: str | None = None, no_drafter: bool = False) ->
     config = None
     if name is not None:
         raw = _raw(name, "drafter")
-        known = isinstance(raw, TargetConfig | DrafterConfig)
-        read = raw if known else parse_drafter_config(raw)
+        if isinstance(raw, TargetConfig | DrafterConfig):
+            read, of_drafter = raw, WeightTypes()
+        else:
+            read, of_drafter = parse_drafter_config(raw), _types(raw)
         if not isinstance(read, DrafterConfig):
             raise CheckpointError(f"{name} is a target, but --drafter must name a drafter.")
-        config, stored = read, stored if known else merge(stored, _types(raw))
+        config, stored = read, merge(stored, of_drafter)
         check_pair(target, config)
     return Planned(model, target, config, name, stored, narrow)
 
