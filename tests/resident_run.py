@@ -31,7 +31,7 @@ from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.measure.plan import Load, engine_settings, takes
 from gemma_mtp.measure.plan_models import planned
-from gemma_mtp.sizes.run import PROCESS_BYTES, Loaded
+from gemma_mtp.sizes.run import PROCESS_BYTES, Loaded, Operators
 from gemma_mtp.weight_types import WeightTypes
 
 THREADS = 2
@@ -112,7 +112,7 @@ def main(case: str, kinds: WeightTypes) -> dict[str, Any]:
     assert tiny.drafter is not None
     zero_pair(TargetConfig(tiny.target.config), tiny.drafter.config, WeightTypes())  # loads another part of PyTorch
     before = resident()
-    operators = "reference" if module() is None else "native"
+    operators: Operators = "reference" if module() is None else "native"
     pair: LoadedPair
     if case == "bundled":
         found, load = planned("bundled"), Load(16, 2048, 4)

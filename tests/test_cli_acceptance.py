@@ -16,6 +16,7 @@ from test_cli import refused
 from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.options import spread
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
@@ -50,7 +51,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without other work, whatever runs beside the tests."""
-    monkeypatch.setattr(speedup.CpuClock, "share_elsewhere", lambda self: 0.0)
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: 0.0)
 
 
 def steady(seconds: dict[int, float], busy: float = 0.0) -> speedup.SteadyCosts:
@@ -262,15 +263,15 @@ def test_costs_of_a_busy_machine_are_measured_again_and_predict_nothing(
     costs = iter([RoundCosts({0: 1.0, 4: 1.0 + n / 10}) for n in range(1000)])
     monkeypatch.setattr(speedup, "measure_costs", lambda backend, choice: next(costs))
     shares = iter([0.5, 0.3, 0.4, 0.2, 0.05, 0.9])
-    monkeypatch.setattr(speedup.CpuClock, "share_elsewhere", lambda self: next(shares))
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: next(shares))
     pair = load_pair()
     busy = speedup.steady_costs(pair, "argmax", repeats=2)
     assert (busy.busy, busy.disturbed) == (0.3, True)
     assert busy.measured[0].seconds[4] == pytest.approx(1.2), "the second attempt, the quietest of three"
     quiet = speedup.steady_costs(pair, "argmax", repeats=2)
     assert (quiet.busy, quiet.disturbed) == (0.05, False)
-    assert quiet.relative(4) == (pytest.approx(1.8), pytest.approx(1.9))
-    monkeypatch.setattr(speedup.CpuClock, "share_elsewhere", lambda self: 0.4)
+    assert list(quiet.relative(4)) == pytest.approx([1.8, 1.9])
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: 0.4)
     (setting,) = content(capsys, str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "0")["settings"]
     assert (setting["costs_disturbed"], setting["best_draft_tokens"], setting["break_even_draft_tokens"]) == (
         True,
@@ -290,7 +291,7 @@ def test_a_prediction_has_bounds() -> None:
     cheap, dear = RoundCosts({0: 1.0, 1: 1.5}), RoundCosts({0: 1.0, 1: 2.0})
     plain, drafted, *_ = speedup.speedup_intervals(report, speedup.SteadyCosts(cheap, (cheap, dear)))
     assert (plain.low, plain.high) == (1.0, 1.0)
-    assert (drafted.low, drafted.high) == (pytest.approx(1 / 2), pytest.approx(2 / 1.5))
+    assert [drafted.low, drafted.high] == pytest.approx([1 / 2, 2 / 1.5])
     assert plain.sure and not drafted.sure
     measured = acceptance_report.Measured("greedy", None, report, steady({0: 1.0, 1: 1.2}), None, None)
     assert "which may be no gain" in acceptance_report._verdict(measured)

@@ -38,8 +38,9 @@ from gemma_mtp.measure.plan import (
     takes,
 )
 from gemma_mtp.measure.plan_models import known_name, planned
+from gemma_mtp.ops.linear import Matrix
 from gemma_mtp.sizes.machine import free_memory, parse_bytes, read_bandwidth, shown_bytes, total_memory
-from gemma_mtp.sizes.run import Loaded
+from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.sizes.weights import native_copies, target_read_bytes, weight_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, parse_weight_types
 
@@ -100,14 +101,14 @@ def test_what_native_operators_keep_beside_the_weights() -> None:
     from gemma_mtp.backend.cpu import CpuBackend
 
     target, drafter = random_target(), random_drafter(centroids=True)
-    backend = make_backend(target.bfloat16(), drafter.bfloat16())
+    backend = make_backend(target.to(torch.bfloat16), drafter.to(torch.bfloat16))
     assert isinstance(backend, CpuBackend)
     for config, memory in (
         (TargetConfig(TINY), backend._stack._memory), (drafter.config, backend._drafts._memory),  # type: ignore[union-attr]
     ):  # fmt: skip
         own = {t.untyped_storage().data_ptr() for m in (target, drafter) for t in (*m.parameters(), *m.buffers())}
-        own |= {m.panels.data.untyped_storage().data_ptr() for model in (target, drafter) for m in model.modules()
-                if getattr(m, "panels", None) is not None}  # fmt: skip
+        matrices = [m for model in (target, drafter) for m in model.modules() if isinstance(m, Matrix)]
+        own |= {m.panels.data.untyped_storage().data_ptr() for m in matrices if m.panels is not None}
         kept = {
             t.untyped_storage().data_ptr(): t.nbytes
             for t in memory.tensors
@@ -122,7 +123,7 @@ def test_the_engine_takes_what_was_planned(sequences: int, context: int) -> None
     target, drafter = agreeing_pair()
     backend = make_backend(target, drafter)
     pair = LoadedPair(backend, None, GenerationDefaults(()))
-    operators = "reference" if module() is None else "native"
+    operators: Operators = "reference" if module() is None else "native"
     run = Loaded(TargetConfig(TINY), drafter.config, WeightTypes(), 4, 4, operators)
     load = Load(sequences, context, 4)
     assert run.chunk_rows == backend.chunk_rows
