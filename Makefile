@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: help demo test slow check sanitize docs stub format pair example bench peers clean
+.PHONY: help demo test slow clients check sanitize docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
@@ -19,6 +19,14 @@ test: $(VENV)/.dev         ## the default tests; those of the server's page need
 
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
+
+# in a folder of their own, because their pins are not ours
+build/clients:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ \
+	  langchain-openai instructor "pydantic-ai-slim[openai]"
+
+clients: $(VENV)/.dev build/clients  ## the server's tests with LangChain, pydantic-ai and instructor themselves
+	$(BIN)/python -m pytest -q -m clients
 
 check: $(VENV)/.dev        ## lint, format, types, and the native module's stub
 	$(BIN)/ruff check .

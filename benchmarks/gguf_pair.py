@@ -15,10 +15,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gemma_mtp.checkpoint import read_drafter_config, read_target_config, text_headers
+from gemma_mtp.checkpoint.pieces import read_pieces
 from gemma_mtp.config import FULL, TextConfig
 
 TYPES = {
@@ -87,8 +87,7 @@ def _write(
     for name, header in headers.items():
         if "masked_embedding" in name:
             continue
-        with safe_open(header.file, "pt") as tensors:
-            tensor = tensors.get_tensor(header.name)
+        (tensor,) = read_pieces([(header, None)])
         data = _converted(tensor, kind if tensor.ndim == 2 else "F32")
         writer.add_tensor(_gguf_name(name), data, raw_dtype=TYPES[kind] if data.dtype == np.uint8 else None)
     writer.add_tensor("rope_freqs.weight", _rope_divisors(text))
@@ -119,7 +118,7 @@ def _add_keys(writer: gguf.GGUFWriter, text: TextConfig, architecture: str, extr
     }  # fmt: skip
     for name, real in reals.items():
         writer.add_float32(f"{architecture}.{name}", real)
-    by_layer = {
+    by_layer: dict[str, list[int] | list[bool]] = {
         "attention.head_count_kv": [text.layer_kv_heads(i) for i in layers],
         "feed_forward_length": [text.layer_intermediate_size(i) for i in layers],
         "attention.sliding_window_pattern": [text.is_sliding(i) for i in layers],

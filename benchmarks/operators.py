@@ -11,6 +11,7 @@ calls other weights are read, so that none is still in cache.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp.backend.native import Memory, module
-from gemma_mtp.ops.linear import Panels
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight, quantise
-from gemma_mtp.weight_types import QUANTISATIONS
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.formats import FORMATS
+from gemma_mtp.weights.panels import Panels
 
 #: copies of each weight, used in turn: together larger than any cache
 WORKING_SET_BYTES = 256 << 20
@@ -49,14 +51,11 @@ def copies_of(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(max(2, WORKING_SET_BYTES // (weight.numel() * weight.element_size())))]
 
 
-def native_operator(isa: str, name: str, weight_NK: Weight, panels: bool = False) -> Operator:
+def native_operator(isa: str, name: str, weight_NK: Weight) -> Operator:
     """Scales of quantised weights count as bytes read, as they are."""
     memory, rows = Memory(), weight_NK.shape[0]
     count = max(2, WORKING_SET_BYTES // weight_NK.nbytes)
-    if panels and isinstance(weight_NK, Tensor):
-        weights = [memory.panels(Panels(weight_NK)) for _ in range(count)]
-    else:
-        weights = [memory.matrix(copy_of(weight_NK)) for _ in range(count)]
+    weights = [memory.matrix(copy.deepcopy(weight_NK)) for _ in range(count)]
 
     def call(i: int, x_MK: Tensor) -> Tensor:
         out = torch.empty(x_MK.shape[0], rows)
@@ -64,12 +63,6 @@ def native_operator(isa: str, name: str, weight_NK: Weight, panels: bool = False
         return out
 
     return Operator(f"native {isa} {name}", weight_NK.nbytes, call, count, memory)
-
-
-def copy_of(weight: Weight) -> Weight:
-    if isinstance(weight, Tensor):
-        return weight.clone()
-    return QuantisedMatrix(weight.kind, weight.data.clone(), weight.scales.clone())
 
 
 def torch_operator(weight_NK: Tensor) -> Operator:
@@ -126,11 +119,15 @@ def main() -> None:
     operators: list[Operator] = []
     for dtype in (torch.float32, torch.bfloat16):
         dense = weight.to(dtype)
-        operators += [native_operator(isa, str(dtype)[6:], dense) for isa in args.isa] + [torch_operator(dense)]
-        if Panels.fit(dense):
-            operators += [native_operator(isa, f"{str(dtype)[6:]} in panels", dense, panels=True) for isa in args.isa]
-    for kind in QUANTISATIONS:
-        operators += [native_operator(isa, kind, quantise(weight, kind)) for isa in args.isa]
+        name = str(dtype).removeprefix("torch.")
+        operators += [native_operator(isa, name, Dense(dense)) for isa in args.isa] + [torch_operator(dense)]
+        if Panels.fits(Dense(dense)):
+            panels = Panels.of(Dense(dense))
+            operators += [native_operator(isa, f"{name} in panels", panels) for isa in args.isa]
+    for form in FORMATS.values():
+        if form.quantised:
+            quantised = form.of(Dense(weight))
+            operators += [native_operator(isa, form.format, quantised) for isa in args.isa]
     measure(operators, args.rows, args.shape[1], args.repeats)
     show(operators, args.rows, read_bandwidth(), args)
 

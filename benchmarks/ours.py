@@ -109,6 +109,6 @@ def drafter_bytes(drafter: Drafter) -> int:
 def _stored_bytes(model: Target | Drafter) -> dict[str, int]:
     """Of every weight as it is kept for decoding, by its official name."""
     with torch.device("meta"):  # of the model itself, what a backend has reordered would be copied
-        like = type(model)(model.config).to(model.embed_tokens.weight.dtype)  # type: ignore[arg-type]
+        like = type(model)(model.config).to(model.embed_tokens.dtype)  # type: ignore[arg-type]
     like.quantise_(model.weight_types)
     return {name: weight.nbytes for name, weight in like.checkpoint_tensors().items()}

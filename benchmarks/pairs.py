@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemma_mtp.checkpoint.safetensors import INDEX_FILE
+from gemma_mtp.checkpoint.tensor_files import save_tensors
 from gemma_mtp.config import (
     FULL,
     PRESETS,
@@ -34,7 +34,7 @@ from gemma_mtp.config import (
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
+from gemma_mtp.weights.base import Weight
 
 #: a shard is closed once it holds so many bytes; a larger tensor has one to itself
 SHARD_BYTES = 512 << 20
@@ -150,7 +150,7 @@ def _write(directory: Path, config: dict[str, Any], shapes: Mapping[str, Weight]
 def _write_shard(directory: Path, shard: dict[str, Tensor], weight_map: dict[str, str]) -> None:
     if shard:
         file = f"model-{len(set(weight_map.values())):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        save_tensors(directory / file, shard, {"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 

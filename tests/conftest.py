@@ -2,9 +2,12 @@ import gemma_mtp.cli.environment  # isort: skip  (before PyTorch)
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # as kernels are defined: there is no card
 
 import pytest
 import torch
@@ -31,6 +34,13 @@ settings.register_profile(
     "ours", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ours")
+
+# what needs Triton, the extra gpu-test
+collect_ignore = (
+    []
+    if importlib.util.find_spec("triton")
+    else ["test_cuda_compile.py", "test_cuda_kernels.py", "test_cuda_rows.py", "test_gpu_check.py"]
+)
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
 
@@ -73,3 +83,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
         return written[family]
 
     return directories
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pair as we write it, in fp32: `target` and `drafter`, which has centroids."""
+    from models import random_drafter, random_target, save_pair
+
+    root = tmp_path_factory.mktemp("saved")
+    save_pair(root, random_target(), random_drafter(centroids=True))
+    return root
+
+
+@pytest.fixture
+def pair(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "pair")

@@ -18,7 +18,7 @@ from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.grammar import GrammarState
+from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.round import forward, play_rounds, prefill
@@ -27,8 +27,8 @@ from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.kv.pool import KVCache
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.weights.base import Weight
 
 M = TypeVar("M", Target, Drafter)
 VOCAB = 61
@@ -87,12 +87,11 @@ def wide_drafter(target: TextConfig, centroids: bool = False, seed: int = 1) -> 
     config = dataclasses.replace(drafter.config, text=text)
     wide = Drafter(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in wide.checkpoint_tensors().items():
-        assert isinstance(tensor, Tensor)
-        noise = torch.randn(tensor.shape, generator=generator)
-        tensor.copy_(
+    for name, weight in wide.checkpoint_tensors().items():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.copy_(
             torch.randperm(VOCAB, generator=generator) if "ordering" in name
-            else 1 + 0.2 * noise if tensor.ndim == 1 else noise / tensor.shape[-1] ** 0.5
+            else 1 + 0.2 * noise if weight.ndim == 1 else noise / weight.shape[-1] ** 0.5
         )  # fmt: skip
     return wide
 

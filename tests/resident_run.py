@@ -141,8 +141,7 @@ def main(case: str, kinds: WeightTypes) -> dict[str, Any]:
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:
-    panels = [m.panels.data for m in model.modules() if getattr(m, "panels", None) is not None]
-    return [*model.parameters(), *model.buffers(), *panels]
+    return [*model.parameters(), *model.buffers()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import random
 from pathlib import Path
 from typing import cast
@@ -25,10 +27,13 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.errors import CheckpointError
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
+from gemma_mtp.weights.int8 import Int8
+from gemma_mtp.weights.matrix import matrices
 
 FAMILIES = ("ple", "untied", "odd", "moe")
 TOKENS = [(7 * i * i + i) % VOCAB for i in range(90)]
@@ -38,12 +43,35 @@ def pairs_of(family: str, dtype: torch.dtype) -> dict[str, Backend]:
     return backends(random_target(5, WIDE[family]).to(dtype), wide_drafter(WIDE[family], family == "ple").to(dtype))
 
 
+def interpreted(family: str) -> Backend:
+    """The kernels of the GPU backend in Triton's interpreter, whose products are a tensor core's."""
+    from tensor_core import Interpreter
+
+    from gemma_mtp.backend.cuda.backend import CudaBackend
+
+    target, drafter = random_target(5, WIDE[family]), wide_drafter(WIDE[family], family == "ple")
+    return CudaBackend(target.bfloat16(), drafter.bfloat16(), Interpreter())
+
+
 BACKENDS = {
     f"{name}, {family}, {str(dtype)[6:]}": backend
     for family in FAMILIES
     for dtype in (torch.float32, torch.bfloat16)
     for name, backend in pairs_of(family, dtype).items()
 }
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    BACKENDS |= {f"cuda, {family}, bfloat16": interpreted(family) for family in FAMILIES}
+#: the interpreter takes half a second a call: one family by default, and all with `-m slow`
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") and "ple" not in name else name
+    for name in BACKENDS
+]
+
+
+def sized(name: str, rows: int) -> int:
+    """So many rows, or few where each call takes long."""
+    return min(rows, 6) if name.startswith("cuda") else rows
 
 
 @torch.inference_mode()
@@ -64,15 +92,15 @@ def states(backend: Backend, lengths: list[int], cuts: list[int], together: bool
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_row_has_the_same_bits_whatever_shares_its_call(name: str) -> None:
-    backend, rng = BACKENDS[name], random.Random(1)
-    (alone,) = states(backend, [70], list(range(1, 70)))  # one row at a time
-    for _ in range(3):
-        lengths = [70, rng.randint(1, 70), rng.randint(1, 90)]
-        cuts = sorted(rng.sample(range(1, 70), rng.randint(0, 8)))
+    backend, rng, most = BACKENDS[name], random.Random(1), sized(name, 70)
+    (alone,) = states(backend, [most], list(range(1, most)))  # one row at a time
+    for _ in range(1 if name.startswith("cuda") else 3):
+        lengths = [most, rng.randint(1, most), rng.randint(1, most + 20 * most // 70)]
+        cuts = sorted(rng.sample(range(1, most), rng.randint(most // 60, most // 6)))
         for length, found in zip(lengths, states(backend, lengths, cuts), strict=True):
-            assert torch.equal(found[:70], alone[:length])
+            assert torch.equal(found[:most], alone[:length])
 
 
 def test_a_kernel_that_sees_the_number_of_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +134,7 @@ def test_states_are_those_of_a_whole_sequence(name: str) -> None:
     for ours, theirs in zip(
         target.checkpoint_tensors().values(), backend.target.checkpoint_tensors().values(), strict=True
     ):
-        ours.copy_(theirs)  # type: ignore[arg-type]
+        ours.copy_(theirs.dense())
     with torch.inference_mode():
         expected = target.forward_sequence(torch.tensor([TOKENS[:70]])).hidden_BTD[0]
     (found,) = states(backend, [70], [33])
@@ -114,35 +142,37 @@ def test_states_are_those_of_a_whole_sequence(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_choices_are_the_general_ones(name: str, temperature: float) -> None:
-    backend = BACKENDS[name]
-    (hidden_RD,) = states(backend, [40], [])
+    backend, count = BACKENDS[name], sized(name, 40)
+    (hidden_RD,) = states(backend, [count], [])
     params = SamplingParams(temperature=temperature, seed=11)
     with torch.inference_mode():
-        expected = choose(process(backend.logits(hidden_RD), params), params, torch.arange(1, 41)).tolist()
-        keys = [row_key(11, position, STREAM_CHOICE) if temperature else 0 for position in range(1, 41)]
-        assert backend.choose(hidden_RD, range(40), [temperature] * 40, keys) == expected
-        some = [3, 39, 0]
+        expected = choose(process(backend.logits(hidden_RD), params), params, torch.arange(1, count + 1)).tolist()
+        keys = [row_key(11, position, STREAM_CHOICE) if temperature else 0 for position in range(1, count + 1)]
+        assert backend.choose(hidden_RD, range(count), [temperature] * count, keys) == expected
+        some = [3, count - 1, 0]
         found = backend.choose(hidden_RD, some, [temperature] * 3, [keys[row] for row in some])
     assert found == [expected[row] for row in some]
 
 
 @pytest.mark.parametrize("stop", [None, StopRule((0.0, 0.02, 0.05, 0.1), 0.5, 1.2)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_drafts_are_those_of_single_steps(name: str, temperature: float, stop: StopRule | None) -> None:
     """Drafted at once or step by step, alone or together."""
     backend = BACKENDS[name]
     params = SamplingParams(temperature=temperature, seed=4)
-    sequences = [opened(backend, TOKENS[:length], params)[0] for length in (9, 40)]
+    most = 3 if name.startswith("cuda") else 6
+    lengths = (4,) if name.startswith("cuda") else (9, 40)
+    sequences = [opened(backend, TOKENS[:length], params)[0] for length in lengths]
     for sequence in sequences:
-        (at_once,) = propose(backend, [Turn(sequence, 6, "exact", stop)])
-        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, 6, "exact", stop)])[0]
+        (at_once,) = propose(backend, [Turn(sequence, most, "exact", stop)])
+        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, most, "exact", stop)])[0]
         assert at_once.token_ids == stepwise.token_ids
         assert at_once.confidences == pytest.approx(stepwise.confidences, abs=1e-4)
-        assert (len(at_once) == 6) or stop is not None
+        assert (len(at_once) == most) or stop is not None
 
 
 class _WithoutChoices:
@@ -156,11 +186,11 @@ class _WithoutChoices:
         return getattr(self._backend, name)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_slots_keep_states_and_drafting_leaves_sequences_alone(name: str) -> None:
     backend = BACKENDS[name]
-    sequence, _ = opened(backend, TOKENS[:20], SamplingParams())
+    sequence, _ = opened(backend, TOKENS[: sized(name, 20)], SamplingParams())
     before, length = sequence.cache.state.clone(), sequence.cache.table.length
     call = DraftRows(sequence.cache, sequence.last_token, 4, 0.0, [0] * 4, None)
     first, again = backend.draft([call]), backend.draft([call])
@@ -222,3 +252,15 @@ def test_what_a_backend_reordered_is_saved_as_it_was(tmp_path: Path) -> None:
         found = stored_tensors(loaded.checkpoint_tensors())
         assert found.keys() == expected.keys()
         assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_what_the_config_would_not_say_is_not_saved(tmp_path: Path) -> None:
+    """A matrix in a format that the record of weight types lacks, and another model's configuration."""
+    target, drafter = random_target(5, WIDE["ple"]), wide_drafter(WIDE["ple"])
+    matrices(target)[3].convert_(Int8)
+    with pytest.raises(CheckpointError, match=r"can not be saved: of model\.\S+ it has .+, but its .* call for "):
+        save_target(target, TargetConfig(target.config), tmp_path / "target")
+    wrong = dataclasses.replace(drafter.config, text=dataclasses.replace(drafter.config.text, intermediate_size=64))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight it has float"):
+        save_drafter(drafter, wrong, tmp_path / "drafter")
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TINY, random_drafter, random_target, save_pair
+from models import TINY, random_drafter, random_target, same_weights
 from oracle import FAMILIES, build_drafter, build_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,7 +38,6 @@ from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.errors import CheckpointError, GemmaMtpError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 Load = Callable[[Path, torch.dtype], Any]
@@ -48,22 +47,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 ORDERING = "masked_embedding.token_ordering"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pair as we write it, in fp32; the drafter has centroids."""
-    root = tmp_path_factory.mktemp("saved")
-    save_pair(root, random_target(), random_drafter(centroids=True))
-    return root
-
-
-@pytest.fixture
-def pair(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
-    return shutil.copytree(saved, tmp_path / "pair")
-
-
-def same_tensors(ours: Mapping[str, Weight], theirs: Mapping[str, Weight]) -> None:
-    stored, expected = stored_tensors(ours), stored_tensors(theirs)
+def same_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert stored.keys() == expected.keys()
     assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
     assert [name for name in stored if stored[name].dtype != expected[name].dtype] == []
@@ -106,12 +90,12 @@ def test_drafters_have_the_official_parameters_and_bytes(size: str, parameters: 
     assert isinstance(config, DrafterConfig)
     with torch.device("meta"):
         tensors = Drafter(config).checkpoint_tensors()
-    assert sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point()) == parameters
+    assert sum(tensor.numel() for tensor in tensors.values() if tensor.dtype.is_floating_point) == parameters
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(tensors, key=lambda name: (tensors[name].is_floating_point(), name)):  # int64 first
-        start, end = end, end + tensors[name].numel() * (2 if tensors[name].is_floating_point() else 8)
-        dtype = "BF16" if tensors[name].is_floating_point() else "I64"
+    for name in sorted(tensors, key=lambda name: (tensors[name].dtype.is_floating_point, name)):  # int64 first
+        start, end = end, end + tensors[name].numel() * (2 if tensors[name].dtype.is_floating_point else 8)
+        dtype = "BF16" if tensors[name].dtype.is_floating_point else "I64"
         header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     header_bytes = len(json.dumps(header, separators=(",", ":")))
     total = 8 + -(-header_bytes // 8) * 8 + end
@@ -132,9 +116,9 @@ def official_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def test_what_transformers_wrote_loads_exactly(checkpoints: Checkpoints, family: str) -> None:
     target_dir, drafter_dir = checkpoints(family)
     target, drafter = load_target(target_dir, torch.float32), load_drafter(drafter_dir, torch.float32)
-    same_tensors(target.checkpoint_tensors(), official_tensors(build_target(family)))
+    same_tensors(stored_tensors(target.checkpoint_tensors()), official_tensors(build_target(family)))
     theirs = official_tensors(build_drafter(family, centroids=family in ("e2b", "e4b")))
-    same_tensors(drafter.checkpoint_tensors(), theirs)
+    same_tensors(stored_tensors(drafter.checkpoint_tensors()), theirs)
     assert not target.training
     assert not any(parameter.requires_grad for model in (target, drafter) for parameter in model.parameters())
 
@@ -148,7 +132,7 @@ def test_shards_that_transformers_wrote_load_exactly(checkpoints: Checkpoints, f
         assert len(list((tmp_path / kind).glob("*.safetensors"))) > 2
         assert not (tmp_path / kind / SINGLE).exists()
         ours = load(tmp_path / kind, torch.float32)
-        same_tensors(ours.checkpoint_tensors(), load(single, torch.float32).checkpoint_tensors())
+        same_weights(ours.checkpoint_tensors(), load(single, torch.float32).checkpoint_tensors())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -170,7 +154,7 @@ def test_round_trip(stored: torch.dtype, asked: torch.dtype, tmp_path: Path) -> 
     ):  # fmt: skip
         expected = stored_tensors(original.checkpoint_tensors()).items()
         same_tensors(
-            loaded.checkpoint_tensors(),
+            stored_tensors(loaded.checkpoint_tensors()),
             {name: x.to(stored).to(asked) if x.is_floating_point() else x for name, x in expected},
         )
     assert {file.name for file in (tmp_path / "t").iterdir()} == {SINGLE, "config.json"}
@@ -190,7 +174,7 @@ def test_untied_heads_survive(tmp_path: Path) -> None:
         save_target(target, TargetConfig(untied, model_type), tmp_path / model_type, torch.float32)
         assert "lm_head.weight" in read_headers(tmp_path / model_type)
         loaded = load_target(tmp_path / model_type, torch.float32)
-        same_tensors(loaded.checkpoint_tensors(), target.checkpoint_tensors())
+        same_weights(loaded.checkpoint_tensors(), target.checkpoint_tensors())
 
 
 def test_vision_and_audio_tensors_are_skipped_with_one_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +190,7 @@ def test_vision_and_audio_tensors_are_skipped_with_one_notice(tmp_path: Path, ca
         loaded = load_target(tmp_path, torch.float32)
     assert [(record.name, record.levelname) for record in caplog.records] == [("gemma_mtp", "INFO")]
     assert "skipped 3 tensors (1.3 MB)" in caplog.messages[0]
-    same_tensors(loaded.checkpoint_tensors(), target.checkpoint_tensors())
+    same_weights(loaded.checkpoint_tensors(), target.checkpoint_tensors())
 
 
 def test_a_text_checkpoint_is_loaded_without_a_notice(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,7 +257,7 @@ def test_index(kind: str, load: Load, pair: Path) -> None:
     directory = pair / kind
     before = load(directory, torch.float32).checkpoint_tensors()
     write_shards(directory, load_file(directory / SINGLE))
-    same_tensors(load(directory, torch.float32).checkpoint_tensors(), before)
+    same_weights(load(directory, torch.float32).checkpoint_tensors(), before)
     (directory / "model-00002-of-00003.safetensors").unlink()
     refused(load, directory, str(directory), "model-00002-of-00003.safetensors", INDEX)
     for content in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}'):
@@ -432,11 +416,10 @@ def test_a_failed_write_keeps_the_old_weights(
     directory = shutil.copytree(saved / "target", tmp_path / "model")
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
 
-    def full_disk(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+    def full_disk(writer: Any, name: str, values: memoryview, first_byte: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
+    monkeypatch.setattr("gemma_mtp.files.safetensors.SafetensorsWriter.write", full_disk)
     with pytest.raises(CheckpointError, match=r"model\.safetensors can not be written.*No space left"):
         save(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import wait_for
 from models import VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
 from rich.console import Console
 
 import gemma_mtp
-from gemma_mtp.cli import main, progress, render
+from gemma_mtp.cli import main, render
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -83,11 +82,12 @@ def test_text_is_streamed_and_the_summary_goes_to_stderr(capsys: pytest.CaptureF
     assert main(["generate", PROMPT, "--max-tokens", "16"]) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
-    assert re.match(r"\d+ tokens, prefill .* (no drafts|rounds of auto drafts)", err)
+    ended = r"\d+ tokens, ended by the length limit \(length\), prefill .*"
+    assert re.match(rf"{ended} (no drafts|rounds of auto drafts)", err)
     assert main(["generate", PROMPT, "--max-tokens", "16", "-k", "4"]) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
-    assert re.match(r"\d+ tokens, prefill .* \d+ rounds of 4 drafts", err)
+    assert re.match(rf"{ended} \d+ rounds of 4 drafts", err)
     assert main(["generate", PROMPT, "--max-tokens", "16", "--quiet", "--no-drafter"]) == 0
     assert capsys.readouterr() == (text + "\n", "")
 
@@ -274,7 +274,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--dtype", "int4"], "dtype 'int4' is not known"),
         (["x", "--device", "abacus"], "device 'abacus' is not known"),
         (["x", "--threads", "0"], "--threads is 0"),
-        (["x", "--repeats", "0"], "--repeats is 0"),
+        (["x", "--compare", "--repeats", "0"], "--repeats is 0"),
+        (["x", "--json", "--show-drafts"], "--json and --show-drafts exclude each other"),
         (["x", "--stop", ""], "stop"),
         (["x", "--file", "y"], "the prompt was given twice (PROMPT and --file)"),
         (["--file", "/absent/prompt"], "the prompt file /absent/prompt can not be read"),
@@ -324,21 +325,3 @@ def test_text_needs_a_tokenizer(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     latin.write_bytes(b"caf\xe9")
     assert "is not UTF-8 text" in refused(capsys, ["generate", "--file", str(latin)])
     assert f"token id {VOCAB}" in refused(capsys, ["generate", "--token-ids", str(VOCAB), *models(tiny)])
-
-
-def test_progress_shows_on_a_terminal_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-
-    def shown(terminal: bool, patience: float) -> str:
-        stream = io.StringIO()
-        monkeypatch.setattr(progress, "PATIENCE_SECONDS", patience)
-        monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=terminal))
-        with progress.progress("loading") as say:
-            if terminal and patience == 0:
-                wait_for(lambda: "loading" in stream.getvalue())
-            say("generating")
-        return stream.getvalue()
-
-    assert "loading" in shown(terminal=True, patience=0)
-    assert shown(terminal=True, patience=3600) == ""
-    assert shown(terminal=False, patience=0) == ""

@@ -185,13 +185,13 @@ def test_a_server_that_can_not_start_is_bad_input(
         (["--rate", "nan"], "--rate is 'nan'"),
         (["--clients", "1.5"], "--clients is '1.5'"),
         (["--clients", ""], "--clients is ''"),
-        (["--fixed-intervals"], "give --rate"),
+        (["--fixed-intervals"], "--fixed-intervals has no effect without --rate"),
         (["--requests", "0"], "--requests is 0, but must be more than 0"),
         (["--duration", "nan"], "--duration is nan"),
         (["--warmup", "-1"], "--warmup is -1, but must be 0 or more"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--limit", "0"], "--limit is 0"),
-        (["--max-in-flight", "0"], "--max-in-flight is 0"),
+        (["--rate", "1", "--max-in-flight", "0"], "--max-in-flight is 0"),
         (["--timeout", "0"], "--timeout is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--shared-prefix-tokens", "-1"], "--shared-prefix-tokens is -1"),
@@ -212,7 +212,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("missing", ["httpx", "httpx_aiohttp"])
 def test_it_needs_a_client(missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
-    message = f"needs {missing}, which is not installed; pip install 'gemma-mtp[bench-serve]'"
+    message = f"needs {missing}, which is not installed; run: pip install 'gemma-mtp[bench-serve]'"
     assert message in refused(capsys, ["bench-serve"])
 
 

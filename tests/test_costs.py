@@ -242,7 +242,7 @@ def test_drawing_has_costs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_cache_they_are_measured_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_MTP_CACHE", "0")
     monkeypatch.setattr(costs, "measure_costs", lambda *pair: COSTS)
-    monkeypatch.setattr(cost_cache, "tempfile", None)  # writing would fail
+    monkeypatch.setattr(cost_cache, "write_json", None)  # writing would fail
     assert round_costs(make_backend(*agreeing_pair())) is COSTS
 
 

@@ -11,14 +11,14 @@ import torch
 
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.cli import main
-from gemma_mtp.cli.doctor import machine_checks
+from gemma_mtp.cli.doctor_checks import machine_checks
 from gemma_mtp.cli.options import spread
 from gemma_mtp.config import FULL, TextConfig
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure.acceptance import GREEDY, Prompt, measure_acceptance, prompts_of
 from gemma_mtp.measure.diagnosis import Finding, compare_shares, diagnose, first_drafts, surely_better
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.ops.linear import Linear
+from gemma_mtp.weights.matrix import Linear
 
 
 @pytest.fixture
@@ -125,9 +125,7 @@ def test_the_command_without_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_mtp.backend import native
-
-    monkeypatch.setattr(native, "module", lambda: None)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.module", lambda: None)
     monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
     (check,) = (check for check in machine_checks() if check.name == "operators")
     assert (check.status, check.advice) == ("problem", "unset GEMMA_MTP_NATIVE")

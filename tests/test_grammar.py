@@ -20,7 +20,9 @@ from torch import Tensor
 
 from gemma_mtp.cli import main
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.grammar import Grammar, GrammarCompiler, GrammarState
+from gemma_mtp.decoding.grammar import Grammar
+from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
+from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.sampling import SamplingParams, process
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
@@ -336,7 +338,7 @@ def test_a_state_that_is_not_rolled_back_is_seen() -> None:
     state, fresh = compiler.start(DIGITS, (EOS,), "cpu"), compiler.start(DIGITS, (EOS,), "cpu")
     digits = [compiler._tokenizer.tokenize_str(digit)[0] for digit in "12345"]
     state.allowed(digits[:2])
-    state._matcher = NoRollback(state._matcher)  # type: ignore[assignment]
+    state._cursor = NoRollback(state._cursor)
     state.commit(digits[2:3])
     fresh.commit(digits[2:3])
     assert not state.allowed([]).equal(fresh.allowed([]))
@@ -364,13 +366,13 @@ def test_a_draft_into_what_is_too_complex_is_no_error() -> None:
 
 
 class NoRollback:
-    """A matcher that forgets to roll back."""
+    """A cursor that forgets to roll back."""
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    def __init__(self, cursor: Any) -> None:
+        self.cursor = cursor
 
     def __getattr__(self, name: str) -> Any:
-        return (lambda count: True) if name == "rollback" else getattr(self.matcher, name)
+        return (lambda count: True) if name == "back" else getattr(self.cursor, name)
 
 
 def acceptance_length(pair: Pair, grammar: Grammar) -> float:
@@ -558,7 +560,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert matches(PERSON_SCHEMA, capsys.readouterr().out)
     assert main(["generate", "x", "-q", "--regex", DIGITS.source, "-k", "3", "--compare", "--repeats", "1"]) == 0
     assert matches(DIGITS, capsys.readouterr().out.splitlines()[0])
-    assert main(["generate", "config = ", "-q", "--json-object", "-k", "0", "-n", "8"]) == 0
+    assert main(["generate", "config = ", "-q", "--json-object", "-k", "0", "-n", "8"]) == 4, "cut by the limit"
     assert capsys.readouterr().out.startswith("{")
 
 

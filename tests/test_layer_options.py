@@ -46,10 +46,8 @@ def loaded(theirs: Gemma3ForCausalLM) -> Target:
     """Ours with their weights. Their norms multiply by 1 + weight, which is ours as it is loaded."""
     target = Target(CONFIG).eval().requires_grad_(False)
     ours, given = target.checkpoint_tensors(), theirs.state_dict()
-    for name, tensor in ours.items():
-        weight = given[name]
-        assert isinstance(tensor, Tensor)
-        tensor.copy_(1 + weight if "norm" in name else weight)
+    for name, weight in ours.items():
+        weight.copy_(1 + given[name] if "norm" in name else given[name])
     assert set(ours) == set(given) - {"lm_head.weight"}
     return target
 

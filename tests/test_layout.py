@@ -14,8 +14,9 @@ import gemma_mtp
 PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; nothing imports upwards
 LEVELS = {
-    "errors": 0, "cpu_clock": 0, "_native": 0, "json_files": 0, "locate": 0, "hub": 1,
-    "families": 0, "text": 1, "chat": 1, "config": 1, "weight_types": 1, "tokenizer": 1, "ops": 1,
+    "errors": 0, "interrupts": 0, "progress": 0, "cpu_clock": 0, "_native": 0, "files": 0, "json_files": 0, "locate": 0,
+    "hub": 1,
+    "families": 0, "text": 1, "chat": 1, "config": 1, "weight_types": 1, "tokenizer": 1, "ops": 1, "weights": 1,
     "datasets": 2, "model": 2, "kv": 2, "decoding": 2, "sizes": 2,
     "checkpoint": 3, "backend": 3,
     "engine": 4, "measure": 5, "training": 6, "server": 7, "cli": 8,
@@ -89,6 +90,15 @@ def test_who_counts_knows_no_tensors(name: str) -> None:
         left += [found for found in imports(path) if found.count(".")]
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_written_by_one_helper(path: Path) -> None:
+    """`files.replace`, which honours the umask. What makes temporary files of its own makes them private (0600)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in names} & {"tempfile", "safetensors"}
+
+
 def test_public_names_are_there() -> None:
     assert all(getattr(gemma_mtp, name) is not None for name in gemma_mtp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
@@ -99,7 +109,8 @@ def test_the_package_needs_no_test_dependency() -> None:
     """Generating works where what only tests and extras need can not be imported."""
     code = (
         "import sys\n"
-        "for name in ('transformers', 'scipy', 'hypothesis', 'pytest', 'fastapi', 'uvicorn', 'llguidance'):\n"
+        "for name in ('transformers', 'scipy', 'hypothesis', 'pytest', 'fastapi', 'uvicorn', 'llguidance',\n"
+        "             'safetensors'):\n"
         "    sys.modules[name] = None\n"
         "from gemma_mtp.cli import main\n"
         "sys.exit(main(['generate', 'import', '-n', '4', '-q']))"

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import TINY, random_target
 from oracle import build_target
 
-from gemma_mtp.config import PRESETS, TargetConfig
+from gemma_mtp import load_pair
+from gemma_mtp.backend.select import kv_dtype
+from gemma_mtp.checkpoint import save_target
+from gemma_mtp.config import LAYER_TYPES, PRESETS, TargetConfig
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_bytes, block_counts
 from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
@@ -32,7 +36,7 @@ def test_a_checkpoint_that_transformers_wrote(checkpoints: Checkpoints, family: 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("assistant")])
 def test_kv_bytes_are_what_the_cache_allocates(name: str) -> None:
     config = PRESETS[name].text
-    sizes = kv_bytes(config)
+    sizes = kv_bytes(config, torch.bfloat16)
     window = config.sliding_window
     counts = [block_counts(window, length, max_rows=1) for length in (window, window + 1024)]
     pools = [KVPool(config, count, 1, torch.bfloat16, "meta") for count in counts]
@@ -47,9 +51,29 @@ def test_kv_bytes_are_what_the_cache_allocates(name: str) -> None:
 
 def test_the_31b_takes_two_bytes_times_heads_times_sizes() -> None:
     """10 full layers of 4 heads of 512, 50 sliding ones of 16 heads of 256 (FACTS), keys and values in bf16."""
-    sizes = kv_bytes(PRESETS["gemma-4-31B-it"].text)
+    sizes = kv_bytes(PRESETS["gemma-4-31B-it"].text, torch.bfloat16)
     assert sizes.per_token == 10 * 4 * 512 * 2 * 2
     assert sizes.sliding_per_token_until_window == 50 * 16 * 256 * 2 * 2
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_kv_bytes_are_of_the_backend_that_would_run(
+    stored: torch.dtype, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The native operators keep float32 whatever the weights are stored in; PyTorch's keep the weights' dtype."""
+    if not native:
+        monkeypatch.setattr("gemma_mtp.backend.native.module", lambda: None)
+        monkeypatch.setattr("gemma_mtp.engine.pair.module", lambda: None)
+    save_target(random_target(), TargetConfig(TINY), tmp_path, stored)
+    sizes, backend = inspect_checkpoint(tmp_path).kv_bytes, load_pair(tmp_path).backend
+    assert sizes is not None
+    rows = backend.make_pool(dict.fromkeys(LAYER_TYPES, 1), 1).layers.values()
+    written = sum(kept.keys.nbytes + kept.values.nbytes for kept in rows) // BLOCK_ROWS
+    assert written == sizes.per_token + sizes.sliding_per_token_until_window
+    assert (sizes.dtype, sizes.element_bytes) == (str(backend.kv_dtype).removeprefix("torch."), 4)
+    assert kv_dtype(torch.device("cpu"), torch.float16) == torch.float16  # which the native operators do not multiply
+    assert kv_dtype(torch.device("meta"), torch.bfloat16) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from models import TINY, VOCAB, WIDE, open_caches, play, random_drafter, random_target, run_rows
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.cpu import CpuBackend
@@ -25,13 +25,16 @@ from gemma_mtp.decoding.sampling import SamplingParams, choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.kv.blocks import BLOCK_ROWS
-from gemma_mtp.ops.linear import Embedding, Linear, Panels
-from gemma_mtp.ops.quantise import quantise
-from gemma_mtp.weight_types import GROUPS, QUANTISATIONS, Quantisation, parse_weight_types
+from gemma_mtp.weight_types import QUANTISATIONS, parse_weight_types
+from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.formats import FORMATS
+from gemma_mtp.weights.grouped import BLOCK, Grouped
+from gemma_mtp.weights.panels import Panels
 
 native: Any = module()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
 ISAS: list[str] = [] if native is None else native.isas()
+GROUPED = [form for form in FORMATS.values() if issubclass(form, Grouped)]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,7 @@ def linear(isa: str, weight: Any, x_MK: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (37, 20), (64, 256), (130, 1000)])
 def test_linear(isa: str, dtype: torch.dtype, N: int, K: int) -> None:
     memory, w = Memory(), randn(N, K).to(dtype)
-    holds_as_linear(isa, memory.matrix(w), w)
+    holds_as_linear(isa, memory.matrix(Dense(w)), w)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -71,7 +74,7 @@ def test_linear_in_panels(isa: str, N: int, K: int) -> None:
     """Shares of threads end anywhere in a panel, and rows are gone through in parts; activations are read where they
     lie, or, where their rows would share sets of the cache, are copied."""
     memory, w = Memory(), randn(N, K).bfloat16()
-    holds_as_linear(isa, memory.panels(Panels(w)), w)
+    holds_as_linear(isa, memory.matrix(Panels.of(Dense(w))), w)
 
 
 def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
@@ -94,21 +97,21 @@ def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", QUANTISATIONS)
+@pytest.mark.parametrize("form", GROUPED, ids=lambda form: form.format)
 @pytest.mark.parametrize(("N", "K"), [(1, 64), (37, 192), (130, 1024)])
-def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
+def test_quantised_linear(isa: str, form: type[Grouped], N: int, K: int) -> None:
     """Against float64 with the same quantised weights and activations; each row's bits as above."""
-    matrix, x = quantise(randn(N, K), kind), 3 * randn(40, K, seed=1)
+    matrix, x = form.of(Dense(randn(N, K))), 3 * randn(40, K, seed=1)
     x[3] = 0
     memory = Memory()
     weight = memory.matrix(matrix)
     whole = linear(isa, weight, x, N)
-    groups = x.view(40, -1, GROUPS[kind])
+    groups = x.view(40, -1, form.group)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     rounded = (groups / scale.clamp(min=1e-30)).round() * scale
-    exact = rounded.view(40, K).double() @ matrix.dequantise().double().T
+    exact = rounded.view(40, K).double() @ matrix.values().double().T
     # a value halfway between two integers may be rounded to either
-    halfway = 1.01 * float(scale.max()) * float(matrix.dequantise().abs().max())
+    halfway = 1.01 * float(scale.max()) * float(matrix.values().abs().max())
     assert (whole - exact).abs().max() <= 1e-6 * exact.abs().max() + halfway
     assert (whole - exact).abs().mean() <= 1e-4 * exact.abs().mean()
     for threads in (1, 2, 3):
@@ -117,86 +120,34 @@ def test_quantised_linear(isa: str, kind: Quantisation, N: int, K: int) -> None:
             assert torch.equal(linear(isa, weight, x[:rows], N), whole[:rows])
 
 
-@pytest.mark.parametrize(("N", "K"), [(16, 32), (64, 128), (64, 320), (144, 96), (208, 288)])
-def test_the_order_of_panels(N: int, K: int) -> None:
-    """Groups of 64 rows, parts of 128 columns, panels of 16 rows, and two columns after another."""
-    w = randn(N, K).bfloat16()
-    panels, order = Panels(w), list[tuple[int, int]]()
-    for group in range(0, N, 64):
-        for part in range(0, K, 128):
-            for panel in range(group, min(group + 64, N), 16):
-                for k in range(part, min(part + 128, K), 2):
-                    order += [(n, k + i) for n in range(panel, panel + 16) for i in range(2)]
-    rows, columns = zip(*order, strict=True)
-    assert torch.equal(panels.data.flatten(), w[list(rows), list(columns)])
-    assert torch.equal(panels.dense(), w)
-    indices = torch.tensor([[N - 1, 0, 7], [N // 2, N - 1, 1]])
-    assert torch.equal(panels.rows(indices), w[indices])
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("N", "K"), [(16, 32), (144, 96), (80, 288)])
 def test_rows_looked_up_in_panels(isa: str, N: int, K: int) -> None:
     memory, w, out = Memory(), randn(N, K).bfloat16(), torch.empty(K)
-    weight = memory.panels(Panels(w))
+    weight = memory.matrix(Panels.of(Dense(w)))
     for row in range(N):
         native.gather(isa, weight, row, 1.7, out.data_ptr())
         assert torch.equal(out, w[row].float() * 1.7)
 
 
-@pytest.mark.parametrize(
-    ("N", "K", "dtype"), [(17, 32, torch.bfloat16), (16, 40, torch.bfloat16), (16, 32, torch.float32)]
-)
-def test_what_does_not_fit_stays_as_it_is(N: int, K: int, dtype: torch.dtype) -> None:
-    layer = Linear(K, N).to(dtype)
-    assert layer.to_panels_() is None
-    assert layer.stored is layer.weight
-
-
-@torch.inference_mode()
-def test_a_layer_in_panels_frees_its_weight_and_still_multiplies() -> None:
-    layer, w, x = Linear(64, 48), randn(48, 64).bfloat16(), randn(3, 64).bfloat16()
-    layer.weight = nn.Parameter(w.clone())
-    expected, panels = layer(x), layer.to_panels_()
-    assert panels is not None
-    assert layer.to_panels_() is panels
-    assert layer.weight.numel() == 0
-    assert isinstance(layer.stored, Tensor) and torch.equal(layer.stored, w)
-    assert torch.equal(layer(x), expected)
-
-
-def test_a_table_in_panels_is_still_looked_up() -> None:
-    table, token_ids = Embedding(144, 64), torch.tensor([[3, 143], [0, 64]])
-    table.weight = nn.Parameter(randn(144, 64).bfloat16())
-    expected = table(token_ids)
-    assert table.to_panels_() is not None
-    assert table.weight.numel() == 0
-    assert torch.equal(table(token_ids), expected)
-
-
-@pytest.mark.parametrize("kind", QUANTISATIONS)
-def test_quantisation_rounds_to_the_nearest(kind: Quantisation) -> None:
-    w, group = randn(9, 128), GROUPS[kind]
-    w[4, :group] = 0
-    error = (quantise(w, kind).dequantise() - w).abs().view(9, -1, group)
-    largest = w.view(9, -1, group).abs().amax(-1, keepdim=True)
-    assert (error[4, 0] == 0).all()
-    if kind == "int8":
-        assert (error <= 0.501 * largest / 127).all()
-    else:  # clipping the largest must have been worth it
-        plain = (w.view(9, -1, group) / (largest / 7).clamp(min=1e-30)).round() * largest / 7
-        assert (error.square().sum(-1) <= (plain - w.view(9, -1, group)).square().sum(-1) * 1.0001 + 1e-9).all()
-
-
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", [None, *QUANTISATIONS])
-def test_gather(isa: str, kind: Quantisation | None) -> None:
-    table, memory = randn(5, 128), Memory()
-    weight = table if kind is None else quantise(table, kind)
-    exact = table if kind is None else quantise(table, kind).dequantise()
-    out = torch.empty(128)
-    native.gather(isa, memory.matrix(weight), 3, 2.5, out.data_ptr())
-    assert torch.allclose(out, 2.5 * exact[3], rtol=1e-6)
+@pytest.mark.parametrize("form", [Dense, *GROUPED], ids=lambda form: form.format)
+def test_gather(isa: str, form: type[Dense | Grouped]) -> None:
+    table, memory, out = form.of(Dense(randn(5, 128))), Memory(), torch.empty(128)
+    native.gather(isa, memory.matrix(table), 3, 2.5, out.data_ptr())
+    assert torch.allclose(out, 2.5 * table.values()[3], rtol=1e-6)
+
+
+def test_numbers_are_the_operators() -> None:
+    """What Python must know without the operators is what they say."""
+    types = native.WeightType.__members__
+    groups = {form.native_type: form.group for form in GROUPED}
+    assert groups == {name: group for name, type in types.items() if (group := native.quantised_group(type))}
+    assert native.QUANTISED_BLOCK == BLOCK
+    tensor = torch.zeros(16, 32)
+    weights = [Dense(tensor), Dense(tensor.bfloat16()), Panels(tensor.bfloat16())]
+    layouts = [weight.native() for weight in weights]
+    assert {layout.type for layout in layouts if layout is not None} | set(groups) == set(types)
 
 
 def visible(count: int, last: int, window: int) -> tuple[list[int], list[int]]:

@@ -38,7 +38,6 @@ from gemma_mtp.measure.plan import (
     takes,
 )
 from gemma_mtp.measure.plan_models import known_name, planned
-from gemma_mtp.ops.linear import Matrix
 from gemma_mtp.sizes.machine import free_memory, parse_bytes, read_bandwidth, shown_bytes, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.sizes.weights import native_copies, target_read_bytes, weight_bytes
@@ -107,8 +106,6 @@ def test_what_native_operators_keep_beside_the_weights() -> None:
         (TargetConfig(TINY), backend._stack._memory), (drafter.config, backend._drafts._memory),  # type: ignore[union-attr]
     ):  # fmt: skip
         own = {t.untyped_storage().data_ptr() for m in (target, drafter) for t in (*m.parameters(), *m.buffers())}
-        matrices = [m for model in (target, drafter) for m in model.modules() if isinstance(m, Matrix)]
-        own |= {m.panels.data.untyped_storage().data_ptr() for m in matrices if m.panels is not None}
         kept = {
             t.untyped_storage().data_ptr(): t.nbytes
             for t in memory.tensors
@@ -218,7 +215,7 @@ def test_an_open_pool_keeps_within_free_memory() -> None:
     assert pool_blocks(text, settings, 32768, chunk, 4, 2 * wanted) == pool_blocks(text, settings, 32768, chunk, 4)
     room = int(0.5 * wanted)
     cut = pool_bytes(text, pool_blocks(text, settings, 32768, chunk, 4, room), 4)
-    assert 0.85 * room < cut <= 0.9 * room
+    assert 0.95 * room < cut <= room
 
 
 def test_a_refusal_says_what_would_fit() -> None:
@@ -229,7 +226,7 @@ def test_a_refusal_says_what_would_fit() -> None:
     ) as caught:
         pool_blocks(text, EngineSettings(), 262144, chunk, 4, room)
     tokens = int(str(caught.value).split("a request of ")[1].split()[0])
-    assert pool_bytes(text, pool_blocks(text, EngineSettings(), tokens, chunk, 4, room), 4) <= 0.9 * room
+    assert pool_bytes(text, pool_blocks(text, EngineSettings(), tokens, chunk, 4, room), 4) <= room
     with pytest.raises(EngineError):
         pool_blocks(text, EngineSettings(), tokens + 64, chunk, 4, room)
     with pytest.raises(EngineError, match=r"8 MB do not hold .* not even one would fit"):

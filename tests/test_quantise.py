@@ -41,14 +41,14 @@ from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops import quantise
-from gemma_mtp.ops.linear import Chooser, Matrix
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
-from gemma_mtp.weight_types import GROUPS, WeightTypes, parse_weight_types
+from gemma_mtp.weight_types import WeightTypes, parse_weight_types
+from gemma_mtp.weights import grouped
+from gemma_mtp.weights.grouped import Grouped
+from gemma_mtp.weights.matrix import Chooser, Matrix, matrices
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
 native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
-KINDS = ["int8", "int4", "int4,embeddings=int4", "embeddings=int8,drafter=int4,drafter-head=int8"]
+KINDS = ["int8", "int4", "int4,embeddings=int4", "q8_0,embeddings=int8,drafter-head=int4"]
 
 
 def quantised_target(config: TextConfig, kinds: str, seed: int = 0) -> Target:
@@ -66,20 +66,17 @@ def test_every_matrix_of_a_part_is_quantised_that_can_be(name: str) -> None:
     target = quantised_target(WIDE[name], "int4")
     for path, matrix in target.named_modules():
         if isinstance(matrix, Matrix):
-            columns = matrix.stored.shape[-1]
-            dense = isinstance(matrix, Chooser) or columns % 64 != 0
-            assert (matrix.quantised is None) == dense, path
-            if matrix.quantised is not None:
-                table = "embed" in path or "lm_head" in path
-                assert matrix.quantised.kind == ("int8" if table else "int4")
-                assert matrix.weight.numel() == 0
-    assert (name == "odd") == any(isinstance(m, Matrix) and m.stored.shape[-1] == 96 for m in target.modules())
+            dense = isinstance(matrix, Chooser) or matrix.stored.shape[-1] % 64 != 0
+            table = "embed" in path or "lm_head" in path
+            assert matrix.stored.format == ("dense" if dense else "int8" if table else "int4"), path
+            assert dense == bool(list(matrix.parameters()))
+    assert (name == "odd") == any(matrix.stored.shape[-1] == 96 for matrix in matrices(target))
 
 
 def test_parts_are_quantised_apart() -> None:
     def kinds(model: Target | Drafter) -> dict[str, str]:
         weights = model.checkpoint_tensors().items()
-        return {name: weight.kind for name, weight in weights if isinstance(weight, QuantisedMatrix)}
+        return {name: weight.format for name, weight in weights if weight.quantised}
 
     tables = {"model.embed_tokens.weight", "model.embed_tokens_per_layer.weight", "lm_head.weight"}
     target = kinds(quantised_target(WIDE["untied"], "embeddings=int4"))
@@ -105,10 +102,8 @@ def dequantised(target: Target, config: TextConfig) -> Target:
     """A dense target of the values that the quantised one computes with."""
     dense = random_target(config=config)
     weights = target.checkpoint_tensors()
-    for name, tensor in dense.checkpoint_tensors().items():
-        weight = weights[name]
-        assert isinstance(tensor, Tensor)
-        tensor.copy_(weight.dequantise() if isinstance(weight, QuantisedMatrix) else weight)
+    for name, weight in dense.checkpoint_tensors().items():
+        weight.copy_(weights[name].values())
     return dense
 
 
@@ -126,11 +121,9 @@ def test_the_reference_path_is_the_dense_one_of_the_dequantised_weights(name: st
     assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def rounded(x: Tensor, weight: Weight) -> Tensor:
+def rounded(x: Tensor, weight: Grouped) -> Tensor:
     """x [..., K] rounded to 8 bits by row and group, as the native operators multiply it with a quantised weight."""
-    if isinstance(weight, Tensor):
-        return x
-    groups = x.unflatten(-1, (-1, GROUPS[weight.kind]))
+    groups = x.unflatten(-1, (-1, weight.group))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127 / largest, 0)
     return ((groups * inverse).round() * (largest / 127)).flatten(-2)
@@ -139,9 +132,9 @@ def rounded(x: Tensor, weight: Weight) -> Tensor:
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference path with the native operators' rounding of activations."""
-    linear, gathered = quantise.linear, quantise.gathered_linear
-    monkeypatch.setattr(quantise, "linear", lambda x, w: linear(rounded(x, w), w))
-    monkeypatch.setattr(quantise, "gathered_linear", lambda x, w, i: gathered(rounded(x, w), w, i))
+    linear, gathered = Grouped.linear, Grouped.gathered_linear
+    monkeypatch.setattr(Grouped, "linear", lambda w, x: linear(w, rounded(x, w)))
+    monkeypatch.setattr(Grouped, "gathered_linear", lambda w, x, i: gathered(w, rounded(x, w), i))
 
 
 def native_logits(target: Target, tokens: Tensor) -> Tensor:
@@ -242,8 +235,7 @@ def test_quantised_while_loading_is_quantised_after(
         same_weights(load(directory, torch.float32, types=types).checkpoint_tensors(), expected.checkpoint_tensors())
         with monkeypatch.context() as small:
             small.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 3000)
-            small.setattr("gemma_mtp.checkpoint.safetensors.MAPPED_BYTES", 3000)
-            small.setattr(quantise, "PIECE_ELEMENTS", 200)
+            small.setattr(grouped, "PIECE_ELEMENTS", 200)
             loaded = load(directory, torch.float32, types=types)
         same_weights(loaded.checkpoint_tensors(), expected.checkpoint_tensors())
 

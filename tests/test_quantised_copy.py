@@ -171,13 +171,13 @@ def test_a_directory_that_is_there(saved: Path, tmp_path: Path) -> None:
     write_quantised_copy(saved / "target", tmp_path / "empty", parse_weight_types("int8"))
 
 
-@pytest.mark.parametrize("where", ["save_file", "copyfile", "rename"])
+@pytest.mark.parametrize("where", ["write", "copyfile", "rename"])
 def test_a_failed_copy_leaves_nothing(where: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    if where == "save_file":
-        monkeypatch.setattr("gemma_mtp.checkpoint.save.save_file", full_disk)
+    if where == "write":
+        monkeypatch.setattr("gemma_mtp.files.safetensors.SafetensorsWriter.write", full_disk)
     elif where == "copyfile":
         monkeypatch.setattr(shutil, "copyfile", full_disk)
     else:  # the last rename, of the directory
@@ -259,7 +259,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["generate", "x", "--quantize", "int5"], "quantize 'int5' is not known; use none, int8, int4, or PART=KIND"),
+    (["generate", "x", "--quantize", "int5"], "quantize 'int5' is not known; use none, int8, int4, q8_0, or PART=KIND"),
     (["generate", "x", "--quantize", "head=int8"], "the parts are target, embeddings, drafter, drafter-head"),
     (["quantize", "/absent", "--out", "y"], "checkpoint directory /absent does not exist"),
 ])  # fmt: skip

@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from live_server import SECONDS, Live, serving
+from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
+from table_models import QUOTE, SCRIPTS, table_pair
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -102,3 +106,66 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, live: Live) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="another").models.list()
+
+
+class GetWeather(BaseModel):
+    """The weather of a city."""
+
+    city: str
+    days: int
+
+
+@pytest.fixture(scope="module")
+def tools_client() -> Iterator[openai.OpenAI]:
+    """A client of a model that calls tools and thinks, of which GetWeather may be called."""
+    script = ["<|tool_call>", "call:GetWeather{", "city:", QUOTE, "Paris", ", France", QUOTE, ",days", ":3}",
+              "<tool_call|>", "<|tool_response>"]  # fmt: skip
+    with serving(table_pair(scripts={**SCRIPTS, "WEATHER": script}), api_keys=(KEY,)) as live:
+        yield openai.OpenAI(base_url=f"{live.url}/v1", api_key=KEY, timeout=SECONDS, max_retries=0)
+
+
+def asked(key: str) -> list[ChatCompletionMessageParam]:
+    return [{"role": "user", "content": key}]
+
+
+def test_tools_make_a_round_trip(tools_client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(GetWeather)
+    first = tools_client.chat.completions.parse(model=MODEL, messages=asked("WEATHER"), tools=[tool], temperature=0)
+    message = first.choices[0].message
+    assert first.choices[0].finish_reason == "tool_calls" and message.tool_calls
+    arguments = message.tool_calls[0].function.parsed_arguments
+    assert isinstance(arguments, GetWeather) and arguments == GetWeather(city="Paris, France", days=3)
+    answer = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sun"}
+    messages: Any = [*asked("WEATHER"), message.model_dump(exclude_none=True), answer]
+    last = tools_client.chat.completions.create(model=MODEL, messages=messages, tools=[tool], temperature=0)
+    assert last.choices[0].message.content == "It is sunny there."
+
+
+def test_tools_are_streamed(tools_client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(GetWeather)
+    with tools_client.chat.completions.stream(
+        model=MODEL,
+        messages=asked("WEATHER"),
+        tools=[tool],
+        temperature=0,
+        extra_body={"draft_tokens": 2, "stream_options": {"include_rounds": True}},
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert kinds.count("tool_calls.function.arguments.delta") >= 2
+    calls = final.choices[0].message.tool_calls
+    assert calls and calls[0].function.parsed_arguments == GetWeather(city="Paris, France", days=3)
+
+
+def test_thoughts_are_fields_of_their_own(tools_client: openai.OpenAI) -> None:
+    answer = tools_client.chat.completions.create(
+        model=MODEL, messages=asked("THINK"), temperature=0, reasoning_effort="high"
+    )
+    message: Any = answer.choices[0].message
+    assert message.content == "The answer STOP is 4" and message.reasoning_content == "Two and two STOP is four"
+    assert answer.usage is not None and answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 6
+    chunks = tools_client.chat.completions.create(model=MODEL, messages=asked("THINK"), temperature=0, stream=True)
+    deltas: list[Any] = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(getattr(delta, "reasoning", "") for delta in deltas) == "Two and two STOP is four"
+    assert "".join(delta.content or "" for delta in deltas) == "The answer STOP is 4"

@@ -25,12 +25,13 @@ from gemma_mtp.measure.acceptance import measure_acceptance
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops import quantise
-from gemma_mtp.ops.linear import Matrix
 from gemma_mtp.training import gate
 from gemma_mtp.training.shapes import initialise
 from gemma_mtp.training.unroll import query_rope, target_rows
 from gemma_mtp.weight_types import WeightTypes, parse_weight_types
+from gemma_mtp.weights import grouped
+from gemma_mtp.weights.int4 import Int4
+from gemma_mtp.weights.matrix import matrices
 
 KINDS = ["int8", "int4"]
 #: of the drafter's logits, root mean square relative to theirs: what rounding activations to 8 bits leaves
@@ -84,24 +85,22 @@ def test_a_dequantised_target_is_dense_and_has_the_values_decoding_computes_with
     for model in (target, dense):
         model.quantise_(parse_weight_types(kinds))
     dense.dequantise_()
-    assert all(m.quantised is None and m.weight.numel() for m in dense.modules() if isinstance(m, Matrix))
+    assert all(matrix.weight.numel() and not matrix.stored.quantised for matrix in matrices(dense))
     assert not dense.weight_types and not any(p.requires_grad for p in dense.parameters())
     stored, changed = target.checkpoint_tensors(), 0
-    for name, tensor in dense.checkpoint_tensors().items():
-        weight = stored[name]
-        assert isinstance(tensor, Tensor)
-        assert torch.equal(tensor, weight.dequantise() if isinstance(weight, quantise.QuantisedMatrix) else weight)
-        changed += isinstance(weight, quantise.QuantisedMatrix)
+    for name, weight in dense.checkpoint_tensors().items():
+        assert torch.equal(weight.dense(), stored[name].values())
+        changed += stored[name].quantised
     assert changed > 10
 
 
 def test_weights_are_made_dense_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = quantise.QuantisedMatrix.empty("int4", (3, 50, 64))
+    matrix = Int4.empty((3, 50, 64), torch.bfloat16)
     matrix.copy_(torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(0)))
-    whole = matrix.dense(torch.bfloat16)
-    assert torch.equal(whole, matrix.dequantise().bfloat16())
-    monkeypatch.setattr(quantise, "PIECE_ELEMENTS", 64 * 7)
-    assert torch.equal(matrix.dense(torch.bfloat16), whole)
+    whole = matrix.dense()
+    assert torch.equal(whole, matrix.values().bfloat16())
+    monkeypatch.setattr(grouped, "PIECE_ELEMENTS", 64 * 7)
+    assert torch.equal(matrix.dense(), whole)
 
 
 # --- the gate: training logits are decoding logits of the quantised target
@@ -219,7 +218,7 @@ def test_a_run_is_not_resumed_for_another_quantisation(tiny: Path, tmp_path: Pat
     options = ["--drafter", tiny / "drafter", "--steps", 1, "--as-is"]
     assert train(tiny, "target", tmp_path, *options, "--quantize", "int8") == 0
     assert train(tiny, "target", tmp_path, *options, "--quantize", "int4", "--resume") == 2
-    assert "other settings or data" in capfd.readouterr().err
+    assert "with other settings: --quantize was " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

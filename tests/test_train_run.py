@@ -8,20 +8,25 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import TINY, agreeing_pair, letters, random_drafter, save_pair
 from safetensors.torch import load_file
 
 from gemma_mtp import load_pair
 from gemma_mtp.cli import main
+from gemma_mtp.training.drafter_trainer import DrafterTrainer
+from gemma_mtp.training.state import load_facts
 
 Train = Callable[..., int]
 
@@ -67,6 +72,10 @@ def test_a_new_drafter_is_trained_measured_and_exported(tiny: Path, tmp_path: Pa
     assert "blocks of up to 4 x 64 tokens: target" in shown.err and "start: mean acceptance length" in shown.err
     assert "speed-up over plain decoding" in shown.out and f"wrote {tmp_path}" in " ".join(shown.out.split())
     assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "made").touch()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {"model.safetensors", "config.json", "MODEL_CARD.md", "drafter.csv"}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "made").stat().st_mode}  # as the umask has it
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -220,8 +229,10 @@ def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capf
     assert train(tiny, tmp_path, *options) == 0
     assert train(tiny, tmp_path, *options) == 2
     assert "go on with it by --resume" in capfd.readouterr().err
-    assert train(tiny, tmp_path, *options, "--loss", "kl", "--resume") == 2
-    assert "other settings or data" in capfd.readouterr().err
+    for other, told in ((["--loss", "kl"], "--loss was lk and is now kl"), (["--memory", 999], "--memory was 2048 and"),
+                        (["--length", 64], "--length was"), (["--temperature", 0.5], "--temperature was")):  # fmt: skip
+        assert train(tiny, tmp_path, *options, *other, "--resume") == 2
+        assert f"with other settings: {told}" in capfd.readouterr().err
 
 
 def test_a_centroid_head_is_made_and_kept_when_adapting(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
@@ -400,3 +411,34 @@ def test_options_that_can_not_work_are_refused(
     assert train(tiny, tmp_path / "out", *options) == 2
     assert says in " ".join(capfd.readouterr().err.split())
     assert "--memory" in options or not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_the_step_and_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--drafter", tiny / "drafter", "--steps", 6, "--lr", 1e-5, "--force"]
+    assert train(tiny, tmp_path / "whole", *options) == 0
+    real = DrafterTrainer._one_step
+
+    def interrupt(self: DrafterTrainer, *given: Any) -> dict[str, float]:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *given)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(DrafterTrainer, "_one_step", interrupt)
+        assert train(tiny, tmp_path / "cut", *options) == 130
+    err = capfd.readouterr().err
+    assert "go on by the same command with --resume" in err and "Traceback" not in err
+    assert load_facts(tmp_path / "cut" / "training" / "checkpoint.safetensors")["step"] == 3
+    assert train(tiny, tmp_path / "cut", *options, "--resume") == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    head = (tmp_path / "cut" / "MODEL_CARD.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(head) == {
+        "license": "other", "base_model": "target", "library_name": "gemma-mtp",
+        "tags": ["speculative-decoding", "multi-token-prediction", "gemma4"],
+    }  # fmt: skip
+    card = (tmp_path / "cut" / "MODEL_CARD.md").read_text()
+    assert not re.search(r"[{}]|\bTrue\b|\bFalse\b|\bNone\b|torch\.|PosixPath", card)

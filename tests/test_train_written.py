@@ -55,7 +55,8 @@ def test_a_temperature_given_twice_brings_two_texts(pair: Pair, tmp_path: Path) 
 
 def test_writing_stops_at_the_limit_and_goes_on_from_what_is_kept(pair: Pair, tmp_path: Path) -> None:
     told: list[int] = []
-    few = write_texts(pair, beginnings(), Writing(TEMPERATURES, max_tokens=100), tmp_path, "target", told.append)
+    few = write_texts(pair, beginnings(), Writing(TEMPERATURES, max_tokens=100), tmp_path, "target",
+                      lambda tokens, share: told.append(tokens))  # fmt: skip
     assert told == sorted(told) and told[-2] < 100 <= told[-1]
     kept = (tmp_path / "written-target.jsonl").read_text().splitlines()
     assert len(kept) == len(few)

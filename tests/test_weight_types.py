@@ -41,13 +41,13 @@ def test_every_choice_can_be_spelled(types: WeightTypes) -> None:
 
 
 @pytest.mark.parametrize(("text", "named"), [
-    ("int5", ["'int5'", "none, int8, int4", "PART=KIND"]),
+    ("int5", ["'int5'", "none, int8, int4, q8_0", "PART=KIND"]),
     ("", ["''", "int8"]),
     ("target", ["'target'"]),
     ("head=int8", ["'head'", "target, embeddings, drafter, drafter-head"]),
     ("drafter_head=int8", ["'drafter_head'", "drafter-head"]),
-    ("target=int2", ["'int2'", "int8, int4 or none"]),
-    ("target=", ["''", "int8, int4 or none"]),
+    ("target=int2", ["'int2'", "int8, int4, q8_0 or none"]),
+    ("target=", ["''", "int8, int4, q8_0 or none"]),
     ("int8,,target=int4", ["'int8,,target=int4'"]),
     ("INT8", ["'INT8'"]),
 ])  # fmt: skip

@@ -25,10 +25,6 @@ BLOCK_ROWS: int = 32
 
 QUANTISED_BLOCK: int = 64
 
-INT8_GROUP: int = 64
-
-INT4_GROUP: int = 32
-
 PANEL_ROWS: int = 16
 
 GROUP_ROWS: int = 64
@@ -45,6 +41,13 @@ class WeightType(enum.Enum):
     INT4 = 3
 
     PANELS = 4
+
+    INT8_32 = 5
+
+def quantised_group(type: WeightType) -> int:
+    """
+    Returns how many columns of a quantised weight share a scale; 0 where the type has no scales.
+    """
 
 class LayerKind(enum.Enum):
     SLIDING = 0

@@ -4,12 +4,14 @@
     ├── ConfigError       a config.json that is malformed or describes a model we cannot run
     ├── CheckpointError   a checkpoint directory that is missing, truncated, or does not match its config
     ├── QuantisationError a weight type or part that is not known, or weights quantised in a way we can not read
+    ├── DeviceError       a device, or what is installed for it, that a backend can not run on
     ├── PairError         a drafter that does not fit its target
     ├── TokenizerError    a tokenizer or chat template that is missing or unusable
     ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
     ├── SamplingError     a sampling parameter out of its range
     ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
     ├── QueueFullError    a request that came when as many were waiting as may
+    ├── OptionError       options of the command line that are of no use together
     ├── ServerError       a server that can not be started, reached or measured
     ├── DataError         a data set that can not be read or used, by file and line
     └── TrainingError     training data or settings that cannot work
@@ -32,6 +34,10 @@ class CheckpointError(GemmaMtpError):
 
 class QuantisationError(GemmaMtpError):
     """A weight type or part that is not known, or weights quantised in a way we can not read."""
+
+
+class DeviceError(GemmaMtpError):
+    """A device, or what is installed for it, that a backend can not run on."""
 
 
 class PairError(GemmaMtpError):
@@ -62,6 +68,10 @@ class QueueFullError(GemmaMtpError):
         self.retry_after = retry_after
 
 
+class OptionError(GemmaMtpError):
+    """Options of the command line that are of no use together."""
+
+
 class ServerError(GemmaMtpError):
     """A server that can not be started, reached or measured."""
 
@@ -72,3 +82,8 @@ class DataError(GemmaMtpError):
 
 class TrainingError(GemmaMtpError):
     """Training data or settings that cannot work."""
+
+
+def missing_extra(needed_by: str, package: str | None, extra: str) -> str:
+    """Returns the message where what `needed_by` names needs a package that only an extra of ours installs."""
+    return f"{needed_by} needs {package}, which is not installed; run: pip install 'gemma-mtp[{extra}]'."

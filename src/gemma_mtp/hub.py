@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_mtp.errors import CheckpointError
+from gemma_mtp.errors import CheckpointError, missing_extra
 from gemma_mtp.locate import is_hub_name
 
 #: what a checkpoint is read from; pickles and other programs' files are left there
@@ -30,7 +30,7 @@ def download(name: str, revision: str | None = None, optional: bool = False) -> 
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub import errors as hub
     except ImportError:
-        raise CheckpointError("pull needs huggingface_hub; install it with: pip install 'gemma-mtp[hub]'") from None
+        raise CheckpointError(missing_extra("pull", "huggingface_hub", "hub")) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except hub.GatedRepoError:

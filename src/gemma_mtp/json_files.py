@@ -1,17 +1,13 @@
-"""Files of a checkpoint directory: JSON read and written, and any file replaced whole or not at all."""
+"""Directories of checkpoints, and the JSON files in them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.replace import replace_file
 
 
 def existing(directory: str | Path) -> Path:
@@ -43,16 +39,3 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, then rename it into place. Raises CheckpointError."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`; nothing is left where either fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other processes may write the same file
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} can not be written: {error}.") from None

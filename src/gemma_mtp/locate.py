@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from gemma_mtp.errors import CheckpointError
+from gemma_mtp.errors import CheckpointError, missing_extra
 
 BUNDLED = "bundled"
 Role = Literal["target", "drafter"]
@@ -106,8 +106,7 @@ def _cached_files(name: str) -> tuple[Path | None, str | None]:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         raise CheckpointError(
-            f"{name} is no directory, and names of the Hugging Face hub need huggingface_hub; install it with:"
-            " pip install 'gemma-mtp[hub]'"
+            f"{name} is no directory, and {missing_extra('a name on the Hugging Face hub', 'huggingface_hub', 'hub')}"
         ) from None
     try:
         config = try_to_load_from_cache(name, "config.json")

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 
 from gemma_mtp.errors import QuantisationError
 
-Quantisation = Literal["int8", "int4"]
+Quantisation = Literal["int8", "int4", "q8_0"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 #: columns that share a scale
-GROUPS: dict[Quantisation, int] = {"int8": 64, "int4": 32}
-BITS: dict[Quantisation, int] = {"int8": 8, "int4": 4}
+GROUPS: dict[Quantisation, int] = {"int8": 64, "int4": 32, "q8_0": 32}
+BITS: dict[Quantisation, int] = {"int8": 8, "int4": 4, "q8_0": 8}
 
 #: `quant_method` of the checkpoints that `gemma-mtp quantize` writes
 METHOD = "gemma-mtp"
@@ -59,6 +59,7 @@ UNIFORM: dict[str, WeightTypes] = {
     "none": WeightTypes(),
     "int8": WeightTypes("int8", "int8", "int8", "int8"),
     "int4": WeightTypes("int4", "int8", "int4", "int4"),
+    "q8_0": WeightTypes("q8_0", "q8_0", "q8_0", "q8_0"),
 }
 
 

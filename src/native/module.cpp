@@ -88,8 +88,6 @@ void bind_constants(nb::module_& m) {
     m.def("set_threads", [](int threads) { Pool::instance().set_threads(threads); }, "threads"_a);
     m.attr("BLOCK_ROWS") = (int)BLOCK_ROWS;
     m.attr("QUANTISED_BLOCK") = (int)QUANTISED_BLOCK;
-    m.attr("INT8_GROUP") = (int)INT8_GROUP;
-    m.attr("INT4_GROUP") = (int)INT4_GROUP;
     m.attr("PANEL_ROWS") = (int)PANEL_ROWS;
     m.attr("GROUP_ROWS") = (int)GROUP_ROWS;
     m.attr("PART_PAIRS") = (int)PART_PAIRS;
@@ -98,7 +96,10 @@ void bind_constants(nb::module_& m) {
         .value("BF16", WeightType::BF16)
         .value("INT8", WeightType::INT8)
         .value("INT4", WeightType::INT4)
-        .value("PANELS", WeightType::PANELS);
+        .value("PANELS", WeightType::PANELS)
+        .value("INT8_32", WeightType::INT8_32);
+    m.def("quantised_group", &quantised_group, "type"_a,
+          "Returns how many columns of a quantised weight share a scale; 0 where the type has no scales.");
     nb::enum_<LayerKind>(m, "LayerKind").value("SLIDING", LayerKind::SLIDING).value("FULL", LayerKind::FULL);
 }
 

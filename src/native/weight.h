@@ -34,10 +34,20 @@ typename V::value_type* grown(V& buffer, size_t n) {
 }
 
 // How a weight is stored. Python reads these numbers from the module.
-enum class WeightType : int { F32, BF16, INT8, INT4, PANELS };
+enum class WeightType : int { F32, BF16, INT8, INT4, PANELS, INT8_32 };
 
-// Columns of a block of a quantised weight, and columns that share a scale.
-constexpr size_t QUANTISED_BLOCK = 64, INT8_GROUP = 64, INT4_GROUP = 32;
+// Columns of a block of a quantised weight.
+constexpr size_t QUANTISED_BLOCK = 64;
+
+// Returns how many columns of a quantised weight share a scale; 0 where the type has no scales.
+constexpr size_t quantised_group(WeightType type) {
+    switch (type) {
+        case WeightType::INT8: return 64;
+        case WeightType::INT8_32:
+        case WeightType::INT4: return 32;
+        default: return 0;
+    }
+}
 
 // The layout of PANELS: weight rows of a panel, weight rows of a group of panels, column pairs of a part.
 constexpr size_t PANEL_ROWS = 16, GROUP_ROWS = 64, PART_PAIRS = 64;
@@ -45,10 +55,11 @@ constexpr size_t PANEL_ROWS = 16, GROUP_ROWS = 64, PART_PAIRS = 64;
 // A weight matrix [rows, cols], row by row.
 //
 // A quantised weight has whole blocks of 64 columns. Its float scales lie in the order of the columns.
-//   INT8  A value is data * scale. A block has one scale.
-//   INT4  A block takes 32 bytes. Each value is stored as value / scale + 8, two to a byte. A block is two groups of 32
-//         columns with a scale each. Place 8 u + 4 g + j holds column 4 u + j of group g. Byte i holds place i in its
-//         low half and place i + 32 in its high half. So one vector holds both groups in turn, four columns at a time.
+//   INT8     A value is data * scale. A block has one scale.
+//   INT8_32  A value is data * scale. A block is two groups of 32 columns with a scale each. Place 8 u + 4 g + j holds
+//            column 4 u + j of group g. So one vector holds both groups in turn, four columns at a time.
+//   INT4     A block takes 32 bytes. Each value is stored as value / scale + 8, two to a byte. The places are those of
+//            INT8_32. Byte i holds place i in its low half and place i + 32 in its high half.
 //
 // PANELS is bf16 in another order. It has whole panels of rows and whole steps of 32 columns. Groups of GROUP_ROWS rows
 // follow one another; the last may be smaller. Inside a group, parts of PART_PAIRS column pairs follow one another; the
@@ -58,7 +69,7 @@ constexpr size_t PANEL_ROWS = 16, GROUP_ROWS = 64, PART_PAIRS = 64;
 struct Weight {
     WeightType type = WeightType::F32;
     const void* data = nullptr;
-    const float* scales = nullptr;  // INT8 [rows, cols / 64], INT4 [rows, cols / 32]
+    const float* scales = nullptr;  // [rows, cols / group]
     size_t rows = 0, cols = 0;
 
     size_t row_bytes() const {
@@ -66,7 +77,8 @@ struct Weight {
             case WeightType::F32: return cols * 4;
             case WeightType::BF16:
             case WeightType::PANELS: return cols * 2;
-            case WeightType::INT8: return cols;
+            case WeightType::INT8:
+            case WeightType::INT8_32: return cols;
             default: return cols / 2;
         }
     }

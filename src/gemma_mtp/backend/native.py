@@ -11,21 +11,24 @@ import functools
 import os
 import warnings
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gemma_mtp.ops.linear import Matrix, Panels
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.errors import EngineError
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.matrix import Matrix, matrices
+from gemma_mtp.weights.panels import Panels
 
 if TYPE_CHECKING:
     from gemma_mtp import _native
     from gemma_mtp._native import Bytes, Floats, Int32s, Int64s
 
-#: dtypes of dense weights that the module multiplies
-DENSE_DTYPES = (torch.float32, torch.bfloat16)
+#: what values of models that run natively are rounded to, whatever their weights are kept as
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -46,8 +49,18 @@ def module() -> Any:
             stacklevel=2,
         )
         return None
+    check_instruction_set(os.environ.get("GEMMA_MTP_ISA"), [*_native.isas(), "portable", "control"])
     _native.set_threads(torch.get_num_threads())
     return _native
+
+
+def check_instruction_set(wanted: str | None, known: Sequence[str]) -> None:
+    """Raise EngineError where GEMMA_MTP_ISA asks for an instruction set that this machine or build does not have."""
+    if wanted is not None and wanted not in known:
+        names = ", ".join(dict.fromkeys(known))
+        raise EngineError(
+            f"GEMMA_MTP_ISA is {wanted!r}, but must be one of {names} here; unset it for the best of them."
+        )
 
 
 def set_threads(threads: int) -> None:
@@ -57,9 +70,14 @@ def set_threads(threads: int) -> None:
         module().set_threads(threads)
 
 
-def usable(weight: Tensor) -> bool:
-    """Whether models with such weights run natively."""
-    return weight.device.type == "cpu" and weight.dtype in DENSE_DTYPES and module() is not None
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether models there, of such a dtype, run natively."""
+    return device.type == "cpu" and dtype in DTYPES and module() is not None
+
+
+def readable(model: nn.Module) -> bool:
+    """Whether every matrix of a model is kept in a format that the module reads."""
+    return all(matrix.stored.native() is not None for matrix in matrices(model))
 
 
 @dataclass
@@ -70,37 +88,23 @@ class Memory:
 
     def matrix(self, weight: Weight) -> _native.Weight:
         """A weight [rows, cols]; experts' [E, rows, cols] lie one below the other."""
-        from gemma_mtp._native import WeightType
+        from gemma_mtp import _native
 
+        layout = weight.native()
+        assert layout is not None, "readable() holds for the model"
+        scales = None if layout.scales is None else self._kept(layout.scales)
+        data = cast("Bytes", self._kept(layout.data).data_ptr())
         rows, cols = weight.shape[:-1].numel(), weight.shape[-1]
-        if isinstance(weight, QuantisedMatrix):
-            kind = WeightType.INT8 if weight.kind == "int8" else WeightType.INT4
-            return self._weight(kind, weight.data, weight.scales, rows, cols)
-        kinds = {torch.float32: WeightType.F32, torch.bfloat16: WeightType.BF16}
-        return self._weight(kinds[weight.dtype], weight.detach(), None, rows, cols)
+        return _native.Weight(_native.WeightType[layout.type], data, floats(scales), rows, cols)
 
     def multiplied(self, matrix: Matrix) -> _native.Weight:
-        """The weight of a linear layer or a head, in panels from now on where it fits."""
-        panels = matrix.to_panels_()
-        return self.matrix(matrix.stored) if panels is None else self.panels(panels)
-
-    def panels(self, panels: Panels) -> _native.Weight:
-        """A weight in panels."""
-        from gemma_mtp._native import WeightType
-
-        return self._weight(WeightType.PANELS, panels.data, None, *panels.data.shape)
+        """The weight of a linear layer or a head, which the model keeps in panels from now on where it fits."""
+        matrix.convert_(Panels)
+        return self.matrix(matrix.stored)
 
     def vector(self, tensor: Tensor | None) -> Floats:
         """Address of a float32 vector; 0 for none."""
         return floats(None if tensor is None else self._kept(tensor.detach().float()))
-
-    def _weight(
-        self, kind: _native.WeightType, data: Tensor, scales: Tensor | None, rows: int, cols: int
-    ) -> _native.Weight:
-        from gemma_mtp._native import Weight
-
-        place = cast("Bytes", self._kept(data).data_ptr())
-        return Weight(kind, place, floats(None if scales is None else self._kept(scales)), rows, cols)
 
     def _kept(self, tensor: Tensor) -> Tensor:
         self.tensors.append(tensor.contiguous())

@@ -48,11 +48,11 @@ class ReferenceBackend:
 
     @property
     def device(self) -> torch.device:
-        return self.target.embed_tokens.weight.device
+        return self.target.embed_tokens.device
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        return self.target.embed_tokens.weight.dtype
+        return self.target.embed_tokens.dtype
 
     @property
     def identity(self) -> Mapping[str, str | int]:

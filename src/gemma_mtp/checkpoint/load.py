@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import (
     Contents,
     check_headers,
+    empty_model,
     family_table,
     read_contents,
     read_drafter_config,
@@ -18,16 +20,17 @@ from gemma_mtp.checkpoint.read import (
     report,
 )
 from gemma_mtp.checkpoint.source import Location, Source
-from gemma_mtp.checkpoint.tensors import SCALES, copy_tensors, stored_tensors
+from gemma_mtp.checkpoint.tensors import copy_tensors, stored_tensors, stored_views
+from gemma_mtp.config import DrafterConfig
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes
 
 logger = logging.getLogger("gemma_mtp")
 
 _Model = TypeVar("_Model", Target, Drafter)
+ORDERING = "masked_embedding.token_ordering"
 
 
 def load_target(
@@ -41,15 +44,15 @@ def load_target(
 
     `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so. What is
     not as it should be but can be loaded is logged, or refused with `strict`. Peak memory: the weights as they are
-    kept, plus 32 MB of mapped file and as much again where it is quantised. Raises CheckpointError, ConfigError or
-    QuantisationError.
+    kept, plus a piece of 32 MB as it is stored and as much again where it is quantised. Raises CheckpointError,
+    ConfigError or QuantisationError.
     """
     source = open_source(location)
     contents = read_contents(source, read_target_config(source))
     report(location, contents.notes, strict)
-    with torch.device("meta"):
-        model = Target(contents.config.text)
-    return _load(source, model, contents, dtype, device, types or WeightTypes())
+    target = planned_model(source, contents, dtype, types)
+    assert isinstance(target, Target)
+    return _load(source, target, contents, device)
 
 
 def load_drafter(
@@ -63,43 +66,55 @@ def load_drafter(
     source = open_source(location, "drafter")
     contents = read_contents(source, read_drafter_config(source))
     report(location, contents.notes, strict)
-    with torch.device("meta"):
-        model = Drafter(contents.config)
-    drafter = _load(source, model, contents, dtype, device, types or WeightTypes())
-    head = drafter.masked_embedding
-    if head is not None:
-        expected = torch.arange(contents.config.text.vocab_size, device=head.token_ordering.device)
-        if not torch.equal(head.token_ordering.sort().values, expected):
-            raise CheckpointError(
-                f"{source.path}: masked_embedding.token_ordering must list every token id once, but does not;"
-                " the checkpoint is damaged: copy it again."
-            )
-    return drafter
+    drafter = planned_model(source, contents, dtype, types)
+    assert isinstance(drafter, Drafter)
+    return _load(source, drafter, contents, device)
 
 
-def _load(
-    source: Source,
-    model: _Model,
-    contents: Contents[Any],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    types: WeightTypes,
-) -> _Model:
+def planned_model(
+    source: Source, contents: Contents[Any], dtype: torch.dtype, types: WeightTypes | None
+) -> Target | Drafter:
+    """Returns the model as it is to be loaded, without memory. Raises what `load_target` does for what is stored."""
+    model = empty_model(contents.config, contents.types, dtype)
+    check_headers(stored_tensors(model.checkpoint_tensors()), contents)
+    if isinstance(model, Drafter):
+        _check_ordering(source, contents)
+    model.quantise_(types or WeightTypes())
+    return model
+
+
+def additions(contents: Contents[Any], names: Iterable[str]) -> dict[str, float]:
+    """Returns what the family adds to stored tensors, by name, where it adds something."""
+    family = family_table(contents.config)
+    return {name: number for name in names if (number := family.added(name))}
+
+
+def _check_ordering(source: Source, contents: Contents[DrafterConfig]) -> None:
+    """Raises CheckpointError where a centroid head's order of tokens is damaged."""
+    if not contents.config.use_ordered_embeddings:
+        return
+    (ordering,) = source.read([(contents.headers[ORDERING], None)])
+    if not torch.equal(ordering.long().sort().values, torch.arange(contents.config.text.vocab_size)):
+        raise CheckpointError(
+            f"{source.path}: {ORDERING} must list every token id once, but does not; the checkpoint is damaged: copy it"
+            " again."
+        )
+
+
+def _load(source: Source, model: _Model, contents: Contents[Any], device: torch.device | str) -> _Model:
     skipped = contents.unused
     if skipped:
         size = sum(header.nbytes for header in skipped) / 1e6
         logger.info("skipped %d tensors (%.1f MB) that text decoding does not use", len(skipped), size)
-    model = model.to(dtype)
-    model.quantise_(contents.types)
-    stored = stored_tensors(model.checkpoint_tensors())
-    check_headers(stored, contents)
-    model.quantise_(types)
-    model = model.to_empty(device=device)
-    views: dict[str, Weight] = {}
-    for name, weight in model.checkpoint_tensors().items():
-        views |= stored_tensors({name: weight}) if name + SCALES in stored else {name: weight}
-    family = family_table(contents.config)
-    added = {name: number for name in views if (number := family.added(name))}
+    nbytes = sum(weight.nbytes for weight in model.checkpoint_tensors().values())
+    try:
+        model = model.to_empty(device=device)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise CheckpointError(
+            f"{source.path} takes {nbytes / 1e9:.1f} GB of memory, which {device} does not give"
+            f" ({str(error).splitlines()[0]}); quantise it while loading, or take a smaller one."
+        ) from None
+    views = stored_views(model.checkpoint_tensors(), contents.headers)
     with torch.no_grad():
-        copy_tensors(source, views, contents.headers, added)
+        copy_tensors(source, views, contents.headers, additions(contents, views))
     return model.eval().requires_grad_(False)

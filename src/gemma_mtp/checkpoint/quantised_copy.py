@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint.load import load_drafter, load_target
+from gemma_mtp.checkpoint.load import additions, planned_model
 from gemma_mtp.checkpoint.open import open_source
-from gemma_mtp.checkpoint.read import read_config, stored_dtypes
-from gemma_mtp.checkpoint.save import save_drafter, save_target
-from gemma_mtp.checkpoint.source import Location
-from gemma_mtp.config import TargetConfig
-from gemma_mtp.errors import CheckpointError, QuantisationError
+from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, report, stored_dtypes
+from gemma_mtp.checkpoint.save import stored_name, write_shards
+from gemma_mtp.checkpoint.source import Location, Source
+from gemma_mtp.checkpoint.tensors import converted_tensors, stored_tensors, stored_views
+from gemma_mtp.config import TargetConfig, drafter_config_to_hf, target_config_to_hf
+from gemma_mtp.errors import QuantisationError
+from gemma_mtp.files.replace import new_directory
 from gemma_mtp.json_files import write_json
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
 
 
@@ -25,8 +26,9 @@ def write_quantised_copy(location: Location, out: str | Path, types: WeightTypes
     """Write a target's text model, or a drafter, to the new directory `out`, quantised, with its tokenizer's files.
 
     `config.json` is the source's, with a `quantization_config`. Returns how the parts of the copy are quantised. The
-    copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. Peak memory
-    is that of `load_target`, and `strict` as there. Raises CheckpointError, ConfigError or QuantisationError.
+    copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. The model is
+    never in memory: weights are read, quantised and written piece by piece, and peak memory is some hundred MB however
+    large they are. `strict` as in `load_target`. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
     config = read_config(source)
@@ -35,43 +37,43 @@ def write_quantised_copy(location: Location, out: str | Path, types: WeightTypes
     if not wanted:
         raise QuantisationError(f"{source.path} is a {kind}, and no part of a {kind} was asked to be quantised.")
     dtype = _dtype(stored_dtypes(source))
-    with _new_directory(Path(out)) as directory:
-        if isinstance(config, TargetConfig):
-            target = load_target(source, dtype, types=wanted, strict=strict)
-            save_target(target, config, directory, dtype)
-            made, tied = target.weight_types, target.lm_head is None
-        else:
-            drafter = load_drafter(source, dtype, types=wanted, strict=strict)
-            save_drafter(drafter, config, directory, dtype)
-            made, tied = drafter.weight_types, drafter.lm_head is None
+    with new_directory(Path(out)) as directory:
+        contents = read_contents(source, config)
+        report(location, contents.notes, strict)
+        _check_written(contents)
+        model = planned_model(source, contents, dtype, wanted)
+        _write_weights(source, model, contents, directory)
         written: dict[str, Any] = {
-            "quantization_config": weight_types_to_hf(made), "dtype": str(dtype).removeprefix("torch."),
+            "quantization_config": weight_types_to_hf(model.weight_types), "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
+        tied = model.lm_head is None
         if tied != config.text.tie_word_embeddings:  # the weights decided otherwise
             written["tie_word_embeddings"] = tied
         write_json(directory / "config.json", {**source.config(), **written})
         source.copy_companions(directory)
-    return made
+    return model.weight_types
+
+
+def _write_weights(source: Source, model: Target | Drafter, contents: Contents[Any], directory: Path) -> None:
+    """Write what loading would keep in memory, under the official names."""
+    weights = model.checkpoint_tensors()
+    views = stored_views(weights, contents.headers)
+    layout = {
+        stored_name(name, contents.config): (tensor.dtype, tensor.shape)
+        for name, tensor in stored_tensors(weights).items()
+    }
+    values = converted_tensors(source, views, contents.headers, additions(contents, views))
+    named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
+    write_shards(directory, layout, named)
+
+
+def _check_written(contents: Contents[Any]) -> None:
+    """Raises ConfigError for a model that can be read only."""
+    config = contents.config
+    _ = target_config_to_hf(config) if isinstance(config, TargetConfig) else drafter_config_to_hf(config)
 
 
 def _dtype(stored: set[str]) -> torch.dtype:
     """One that holds every stored one's values."""
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16}
     return dtypes.get(next(iter(stored)), torch.float32) if len(stored) == 1 else torch.float32
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill beside `path`, renamed to it at the end, or removed where filling it fails."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already and is no empty directory; give a new one.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} can not be written: {error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, missing_tensor, unused_tensors
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Location, Source, StoredTensor
-from gemma_mtp.checkpoint.tensors import SCALES, allowed_dtypes, same_values, stored_tensors
+from gemma_mtp.checkpoint.tensors import allowed_dtypes, same_values, stored_tensors
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig, parse_drafter_config, parse_target_config
 from gemma_mtp.config.fields import config_notes
 from gemma_mtp.config.generation import GenerationDefaults, parse_generation_config
@@ -24,6 +24,7 @@ from gemma_mtp.families.known import family_of
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, parse_quantization_config
+from gemma_mtp.weights.base import SCALES
 
 logger = logging.getLogger("gemma_mtp")
 
@@ -116,10 +117,13 @@ def read_contents(location: Location, config: _Config) -> Contents[_Config]:
     )
 
 
-def empty_model(config: TargetConfig | DrafterConfig, types: WeightTypes) -> Target | Drafter:
-    """Returns the model without memory, quantised so, for the names and shapes of its tensors."""
+def empty_model(
+    config: TargetConfig | DrafterConfig, types: WeightTypes, dtype: torch.dtype = torch.float32
+) -> Target | Drafter:
+    """Returns the model without memory, quantised so, for the names, shapes and dtypes of its tensors."""
     with torch.device("meta"):
         model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
+    model = model.to(dtype)
     model.quantise_(types)
     return model
 

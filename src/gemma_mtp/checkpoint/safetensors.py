@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_mtp.checkpoint.names import find_tensors
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, Piece, StoredTensor
+from gemma_mtp.checkpoint.pieces import read_pieces
+from gemma_mtp.checkpoint.source import Piece, StoredTensor
+from gemma_mtp.checkpoint.tensor_files import headers_of
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.json_files import existing, read_json
 from gemma_mtp.tokenizer import Tokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
-#: a file is opened anew after so many bytes, so that the pages mapped for tensors already copied are given back
-MAPPED_BYTES = 32 << 20
 #: files that a copy takes along, where the checkpoint has them
 KEPT_FILES = (
     GENERATION_FILE, "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -66,17 +65,20 @@ class SafetensorsSource:
     def _tensors(self) -> dict[str, StoredTensor]:
         headers: dict[str, StoredTensor] = {}
         for file in _weight_files(self.path):
-            headers |= _file_headers(file)
+            for name, tensor in headers_of(file, read_header(file).entries).items():
+                if name in headers:
+                    raise CheckpointError(
+                        f"{self.path} holds {name} twice, in {headers[name].file.name} and in {file.name}; copy the"
+                        " checkpoint again."
+                    )
+                headers[name] = tensor
         return headers
 
     def places(self, needed: Collection[str], optional: Collection[str] = ()) -> dict[str, str]:
         return find_tensors(self.tensors(), needed, optional)
 
     def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
-        for batch in _batches(pieces):
-            with safe_open(batch[0][0].file, "pt") as tensors:
-                for tensor, rows in batch:
-                    yield tensors.get_slice(tensor.name)[... if rows is None else rows]
+        return read_pieces(pieces)
 
     def notes(self) -> list[str]:
         """Returns a sentence where it is not plain which files are loaded."""
@@ -90,44 +92,6 @@ class SafetensorsSource:
                 kept = directory / path.relative_to(self.path)
                 kept.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, kept)
-
-
-def _file_headers(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a file by its name. Raises CheckpointError where it is truncated or damaged."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            entries = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-            return {name: _stored(file, name, entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} can not be read as safetensors ({error}); it is truncated or damaged: copy it again."
-        ) from None
-
-
-def _stored(file: Path, name: str, dtype: str, shape: Iterable[int]) -> StoredTensor:
-    sizes = tuple(shape)
-    return StoredTensor(file, name, dtype, sizes, math.prod(sizes) * {**FLOAT_DTYPES, **INTEGER_DTYPES}.get(dtype, 1))
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that follow each other, of one file and of at most `MAPPED_BYTES` together; a larger one is alone."""
-    batch: list[Piece] = []
-    size = 0
-    for tensor, rows in pieces:
-        nbytes = _piece_bytes(tensor, rows)
-        if batch and (size + nbytes > MAPPED_BYTES or tensor.file != batch[0][0].file):
-            yield batch
-            batch, size = [], 0
-        batch.append((tensor, rows))
-        size += nbytes
-    if batch:
-        yield batch
-
-
-def _piece_bytes(tensor: StoredTensor, rows: slice | None) -> int:
-    if rows is None:
-        return tensor.nbytes
-    return len(range(*rows.indices(tensor.shape[0]))) * tensor.nbytes // tensor.shape[0]
 
 
 def _weight_files(directory: Path) -> list[Path]:

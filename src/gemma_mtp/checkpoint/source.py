@@ -5,29 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma_mtp.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: names of the dtypes we load, which are safetensors', and their size in bytes
 FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 INTEGER_DTYPES = {"I64": 8, "I32": 4}
-#: names of what quantised matrices are stored as
-QUANTISED_DTYPES = {torch.int8: "I8", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """How one tensor is stored: the file it is in, its name there, dtype, shape and bytes."""
+    """How one tensor is stored: the file it is in, its name there, dtype, shape, bytes, and where they begin."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 #: a tensor, or a range of its rows
@@ -74,7 +73,7 @@ class Source(Protocol):
     def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         """Yields the values of each piece as they are stored, on the CPU, in order.
 
-        A value may be a view of a mapped file: copy it, and let go of it before the next.
+        No more is in memory than the pieces that the caller still holds (`pieces.read_pieces`).
         """
         ...
 

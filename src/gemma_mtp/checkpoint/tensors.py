@@ -2,52 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, QUANTISED_DTYPES, Piece, Source, StoredTensor
-from gemma_mtp.ops.quantise import QuantisedMatrix, Weight
+from gemma_mtp.checkpoint.pieces import NAMES
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, Piece, Source, StoredTensor
+from gemma_mtp.weights.base import SCALES, Weight
+from gemma_mtp.weights.dense import Dense
 
-#: a quantised matrix is stored under the official name, and its scales under the same with this at its end, which no
-#: official name has (a router's per_expert_scale comes near)
-SCALES = "_scales"
 #: what is read of a tensor at once
 PIECE_BYTES = 32 << 20
 
 
 def stored_tensors(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """The tensors a file holds of them: of a quantised matrix its data and its scales."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, QuantisedMatrix):
-            tensors |= {name: weight.data, name + SCALES: weight.scales}
-        else:
-            tensors[name] = weight
-    return tensors
+    return {stored: tensor for name, weight in weights.items() for stored, tensor in weight.saved(name).items()}
 
 
 def allowed_dtypes(dtype: torch.dtype) -> Iterable[str]:
     """Names of what may be stored for a tensor of `dtype`."""
-    if dtype in QUANTISED_DTYPES:
-        return [QUANTISED_DTYPES[dtype]]
+    if dtype in (torch.int8, torch.uint8):  # what quantised matrices are stored as
+        return [NAMES[dtype]]
     return FLOAT_DTYPES if dtype.is_floating_point else INTEGER_DTYPES
+
+
+def stored_views(weights: Mapping[str, Weight], stored: Collection[str]) -> dict[str, Weight]:
+    """What stored tensors are copied into, by their names: a matrix that is stored quantised has two."""
+    views: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if name + SCALES in stored:
+            views.update((part, Dense(tensor)) for part, tensor in weight.saved(name).items())
+        else:
+            views[name] = weight
+    return views
 
 
 def copy_tensors(
     source: Source, views: Mapping[str, Weight], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
 ) -> None:
-    """Copy every stored tensor into the view of the same name, converted to its dtype, file by file.
+    """Copy every stored tensor into the view of the same name, converted to its dtype or quantised, piece by piece."""
+    for name, rows, value in read_values(source, views, headers, added):
+        view = views[name] if rows is None else views[name][rows]
+        view.copy_(value)
+
+
+def converted_tensors(
+    source: Source, views: Mapping[str, Weight], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Yields what `copy_tensors` would make of every stored tensor, piece by piece, without memory for the whole.
+
+    `views` may be on "meta". Each piece comes with the name of a tensor of `stored_tensors(views)` and the first of the
+    rows that it has of it.
+    """
+    for name, rows, value in read_values(source, views, headers, added):
+        view, first = views[name], 0 if rows is None else rows.start
+        for part, tensor in view.like(value).saved(name).items():
+            yield part, first, tensor
+
+
+def read_values(
+    source: Source, names: Iterable[str], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
+) -> Iterator[tuple[str, slice | None, Tensor]]:
+    """Yields every stored tensor by its name, file by file as it lies there, in pieces: all of it (None) or rows of it.
 
     `added` holds the numbers to be added to some of them, in float32.
     """
-    names = sorted(views, key=lambda name: headers[name].file)
-    places = [(name, rows) for name in names for rows in _pieces(headers[name])]
+    in_order = sorted(names, key=lambda name: (headers[name].file, headers[name].offset))
+    places = [(name, rows) for name in in_order for rows in pieces(headers[name].shape, headers[name].nbytes)]
     values = source.read((headers[name], rows) for name, rows in places)
     for (name, rows), value in zip(places, values, strict=True):
-        view = views[name] if rows is None else views[name][rows]
-        view.copy_(value.float() + added[name] if name in added else value)
+        yield name, rows, value.float() + added[name] if name in added else value
 
 
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:
@@ -55,12 +81,12 @@ def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
     wider = max(one, other, key=lambda header: header.nbytes)
-    values = source.read(_in_turn(one, other, _pieces(wider)))
+    values = source.read(_in_turn(one, other, pieces(wider.shape, wider.nbytes)))
     return all(_equal(a, b) for a, b in zip(values, values, strict=True))
 
 
-def _in_turn(one: StoredTensor, other: StoredTensor, pieces: Iterable[slice | None]) -> Iterator[Piece]:
-    for rows in pieces:
+def _in_turn(one: StoredTensor, other: StoredTensor, ranges: Iterable[slice | None]) -> Iterator[Piece]:
+    for rows in ranges:
         yield one, rows
         yield other, rows
 
@@ -69,10 +95,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
 
 
-def _pieces(header: StoredTensor) -> list[slice | None]:
-    """The whole tensor (None), or ranges of its rows that fit into `PIECE_BYTES`."""
-    if header.nbytes <= PIECE_BYTES or not header.shape:
+def pieces(shape: Sequence[int], nbytes: int) -> list[slice | None]:
+    """The whole of a tensor (None), or ranges of its rows that fit into `PIECE_BYTES`."""
+    if nbytes <= PIECE_BYTES or not shape:
         return [None]
-    count = header.shape[0]
-    step = max(1, PIECE_BYTES * count // header.nbytes)
-    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+    step = max(1, PIECE_BYTES * shape[0] // nbytes)
+    return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]

@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
@@ -25,9 +26,33 @@ from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
+from gemma_mtp.interrupts import INTERRUPTED, interruptible
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type for flags, which take no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
+class Commands(TyperGroup):
+    """The same for the options before a command's name."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
+def _without_types_of_flags(params: Any) -> Any:
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
 
 app = typer.Typer(
     name="gemma-mtp",
+    cls=Commands,
     help="Decode Gemma 4 models faster with Multi-Token-Prediction drafters, and with exactly the same output.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,21 +60,11 @@ app = typer.Typer(
 )
 
 
-def run() -> None:
-    """Entry point of the `gemma-mtp` script and of `python -m gemma_mtp`."""
-    sys.exit(main())
-
-
-app.command()(grouped(generate))
-app.command()(inspect)
-app.command()(grouped(plan))
-app.command()(pull)
-app.command()(grouped(doctor))
-app.command()(grouped(train))
-app.command()(quantize)
-app.command()(grouped(acceptance))
-app.command()(grouped(serve))
-app.command()(grouped(bench_serve))
+for command in (
+    grouped(generate), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, grouped(acceptance),
+    grouped(serve), grouped(bench_serve),
+):  # fmt: skip
+    app.command(cls=Command)(command)
 
 
 def _version(wanted: bool) -> None:
@@ -68,24 +83,29 @@ def common(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 3 (what was trained is
-    worse), 130 (interrupted)."""
+    worse), 4 (the limit cut an output that a grammar was to make whole), 130 (interrupted)."""
     print_anything()
-    try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except GemmaMtpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output left, which is its right
-        _discard_output()
-        return 0
-    except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
-        if error.filename is None:
+    with interruptible() as interrupted:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+        except GemmaMtpError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our output left, which is its right
             _discard_output()
-        return 2
+            return 0
+        except OSError as error:
+            print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
+            if error.filename is None:
+                _discard_output()
+            return 2
+        except Exception:
+            if interrupted():  # while a library was imported that turned it into an error of its own
+                return INTERRUPTED
+            raise
     return code
 
 

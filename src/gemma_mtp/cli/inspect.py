@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from gemma_mtp import checkpoint
-from gemma_mtp.checkpoint import read_drafter_config, read_target_config
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
-from gemma_mtp.config.pairing import pair_verdict
 from gemma_mtp.locate import Role, locate
-from gemma_mtp.measure.memory import CheckpointReport, inspect_checkpoint
+
+if TYPE_CHECKING:
+    from gemma_mtp.measure.memory import CheckpointReport
 
 
 def inspect(
@@ -29,6 +28,10 @@ def inspect(
     Reads configurations and file headers, and no weights but those of a head that the configuration ties to the
     embedding. Exits with 1 if the pair does not fit.
     """
+    from gemma_mtp import checkpoint
+    from gemma_mtp.config.pairing import pair_verdict
+    from gemma_mtp.measure.memory import inspect_checkpoint
+
     roles: dict[Role, Path | None] = {"target": directory, "drafter": drafter}
     paths = [locate(path, role) for role, path in roles.items() if path is not None]
     reports = [inspect_checkpoint(path) for path in paths]
@@ -36,7 +39,7 @@ def inspect(
         checkpoint.report(path, report.notes, strict)
     verdict = None
     if drafter is not None:
-        verdict = pair_verdict(read_target_config(directory), read_drafter_config(drafter))
+        verdict = pair_verdict(checkpoint.read_target_config(directory), checkpoint.read_drafter_config(drafter))
     if as_json:
         content = {"checkpoints": [report.to_dict() for report in reports]}
         pair = {} if drafter is None else {"pair": {"fits": verdict is None, "reason": verdict}}

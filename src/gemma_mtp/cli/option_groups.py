@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
 import typer
+
+from gemma_mtp.errors import OptionError
 
 Group = TypeVar("Group")
 #: in place of a default
@@ -27,14 +29,19 @@ def group(panel: str) -> Callable[[type[Group]], type[Group]]:
     return made
 
 
-def option(default: Any, help: str, *names: str, **more: Any) -> Any:
-    """A field's option, `--` and the field's name unless `names` has a long one. `more` is what typer.Option takes."""
+def option(default: Any, help: str, *names: str, needs: str | None = None, **more: Any) -> Any:
+    """A field's option, `--` and the field's name unless `names` has a long one. `more` is what typer.Option takes.
+
+    `needs` is the option without which this one has no effect, such as "--json". The help says so, and the command
+    refuses it where only this one is given.
+    """
+    text = help if needs is None else f"With {needs}: {help[0].lower()}{help[1:]}"
 
     def read(name: str, panel: str) -> Any:
         all_names = names if any(given.startswith("--") for given in names) else (name, *names)
-        return typer.Option(*all_names, help=help, rich_help_panel=panel, **more)
+        return typer.Option(*all_names, help=text, rich_help_panel=panel, **more)
 
-    return field(default=default, metadata={"read": read})
+    return field(default=default, metadata={"read": read, "names": names, "needs": needs})
 
 
 def argument(default: Any, help: str) -> Any:
@@ -45,12 +52,15 @@ def argument(default: Any, help: str) -> Any:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Returns a command of groups as typer reads it, with one parameter for each option.
 
-    Raises ValueError where two options have the same name.
+    It raises OptionError for an option that is given without the one it needs. Raises ValueError where two options have
+    the same name.
     """
     groups = {name: kind for name, kind in get_type_hints(command).items() if name != "return"}
+    all_fields = [f for kind in groups.values() for f in fields(kind)]
 
     @functools.wraps(command)
     def called(**values: Any) -> None:
+        _check_needs(all_fields, values)
         command(**{name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()})
 
     options = [parameter for kind in groups.values() for parameter in _parameters(kind)]
@@ -62,6 +72,23 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: Any) -> Iterator[Parameter]:
     kinds = get_type_hints(group)
     for f in fields(group):
-        read = f.metadata["read"](f"--{f.name.replace('_', '-')}", group.panel)
+        read = f.metadata["read"](_dashed(f), group.panel)
         default = Parameter.empty if f.default is MISSING else f.default
         yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kinds[f.name], read])
+
+
+def _check_needs(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) -> None:
+    given = {long_name(f) for f in all_fields if values[f.name] != f.default}
+    for f in all_fields:
+        needs = f.metadata.get("needs")
+        if needs is not None and long_name(f) in given and needs not in given:
+            raise OptionError(f"{long_name(f)} has no effect without {needs}; give both, or leave it out.")
+
+
+def long_name(option: Field[Any]) -> str:
+    """What an option is called on the command line, such as --max-tokens."""
+    return next((name for name in option.metadata.get("names", ()) if name.startswith("--")), _dashed(option))
+
+
+def _dashed(option: Field[Any]) -> str:
+    return f"--{option.name.replace('_', '-')}"

@@ -1,20 +1,26 @@
-"""Options and groups of options that several commands have, said once."""
+"""Options and groups of options that several commands have, said once.
+
+Modules of options import nothing that does work: the help and the completion of a command take no longer than to read
+what it is called with. What does the work is imported where a command runs.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_mtp.backend.native import set_threads
 from gemma_mtp.cli.option_groups import group, option
-from gemma_mtp.datasets import Example, read_examples
-from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import PromptError, SamplingError
+from gemma_mtp.locate import bundled_directory, find_drafter, locate
+
+if TYPE_CHECKING:
+    from gemma_mtp.datasets import Example
+    from gemma_mtp.decoding.draft_length import DraftTokens
+    from gemma_mtp.engine.pair import Pair
 
 DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and stopping"
 GRAMMAR, OUTPUT = "Constrained output", "Output"
@@ -25,6 +31,8 @@ def use_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
         raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
     if threads is not None:
+        from gemma_mtp.backend.native import set_threads
+
         set_threads(threads)
 
 
@@ -41,13 +49,14 @@ def parse_draft_tokens(text: str) -> DraftTokens:
 # help of options that several groups have
 TARGET = "Target: a directory, bundled, or a name on the Hugging Face hub (see pull); default: the bundled pair."
 DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
+NO_DRAFTER = "Decode without a drafter."
 DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: one for each core."
 STRICT = "Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning."
 QUANTIZE = (
-    "Quantise while loading: int8, int4, or parts, such as target=int4,drafter=int8; the parts are target, embeddings,"
-    " drafter and drafter-head."
+    "Quantise while loading: int8, int4, q8_0, or parts, such as target=int4,drafter=int8; the parts are target,"
+    " embeddings, drafter and drafter-head."
 )
 VERIFICATION = (
     "exact: the very tokens of plain decoding; rejection, block: the same distribution, more accepted at high"
@@ -65,7 +74,7 @@ class PairOptions:
 
     target: Path | None = option(None, TARGET)
     drafter: Path | None = option(None, DRAFTER)
-    no_drafter: bool = option(False, "Decode without a drafter.")
+    no_drafter: bool = option(False, NO_DRAFTER)
     dtype: str = option("auto", DTYPE)
     quantize: str | None = option(None, QUANTIZE)
     strict: bool = option(False, STRICT)
@@ -73,14 +82,32 @@ class PairOptions:
     threads: int | None = option(None, THREADS)
 
     def check(self) -> None:
-        if self.no_drafter and self.drafter is not None:
-            raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+        check_exclusive(self.drafter, self.no_drafter)
 
     def load(self) -> Pair:
+        from gemma_mtp.engine.pair import load_pair
+
         return named(load_pair(
             self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
             quantize=self.quantize, strict=self.strict,
         ))  # fmt: skip
+
+
+def check_exclusive(drafter: Path | str | None, no_drafter: bool) -> None:
+    """Raises PromptError where a drafter is given, and none wanted."""
+    if no_drafter and drafter is not None:
+        raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+
+
+def check_drafter(needed_by: str, target: Path | None, drafter: Path | None) -> None:
+    """Before anything is loaded: PromptError where a drafter is neither given nor found by the target's name."""
+    path = None if target is None else locate(target)
+    if path is not None and path.exists() and drafter is None and find_drafter(path) is None:
+        raise no_drafter(needed_by)
+
+
+def no_drafter(needed_by: str) -> PromptError:
+    return PromptError(f"{needed_by} needs a drafter; give --drafter, or no --target for the bundled pair.")
 
 
 def named(pair: Pair) -> Pair:
@@ -108,6 +135,8 @@ def sources_of(data: Sequence[Path] | None) -> Sequence[Path]:
 
 def spread(sources: Sequence[Path], pattern: str, limit: int) -> list[Example]:
     """At most `limit` examples, evenly spread. Reads twice instead of holding everything in memory."""
+    from gemma_mtp.datasets import read_examples
+
     count = sum(1 for _ in read_examples(sources, pattern))
     chosen = {i * count // limit for i in range(limit)} if count > limit else range(count)
     return [example for i, example in enumerate(read_examples(sources, pattern)) if i in chosen]

@@ -1,29 +1,18 @@
-"""A progress display for what takes longer than two seconds, on a terminal only."""
+"""A progress display for what takes longer than two seconds."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
-PATIENCE_SECONDS = 2.0
+from gemma_mtp.progress import Display
 
 
 @contextmanager
-def progress(message: str) -> Iterator[Callable[[str], None]]:
-    """Show `message` on stderr once two seconds have passed. The callable given changes it."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    status = console.status(message)
-    timer = threading.Timer(PATIENCE_SECONDS, status.start)
-    timer.start()
-    try:
-        yield status.update
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()
+def progress(message: str) -> Iterator[Callable[..., None]]:
+    """Show `message` on stderr while the work takes longer than two seconds.
+
+    The callable given changes it, and takes the share that is done where that is known.
+    """
+    with Display(message) as display:
+        yield lambda text, share=None: display.show("", share, name=text)

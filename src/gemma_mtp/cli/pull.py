@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-MODELS = "Models"
+from gemma_mtp.cli import options
+from gemma_mtp.cli.options import MODELS
 
 
 def pull(
@@ -21,7 +22,12 @@ def pull(
         bool, typer.Option("--no-drafter", help="Download the model alone.", rich_help_panel=MODELS)
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit; default: the newest.", rich_help_panel=MODELS)
+        str | None,
+        typer.Option(
+            help="A branch, tag or commit of the model, which then goes by the directory that is printed; default: the"
+            " newest.",
+            rich_help_panel=MODELS,
+        ),
     ] = None,
 ) -> None:
     """Download a model and its drafter into the Hugging Face cache.
@@ -29,11 +35,13 @@ def pull(
     Weights in safetensors, configurations and the tokenizer only, no pickles. After it, every command takes the name
     offline. HF_ENDPOINT, HF_HOME and HF_TOKEN say from where, to where and as whom.
     """
+    options.check_exclusive(drafter, no_drafter)
+
     from gemma_mtp.hub import download
     from gemma_mtp.locate import DRAFTER_SUFFIX
 
     print(f"{model}: {_shown(download(model, revision))}", flush=True)
-    if no_drafter or model.endswith(DRAFTER_SUFFIX):
+    if no_drafter or (drafter is None and model.endswith(DRAFTER_SUFFIX)):
         return
     name = drafter or model + DRAFTER_SUFFIX
     place = download(name, None, optional=drafter is None)

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import options
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.weight_types import parse_weight_types
 
 
@@ -18,7 +16,7 @@ def quantize(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the quantised copy.")],
     kinds: Annotated[
-        str, typer.Option("--quantize", help="int8, int4, or parts, as for generate --quantize.", metavar="KINDS")
+        str, typer.Option("--quantize", help="int8, int4, q8_0, or parts, as for generate --quantize.", metavar="KINDS")
     ] = "int8",
     strict: options.Strict = False,
 ) -> None:
@@ -27,6 +25,9 @@ def quantize(
     It gives the same output as quantising while loading, bit for bit. Its config.json says what is quantised; other
     programs than gemma-mtp can not read its weights.
     """
+    from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
+    from gemma_mtp.measure.memory import inspect_checkpoint
+
     before = inspect_checkpoint(directory)
     types = parse_weight_types(kinds)
     with progress("quantising"):

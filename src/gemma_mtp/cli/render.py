@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma_mtp.engine.result import GenerationResult, TokenKind, token_kinds
+from gemma_mtp.engine.result import FinishReason, GenerationResult, TokenKind, token_kinds
 from gemma_mtp.tokenizer import Tokenizer
 
 ShownKind = Literal["first", "accepted", "corrected", "bonus"]
@@ -25,6 +25,10 @@ KINDS: dict[ShownKind, tuple[str, str, str]] = {
     "corrected": ("bold red", "[", "]"),
     "bonus": ("bold cyan", "{", "}"),
 }
+#: why an output ended
+ENDS: dict[FinishReason, str] = {
+    "stop": "a stop condition (stop)", "length": "the length limit (length)", "cancelled": "a cancellation",
+}  # fmt: skip
 EXPLANATIONS: dict[ShownKind, str] = {
     "first": "from the prefill",
     "accepted": "drafted, and what the target would have said",
@@ -67,10 +71,11 @@ def print_drafts(console: Console, result: GenerationResult, tokenizer: Tokenize
 
 
 def summary(result: GenerationResult) -> str:
-    """One line: tokens, time, speed, and what drafting did."""
+    """One line: tokens, why they ended, time, speed, and what drafting did."""
     tokens, rounds = len(result.token_ids), len(result.decode_rounds)
     line = (
-        f"{tokens} tokens, prefill {result.prefill_seconds:.2f} s, decode {result.decode_seconds:.2f} s"
+        f"{tokens} tokens, ended by {ENDS[result.finish_reason]}, prefill"
+        f" {result.prefill_seconds:.2f} s, decode {result.decode_seconds:.2f} s"
         f" ({result.tokens_per_second:.1f} tokens/s)"
     )
     if not result.drafted:
@@ -114,6 +119,8 @@ def to_json(result: GenerationResult) -> dict[str, Any]:
         "decode_seconds": result.decode_seconds,
         "tokens_per_second": result.tokens_per_second,
     }
+    if result.begin is not None:
+        content["thought"] = result.thought
     if result.logprobs is not None:
         content["logprobs"] = [
             {"token_id": entry.token_id, "logprob": entry.logprob, "top": [list(pair) for pair in entry.top]}

@@ -10,10 +10,8 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.option_groups import group, option
 from gemma_mtp.cli.options import DRAFTING, MODELS
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.engine.thread import EngineThread
-from gemma_mtp.errors import ServerError
+from gemma_mtp.errors import ServerError, missing_extra
 from gemma_mtp.locate import BUNDLED, is_hub_name
 from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 from gemma_mtp.text import check_text
@@ -109,7 +107,7 @@ def serve(
         from gemma_mtp.server import logs, run
         from gemma_mtp.server.service import Service
     except ModuleNotFoundError as error:
-        raise ServerError(f"serving needs {error.name}; install it with: pip install 'gemma-mtp[serve]'.") from None
+        raise ServerError(missing_extra("serve", error.name, "serve")) from None
     host, no_auth = listening.host, listening.no_auth
     if not keys and not no_auth and not run.is_loopback(host):
         raise ServerError(
@@ -122,6 +120,9 @@ def serve(
         allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
         draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
     )  # fmt: skip
+    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.engine.thread import EngineThread
+
     with run.listen(host, listening.port) as listener:
         with progress("loading"):
             pair = models.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -11,19 +11,14 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.option_groups import REQUIRED, group, option
 from gemma_mtp.cli.options import DATA, MODELS, use_threads
-from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.locate import locate
-from gemma_mtp.training.drafter_trainer import DrafterRecipe
-from gemma_mtp.training.environment import keep_freed_memory
-from gemma_mtp.training.gate import setting
-from gemma_mtp.training.losses import LOSSES, LossKind
-from gemma_mtp.training.parallel import joined_world
-from gemma_mtp.training.run import Outcome, run_training
-from gemma_mtp.training.settings import DataSettings, RunSettings
-from gemma_mtp.training.shapes import DrafterShape
-from gemma_mtp.training.step import Objective
-from gemma_mtp.weight_types import parse_weight_types
+
+if TYPE_CHECKING:
+    from gemma_mtp.training.drafter_trainer import DrafterRecipe
+    from gemma_mtp.training.losses import LossKind
+    from gemma_mtp.training.run import Outcome
+    from gemma_mtp.training.settings import DataSettings
 
 WRITING, LEARNING, RUNNING, GATE = "What decoding will use", "Learning", "Running", "The gate"
 #: exit code where the gate refuses what was trained
@@ -46,12 +41,12 @@ class ModelOptions:
 class ShapeOptions:
     """The shape of a new drafter; the fields have DrafterShape's names."""
 
-    hidden: int | None = option(None, "With --new: hidden size; default: the official one.")
-    intermediate: int | None = option(None, "With --new: width of the MLPs.")
-    heads: int | None = option(None, "With --new: query heads.")
-    layers: int = option(4, "With --new: layers, the last of them full, the others sliding.")
-    centroids: int | None = option(None, "With --new: a centroid head of so many clusters of tokens.")
-    centroid_top_k: int = option(32, "With --centroids: clusters whose tokens are scored.")
+    hidden: int | None = option(None, "Hidden size; default: the official one.", needs="--new")
+    intermediate: int | None = option(None, "Width of the MLPs.", needs="--new")
+    heads: int | None = option(None, "Query heads.", needs="--new")
+    layers: int = option(4, "Layers, the last of them full, the others sliding.", needs="--new")
+    centroids: int | None = option(None, "A centroid head of so many clusters of tokens.", needs="--new")
+    centroid_top_k: int = option(32, "Clusters whose tokens are scored.", needs="--centroids")
 
 
 @group(DATA)
@@ -81,7 +76,9 @@ class GateOptions:
     held_out: Path | None = option(None, "Data to measure acceptance on; default: a part of --data.")
     held_out_prompts: int = option(24, "Prompts that acceptance is measured on.")
     gate_steps: int | None = option(None, "Measure in the engine every so many steps too.")
-    patience: int | None = option(None, "Stop after so many measurements without gain; the best is kept.")
+    patience: int | None = option(
+        None, "Stop after so many measurements without gain; the best is kept.", needs="--gate-steps"
+    )
     draft_tokens: int = option(4, "Drafts a round when measuring.", "-k")
     gate_tokens: int = option(128, "Tokens a prompt when measuring.")
     force: bool = option(False, "Export even what is worse than the start.")
@@ -158,6 +155,15 @@ def train(
     _check(models, gate, learning, running)
     use_threads(running.threads)
     drafter = None if models.drafter is None else locate(models.drafter, "drafter")
+
+    from gemma_mtp.engine.pair import choose_device
+    from gemma_mtp.training.environment import keep_freed_memory
+    from gemma_mtp.training.parallel import joined_world
+    from gemma_mtp.training.run import run_training
+    from gemma_mtp.training.settings import RunSettings
+    from gemma_mtp.training.shapes import DrafterShape
+    from gemma_mtp.weight_types import parse_weight_types
+
     settings = RunSettings(
         target=locate(models.target), out=models.out, drafter=drafter, data=_data(data, gate, running),
         new=DrafterShape(**vars(shape)), recipe=_recipe(gate, decoding, learning, running),
@@ -169,14 +175,32 @@ def train(
     keep_freed_memory()
     log = console(stderr=True)
     with joined_world(choose_device(running.device)) as world:
-        outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
+        try:
+            outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
+        except KeyboardInterrupt:
+            if world.leads:
+                log.print(how_to_go_on(models.out), soft_wrap=True)
+            raise
     if outcome is not None:
         _report(outcome, models.out)
         if not outcome.exported:
             raise typer.Exit(REFUSED)
 
 
+def how_to_go_on(out: Path) -> str:
+    """What to do after Ctrl-C."""
+    from gemma_mtp.training.drafter_trainer import CHECKPOINT
+    from gemma_mtp.training.run import STATE
+
+    checkpoint = out / STATE / CHECKPOINT
+    if checkpoint.exists():
+        return f"interrupted; {checkpoint} keeps what was trained: go on by the same command with --resume."
+    return "interrupted before the first step; the same command goes on from the texts written so far."
+
+
 def _data(data: DataOptions, gate: GateOptions, running: RunningOptions) -> DataSettings:
+    from gemma_mtp.training.settings import DataSettings
+
     return DataSettings(
         tuple(data.data), data.pattern, gate.held_out, gate.held_out_prompts, data.length,
         data.regenerate or not data.as_is, data.as_is, data.max_new_tokens, data.written_tokens, data.cache,
@@ -187,8 +211,11 @@ def _data(data: DataOptions, gate: GateOptions, running: RunningOptions) -> Data
 def _recipe(
     gate: GateOptions, decoding: DecodingOptions, learning: LearningOptions, running: RunningOptions
 ) -> DrafterRecipe:
+    from gemma_mtp.training.drafter_trainer import DrafterRecipe
+    from gemma_mtp.training.step import Objective
+
     objective = Objective(
-        cast(LossKind, learning.loss), learning.draft_steps, learning.step_decay, learning.own_tokens, decoding.top_k,
+        cast("LossKind", learning.loss), learning.draft_steps, learning.step_decay, learning.own_tokens, decoding.top_k,
         decoding.top_p,
     )  # fmt: skip
     endless = learning.steps is None and learning.minutes is None and learning.epochs is None
@@ -202,17 +229,19 @@ def _recipe(
 def _check(models: ModelOptions, gate: GateOptions, learning: LearningOptions, running: RunningOptions) -> None:
     if models.new == (models.drafter is not None):
         raise TrainingError("give either --drafter, to adapt one, or --new, to make one.")
+    from gemma_mtp.training.losses import LOSSES
+
     if learning.loss not in LOSSES:
         raise TrainingError(f"--loss is {learning.loss!r}, but must be one of {', '.join(LOSSES)}.")
     if sum(value is not None for value in (learning.steps, learning.epochs, learning.minutes)) > 1:
         raise TrainingError("--steps, --epochs and --minutes exclude each other; give one of them.")
-    if gate.patience is not None and gate.gate_steps is None:
-        raise TrainingError("--patience counts measurements; give --gate-steps too.")
     if running.dtype not in ("auto", "float32", "bfloat16"):
         raise TrainingError(f"--dtype is {running.dtype!r}, but must be auto, float32 or bfloat16.")
 
 
 def _report(outcome: Outcome, out: Path) -> None:
+    from gemma_mtp.training.gate import setting
+
     shown = console()
     for line in outcome.verdict.lines():
         shown.print(line, soft_wrap=True)

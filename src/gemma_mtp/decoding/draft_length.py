@@ -75,12 +75,14 @@ def least_reach(acceptance: Sequence[float], costs: Sequence[float], rate: float
     """
     least = []
     for made in range(len(acceptance)):
-        lowest, tokens, chance = math.inf, 0.0, 1.0
-        for k in range(made + 1, len(acceptance) + 1):
-            chance *= acceptance[k - 1]
+        begin, lowest, tokens, chance = costs[made], math.inf, 1e-9, 1.0
+        for k in range(made, len(acceptance)):
+            chance *= acceptance[k]
             tokens += chance
-            lowest = min(lowest, rate * max(0.0, costs[k] - costs[made]) / max(tokens, 1e-9))
-        least.append(lowest)
+            of_token = (costs[k + 1] - begin) / tokens
+            if of_token < lowest:
+                lowest = of_token
+        least.append(rate * max(0.0, lowest))
     return tuple(least)
 
 

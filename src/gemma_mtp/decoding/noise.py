@@ -30,7 +30,7 @@ _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The 64-bit word as the int64 with the same bits."""
     return word - (1 << 64) if word >> 63 else word
 
@@ -50,8 +50,8 @@ def _xor_shift_(words: Tensor, shift: int) -> Tensor:
 
 def _mix_(words: Tensor) -> Tensor:
     """splitmix64's finaliser of each int64 element, in place. Equal to `_mix_word` bit for bit."""
-    _xor_shift_(words, 30).mul_(_signed(_MULTIPLIER_1))
-    _xor_shift_(words, 27).mul_(_signed(_MULTIPLIER_2))
+    _xor_shift_(words, 30).mul_(signed(_MULTIPLIER_1))
+    _xor_shift_(words, 27).mul_(signed(_MULTIPLIER_2))
     return _xor_shift_(words, 31)
 
 
@@ -60,11 +60,11 @@ def uniform(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Ten
 
     `positions` int64 [...]; `token_ids` int64 [C] or [..., C].
     """
-    return _uniform_of_keys(_mix_(positions * _signed(_GOLDEN) + _signed(_stream_key(seed, stream))), token_ids)
+    return _uniform_of_keys(_mix_(positions * signed(_GOLDEN) + signed(_stream_key(seed, stream))), token_ids)
 
 
 def _uniform_of_keys(row_keys: Tensor, token_ids: Tensor) -> Tensor:
-    words = _mix_(row_keys.unsqueeze(-1) + (token_ids + 1) * _signed(_GOLDEN))
+    words = _mix_(row_keys.unsqueeze(-1) + (token_ids + 1) * signed(_GOLDEN))
     bits = (words >> 12).bitwise_and_((1 << 52) - 1)
     return bits.mul_(2).add_(1).to(torch.float64).mul_(2.0**-53)  # odd numbers below 2**53: exact, never 0 or 1
 
@@ -89,9 +89,7 @@ def gumbel(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Tens
 
 def keyed_gumbel(keys: Sequence[int], token_ids: Tensor) -> Tensor:
     """The same from `row_key`s, one a row: float32 [R, C]."""
-    return _gumbel_of(
-        _uniform_of_keys(torch.tensor([_signed(key) for key in keys], device=token_ids.device), token_ids)
-    )
+    return _gumbel_of(_uniform_of_keys(torch.tensor([signed(key) for key in keys], device=token_ids.device), token_ids))
 
 
 def _gumbel_of(uniform_RC: Tensor) -> Tensor:

@@ -33,9 +33,11 @@ NOISE, LEAST_NOISE, NOISE_WEIGHT = 0.3, 0.02, 0.1
 SURPRISES, LEAST_SHARE = 1.5, 0.1
 #: gains below this are not lowered any more: costs that change slowly are followed, and most rounds cost little to note
 LEAST_ROUND_GAIN = 0.01
-#: of a length whose rounds say so little, one in so many is looked at: between rounds even this little work is felt
-HEARD = 4
-_NONE = np.zeros(LOAD + 1)
+#: of a length whose rounds say little, one in HEARD is looked at: between rounds even this little work is felt.
+#: Little is less than the bound above until so many rounds were looked at, and then less than this one
+HEARD, KNOWN_ROUNDS, LEAST_HEARD_GAIN = 4, 64, 0.05
+#: rounds that are noted before they are taken into account, at most
+MOST_NOTED = 16
 
 
 class RoundCosts:
@@ -59,32 +61,48 @@ class RoundCosts:
         self._factors = np.ones(LOAD + 1)
         self._errors = _prior_errors(self._measured)
         self._noise = NOISE
+        self._heard = 0  # rounds that were looked at
         self._unheard = [0] * (LONGEST + 1)  # rounds of each length to leave out
-        self._seconds: list[float] | None = None
+        self._noted: list[tuple[int, float, float | None]] = []  # rounds that are not taken into account yet
+        self._seconds = self._believed()
 
     @property
     def seconds(self) -> list[float]:
-        """Of rounds with 0 to LONGEST drafts, at the load at which they were measured."""
-        seconds = self._seconds
-        if seconds is None:
-            measured, factors = self._measured, self._factors.tolist()
-            first, step = measured[FIRST] * factors[FIRST], measured[STEP] * factors[STEP]
-            seconds = self._seconds = [
-                measured[k] * factors[k] + (first + (k - 1) * step if k else 0.0) for k in range(LONGEST + 1)
-            ]
-        return seconds
+        """Of rounds with 0 to LONGEST drafts, at the load at which they were measured, by all that was noted."""
+        if self._noted:
+            self._take_in()
+        return self._seconds
+
+    def _take_in(self) -> None:
+        noted, self._noted = self._noted, []
+        for of_round in noted:
+            self._learn(*of_round)
+        self._seconds = self._believed()
+
+    def _believed(self) -> list[float]:
+        measured, factors = self._measured, self._factors.tolist()
+        first, step = measured[FIRST] * factors[FIRST], measured[STEP] * factors[STEP]
+        return [measured[k] * factors[k] + (first + (k - 1) * step if k else 0.0) for k in range(LONGEST + 1)]
 
     @property
     def drafting(self) -> list[float]:
         """What drafting takes of the seconds."""
+        self._take_in()
         first, step = (self._measured[i] * float(self._factors[i]) for i in (FIRST, STEP))
         return [0.0] + [first + k * step for k in range(LONGEST)]
 
     def note(self, drafts: int, seconds: float, drafting: float | None = None) -> None:
-        """Take a played round into account. `drafting`: how many of its seconds its drafts took, where that is known.
+        """Note a played round. `drafting`: how many of its seconds its drafts took, where that is known.
 
-        A busy machine or a longer context makes all rounds slower, and says nothing about lengths that are not played.
+        It is taken into account when the costs are asked for, with others noted since: between rounds, where caches are
+        cold, the same work takes several times as long. A busy machine or a longer context makes all rounds slower, and
+        says nothing about lengths that are not played.
         """
+        self._noted.append((drafts, seconds, drafting))
+        if len(self._noted) == MOST_NOTED:
+            self._take_in()
+
+    def _learn(self, drafts: int, seconds: float, drafting: float | None) -> None:
         self._errors[LOAD, LOAD] += LOAD_CHANGE**2
         if self._unheard[drafts]:
             self._unheard[drafts] -= 1
@@ -100,15 +118,21 @@ class RoundCosts:
             parts[drafts] = verify
             expected += verify
             gain = self._take(seconds / expected, {LOAD: 1.0, **{i: part / expected for i, part in parts.items()}})
-        self._unheard[drafts] = HEARD - 1 if gain < LEAST_ROUND_GAIN else 0
-        self._seconds = None
+        self._heard += 1
+        little = LEAST_ROUND_GAIN if self._heard < KNOWN_ROUNDS else LEAST_HEARD_GAIN
+        self._unheard[drafts] = HEARD - 1 if gain < little else 0
 
     def _take(self, ratio: float, weights: Mapping[int, float]) -> float:
         """One observation: `ratio` of what was seen to what the factors say at a load of 1. `weights`: how much each
         factor's share is in it. Returns by how much of its surprise it moved the factor that it moved most."""
         errors, factors = self._errors, self._factors
-        spread = sum((errors[i] * weight for i, weight in weights.items()), _NONE)
-        variance = sum(float(spread[i]) * weight for i, weight in weights.items()) + self._noise**2
+        spread = errors[LOAD] * weights[LOAD]
+        for i, weight in weights.items():
+            if i != LOAD:
+                spread += errors[i] * weight
+        variance = self._noise**2
+        for i, weight in weights.items():
+            variance += float(spread[i]) * weight
         limit = SURPRISES * math.sqrt(variance)
         surprise = max(-min(limit, 1 - LEAST_SHARE), min(limit, ratio / float(factors[LOAD]) - 1))
         self._noise += NOISE_WEIGHT * (max(LEAST_NOISE, 1.25 * abs(surprise)) - self._noise)
@@ -118,7 +142,7 @@ class RoundCosts:
         if most < LEAST_ROUND_GAIN:
             errors[LOAD, LOAD] -= gains[LOAD] * spread[LOAD]
         else:
-            errors -= np.multiply.outer(gains, spread)
+            errors -= gains[:, None] * spread
         return most
 
     def least_seconds(self, beside: int, errors: float) -> list[float]:
@@ -138,11 +162,13 @@ class RoundCosts:
 
     def best_gain(self) -> float:
         """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        return max((k + 1) * self.seconds[0] / seconds for k, seconds in enumerate(self.seconds))
+        costs = self.seconds
+        return max((k + 1) * costs[0] / seconds for k, seconds in enumerate(costs))
 
     def loss(self, drafts: int) -> float:
-        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds."""
-        return self.seconds[drafts] / self.seconds[0] - 1
+        """What a round of which no draft is accepted takes longer than a plain one, in plain rounds, as it was believed
+        when the costs were last asked for."""
+        return self._seconds[drafts] / self._seconds[0] - 1
 
 
 def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.noise import STREAM_CHOICE, gumbel
+from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.text import is_text
 
@@ -70,7 +71,10 @@ def _listed(value: object, name: str, expected: str) -> tuple[Any, ...]:
     """What a list or another iterable holds; a lone text or a mapping is none."""
     _require(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping), name, value, expected)
     assert isinstance(value, Iterable)
-    return tuple(value)
+    try:
+        return tuple(value)
+    except TypeError:  # a tensor without dimensions
+        raise SamplingError(f"{name} is {value!r}, but must be {expected}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,10 @@ class SamplingParams:
     stop_token_ids       token ids that end the output, beside the checkpoint's own
     ignore_eos           do not end at the checkpoint's end-of-sequence ids
     logprobs             report log-probabilities of the chosen token and of this many alternatives; None reports none
-    grammar              what the output must be: JSON by a schema, any JSON object, or what an expression matches
+    grammar              what the output must be: JSON by a schema, any JSON object, or what an expression matches; or,
+                         part by part, how a model's turn is written
+    apart                whether the output is a model's turn, of which thoughts and calls are no text: stop strings are
+                         not looked for in them, and the result's text has none of them
     """
 
     temperature: float = 0.0
@@ -109,7 +116,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | TurnRules | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _listed(self.stop, "stop", "text, or a list of texts")
@@ -146,6 +154,7 @@ class SamplingParams:
             _require(allowed, f"logit_bias of token {token_id}", bias, "between -100 and 100, or -inf")
 
     def _check_limits(self) -> None:
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
         _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         for text in self.stop:
@@ -154,8 +163,8 @@ class SamplingParams:
             _require(_is_integer(token_id) and token_id >= 0, "a stop token id", token_id, "0 or more")
         logprobs_ok = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
         _require(logprobs_ok, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}, or none")
-        grammar_ok = self.grammar is None or isinstance(self.grammar, Grammar)
-        _require(grammar_ok, "grammar", self.grammar, "a Grammar, or none")
+        grammar_ok = self.grammar is None or isinstance(self.grammar, Grammar | TurnRules)
+        _require(grammar_ok, "grammar", self.grammar, "a Grammar, TurnRules, or none")
 
     @property
     def greedy(self) -> bool:
@@ -264,10 +273,10 @@ def process(
 
     `token_ids_RC`: int64 ids of the columns, distinct within a row ([R, C] or [1, C]); None where column = id.
     `counts`: R rows from `TokenHistory.rows`, needed if and only if `params.uses_history`.
-    `allowed_RV`: R rows from `GrammarState.allowed`, needed if and only if there is a `params.grammar`.
+    `allowed_RV`: R rows from `GrammarState.limits`, which there may be if there is a `params.grammar`.
     Raises SamplingError if a biased token id is beyond the vocabulary.
     """
-    assert (allowed_RV is None) == (params.grammar is None), "a grammar needs a GrammarState"
+    assert allowed_RV is None or params.grammar is not None, "a mask is of a grammar"
     if allowed_RV is not None:
         logits_RC = _mask(logits_RC.float(), allowed_RV, token_ids_RC)
     if params.uses_history:
@@ -275,7 +284,7 @@ def process(
         logits_RC = _penalise(logits_RC.float(), params, counts if token_ids_RC is None else counts.at(token_ids_RC))
     if params.logit_bias:
         biased_RC = _add_bias(logits_RC.float(), params, token_ids_RC)
-        if params.grammar is not None:  # the output is of the grammar, whatever the bias
+        if allowed_RV is not None:  # the output is of the grammar, whatever the bias
             biased_RC = torch.where(biased_RC.amax(-1, keepdim=True) > -math.inf, biased_RC, logits_RC)
         logits_RC = biased_RC
     if params.greedy:

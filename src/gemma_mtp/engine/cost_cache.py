@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,8 @@ import torch
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.errors import CheckpointError
+from gemma_mtp.json_files import write_json
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
 VERSION = 3
@@ -72,21 +73,9 @@ def store_costs(directory: Path, key: Key, costs: RoundCosts) -> None:
     """Write costs under a temporary name, then rename the file into place; where that fails, a log line says so."""
     content = {"version": VERSION, "key": key, "seconds": costs.seconds, "drafting": costs.drafting}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace(_path(directory, key), json.dumps(content, indent=2) + "\n")
-    except OSError as error:
+        write_json(_path(directory, key), content)
+    except CheckpointError as error:
         log.info("measured round costs are not kept: %s", error)
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # its own name: others write too
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _path(directory: Path, key: Key) -> Path:

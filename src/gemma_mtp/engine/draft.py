@@ -99,7 +99,7 @@ class _StepwiseDraft:
         counters_K, stream = self.noise
         history, grammar = sequence.history, sequence.grammar
         counts = None if history is None else history.rows(self._stacked(), first=step)
-        allowed = None if grammar is None else grammar.allowed(self.token_ids, first=step)
+        allowed = None if grammar is None else grammar.limits(self.token_ids, first=step)
         candidates = process(logits_1C, sequence.params, token_ids_1C, counts, allowed)
         if sequence.params.forbids and not candidates.any_possible():
             self.ended = True  # a centroid head scores a part of the vocabulary, in which there may be nothing allowed

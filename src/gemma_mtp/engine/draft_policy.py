@@ -35,6 +35,11 @@ class DraftPolicy:
         self.sequences = sequences
         self._in_force, self._plans = {}, {}
 
+    @property
+    def planned(self) -> bool:
+        """Returns whether the step under way has a plan of this policy's."""
+        return bool(self._plans)
+
     def plan(self, choice: ChoiceKind, own: Policies) -> Plan:
         """Returns the plan of this step for jobs that choose so. `own`: the asking job's policies."""
         if choice not in self._plans:

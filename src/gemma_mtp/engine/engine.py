@@ -19,7 +19,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from gemma_mtp.backend.device_memory import device_free_bytes
+from gemma_mtp.backend.device_memory import free_for_pool
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size
@@ -59,7 +59,7 @@ class Engine:
         context = config.max_position_embeddings
         self.max_tokens = min(context, self.settings.max_tokens or context)
         element = backend.kv_dtype.itemsize
-        free = device_free_bytes(backend.device)
+        free = free_for_pool(backend.device)
         counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element, free)
         self.pool = backend.make_pool(counts, self.settings.max_running)
         self.scheduler = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
@@ -87,12 +87,19 @@ class Engine:
     def prepare(self, request: Request) -> Job:
         """Returns a job to `add`. It may take a while, where a grammar is compiled. Raises as `submit` does."""
         prompt = self.pair.encode(request.prompt_token_ids)
+        self.pair.check(request.params, request.draft_tokens, request.verification)
+        return self.job(request, prompt)
+
+    def job(self, request: Request, prompt: list[int]) -> Job:
+        """Returns a job to `add`, of a request and its prompt's token ids that the pair has checked.
+
+        Raises PromptError where it is too long for this engine, and SamplingError for a wrong priority.
+        """
         if len(prompt) >= self.max_tokens:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, but a request may have at most {self.max_tokens}, output"
                 " included; shorten it."
             )
-        self.pair.check(request.params, request.draft_tokens, request.verification)
         if not isinstance(request.priority, int):  # else it could not be compared with those that wait
             raise SamplingError(f"priority is {request.priority!r}, but must be a whole number.")
         drafts = request.draft_tokens if self.pair.drafter is not None else 0
@@ -125,12 +132,19 @@ class Engine:
         """Whether nothing waits or runs."""
         return self.scheduler.idle
 
-    @torch.inference_mode()
     def step(self) -> None:
         """Schedule, run, settle. Does nothing where nothing waits or runs.
 
-        What fails in what all share ends those that run; who waits goes on.
+        What fails in what all share ends those that run; who waits goes on. Who steps many times may be in
+        `torch.inference_mode` already, which takes a while to enter.
         """
+        if torch.is_inference_mode_enabled():
+            self._step()
+        else:
+            with torch.inference_mode():
+                self._step()
+
+    def _step(self) -> None:
         began = time.perf_counter()
         try:
             step = self._schedule()
@@ -208,7 +222,7 @@ class Engine:
             job.entry.reading = job.entry.table.length < job.entry.rows_wanted
             self.scheduler.register(job.entry)
         counts = [_delivered(job, outcome, seconds) for job, outcome in zip(step.jobs, outcomes, strict=True)]
-        self._count(outcomes, counts)
+        self._count(rounds, counts)
         for job, outcome, count in zip(step.jobs, outcomes, counts, strict=True):
             if isinstance(count, Exception):
                 self._fail(job, count)
@@ -218,16 +232,20 @@ class Engine:
             if outcome is not None:
                 job.tell(count)
 
-    def _count(self, outcomes: Items[Outcome], counts: Items[int | Exception]) -> None:
+    def _count(self, rounds: Items[Outcome], counts: Items[int | Exception]) -> None:
         with self._stats as stats:
             stats.steps += 1
-            stats.output_tokens += sum(count for count in counts if isinstance(count, int))
-            for outcome in outcomes:
+            for count in counts:
+                if isinstance(count, int):
+                    stats.output_tokens += count
+            for outcome in rounds:
                 if isinstance(outcome, RoundOutput):
-                    stats.count_round(outcome.drafted, outcome.accepted)
+                    stats.rounds_of[outcome.drafted, outcome.accepted] += 1
 
     def _learn(self, step: Step, rounds: Items[Outcome], seconds: float, drafting: float) -> None:
         """Let the policies know what came of their plans."""
+        if not self.policy.planned:
+            return
         planned: dict[ChoiceKind, list[RoundOutput]] = {}
         for job, outcome in zip(step.jobs, rounds, strict=False):
             if isinstance(outcome, RoundOutput) and job.result.draft_tokens == "auto":

@@ -29,17 +29,12 @@ class Job:
     plain: Turn | None = None  # a round without drafts
 
     def __post_init__(self) -> None:
+        #: fields, not properties: a step asks for them many times
+        self.request: Request = self.generation.request
+        self.result: GenerationResult = self.generation.result
         drafts = self.result.draft_tokens
         #: the plan of a job that asked for a number of drafts; None for `auto`
         self.fixed_plan = None if drafts == "auto" else Plan(drafts)
-
-    @property
-    def request(self) -> Request:
-        return self.generation.request
-
-    @property
-    def result(self) -> GenerationResult:
-        return self.generation.result
 
     def turn(self, drafts: int) -> Turn:
         """Returns its part in a round of so many drafts at most."""

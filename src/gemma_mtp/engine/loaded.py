@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mtp.backend.base import Backend
+from gemma_mtp.chat.marks import Region, region_after
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.grammar import GrammarCompiler, GrammarState
+from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
+from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
@@ -56,7 +58,12 @@ class LoadedPair:
         self, prompt_ids: list[int], params: SamplingParams, draft_tokens: DraftTokens, verification: Verification
     ) -> GenerationResult:
         """To be filled by decoding."""
-        return GenerationResult(prompt_ids, draft_tokens, verification, tokenizer=self.tokenizer, stop=params.stop)
+        begin: Region | None = None
+        if params.apart and self.tokenizer is not None:
+            begin = region_after(prompt_ids, self.tokenizer.marks)
+        return GenerationResult(
+            prompt_ids, draft_tokens, verification, tokenizer=self.tokenizer, stop=params.stop, begin=begin
+        )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked. Raises PromptError (empty, out of range, too long) or TokenizerError."""
@@ -130,6 +137,11 @@ class LoadedPair:
             raise TokenizerError(
                 "stop strings need a tokenizer, and the target's directory has none; use stop token ids."
             )
+        if params.apart and self.tokenizer is None:
+            raise TokenizerError(
+                "thoughts and calls are told apart by a tokenizer's marks, and the target's directory has no tokenizer;"
+                " add its files, or leave them together."
+            )
         vocab_size = self.target.config.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
@@ -164,5 +176,7 @@ def _check_decoding(draft_tokens: DraftTokens, verification: str) -> None:
 def sampling_params(defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
     """Returns SamplingParams of defaults and of what is given; None is not given, and `logit_bias` is joined."""
     given = {name: value for name, value in given.items() if value is not None}
-    biases = {**defaults.get("logit_bias", {}), **given.get("logit_bias", {})}
+    biases = given.get("logit_bias", {})
+    if isinstance(biases, Mapping):  # what is none is refused below
+        biases = {**defaults.get("logit_bias", {}), **biases}
     return SamplingParams(**{**defaults, **given, "logit_bias": biases})

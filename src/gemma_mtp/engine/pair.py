@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.chat.turn import Event, TurnReader
 from gemma_mtp.checkpoint import Source
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
@@ -24,7 +25,7 @@ from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.start import check_weights_fit, drafter_of
-from gemma_mtp.errors import CheckpointError, QuantisationError, SamplingError
+from gemma_mtp.errors import CheckpointError, PairError, QuantisationError, SamplingError
 from gemma_mtp.locate import BUNDLED, bundled_directory
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
@@ -34,7 +35,7 @@ __all__ = ["DTYPES", "Pair", "TextStream", "bundled_directory", "choose_device",
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
+@dataclass(repr=False)
 class Pair(LoadedPair):
     """A loaded pair that completes prompts, one at a time. Each has an engine of its own, of just the size it needs.
 
@@ -43,8 +44,19 @@ class Pair(LoadedPair):
 
     found_drafter: str | None = None
 
+    def __repr__(self) -> str:
+        sizes = [
+            f"{name}={sum(w.numel() for w in model.checkpoint_tensors().values()) / 1e6:.1f}M"
+            for name, model in (("target", self.target), ("drafter", self.drafter))
+            if model is not None
+        ]
+        text = "with" if self.tokenizer is not None else "without"
+        return f"<Pair {' '.join(sizes)} on {self.backend.device}, {text} tokenizer>"
+
     def with_drafter(self, drafter: Drafter | None) -> Pair:
-        """Returns a pair of the same target and another drafter."""
+        """Returns a pair of the same target and another drafter. Raises PairError for what is no drafter."""
+        if not (drafter is None or isinstance(drafter, Drafter)):
+            raise PairError(f"the drafter is of type {type(drafter).__name__}, but must be a Drafter or None.")
         drafted = self.backend.with_drafter(drafter)
         return replace(self, backend=drafted, _costs={}, policies={}, found_drafter=None)
 
@@ -61,10 +73,14 @@ class Pair(LoadedPair):
         `draft_tokens` is K, drafts a round; 0 is plain decoding, "auto" what pays most.
         Raises PromptError, SamplingError, TokenizerError.
         """
-        stream = self.stream(prompt, params, draft_tokens=draft_tokens, verification=verification)
-        for _ in stream:
+        engine, generation = self._begin(prompt, params, draft_tokens, verification)
+        generation.leave_out_text()
+        with torch.inference_mode():  # once: entering it takes a while
+            while not generation.ended:
+                engine.step()
+        for _ in generation.take():  # raises what the request failed with
             pass
-        return stream.result
+        return generation.result
 
     def stream(
         self,
@@ -78,12 +94,38 @@ class Pair(LoadedPair):
 
         Its `result` grows while it is read and is complete when it ends.
         """
+        return TextStream(*self._begin(prompt, params, draft_tokens, verification))
+
+    def turn(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        draft_tokens: DraftTokens = "auto",
+        verification: Verification = "exact",
+        tools: Collection[str] = (),
+    ) -> TurnStream:
+        """The same, as an iterator of the events of a model's turn: text, thoughts, and calls of the `tools` named.
+
+        `params.apart` must be set, so that stop strings are looked for in the text alone. Raises SamplingError where it
+        is not, and what `generate` raises.
+        """
+        if not params.apart:
+            raise SamplingError("a turn is read in parts, so apart must be true.")
+        return TurnStream(*self._begin(prompt, params, draft_tokens, verification), tools)
+
+    def _begin(
+        self, prompt: str | Sequence[int], params: SamplingParams | None, draft_tokens: DraftTokens,
+        verification: Verification,
+    ) -> tuple[Engine, Generation]:  # fmt: skip
+        """Returns an engine of just the size, and the generation that waits in it."""
         params = SamplingParams() if params is None else params
         prompt_ids = self.encode(prompt)
         self.check(params, draft_tokens, verification)
         longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
         engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
-        return TextStream(engine, engine.submit(Request(prompt_ids, params, draft_tokens, verification)))
+        job = engine.job(Request(prompt_ids, params, draft_tokens, verification), prompt_ids)
+        return engine, engine.add(job)
 
 
 class TextStream(Iterator[str]):
@@ -104,6 +146,25 @@ def _pieces(engine: Engine, generation: Generation) -> Iterator[str]:
         for update in generation.take():
             if update.text:
                 yield update.text
+
+
+class TurnStream(Iterator[Event]):
+    """Events of one turn; `result` holds what has been generated so far."""
+
+    def __init__(self, engine: Engine, generation: Generation, tools: Collection[str]) -> None:
+        self.result = generation.result
+        generation.leave_out_text()  # the reader makes it
+        self._events = _turn_events(engine, generation, generation.result.turn_reader(tools))
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+
+def _turn_events(engine: Engine, generation: Generation, reader: TurnReader) -> Iterator[Event]:
+    while not generation.ended:
+        engine.step()
+        for update in generation.take():
+            yield from reader.push(update.token_ids, last=update.finish_reason is not None)
 
 
 def load_pair(
@@ -134,6 +195,9 @@ def load_pair(
     for directory in (target, drafter):
         if not (directory is None or isinstance(directory, str | Path)):
             raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
+    for name, flag in (("use_drafter", use_drafter), ("strict", strict)):
+        if not isinstance(flag, bool):
+            raise CheckpointError(f"{name} is of type {type(flag).__name__}, but must be True or False.")
     if target is None:
         target, drafter = BUNDLED, drafter or BUNDLED
     chosen_device = choose_device(device)
@@ -149,7 +213,7 @@ def load_pair(
     if drafter_config is not None:
         check_pair(target_config, drafter_config)
     generation = _generation_defaults(source, target_config, strict)
-    chosen_dtype = _dtype(dtype, chosen_device, source)
+    chosen_dtype = choose_dtype(dtype, chosen_device, source)
     stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
     check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
     loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict)
@@ -184,14 +248,15 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source) -> torch.dtype:
+    """The dtype that a checkpoint is loaded in; "auto" as `load_pair` says. Raises CheckpointError."""
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype == "auto":

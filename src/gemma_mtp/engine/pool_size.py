@@ -11,8 +11,6 @@ from gemma_mtp.errors import EngineError
 from gemma_mtp.kv.blocks import block_bytes, block_counts
 from gemma_mtp.sizes.machine import shown_bytes
 
-#: share of the free memory that a pool takes where its size is left open: rounds take some, too
-FREE_SHARE = 0.9
 Counts = dict[LayerType, int]
 
 
@@ -33,9 +31,9 @@ def pool_blocks(
 ) -> Counts:  # fmt: skip
     """Returns the blocks of each kind: room for one request of `max_tokens` at least, and as much as the settings give.
 
-    `chunk_rows`: rows written at once. `free_bytes`: what the device has left, where that is known; a pool whose size
-    the settings leave open keeps within it. Raises EngineError, saying what would fit, where the memory does not hold
-    one request.
+    `chunk_rows`: rows written at once. `free_bytes`: what the device has for them, where that is known; a pool whose
+    size the settings leave open keeps within it. Raises EngineError, saying what would fit, where the memory does not
+    hold one request.
     """
     least = sequence_blocks(config, max_tokens, chunk_rows)
 
@@ -51,15 +49,14 @@ def pool_blocks(
     if settings.kv_memory_mb is None:
         quarter = sequence_blocks(config, -(-max_tokens // 4), chunk_rows, settings.max_running)
         wanted = {kind: max(quarter[kind], least[kind]) for kind in least}
-        room = size(wanted) if free_bytes is None else FREE_SHARE * free_bytes
-        if size(wanted) <= room:
+        if free_bytes is None or size(wanted) <= free_bytes:
             return wanted
-        if room < size(least):
+        if free_bytes < size(least):
             raise EngineError(
-                f"{shown_bytes(free_bytes or 0)} of memory are free, which do not hold the keys and values of one"
-                f" request of {max_tokens} tokens, {shown_bytes(size(least))}; {fits(room)}, or free some memory."
+                f"{shown_bytes(free_bytes)} of memory are free, which do not hold the keys and values of one request of"
+                f" {max_tokens} tokens, {shown_bytes(size(least))}; {fits(free_bytes)}, or free some memory."
             )
-        return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)
+        return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, free_bytes)
     room = settings.kv_memory_mb * 2**20
     if room < size(least):
         raise EngineError(
@@ -69,7 +66,7 @@ def pool_blocks(
     if free_bytes is not None and room > free_bytes:
         raise EngineError(
             f"{settings.kv_memory_mb:g} MB were asked for keys and values, but {free_bytes / 2**20:.0f} MB of memory"
-            f" are free; {fits(FREE_SHARE * free_bytes)}, or ask for less than is free."
+            f" are free; {fits(free_bytes)}, or ask for less than is free."
         )
     return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)
 

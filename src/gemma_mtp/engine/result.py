@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from gemma_mtp.chat.marks import Region
+from gemma_mtp.chat.turn import Thought, TurnReader
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.tokenizer.output_text import OutputText
 
@@ -52,7 +54,8 @@ class GenerationResult:
     """The output of one prompt.
 
     `rounds[0]` is the prefill, which commits the first token; `rounds[1:]` are the decode rounds. A stop token is part
-    of `token_ids`; a stop string, one of `stop`, is not part of `text`.
+    of `token_ids`; a stop string, one of `stop`, is not part of `text`. Nor are thoughts and calls, where `begin` says
+    which part of the model's turn the prompt leaves off in; None: all is text.
     """
 
     prompt_token_ids: list[int]
@@ -67,6 +70,7 @@ class GenerationResult:
     decode_seconds: float = 0.0
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
     stop: Sequence[str] = field(default=(), repr=False, compare=False)
+    begin: Region | None = field(default=None, repr=False, compare=False)
 
     @property
     def text(self) -> str | None:
@@ -78,7 +82,23 @@ class GenerationResult:
 
     def text_reader(self) -> OutputText | None:
         """Makes text of the tokens as they come; None without a tokenizer."""
-        return None if self.tokenizer is None else OutputText(self.tokenizer, self.stop)
+        if self.tokenizer is None or self.begin is None:
+            return None if self.tokenizer is None else OutputText(self.tokenizer, self.stop)
+        return OutputText(self.tokenizer, self.stop, self.tokenizer.marks, self.begin)
+
+    def turn_reader(self, tools: Collection[str] = ()) -> TurnReader:
+        """Reads the tokens as the parts of a turn. `tools`: names of those that may be called."""
+        assert self.tokenizer is not None, "parts are told apart by a tokenizer's marks"
+        return TurnReader(self.tokenizer, self.stop, self.begin or "text", tools)
+
+    @property
+    def thought(self) -> str | None:
+        """What is certain of the text of thoughts; None where all is text."""
+        if self.begin is None:
+            return None
+        ended = self.ended
+        events = self.turn_reader().push(self.token_ids, last=ended)
+        return "".join(event.text for event in events if isinstance(event, Thought))
 
     @property
     def decode_rounds(self) -> list[RoundStats]:

@@ -174,7 +174,7 @@ def _verify(one: Scored, logits_TV: Tensor) -> Verified:
     params, drafted, device = sequence.params, len(drafts), logits_TV.device
     tokens_K = torch.tensor(drafts.token_ids, dtype=torch.int64, device=device)
     counts = None if sequence.history is None else sequence.history.rows(tokens_K)
-    allowed = None if sequence.grammar is None else sequence.grammar.allowed(drafts.token_ids)
+    allowed = None if sequence.grammar is None else sequence.grammar.limits(drafts.token_ids)
     candidates = process(logits_TV, params, counts=counts, allowed_RV=allowed)
     if verification == "exact" or drafted == 0:
         positions = torch.arange(sequence.length, sequence.length + drafted + 1, device=device)

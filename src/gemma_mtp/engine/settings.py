@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -42,22 +43,41 @@ class EngineStats:
     prefix_hit_tokens: int = 0  # of them, taken from an earlier request's blocks
     output_tokens: int = 0
     steps: int = 0
-    rounds: int = 0  # of single sequences
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    drafted_at: Counter[int] = field(default_factory=Counter)  # position in the round, from 0 -> drafts made there
-    accepted_at: Counter[int] = field(default_factory=Counter)
+    #: (drafts made, drafts accepted) -> rounds of single sequences
+    rounds_of: Counter[tuple[int, int]] = field(default_factory=Counter)
     preemptions: int = 0
     finished: Counter[str] = field(default_factory=Counter)  # stop, length, cancelled, error
 
-    def count_round(self, drafted: int, accepted: int) -> None:
-        """Count one sequence's round."""
-        self.rounds += 1
-        if drafted:
-            self.draft_tokens += drafted
-            self.accepted_tokens += accepted
-            self.drafted_at.update(range(drafted))
-            self.accepted_at.update(range(accepted))
+    @property
+    def rounds(self) -> int:
+        """Returns how many rounds single sequences played."""
+        return self.rounds_of.total()
+
+    @property
+    def draft_tokens(self) -> int:
+        return sum(drafted * rounds for (drafted, _), rounds in self.rounds_of.items())
+
+    @property
+    def accepted_tokens(self) -> int:
+        return sum(accepted * rounds for (_, accepted), rounds in self.rounds_of.items())
+
+    @property
+    def drafted_at(self) -> Counter[int]:
+        """Returns position in the round, from 0 -> drafts made there."""
+        return _by_position((drafted, rounds) for (drafted, _), rounds in self.rounds_of.items())
+
+    @property
+    def accepted_at(self) -> Counter[int]:
+        """Returns position in the round, from 0 -> drafts accepted there."""
+        return _by_position((accepted, rounds) for (_, accepted), rounds in self.rounds_of.items())
+
+
+def _by_position(lengths: Iterable[tuple[int, int]]) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for length, rounds in lengths:
+        for position in range(length):
+            counts[position] += rounds
+    return counts
 
 
 class StatsKeeper:

@@ -6,6 +6,8 @@ import gc
 import threading
 import time
 
+import torch
+
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.request import Generation, Request
@@ -102,6 +104,7 @@ class EngineThread:
         """Returns a snapshot of the counters."""
         return self.engine.stats()
 
+    @torch.inference_mode()
     def _loop(self) -> None:
         while True:
             if self.engine.idle:

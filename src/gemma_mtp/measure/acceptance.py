@@ -23,13 +23,12 @@ from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import SamplingError, TokenizerError
+from gemma_mtp.measure.defaults import PROMPT_TOKENS
 
 #: what acceptance is measured with unless something else is said: greedy, past any end of text, so that every prompt
 #: counts alike
 GREEDY = SamplingParams(max_tokens=128, ignore_eos=True)
 RESAMPLES = 10_000
-#: a text's beginning that is taken as a prompt
-PROMPT_TOKENS = 256
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from gemma_mtp.backend.select import kv_dtype
 from gemma_mtp.checkpoint import (
     Location,
+    Source,
     StoredTensor,
     check_headers,
     empty_model,
@@ -18,19 +22,18 @@ from gemma_mtp.checkpoint import (
     stored_tensors,
 )
 from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
-
-#: bytes of one cached element: bf16 and fp16, the dtypes a GPU decodes in
-HALF_BYTES = 2
+from gemma_mtp.engine.pair import choose_device, choose_dtype
 
 
 @dataclass(frozen=True)
 class KVBytes:
-    """Bytes of one sequence's KV cache, with elements of `element_bytes` (2: bf16; double it for float32).
+    """Bytes of one sequence's KV cache, whose elements are of `dtype`.
 
     `per_token` counts the full layers, which grow with the context. The sliding layers' share grows only until the
     window is full.
     """
 
+    dtype: str
     element_bytes: int
     per_token: int
     sliding_per_token_until_window: int
@@ -61,7 +64,8 @@ class CheckpointReport:
 def inspect_checkpoint(location: Location) -> CheckpointReport:
     """Read a target's or drafter's checkpoint, and hold every tensor against the configuration.
 
-    No weights are read, but for a head that the configuration ties to the embedding.
+    No weights are read, but for a head that the configuration ties to the embedding. Keys and values are counted in the
+    dtype in which the backend that would run keeps them, on this machine and with nothing asked for.
 
     Raises CheckpointError, ConfigError or QuantisationError where it could not be loaded.
     """
@@ -76,31 +80,38 @@ def inspect_checkpoint(location: Location) -> CheckpointReport:
         kind="target" if isinstance(config, TargetConfig) else "drafter",
         model_type=config.model_type,
         geometry=geometry(config),
-        parameters=sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
+        parameters=sum(weight.numel() for weight in weights.values() if weight.dtype.is_floating_point),
         stored_dtypes=dict(Counter(header.dtype for header in used)),
         quantised=dict(model.weight_types.quantised),
         weight_bytes=_nbytes(used),
         skipped_tensors=len(contents.unused),
         skipped_bytes=_nbytes(contents.unused),
-        kv_bytes=kv_bytes(config.text) if isinstance(config, TargetConfig) else None,
+        kv_bytes=kv_bytes(config.text, _kv_dtype(source)) if isinstance(config, TargetConfig) else None,
         notes=contents.notes,
     )
 
 
-def kv_bytes(config: TextConfig, element_bytes: int = HALF_BYTES) -> KVBytes:
-    """Bytes of a target's KV cache for one sequence: keys and values of the layers that have their own."""
+def kv_bytes(config: TextConfig, dtype: torch.dtype) -> KVBytes:
+    """Bytes of a target's KV cache for one sequence: keys and values, in `dtype`, of the layers that have their own."""
+    element_bytes = dtype.itemsize
     per_row = {True: 0, False: 0}
     for layer in range(config.first_kv_shared_layer):
         row = 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
         per_row[config.is_sliding(layer)] += row
     sliding, full = per_row[True], per_row[False]
     return KVBytes(
+        dtype=str(dtype).removeprefix("torch."),
         element_bytes=element_bytes,
         per_token=full,
         sliding_per_token_until_window=sliding,
         at_max_context=sliding * min(config.sliding_window, config.max_position_embeddings)
         + full * config.max_position_embeddings,
     )
+
+
+def _kv_dtype(source: Source) -> torch.dtype:
+    device = choose_device("auto")
+    return kv_dtype(device, choose_dtype("auto", device, source))
 
 
 def geometry(config: TargetConfig | DrafterConfig) -> dict[str, Any]:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_mtp.errors import DataError
-from gemma_mtp.measure.acceptance import AcceptanceReport
-from gemma_mtp.measure.speedup import Prediction
+from gemma_mtp.errors import CheckpointError, DataError, missing_extra
+from gemma_mtp.files.replace import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+    from gemma_mtp.measure.acceptance import AcceptanceReport
+    from gemma_mtp.measure.speedup import Prediction
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -28,7 +30,7 @@ def check_plot(path: Path | None) -> None:
     if not path.absolute().parent.is_dir():
         raise DataError(f"--plot is {path}, but its directory does not exist; create it.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise DataError("--plot needs matplotlib, which is not installed; pip install 'gemma-mtp[plot]'.")
+        raise DataError(missing_extra("--plot", "matplotlib", "plot"))
 
 
 def plot_acceptance(
@@ -55,14 +57,10 @@ def plot_acceptance(
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write under a temporary name, then rename. Raises DataError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} can not be written: {error.strerror or error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix[1:], dpi=150))
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
 
 
 def _by_position(axes: Axes, title: str, shares: Mapping[str, Sequence[float]]) -> None:

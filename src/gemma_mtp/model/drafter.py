@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices
-from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Chooser, Embedding, Linear, Matrix
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.matrix import Chooser, Embedding, Linear, Matrix
 
 
 class CentroidHead(nn.Module):
@@ -36,7 +36,7 @@ class CentroidHead(nn.Module):
         scores: Tensor = self.centroids(hidden_RH)
         clusters = scores.topk(self.top_k, dim=-1).indices
         token_ids = self.token_ordering.view(scores.shape[-1], -1)[clusters].flatten(-2)
-        return quantise.gathered_linear(hidden_RH, table_VH, token_ids), token_ids
+        return table_VH.gathered_linear(hidden_RH, token_ids), token_ids
 
 
 class Drafter(nn.Module):
@@ -76,23 +76,18 @@ class Drafter(nn.Module):
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits over the whole vocabulary [..., V] (training; decoding uses `candidates`)."""
-        return quantise.linear(state, self.head_table)
+        return self.head.stored.linear(state)
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
         if self.masked_embedding is None:
             return self.logits(state_RH), None
-        return self.masked_embedding.candidates(state_RH, self.head_table)
+        return self.masked_embedding.candidates(state_RH, self.head.stored)
 
     @property
     def head(self) -> Matrix:
         """The head's weight [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
-
-    @property
-    def head_table(self) -> Weight:
-        """The head's rows, as they are kept in memory."""
-        return self.head.stored
 
     def quantise_(self, types: WeightTypes) -> None:
         """Quantise the parts that `types` names. The model can not be trained after.
@@ -106,7 +101,7 @@ class Drafter(nn.Module):
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """Official tensor names and views of the weights that hold them."""
         tensors: dict[str, Weight] = {
-            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.weight,
+            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.stored,
         }  # fmt: skip
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
@@ -115,7 +110,7 @@ class Drafter(nn.Module):
         tensors["post_projection.weight"] = self.post_projection.stored
         if self.masked_embedding is not None:
             tensors["masked_embedding.centroids.weight"] = self.masked_embedding.centroids.stored
-            tensors["masked_embedding.token_ordering"] = self.masked_embedding.token_ordering
+            tensors["masked_embedding.token_ordering"] = Dense(self.masked_embedding.token_ordering)
         if self.lm_head is not None:
             tensors["lm_head.weight"] = self.lm_head.stored
         return tensors

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import LayerType, TextConfig
-from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Chooser, Linear, Matrix
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import Quantisation
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.matrix import Chooser, Linear, Matrix
 
 #: (cos, signed sin), each [T, d], for one layer type; see `ops.reference.rope_tables`
 Rope = tuple[Tensor, Tensor]
@@ -44,6 +44,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    @property
+    def stored(self) -> Weight:
+        return Dense(self.weight)
 
 
 class Attention(nn.Module):
@@ -85,15 +89,15 @@ class Attention(nn.Module):
 
     def checkpoint_tensors(self) -> NamedWeights:
         d, H, G = self.head_dim, self.heads, self.kv_heads
-        weight = self.qkv_proj.stored
-        yield "q_proj.weight", weight[: H * d]
-        yield "q_norm.weight", self.q_norm.weight
+        q, k, v = self.qkv_proj.stored.split([H * d, G * d, 0 if self.key_is_value else G * d])
+        yield "q_proj.weight", q
+        yield "q_norm.weight", self.q_norm.stored
         yield "o_proj.weight", self.o_proj.stored
         if self.k_norm is not None:
-            yield "k_proj.weight", weight[H * d : (H + G) * d]
-            yield "k_norm.weight", self.k_norm.weight
+            yield "k_proj.weight", k
+            yield "k_norm.weight", self.k_norm.stored
             if not self.key_is_value:
-                yield "v_proj.weight", weight[(H + G) * d :]
+                yield "v_proj.weight", v
 
 
 class GatedMLP(nn.Module):
@@ -108,8 +112,9 @@ class GatedMLP(nn.Module):
         return out
 
     def checkpoint_tensors(self) -> NamedWeights:
-        yield "gate_proj.weight", self.gate_up_proj.stored[: self.intermediate]
-        yield "up_proj.weight", self.gate_up_proj.stored[self.intermediate :]
+        gate, up = self.gate_up_proj.stored.split([self.intermediate, self.intermediate])
+        yield "gate_proj.weight", gate
+        yield "up_proj.weight", up
         yield "down_proj.weight", self.down_proj.stored
 
 
@@ -150,17 +155,18 @@ class Experts(nn.Module):
 
     def _one_row(self, x_1D: Tensor, weights_K: Tensor, experts_K: Tensor) -> Tensor:
         x_KD = x_1D.expand(len(experts_K), -1)
-        hidden = ops.gated_mlp(quantise.gathered_linear(x_KD, self.gate_up_proj.stored, experts_K))
-        out_KD = quantise.gathered_linear(hidden, self.down_proj.stored, experts_K)
+        hidden = ops.gated_mlp(self.gate_up_proj.stored.gathered_linear(x_KD, experts_K))
+        out_KD = self.down_proj.stored.gathered_linear(hidden, experts_K)
         return (out_KD * weights_K[:, None]).to(x_1D.dtype).sum(0, keepdim=True)
 
     def _grouped(self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor) -> Tensor:
         """Prefill and training: each expert's weights are read once for all of its rows."""
         out = torch.zeros_like(x_RD)
+        gate_up, down = self.gate_up_proj.stored, self.down_proj.stored
         for expert in experts_RK.unique().tolist():
             rows, slots = torch.where(experts_RK == expert)
-            hidden = ops.gated_mlp(quantise.linear(x_RD[rows], self.gate_up_proj.stored[expert]))
-            scaled = quantise.linear(hidden, self.down_proj.stored[expert]) * weights_RK[rows, slots, None]
+            hidden = ops.gated_mlp(gate_up[expert].linear(x_RD[rows]))
+            scaled = down[expert].linear(hidden) * weights_RK[rows, slots, None]
             out = out.index_add(0, rows, scaled.to(out.dtype))
         return out
 
@@ -184,12 +190,12 @@ class MoE(nn.Module):
 
     def checkpoint_tensors(self) -> NamedWeights:
         yield "router.proj.weight", self.router.proj.stored
-        yield "router.scale", self.router.scale
-        yield "router.per_expert_scale", self.router.per_expert_scale
+        yield "router.scale", Dense(self.router.scale)
+        yield "router.per_expert_scale", Dense(self.router.per_expert_scale)
         yield "experts.gate_up_proj", self.experts.gate_up_proj.stored
         yield "experts.down_proj", self.experts.down_proj.stored
         for name in ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"):
-            yield f"{name}.weight", self.get_parameter(f"{name}.weight")
+            yield f"{name}.weight", Dense(self.get_parameter(f"{name}.weight"))
 
 
 class PerLayerInput(nn.Module):
@@ -209,7 +215,7 @@ class PerLayerInput(nn.Module):
     def checkpoint_tensors(self) -> NamedWeights:
         yield "per_layer_input_gate.weight", self.per_layer_input_gate.stored
         yield "per_layer_projection.weight", self.per_layer_projection.stored
-        yield "post_per_layer_input_norm.weight", self.post_per_layer_input_norm.weight
+        yield "post_per_layer_input_norm.weight", self.post_per_layer_input_norm.stored
 
 
 class DecoderLayer(nn.Module):
@@ -248,9 +254,9 @@ class DecoderLayer(nn.Module):
                 yield from branch.checkpoint_tensors()
         for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                      "post_feedforward_layernorm"):  # fmt: skip
-            yield f"{name}.weight", self.get_parameter(f"{name}.weight")
+            yield f"{name}.weight", Dense(self.get_parameter(f"{name}.weight"))
         if self.layer_scalar is not None:
-            yield "layer_scalar", self.layer_scalar
+            yield "layer_scalar", Dense(self.layer_scalar)
 
 
 def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dict[LayerType, Rope]:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
 from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices, rope_for
-from gemma_mtp.ops import quantise
 from gemma_mtp.ops import reference as ops
-from gemma_mtp.ops.linear import Embedding, Linear, Matrix
-from gemma_mtp.ops.quantise import Weight
 from gemma_mtp.weight_types import WeightTypes, merge
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.matrix import Embedding, Linear, Matrix, matrices
 
 
 @dataclass
@@ -81,15 +80,19 @@ class Target(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Returns the logits [..., V] before they are soft-capped."""
-        head = self.embed_tokens.stored if self.lm_head is None else self.lm_head.stored
-        return quantise.linear(hidden, head)
+        return self.head.stored.linear(hidden)
+
+    @property
+    def head(self) -> Matrix:
+        """The head's weight [V, D]: the token table unless the checkpoint unties them."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
         """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""
         T = token_ids_BT.shape[1]
         positions = torch.arange(T, device=token_ids_BT.device)
         kv = SequenceKeyValues(self.config, positions)
-        hidden = self(token_ids_BT, rope_for(self.config, positions, self.embed_tokens.weight.dtype), kv)
+        hidden = self(token_ids_BT, rope_for(self.config, positions, self.embed_tokens.dtype), kv)
         return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
 
     def quantise_(self, types: WeightTypes) -> None:
@@ -98,7 +101,7 @@ class Target(nn.Module):
         Raises QuantisationError where a part is quantised otherwise.
         """
         self.weight_types = merge(self.weight_types, types.of_target())
-        tables = [module for module in self.modules() if isinstance(module, Embedding)]
+        tables = [matrix for matrix in matrices(self) if isinstance(matrix, Embedding)]
         quantise_matrices([*tables, self.lm_head], types.embeddings)
         quantise_matrices(self.layers.modules(), types.target)
         if self.config.hidden_size_per_layer_input:
@@ -107,15 +110,14 @@ class Target(nn.Module):
     def dequantise_(self) -> None:
         """Make what is quantised dense again, in the dtype of the rest. Whole rows of training then cost what they do
         with a dense target, and are what decoding computes but for how the native operators round activations."""
-        for module in self.modules():
-            if isinstance(module, Matrix):
-                module.dequantise_()
+        for matrix in matrices(self):
+            matrix.dequantise_()
         self.weight_types = WeightTypes()
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
         """Official tensor names, with the `model.` prefix, and views of the weights that hold them."""
         tensors: dict[str, Weight] = {
-            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.weight,
+            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.stored,
         }  # fmt: skip
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
@@ -125,7 +127,7 @@ class Target(nn.Module):
         if self.config.hidden_size_per_layer_input:
             tensors["model.embed_tokens_per_layer.weight"] = self.embed_tokens_per_layer.stored
             tensors["model.per_layer_model_projection.weight"] = self.per_layer_model_projection.stored
-            tensors["model.per_layer_projection_norm.weight"] = self.per_layer_projection_norm.weight
+            tensors["model.per_layer_projection_norm.weight"] = self.per_layer_projection_norm.stored
         return tensors
 
 

@@ -46,14 +46,15 @@ from gemma_mtp.server.protocol import (
 )
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.settings import ServerSettings
+from gemma_mtp.server.tidy import Tidy
 from gemma_mtp.server.translate import (
     Prompt,
     chat_requests,
     completion_requests,
     decode,
     encode,
-    render_chat,
 )
+from gemma_mtp.server.turns import render
 
 #: of the page: its own files only
 PAGE_HEADERS = {
@@ -91,12 +92,14 @@ def _middleware(service: Service, settings: ServerSettings) -> list[Middleware]:
     """From the outside in."""
     origins = [
         Middleware(
-            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
+            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients in pages send headers of their own, such as x-stainless-*
+            expose_headers=["X-Request-Id"],
         )
     ]  # fmt: skip
     return [
         Middleware(RequestLog, metrics=service.metrics),
+        Middleware(Tidy),
         *(origins if settings.allow_origins else []),
         Middleware(Guard, settings=settings),
         Middleware(Intake, service=service),
@@ -130,6 +133,9 @@ class _JsonRoute(APIRoute):
         async def checked(request: Request) -> Response:
             if self.body_field is not None and not _is_json(request.headers.get("content-type", "")):
                 raise ApiError(415, "the body must be declared as JSON; send 'Content-Type: application/json'.")
+            encoding = request.headers.get("content-encoding", "identity").strip().lower()
+            if self.body_field is not None and encoding not in ("", "identity"):
+                raise ApiError(415, "the body must not be compressed; send it without Content-Encoding.")
             return await handle(_JsonRequest(request.scope, request.receive))
 
         return checked
@@ -162,9 +168,9 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         _check_model(body.model, settings)
-        prompts, requests = await chat_requests(body, service)
+        prompt, requests, tools = await chat_requests(body, service)
         batch = service.submit(requests, request.state.deadline)
-        return await _answer(ChatAnswers(body, service, batch, prompts), request, settings)
+        return await _answer(ChatAnswers(body, service, batch, [prompt], tools), request, settings)
 
     @api.get("/v1/models", responses=responses())
     async def models() -> ModelList:
@@ -182,7 +188,7 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         """Token ids of a text or a conversation."""
         _check_model(body.model, settings)
         if isinstance(body, TokenizeChatRequest):
-            text = render_chat(body.messages, service, body.add_generation_prompt is not False)
+            text = render(body.messages, service, body.add_generation_prompt is not False)
             tokens = await encode(text, service, special=False)
         else:
             tokens = await encode(body.prompt, service, body.add_special_tokens is not False)
@@ -238,7 +244,7 @@ async def _answer(answers: Answers, request: Request, settings: ServerSettings) 
     if body.stream:
         return EventStream(answers.events())
     whole = await answers.whole()
-    return Response(whole.model_dump_json(), media_type="application/json")
+    return Response(answers.to_json(whole), media_type="application/json")
 
 
 def _note_batch(request: Request, batch: Batch, prompts: list[Prompt], settings: ServerSettings) -> None:

@@ -42,13 +42,17 @@ class Guard:
         if self.settings.loopback_names_only and not _is_loopback(_values(headers, b"host")):
             return ApiError(403, "this server has no API keys and so answers only as localhost; start it with keys.")
         if self._keys and not is_public(scope["path"], self.settings) and not self._has_key(headers):
-            message = "a valid API key is needed; send it as 'Authorization: Bearer KEY'."
+            message = "a valid API key is needed; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."
             return ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
         return None
 
     def _has_key(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        headers = list(headers)
         given = _values(headers, b"authorization")
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        named = _values(headers, b"x-api-key")
+        if not given and len(named) == 1:
+            scheme, key = b"bearer", named[0]
         # all of them are compared, in full, so that the time taken tells nothing
         matches = [secrets.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)

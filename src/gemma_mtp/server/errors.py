@@ -61,6 +61,16 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why, under the request's X-Request-Id.")
 
 
+def too_long(tokens: int, most: int, context: int) -> ApiError:
+    """A prompt that does not fit. Clients tell it by these very words: litellm by the first ones, LangChain by the last
+    ones, OpenAI's own by the code."""
+    message = (
+        f"This model's maximum context length is {context} tokens. However, the prompt has {tokens} tokens, of at most"
+        f" {most}. Input tokens exceed the configured limit."
+    )
+    return ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+
 def retry_later(message: str, seconds: float = 1.0) -> ApiError:
     return ApiError(429, message, headers={"Retry-After": str(max(1, math.ceil(seconds)))})
 
@@ -78,16 +88,43 @@ def from_engine(error: GemmaMtpError) -> ApiError:
     return ApiError(400, str(error))
 
 
+#: what pydantic calls an error -> what it means, with the names that its context gives
+WORDS: dict[str, str] = {
+    "missing": "it is missing",
+    "string_type": "must be text", "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "has another form",
+    "string_too_long": "has more than {max_length} characters",
+    "int_type": "must be a whole number", "int_from_float": "must be a whole number",
+    "int_parsing_size": "is too large a number", "float_type": "must be a number",
+    "finite_number": "must be a finite number", "bool_type": "must be true or false",
+    "list_type": "must be a list", "dict_type": "must be an object", "model_type": "must be an object",
+    "model_attributes_type": "must be an object", "none_required": "must be left out",
+    "too_short": "must have {min_length} or more", "too_long": "must have {max_length} or fewer",
+    "greater_than": "must be above {gt}", "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be below {lt}", "less_than_equal": "must be {le} or less",
+    "literal_error": "must be {expected}",
+    "union_tag_invalid": "its {discriminator} must be one of {expected_tags}",
+    "union_tag_not_found": "its {discriminator} is missing",
+    "value_error": "{error}", "json_invalid": "is not valid JSON",
+}  # fmt: skip
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """An error in words of ours."""
+    context = {name: f"{value}".replace("'", "") for name, value in error.get("ctx", {}).items()}
+    return WORDS.get(error["type"], "is not as it must be").format(**context)
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The answer to a body whose fields are not as they must be: what is wrong with the first such field.
 
     A value that fits none of several forms has an error for each; their places begin alike. The input is not repeated.
     """
-    first = errors[0]
-    field = first["loc"][:2]
-    details = dict.fromkeys(error["msg"] for error in errors if error["loc"][:2] == field)
+    field = errors[0]["loc"][:2]
     alike = [error for error in errors if error["loc"][:2] == field]
-    path = first["loc"] if len(alike) == 1 else field
+    ours = [error for error in alike if error["type"] == "value_error"] or alike
+    details = dict.fromkeys(map(_said, ours))
+    path = alike[0]["loc"] if len(alike) == 1 else field
     param = _path(path[1:])
     message = "; or ".join(list(details)[:MAX_DETAILS])
     return ApiError(400, f"{param or 'the body'}: {message}.", param=param or None)

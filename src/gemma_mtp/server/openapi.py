@@ -88,6 +88,7 @@ def _tighten(schemas: Schema, service: Service) -> None:
         _limit(fields, "logit_bias", "object", maxProperties=settings.max_logit_bias, additionalProperties=False)
         _limit(fields, "stop", "string", maxLength=settings.max_stop_characters)
         _limit(fields, "stop", "array", maxItems=settings.max_stop)
+        _limit(fields, "tools", "array", maxItems=settings.max_tools)
         _limit(fields, "stop_token_ids", "array", maxItems=settings.max_logit_bias)
         if settings.max_output_tokens is not None:
             _limit(fields, "max_tokens", "integer", maximum=settings.max_output_tokens)

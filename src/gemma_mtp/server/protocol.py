@@ -9,30 +9,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from gemma_mtp.chat.marks import Region
 from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.result import TokenKind
+from gemma_mtp.server.conversation import Content, Message, Strict, Tool, ToolChoice
 
 #: a server may allow fewer
 MAX_LOGIT_BIAS = 4096
 #: numbers that 64 and 32 bits hold
 SEEDS, PRIORITIES = 2**63, 2**31
 
+#: -1: no limit but the server's
+MaxTokens = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 #: lists end at their first fault, so that a large bad body makes no more errors than one
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+#: texts of which the output must be one
+Choices = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=1000)]
 StopText = Annotated[str, StringConstraints(min_length=1)]
 #: a token id as the key of a JSON object
 TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class Strict(BaseModel):
-    """Base of what clients send."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -42,33 +43,13 @@ class StreamOptions(Strict):
     )
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-
-
-class InputMessage(Strict):
-    role: Literal["system", "developer", "user"]
-    content: Content
-
-
-class AssistantMessage(Strict):
-    role: Literal["assistant"]
-    content: Content | None = None
-
-
-Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
-
-
 class TextFormat(Strict):
     type: Literal["text"]
 
 
 class JsonObjectFormat(Strict):
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Extension: as of json_schema.")
 
 
 class JsonSchema(Strict):
@@ -91,21 +72,33 @@ class Prediction(Strict):
     content: Content
 
 
+class StructuredOutputs(Strict):
+    """What the output must be, as vLLM's clients say it; one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    json_object: bool | None = None
+
+
 class GenerationRequest(Strict):
-    """What both ways to generate have in common."""
+    """What both ways to generate have in common. Fields that are not known are ignored, but for some that would change
+    the output, which are refused by name (`fields.REFUSED`)."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="The served model's name, which is also the default.")
     stream: bool | None = Field(None, description="Answer by server-sent events, one chunk or more a round.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, lt=2**31, description="Choices for each prompt; default 1.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
-        None, description="Text that ends the output, not part of it."
+    stop: str | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
+        None, description="Text that ends the output, not part of it; the empty text is none."
     )
     seed: int | None = Field(
         None, ge=-SEEDS, lt=SEEDS, description="The same seed gives the same output; choice i has the seed plus i."
     )
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the checkpoint's, else 1.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default: the checkpoint's, else 1 (off).")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; default: the checkpoint's, else 1.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy; default: the checkpoint's, else 1 (off).")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] | None = Field(
@@ -113,10 +106,16 @@ class GenerationRequest(Strict):
     )
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = Field(None, description="Accepted and not used: the drafter predicts.")
-    top_k: int | None = Field(None, ge=0, lt=2**31, description="Extension: 0 is off; default: the checkpoint's.")
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="Extension: 0 and -1 are off; default: the checkpoint's."
+    )
     regex: str | None = Field(
         None, min_length=1, max_length=MAX_SOURCE_LENGTH, description="Extension: what the whole output must match."
     )
+    guided_json: dict[str, Any] | str | None = Field(None, description="Extension: a JSON schema, or its text.")
+    guided_regex: str | None = Field(None, min_length=1, description="Extension: another name of regex.")
+    guided_choice: Choices | None = Field(None, description="Extension: texts of which the output is one.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Extension: the same, the newer way.")
     min_p: float | None = Field(None, ge=0, le=1, description="Extension: 0 is off; default: the checkpoint's own.")
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description="Extension: 1 is off; default: the checkpoint's own."
@@ -159,7 +158,7 @@ class CompletionRequest(GenerationRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )  # fmt: skip
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default 16.")
+    max_tokens: MaxTokens | None = Field(None, description="Default 16; -1 is what the context has room for.")
     echo: bool | None = Field(None, description="Begin the output with the prompt; not together with logprobs.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Report so many alternatives a token.")
     best_of: Literal[1] | None = Field(None, description="Not offered.")
@@ -175,13 +174,29 @@ class CompletionRequest(GenerationRequest):
 
 class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="The older name of max_completion_tokens.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, lt=2**31, description="Default: what the context has room for."
-    )
+    max_tokens: MaxTokens | None = Field(None, description="The older name of max_completion_tokens.")
+    max_completion_tokens: MaxTokens | None = Field(None, description="Default, and -1: what the context has room for.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives a token, with logprobs.")
-    tools: list[Any] | None = Field(None, max_length=0, fail_fast=True, description="Not offered.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, description="What the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="none, auto (the default), required, or the function to call."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may be made; default.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Extension: variables of the chat template, such as enable_thinking."
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
+        None, description="none and minimal switch thinking off, the others on; low and medium limit it."
+    )
+    max_thinking_tokens: int | None = Field(
+        None, ge=0, lt=2**31, description="Extension: thoughts end after so many tokens in all."
+    )
+    include_reasoning: bool | None = Field(None, description="Extension: whether thoughts are sent; default.")
+    add_generation_prompt: bool | None = Field(None, description="Extension: begin the model's turn; default.")
+    continue_final_message: bool | None = Field(
+        None, description="Extension: go on with the last message, which is the assistant's; begins no turn."
+    )
 
 
 class TokenizeTextRequest(Strict):
@@ -239,6 +254,7 @@ class PromptTokensDetails(BaseModel):
 class CompletionTokensDetails(BaseModel):
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Usage(BaseModel):
@@ -249,13 +265,14 @@ class Usage(BaseModel):
     completion_tokens_details: CompletionTokensDetails
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class RoundToken(BaseModel):
     id: int
     text: str
     kind: TokenKind
+    part: Region = "text"
 
 
 class RoundReport(BaseModel):
@@ -315,10 +332,26 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class MadeFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: MadeFunction
+
+
 class ChatMessage(BaseModel):
+    """What is null of the last three is left out."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[MadeCall] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChoice(BaseModel):
@@ -333,9 +366,28 @@ class ChatCompletion(Answer):
     choices: list[ChatChoice]
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str = ""
+
+
+class CallDelta(BaseModel):
+    """A call's beginning, with its id, type and name, or more of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
+    """What is null is left out."""
+
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):

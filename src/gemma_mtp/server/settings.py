@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.errors import ServerError
 from gemma_mtp.text import check_text, read_text
+
+if TYPE_CHECKING:
+    from gemma_mtp.decoding.draft_length import DraftTokens
 
 #: where keys may stand, beside a file: separated by commas or white space
 KEYS_VARIABLE = "GEMMA_MTP_API_KEYS"
@@ -48,6 +51,7 @@ class ServerSettings:
     max_stop: int = 16
     max_stop_characters: int = 1000
     max_logit_bias: int = 1024
+    max_tools: int = 128
     max_json_depth: int = 64
     max_concurrent: int = 256
     request_seconds: float = 600.0

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import secrets
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, NoReturn
 
-from gemma_mtp.chat.conversation import Conversation
-from gemma_mtp.chat.prompt import chat_text
-from gemma_mtp.decoding.grammar import Grammar, GrammarKind
+from gemma_mtp.chat.marks import region_after
+from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import GemmaMtpError
-from gemma_mtp.server.errors import ApiError, from_engine
-from gemma_mtp.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-    JsonSchemaFormat,
-    Message,
-)
+from gemma_mtp.server.constraints import text_grammar
+from gemma_mtp.server.errors import ApiError, from_engine, too_long
+from gemma_mtp.server.fields import check_others
+from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
+from gemma_mtp.server.turns import callable_tools, render, thinking_of, with_turn
 
 #: OpenAI's default for completions
 COMPLETION_TOKENS = 16
+#: what a client may send for no limit of its own
+NO_LIMIT = -1
 #: shorter texts are encoded at once, longer ones in a thread, so that other requests' tokens go on
 SHORT_TEXT = 2000
 
@@ -42,41 +39,54 @@ class Prompt:
 
 async def completion_requests(body: CompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
     """A completion's prompts, and n requests for each of them in turn. Raises ApiError."""
+    check_others(body.model_extra)
     if body.echo and body.logprobs is not None:
         _refuse("echo", "log-probabilities of prompt tokens are not offered; leave out echo or logprobs")
     given = _as_list(body.prompt)
     _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
     _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
     prompts = [await _prompt(prompt, bool(body.echo), service) for prompt in given]
-    grammar = await _grammar(body, service)
+    grammar = await text_grammar(body, service)
     default = min(COMPLETION_TOKENS, service.settings.max_output_tokens or COMPLETION_TOKENS)
-    params = _params(body, body.logprobs, body.max_tokens or default, grammar, service)
+    most = service.settings.max_output_tokens or service.engine.max_tokens
+    limit = most if body.max_tokens == NO_LIMIT else body.max_tokens or default
+    params = _params(body, body.logprobs, limit, grammar, service)
     return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
 
 
-async def chat_requests(body: ChatCompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
-    """A conversation as one prompt, and n requests for it. Raises ApiError."""
+class ChatPlan(NamedTuple):
+    """A conversation as one prompt, n requests for it, and the names of tools that may be called."""
+
+    prompt: Prompt
+    requests: list[Request]
+    tools: Collection[str]
+
+
+async def chat_requests(body: ChatCompletionRequest, service: Service) -> ChatPlan:
+    """Raises ApiError."""
+    check_others(body.model_extra)
     _at_most("n", body.n or 1, service.engine.settings.max_waiting, "choices in all")
-    text = render_chat(body.messages, service)
+    thinking, tools = thinking_of(body, service), await callable_tools(body, service)
+    go_on = bool(body.continue_final_message)
+    if go_on and body.add_generation_prompt:
+        _refuse("continue_final_message", "a turn that goes on is not begun; leave out add_generation_prompt")
+    begin_turn = body.add_generation_prompt is not False and not go_on
+    text = render(body.messages, service, begin_turn, go_on, thinking.variables, tools.shown)
     prompt = await _prompt(text, False, service, special=False)  # the template writes its own
     room = service.engine.max_tokens - len(prompt.token_ids)
     limit = min(room, service.settings.max_output_tokens or room)
     defaults = service.engine.pair.generation
-    max_tokens = body.max_completion_tokens or body.max_tokens or min(limit, defaults.max_new_tokens or limit)
+    given = body.max_completion_tokens or body.max_tokens
+    max_tokens = limit if given == NO_LIMIT else given or min(limit, defaults.max_new_tokens or limit)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(body, logprobs, max_tokens, await _grammar(body, service), service)
+    params = _params(body, logprobs, max_tokens, await text_grammar(body, service), service)
     suppressed = dict.fromkeys(defaults.suppress_tokens, float("-inf"))
     stop = defaults.stop if body.stop is None else params.stop
     params = dataclasses.replace(params, logit_bias={**suppressed, **params.logit_bias}, stop=stop)
-    return [prompt], _requests(body, prompt, params, service)
-
-
-def render_chat(messages: Sequence[Message], service: Service, begin_turn: bool = True) -> str:
-    """A conversation through the checkpoint's template. Raises ApiError."""
-    try:
-        return chat_text(Conversation([message.model_dump() for message in messages], begin_turn), service.tokenizer)
-    except GemmaMtpError as error:
-        raise ApiError(400, str(error), param="messages") from None
+    marks = service.tokenizer.marks
+    if marks.ids:
+        params = with_turn(params, region_after(prompt.token_ids, marks), thinking, tools, marks)
+    return ChatPlan(prompt, _requests(body, prompt, params, service), tools.names)
 
 
 async def encode(text: str, service: Service, special: bool = True) -> list[int]:
@@ -88,8 +98,7 @@ async def encode(text: str, service: Service, special: bool = True) -> list[int]
 async def _prompt(given: str | list[int], echo: bool, service: Service, special: bool = True) -> Prompt:
     token_ids = await encode(given, service, special) if isinstance(given, str) else given
     if len(token_ids) > service.longest_prompt:
-        message = f"the prompt has {len(token_ids)} tokens, but at most {service.longest_prompt} are taken; shorten it."
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        raise too_long(len(token_ids), service.longest_prompt, service.engine.max_tokens)
     if isinstance(given, str) or not echo:
         return Prompt(token_ids, given if isinstance(given, str) else "")
     return Prompt(token_ids, decode(token_ids, service))
@@ -130,9 +139,9 @@ def _params(
     defaults = service.engine.pair.generation
     try:
         return SamplingParams(
-            temperature=_given(body.temperature, defaults.temperature, 1.0),
-            top_k=int(_given(body.top_k, defaults.top_k, 0)),
-            top_p=_given(body.top_p, defaults.top_p, 1.0),
+            temperature=0.0 if body.top_p == 0 else _given(body.temperature, defaults.temperature, 1.0),
+            top_k=max(0, int(_given(body.top_k, defaults.top_k, 0))),
+            top_p=_given(body.top_p or None, defaults.top_p, 1.0),
             min_p=_given(body.min_p, defaults.min_p, 0.0),
             repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty, 1.0),
             presence_penalty=body.presence_penalty or 0.0,
@@ -151,7 +160,7 @@ def _params(
 
 
 def _check_limits(body: CompletionRequest | ChatCompletionRequest, settings: ServerSettings) -> list[str]:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = [body.stop] if isinstance(body.stop, str) and body.stop else list(body.stop or [])
     _at_most("n", body.n or 1, settings.max_choices, "choices")
     _at_most("stop", len(stop), settings.max_stop, "stop strings")
     _at_most("stop", max(map(len, stop), default=0), settings.max_stop_characters, "characters in a stop string")
@@ -161,31 +170,6 @@ def _check_limits(body: CompletionRequest | ChatCompletionRequest, settings: Ser
         if settings.max_output_tokens is not None:
             _at_most(param, getattr(body, param, None) or 0, settings.max_output_tokens, "output tokens")
     return stop
-
-
-async def _grammar(body: GenerationRequest, service: Service) -> Grammar | None:
-    """What the output must be by `response_format` or `regex`, compiled in a thread. Raises ApiError."""
-    wanted, param = body.response_format, "response_format"
-    if body.regex is not None and wanted is not None and wanted.type != "text":
-        _refuse("regex", "response_format says already what the output must be; give one of them")
-    kind: GrammarKind = "json_object"
-    source = ""
-    if body.regex is not None:
-        kind, source, param = "regex", body.regex, "regex"
-    elif isinstance(wanted, JsonSchemaFormat):
-        kind, source = "json_schema", json.dumps(wanted.json_schema.schema_)
-    elif wanted is None or wanted.type == "text":
-        return None
-    try:
-        return await asyncio.to_thread(_compiled, kind, source, service)
-    except GemmaMtpError as error:
-        raise ApiError(400, str(error), param=param) from None
-
-
-def _compiled(kind: GrammarKind, source: str, service: Service) -> Grammar:
-    grammar = Grammar(kind, source)
-    service.engine.pair.check(SamplingParams(grammar=grammar), 0, "exact")
-    return grammar
 
 
 def _given(*values: float | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gemma_mtp.chat.marks import Region, Regions, TurnMarks
 from gemma_mtp.tokenizer.tokenizer import Tokenizer
 
 
@@ -47,11 +48,19 @@ class StopMatcher:
 
 
 class OutputText:
-    """The text of one output, from its tokens as they come: what is certain of it, up to a stop string."""
+    """The text of one output, from its tokens as they come: what is certain of it, up to a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    With `marks`, thoughts and calls are no part of it, and no stop string is looked for in them. `begin` is the part of
+    the turn that the prompt leaves off in.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), marks: TurnMarks | None = None, begin: Region = "text"
+    ) -> None:
         self._decoder = tokenizer.stream()
         self._matcher = StopMatcher(stop)
+        self._regions = Regions(marks, begin) if marks is not None else None
+        self._marks = frozenset[int]() if marks is None else marks.ids
 
     @property
     def stopped(self) -> bool:
@@ -61,5 +70,8 @@ class OutputText:
     def push(self, token_ids: Sequence[int], last: bool = False) -> str:
         """Text that became certain with these tokens. With the last ones also what was held back: half characters and
         possible beginnings of stop strings."""
+        regions = self._regions
+        if regions is not None and not (regions.current == "text" and self._marks.isdisjoint(token_ids)):
+            token_ids = [token_id for token_id in token_ids if regions.enter(token_id) == "text"]
         text = self._matcher.push(self._decoder.push(token_ids))
         return text + self._matcher.push(self._decoder.flush()) + self._matcher.flush() if last else text

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 
 from gemma_mtp.chat import template as chat
+from gemma_mtp.chat.marks import TurnMarks
 from gemma_mtp.errors import TokenizerError
 from gemma_mtp.tokenizer import files
 from gemma_mtp.tokenizer.token_text import TextDecoder, TokenTexts
@@ -28,7 +29,10 @@ class Tokenizer:
         self.chat_template = chat_template
         #: texts of special tokens by name, such as `bos_token`
         self.special_tokens = files.apply_settings(raw, settings)
-        self._special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
+        special = {token.content: i for i, token in raw.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = frozenset(special.values())
+        #: special tokens that set parts of a model's turn apart, as far as there are some
+        self.marks = TurnMarks.of(special)
         self._texts = TokenTexts(raw)
 
     @classmethod
@@ -47,6 +51,10 @@ class Tokenizer:
     def template_variables(self) -> frozenset[str]:
         """Names that the chat template asks its caller for, such as `messages` and `enable_thinking`; none without."""
         return frozenset() if self.chat_template is None else chat.asked_for(chat.template_of(self.chat_template))
+
+    def template_knows(self, name: str) -> bool:
+        """Whether the chat template, that for tools where there is one, has such a name in it, such as `tool_calls`."""
+        return self.chat_template is not None and name in chat.template_of(self.chat_template, with_tools=True)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text, as transformers encodes it; `special` adds what tokenizer.json puts around a text.

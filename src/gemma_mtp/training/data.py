@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.json_files import replace_file
+from gemma_mtp.files.replace import replace_file
 
 TokenArray = npt.NDArray[np.uint16]
 

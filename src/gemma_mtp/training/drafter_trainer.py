@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.interrupts import interrupted_later
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.training.examples import PAD_MULTIPLE, BatchOrder, ExampleSet, padded_length
@@ -20,7 +22,7 @@ from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.memory import MEGABYTE, BlockPlan, memory_reported, plan_blocks
 from gemma_mtp.training.optim import Masters, Optimiser, cosine
 from gemma_mtp.training.parallel import World
-from gemma_mtp.training.state import load_state, save_state
+from gemma_mtp.training.state import load_facts, load_state, save_state
 from gemma_mtp.training.step import DraftStep, Objective, StepStats, StoredRows
 from gemma_mtp.training.unroll import trained_head
 
@@ -68,18 +70,55 @@ class DrafterResult:
     predicted_length: float
 
 
+#: where a setting is called otherwise on the command line
+OPTIONS = {"batch_size": "batch", "objective.steps": "draft-steps", "data files": "data"}
+
+
+def recipe_identity(recipe: DrafterRecipe) -> dict[str, Any]:
+    """The settings that must be the same for a run to go on as it would have. Memory is one: it decides the blocks,
+    and so the order of sums."""
+    settings = asdict(recipe)
+    settings.pop("checkpoint_steps")
+    return settings
+
+
+def check_resumable(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise TrainingError naming the settings of `identity` that the checkpoint's run was given otherwise."""
+    kept = _flat(load_facts(checkpoint)["recipe"])
+    given = _flat(json.loads(json.dumps(identity)))
+    others = [name for name, value in given.items() if kept.get(name) != value]
+    if others:
+        shown = ", ".join(_difference(name, kept.get(name), given[name]) for name in others)
+        raise TrainingError(
+            f"{checkpoint} was made with other settings: {shown}; give the same ones, or another --out to start anew."
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    objective = settings.get("objective", {})
+    rest = {name: value for name, value in settings.items() if name != "objective"}
+    return {**rest, **{f"objective.{name}": value for name, value in objective.items()}}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    option = "--" + OPTIONS.get(name, name.removeprefix("objective.").removesuffix("_mb").replace("_", "-"))
+    return option if name in ("target", "data", "data files") else f"{option} was {before} and is now {now}"
+
+
 #: measures the drafter's mean acceptance length in the engine
 Gate = Callable[[int], float]
 
 
 class DrafterTrainer:
-    """State of one run: weights, optimiser, and how far it is. `target_name` tells targets apart when resuming."""
+    """State of one run: weights, optimiser, and how far it is. `target_name` tells targets apart when resuming, and
+    `told` are settings beside the recipe that must be the same then."""
 
     def __init__(
         self, target: Target, drafter: Drafter, examples: ExampleSet, recipe: DrafterRecipe, directory: Path,
         world: World = World(), stored_rows: StoredRows | None = None, target_name: str = "",
+        told: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.target_name = target_name
+        self.target_name, self.told = target_name, told or {}
         self.drafter, self.recipe, self.world = drafter.requires_grad_(True), recipe, world
         self.checkpoint = directory / CHECKPOINT
         self.masters = Masters(drafter)
@@ -100,11 +139,9 @@ class DrafterTrainer:
         """Go on from the last checkpoint, if there is one. Raises TrainingError where it is of another run."""
         if not self.checkpoint.exists():
             return
+        check_resumable(self.checkpoint, self._identity())
         facts, self.best = load_state(self.checkpoint, self.masters, self.optimiser)
-        if facts.pop("recipe") != self._identity():
-            raise TrainingError(
-                f"{self.checkpoint} was made with other settings or data; give the same ones, or remove it."
-            )
+        del facts["recipe"]
         for name, value in facts.items():
             setattr(self, name, value)
 
@@ -139,8 +176,22 @@ class DrafterTrainer:
             plan = plan_blocks(self.draft_step, self.length, recipe.batch_size, limit)
         log.say(plan.describe(self.length, limit))
         clock = time.monotonic() - self.seconds
+        try:
+            self._steps(plan, clock, advice, log, gate)
+        except KeyboardInterrupt:  # between two steps: one that has begun is ended first
+            log.flush()
+            self.save()
+            raise
+        if gate is not None and recipe.gate_steps is not None:
+            self._finish_with_best(gate)
+        log.flush()
+        self.save()
+        return DrafterResult(self.step, self.best_step or self.step, self.tokens, self.seconds, self._length_seen())
+
+    def _steps(self, plan: BlockPlan, clock: float, advice: str, log: RunLog, gate: Gate | None) -> None:
+        recipe = self.recipe
         while (progress := self._progress(clock)) < 1 and not self._stopped_early():
-            with memory_reported(f"in a block of {plan.sequences} sequences", advice):
+            with memory_reported(f"in a block of {plan.sequences} sequences", advice), interrupted_later():
                 values = self._one_step(plan, progress)
             self.seconds = time.monotonic() - clock
             values["tokens_per_second"] = self.tokens / self.seconds
@@ -151,11 +202,6 @@ class DrafterTrainer:
             if gate_due or self.step % recipe.checkpoint_steps == 0:
                 log.flush()
                 self.save()
-        if gate is not None and recipe.gate_steps is not None:
-            self._finish_with_best(gate)
-        log.flush()
-        self.save()
-        return DrafterResult(self.step, self.best_step or self.step, self.tokens, self.seconds, self._length_seen())
 
     def _one_step(self, plan: BlockPlan, progress: float) -> dict[str, float]:
         recipe = self.recipe
@@ -232,7 +278,7 @@ class DrafterTrainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on as it would have."""
-        settings = asdict(self.recipe)
-        for name in ("memory_mb", "checkpoint_steps"):
-            settings.pop(name)
-        return {**settings, "target": self.target_name, "data": self.batches.examples.digest()}
+        return {
+            **recipe_identity(self.recipe), **self.told, "target": self.target_name,
+            "data": self.batches.examples.digest(),
+        }  # fmt: skip

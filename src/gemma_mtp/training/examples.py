@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
+from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.json_files import replace_file
 
 #: sequences of a batch are padded to a multiple of this: few shapes, and whole chunks of attention
 PAD_MULTIPLE = 64
@@ -83,12 +81,11 @@ class ExampleSet:
                           np.concatenate((self.temperatures, other.temperatures)))  # fmt: skip
 
     def save(self, path: Path) -> None:
-        replace_file(path, lambda partial: save_file(vars(self), partial))
+        save_tensors(path, {name: torch.from_numpy(array) for name, array in vars(self).items()})
 
     @classmethod
     def load(cls, path: Path) -> ExampleSet:
-        with safe_open(path, "np") as stored:
-            return cls(**{name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+        return cls(**{name: tensor.numpy() for name, tensor in load_tensors(path)[0].items()})
 
 
 @dataclass(frozen=True)

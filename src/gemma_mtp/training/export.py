@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma_mtp.checkpoint import open_source, read_generation_config, save_drafter
 from gemma_mtp.config import DrafterConfig
-from gemma_mtp.json_files import replace_file, write_json
+from gemma_mtp.files.replace import replace_file
+from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting
@@ -46,6 +47,8 @@ class CardFacts:
     seconds: float
     data: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    base_model: str = "unknown"
+    license: str = "other"
 
 
 def write_card(
@@ -65,7 +68,17 @@ def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recal
         f" {', '.join(f'{share:.3f}' for share in b.pooled.by_position)} | {b.pooled.rounds} |"
         for a, b in zip(start, now, strict=True)
     )
-    return f"""# MTP drafter for {facts.target}
+    return f"""---
+license: {facts.license}
+base_model: {facts.base_model}
+library_name: gemma-mtp
+tags:
+- speculative-decoding
+- multi-token-prediction
+- gemma4
+---
+
+# MTP drafter for {facts.target}
 
 Drafts tokens for this target in speculative decoding; the target alone decides what is written. It is of no use with
 another target. Trained by `gemma-mtp train`, from {facts.start}.
@@ -94,4 +107,15 @@ prompt. The mean acceptance length counts the target's own token; acceptance at 
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
+    return "\n".join(f"- {name.replace('_', ' ')}: {_in_words(value)}" for name, value in facts.items())
+
+
+def _in_words(value: object) -> str:
+    """A setting as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_in_words, value))
+    return f"{value:,}" if isinstance(value, int) else str(value).removeprefix("torch.")

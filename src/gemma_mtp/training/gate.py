@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,15 +53,21 @@ class EngineGate:
 
     def with_drafter(self, directory: Path) -> Pair:
         """The pair with the drafter of a checkpoint directory, ready to decode."""
-        table = self.pair.target.embed_tokens.weight
+        table = self.pair.target.embed_tokens
         drafter = load_drafter(directory, table.dtype, table.device, self.weight_types.of_drafter())
         return self.pair.with_drafter(drafter)
 
-    def measure(self, directory: Path, on_prompt: Callable[[Any], object] = lambda prompt: None) -> Reports:
-        """Acceptance of the drafter in `directory`, at each temperature."""
+    def measure(self, directory: Path, on_prompt: Callable[[int, int], object] = lambda done, of: None) -> Reports:
+        """Acceptance of the drafter in `directory`, at each temperature. `on_prompt` is told how many prompts are done,
+        and of how many."""
         pair = self.with_drafter(directory)
+        done, total = itertools.count(1), len(self.prompts) * len(self.temperatures)
+
+        def tell(_: Any) -> None:
+            on_prompt(next(done), total)
+
         return tuple(
-            measure_acceptance(pair, self.prompts, self.draft_tokens, self._params(t), on_prompt=on_prompt)
+            measure_acceptance(pair, self.prompts, self.draft_tokens, self._params(t), on_prompt=tell)
             for t in self.temperatures
         )
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from gemma_mtp.errors import TrainingError
-from gemma_mtp.json_files import replace_file
-
-LINE_SECONDS = 10.0
+from gemma_mtp.errors import TrainingError, missing_extra
+from gemma_mtp.files.replace import replace_file
+from gemma_mtp.progress import Display
 
 
 class RunLog:
@@ -30,27 +25,21 @@ class RunLog:
     def __init__(self, directory: Path, name: str, resumed_step: int = 0, tensorboard: bool = False,
                  quiet: bool = False, console_only: bool = False) -> None:  # fmt: skip
         self.path, self.name = directory / f"{name}.csv", name
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._display = Display(name, 0.0, quiet)
         self._writer = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard and not quiet else None
         self._quiet = quiet
         self._kept = [] if console_only or quiet else _rows_until(self.path, resumed_step)
         self._file: TextIO | None = None
         self._columns: list[str] = []
-        self._last_line = time.monotonic()
-        self._progress = Progress(
-            TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"), console=self._console, disable=not self._console.is_terminal or quiet,
-        )  # fmt: skip
-        self._task = self._progress.add_task(name, total=1.0, text="")
 
     def __enter__(self) -> RunLog:
-        self._progress.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._display.__exit__(kind, error, trace)
         for opened in filter(None, (self._file, self._writer)):
             with self._reported() if error is None else contextlib.suppress(OSError):  # the first error is the cause
                 opened.close()
@@ -68,14 +57,15 @@ class RunLog:
 
     def show(self, share_done: float, text: str) -> None:
         """What is on the screen: the bar, or a line where the last is long ago."""
-        self._progress.update(self._task, completed=share_done, text=text)
-        if self._progress.disable and time.monotonic() - self._last_line > LINE_SECONDS:
-            self._last_line = time.monotonic()
-            self._console.print(f"{self.name} {share_done:.0%} {text}", soft_wrap=True)
+        self._display.show(text, share_done)
+
+    def note(self, text: str) -> None:
+        """What goes on while no step is made; the share that is done stays."""
+        self._display.show(text, self._display.share)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self._console.print(text, soft_wrap=True)
+        self._display.say(text)
 
     def flush(self) -> None:
         """Make sure that what was logged is in the file."""
@@ -113,7 +103,5 @@ def _summary_writer(directory: Path, resumed_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise TrainingError(
-            "--tensorboard needs the tensorboard package; install gemma-mtp with its `train` extra, or leave it out."
-        ) from None
+        raise TrainingError(missing_extra("--tensorboard", "tensorboard", "train")) from None
     return SummaryWriter(str(directory), purge_step=resumed_step or None)

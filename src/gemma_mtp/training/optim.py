@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.model import target as target_module
-from gemma_mtp.ops.linear import Linear
+from gemma_mtp.weights.matrix import Linear
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

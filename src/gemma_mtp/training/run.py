@@ -20,8 +20,15 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.progress import Display
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
-from gemma_mtp.training.drafter_trainer import DrafterResult, DrafterTrainer
+from gemma_mtp.training.drafter_trainer import (
+    CHECKPOINT,
+    DrafterResult,
+    DrafterTrainer,
+    check_resumable,
+    recipe_identity,
+)
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
 from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
@@ -63,6 +70,9 @@ class Run:
         source = checkpoint.open_source(settings.target)
         target_config = checkpoint.read_target_config(source)
         check_settings(settings, target_config)
+        if (self.state / CHECKPOINT).exists() and settings.resume:  # before anything takes long
+            identity = {**recipe_identity(settings.recipe), **told(settings), "target": _target_name(settings)}
+            check_resumable(self.state / CHECKPOINT, identity)
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         if settings.drafter is not None:
@@ -131,8 +141,8 @@ class Run:
         cache, name = data.cache or self.state / "cache", self.target_name
         with RunLog(self.state, "writing", console_only=True) as log:
 
-            def show(tokens: int) -> None:
-                log.show(min(1.0, tokens / data.written_tokens), f"{tokens} tokens")
+            def show(tokens: int, share: float) -> None:
+                log.show(share, f"{tokens} tokens")
 
             return write_texts(pair, beginnings, writing, cache, name, show)
 
@@ -168,7 +178,7 @@ class Run:
             settings.target.resolve().name,
             "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
             sum(p.numel() for p in drafter.parameters()), result.best_step, result.tokens, result.seconds,
-            {**_shown(asdict(settings.data)), **data}, _shown(recipe),
+            {**_shown(asdict(settings.data)), **data}, _shown(recipe), settings.target.resolve().name,
         )  # fmt: skip
 
     def export(self, drafter: Drafter, directory: Path) -> None:
@@ -202,21 +212,21 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
         f"training on {len(examples)} texts, {len(examples.tokens)} tokens; {len(material.held_out)} held-out prompts"
     )
     gate = run.gate(material.held_out)
-    start = gate.measure(starting) if world.leads else ()
+    start = _measured(gate, starting, "measuring the start") if world.leads else ()
     if start:
         run.say(f"start: mean acceptance length {_lengths(start)}")
     candidate = run.state / "candidate"
 
     def measured(step: int) -> float:
         run.export(drafter, candidate)
-        reports = gate.measure(candidate)
+        reports = gate.measure(candidate, lambda done, of: log.note(f"measuring: prompt {done} of {of}"))
         run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
         return mean_length(reports)
 
     rows = run.state / "target-rows" / f"{run.target_name}-{examples.digest()}-{str(run.dtype).removeprefix('torch.')}"
     stored = TargetStore(rows) if settings.data.store_target else None
     trainer = DrafterTrainer(run.target, drafter, examples, settings.recipe, run.state, world, stored,
-                             run.target_name)  # fmt: skip
+                             run.target_name, told(settings))  # fmt: skip
     trainer.resume()
     with RunLog(run.state, "drafter", trainer.step, settings.tensorboard, quiet=not world.leads) as log:
         result = trainer.train(log, measured)
@@ -233,9 +243,12 @@ def _conclude(
     """Measure what was trained, and export it where it is not worse than the start."""
     settings, candidate = run.settings, run.state / "candidate"
     run.export(drafter, candidate)
-    now = gate.measure(candidate)
+    now = _measured(gate, candidate, "measuring what was trained")
     verdict = judge(start, now)
-    speeds = gate.speed(starting, start), gate.speed(candidate, now)
+    with Display("timing the start") as display:
+        before = gate.speed(starting, start)
+        display.show("", name="timing what was trained")
+        speeds = before, gate.speed(candidate, now)
     exported = verdict.not_worse or settings.force
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
@@ -243,6 +256,11 @@ def _conclude(
         run.export(drafter, settings.out)
         write_card(settings.out / CARD, facts, start, now, verdict, recall)
     return outcome
+
+
+def _measured(gate: EngineGate, directory: Path, name: str) -> Reports:
+    with Display(name) as display:
+        return gate.measure(directory, lambda done, of: display.show(f"prompt {done} of {of}", done / of))
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
@@ -258,6 +276,22 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "training": asdict(outcome.result),
         "centroid_recall": None if outcome.recall is None else asdict(outcome.recall),
     }
+
+
+def told(settings: RunSettings) -> dict[str, Any]:
+    """What a run is told beside its recipe that must be the same when it goes on, by the options' names."""
+    data = settings.data
+    drafter = settings.drafter
+    return {
+        "drafter": None if drafter is None else str(drafter.resolve()),
+        **(asdict(settings.new) if drafter is None else {}),
+        "data files": [str(path.resolve()) for path in data.paths], "pattern": data.pattern,
+        "held-out": None if data.held_out is None else str(data.held_out.resolve()),
+        "held-out-prompts": data.held_out_prompts, "length": data.length, "regenerate": data.regenerate,
+        "as-is": data.as_is, "max-new-tokens": data.max_new_tokens, "written-tokens": data.written_tokens,
+        "temperature": list(settings.temperatures), "draft-tokens": settings.draft_tokens,
+        "gate-tokens": settings.gate_tokens, "dtype": settings.dtype, "quantize": _listed(settings.quantize),
+    }  # fmt: skip
 
 
 def _lengths(reports: Reports) -> str:

@@ -11,7 +11,7 @@ from gemma_mtp import checkpoint
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.errors import CheckpointError, TrainingError
-from gemma_mtp.json_files import replace_file
+from gemma_mtp.files.replace import replace_file
 from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe
 from gemma_mtp.training.losses import choice_at
 from gemma_mtp.training.material import HELD_OUT_PROMPTS

@@ -11,8 +11,8 @@ from gemma_mtp.config import FULL, SLIDING, DrafterConfig, LayerType, TargetConf
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Attention, DecoderLayer
 from gemma_mtp.model.target import Target
-from gemma_mtp.ops.linear import Embedding, Linear
 from gemma_mtp.training import bpe
+from gemma_mtp.weights.matrix import Embedding, Linear
 
 _TARGET_LAYERS: tuple[LayerType, ...] = ((SLIDING,) * 4 + (FULL,)) * 3
 

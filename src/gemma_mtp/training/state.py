@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma_mtp.errors import TrainingError
-from gemma_mtp.json_files import replace_file
+from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
+from gemma_mtp.errors import CheckpointError, TrainingError
+from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.training.optim import Masters, Optimiser
 
 
@@ -23,21 +22,31 @@ def save_state(
     tensors = {f"masters.{name}": p.detach() for name, p in masters.fp32.items()}
     tensors |= {f"optimiser.{name}": tensor for name, tensor in optimiser.tensors().items()}
     tensors |= {f"more.{name}": tensor for name, tensor in more.items()}
-    replace_file(path, lambda partial: save_file(tensors, partial, metadata={"facts": json.dumps(facts)}))
+    save_tensors(path, tensors, {"facts": json.dumps(facts)})
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """The `facts` of a checkpoint alone. Raises TrainingError where there are none."""
+    try:
+        facts: dict[str, Any] = json.loads(read_header(path).metadata["facts"])
+        facts["recipe"]
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} can not be resumed ({error}); remove it to start anew.") from None
+    return facts
 
 
 def load_state(path: Path, masters: Masters, optimiser: Optimiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take up what `save_state` wrote. Returns its `facts` and `more`. Raises TrainingError where it does not fit."""
     parts: dict[str, dict[str, Tensor]] = {"masters": {}, "optimiser": {}, "more": {}}
     try:
-        with safe_open(path, "pt") as stored:
-            facts = json.loads(stored.metadata()["facts"])
-            for key in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part, name = key.split(".", 1)
-                parts[part][name] = stored.get_tensor(key)
+        tensors, metadata = load_tensors(path)
+        facts = json.loads(metadata["facts"])
+        for key, tensor in tensors.items():
+            part, name = key.split(".", 1)
+            parts[part][name] = tensor
         masters.load(parts["masters"])
         optimiser.load(parts["optimiser"])
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (CheckpointError, KeyError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f"{path} can not be resumed ({error}); it belongs to another run: remove it to start anew."
         ) from None

@@ -8,11 +8,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
 from gemma_mtp.config import LayerType
-from gemma_mtp.json_files import replace_file
 from gemma_mtp.training.examples import Batch
 from gemma_mtp.training.unroll import TargetRows
 
@@ -27,11 +26,11 @@ class TargetStore:
         paths = [self.directory / f"{index:08}.safetensors" for index in block.indices]
         if all(path.exists() for path in paths):
             length, device = block.tokens_BT.shape[1], block.tokens_BT.device
-            return _stacked([load_file(path, str(device)) for path in paths], length)
+            stored = [load_tensors(path)[0] for path in paths]
+            return _stacked([{name: x.to(device) for name, x in tensors.items()} for tensors in stored], length)
         rows = compute(block.tokens_BT)
         for b, path in enumerate(paths):
-            tensors = {name: x[b, : block.lengths[b]].cpu().contiguous() for name, x in _named(rows).items()}
-            replace_file(path, lambda partial, tensors=tensors: save_file(tensors, partial))  # type: ignore[misc]
+            save_tensors(path, {name: x[b, : block.lengths[b]] for name, x in _named(rows).items()})
         return rows
 
 

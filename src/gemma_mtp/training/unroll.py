@@ -68,6 +68,4 @@ def shifted(x_BTX: Tensor, by: int) -> Tensor:
 
 def trained_head(drafter: Drafter) -> Tensor:
     """The table [V, H] that the drafter's head multiplies with; a drafter in training is not quantised."""
-    table = drafter.head_table
-    assert isinstance(table, Tensor)
-    return table
+    return drafter.head.weight

@@ -43,10 +43,13 @@ class Writing:
 
 def write_texts(
     pair: Pair, beginnings: Sequence[Beginning], writing: Writing, cache: Path, fingerprint: str,
-    on_text: Callable[[int], object] = lambda tokens: None,
+    on_text: Callable[[int, float], object] = lambda tokens, share: None,
 ) -> ExampleSet:  # fmt: skip
-    """Let the target go on from `beginnings`. Texts that lie in `cache` already are taken from there; `on_text` is told
-    the new tokens so far. Raises TrainingError where the cache can not be written."""
+    """Let the target go on from `beginnings`. Texts that lie in `cache` already are taken from there.
+
+    `on_text` is told the new tokens so far, and the share that is done of the tokens or of the texts, whichever ends
+    first. Raises TrainingError where the cache can not be written.
+    """
     store = WrittenStore(cache / f"written-{fingerprint}.jsonl")
     examples: list[TokenExample] = []
     tokens = 0
@@ -55,7 +58,8 @@ def write_texts(
             tokens += len(ids)
             sequence = np.array([*beginning.ids, *ids], np.int32)
             examples.append(TokenExample(sequence, len(beginning.ids) - 1, params.temperature))
-            on_text(tokens)
+            texts = len(examples) / (len(beginnings) * len(writing.temperatures))
+            on_text(tokens, max(texts, tokens / writing.max_tokens))
             if tokens >= writing.max_tokens:
                 break
     return ExampleSet.of(examples)

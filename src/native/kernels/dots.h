@@ -1,7 +1,8 @@
 // Integer dot products of 64 columns of a quantised weight with quantised activations.
 //
 // A vector holds W partial sums, which are exact. They then become floats: acc += partial * x scale * w scale. INT8 has
-// one scale for the 64 columns. INT4 has two: of the even and of the odd units of four columns (see `Weight`).
+// one scale for the 64 columns. INT8_32 and INT4 have two: of the even and of the odd units of four columns (see
+// `Weight`).
 #pragma once
 
 #include "tiles.h"
@@ -11,67 +12,71 @@ namespace GEMMA_ISA {
 
 static_assert(AREA_COLS % QUANTISED_BLOCK == 0);
 
-template <bool I8>
-constexpr size_t GROUP = I8 ? INT8_GROUP : INT4_GROUP;
-template <bool I8>
-constexpr size_t SCALES = QUANTISED_BLOCK / GROUP<I8>;  // of a block
+template <WeightType T>
+constexpr size_t GROUP = quantised_group(T);
+template <WeightType T>
+constexpr size_t SCALES = QUANTISED_BLOCK / GROUP<T>;  // of a block
+template <WeightType T>
+constexpr bool BYTES = T != WeightType::INT4;  // a value takes a byte
 
-template <class T>
-inline T read(const void* p) {
-    T value;
+template <class N>
+inline N read(const void* p) {
+    N value;
     std::memcpy(&value, p, sizeof value);
     return value;
 }
 
 #if defined(GEMMA_AVX512)
 
-template <bool I8>
+template <WeightType T>
 inline V spread(const float* scales) {
-    if constexpr (I8) return set1(scales[0]);
+    if constexpr (SCALES<T> == 1) return set1(scales[0]);
     return _mm512_castpd_ps(_mm512_set1_pd(read<double>(scales)));
 }
 
 struct Block {
     __m512i v;
 };
-template <bool I8>
+template <WeightType T>
 inline Block block(const uint8_t* w) {
-    if constexpr (I8) return {_mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80))};  // w + 128
+    if constexpr (BYTES<T>) return {_mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80))};  // w + 128
     const __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15);
     const __m256i low = _mm256_and_si256(b, mask), high = _mm256_and_si256(_mm256_srli_epi16(b, 4), mask);
     return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
 }
 // The weights are unsigned: they carry an offset. What the lanes begin with, `starts`, takes it off.
-template <bool I8>
+template <WeightType T>
 inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
     __m512i start;
-    if constexpr (I8) start = _mm512_set1_epi32(starts[0]);
+    if constexpr (SCALES<T> == 1) start = _mm512_set1_epi32(starts[0]);
     else start = _mm512_set1_epi64(read<int64_t>(starts));
     return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, w.v, _mm512_loadu_si512(x)));
 }
 
 #elif defined(GEMMA_AVX2)
 
-template <bool I8>
+template <WeightType T>
 inline V spread(const float* scales) {
-    if constexpr (I8) return set1(scales[0]);
+    if constexpr (SCALES<T> == 1) return set1(scales[0]);
     return _mm256_castpd_ps(_mm256_set1_pd(read<double>(scales)));
 }
 
 struct Block {
     __m256i low, high;
 };
-template <bool I8>
+template <WeightType T>
 inline Block block(const uint8_t* w) {
-    if constexpr (I8) return {_mm256_loadu_si256((const __m256i*)w), _mm256_loadu_si256((const __m256i*)(w + 32))};
+    if constexpr (BYTES<T>)
+        return {_mm256_loadu_si256((const __m256i*)w), _mm256_loadu_si256((const __m256i*)(w + 32))};
     const __m256i b = _mm256_loadu_si256((const __m256i*)w), mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(b, mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
 }
-template <bool I8>
+template <WeightType T>
 inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
     const __m256i x0 = _mm256_loadu_si256((const __m256i*)x), x1 = _mm256_loadu_si256((const __m256i*)(x + 32));
     const __m256i ones = _mm256_set1_epi16(1);
-    if constexpr (I8) {  // |w| times x with the sign of w: pairs stay below 2 ** 15 because x and w lie within 127
+    if constexpr (BYTES<T>) {  // |w| times x with the sign of w: pairs stay below 2 ** 15 because x lies within 127 and
+                               // w within 128
         const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.low), _mm256_sign_epi8(x0, w.low));
         const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.high), _mm256_sign_epi8(x1, w.high));
         return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)));
@@ -84,25 +89,25 @@ inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
 
 #else
 
-template <bool I8>
+template <WeightType T>
 inline V spread(const float* scales) {
     V v;
-    for (int i = 0; i < W; i++) v[i] = scales[i % SCALES<I8>];
+    for (int i = 0; i < W; i++) v[i] = scales[i % SCALES<T>];
     return v;
 }
 
 struct Block {
     int8_t v[64];
 };
-template <bool I8>
+template <WeightType T>
 inline Block block(const uint8_t* w) {
     Block b;
-    if constexpr (I8) std::memcpy(b.v, w, 64);
+    if constexpr (BYTES<T>) std::memcpy(b.v, w, 64);
     else
         for (int i = 0; i < 32; i++) b.v[i] = (int8_t)((w[i] & 15) - 8), b.v[i + 32] = (int8_t)((w[i] >> 4) - 8);
     return b;
 }
-template <bool I8>
+template <WeightType T>
 inline V partial(const Block& w, const int8_t* x, const int32_t*) {
     V out;
     for (int i = 0; i < W; i++) {
@@ -118,12 +123,13 @@ inline V partial(const Block& w, const int8_t* x, const int32_t*) {
 
 // Returns what a lane begins with so that the weights' offset cancels: the sum of the group's activations times the
 // offset, divided among the group's lanes.
-template <bool I8>
+template <WeightType T>
 inline int32_t start_of(int32_t total) {
 #if defined(GEMMA_AVX512)
-    return I8 ? -8 * total : -total;  // 128 / 16 lanes, 8 / 8 lanes
+    constexpr int32_t OFFSET = BYTES<T> ? 128 : 8, LANES = W / SCALES<T>;
+    return -OFFSET / LANES * total;
 #elif defined(GEMMA_AVX2)
-    return I8 ? 0 : -2 * total;  // 8 / 4 lanes
+    return BYTES<T> ? 0 : -2 * total;  // 8 / 4 lanes
 #else
     return 0 * total;
 #endif

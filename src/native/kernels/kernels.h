@@ -16,7 +16,7 @@ struct Activations {
     size_t apart = 0;                 // floats from one borrowed row to the next
     Buffer<float> wide;               // floating point
     Buffer<uint16_t> half;            // bf16, in place of `wide` where the machine multiplies it
-    Buffer<int8_t> values;            // INT8 and INT4: quantised by row and group, in the order of the weights
+    Buffer<int8_t> values;            // quantised by row and group, in the order of the quantised weights
     Buffer<float> scales;             // one for each group
     Buffer<int32_t> starts;           // what a lane's sum begins with, for each group; see `start_of`
 };

@@ -27,16 +27,16 @@ bool panels_read_in_place(size_t M, size_t ldx);
 void linear_panels(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
                    const Next& then);
 
-// quantised.cpp: INT8 (I8) and INT4 weights
-template <bool I8>
+// quantised.cpp: INT8, INT8_32 and INT4 weights
+template <WeightType T>
 void reserve_quantised(size_t M, size_t K, Activations& out);
-template <bool I8>
+template <WeightType T>
 void prepare_quantised(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Activations& out);
-template <bool I8>
+template <WeightType T>
 void linear_quantised(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
                       const void* then);
 // out[i] = a row of the table as floats, times factor
-template <bool I8>
+template <WeightType T>
 void gather_quantised(const Weight& table, size_t row, float factor, float* out);
 
 }  // namespace GEMMA_ISA

@@ -1,4 +1,4 @@
-// Products with INT8 and INT4 weights. Activations are quantised to 8 bits by row and group.
+// Products with INT8, INT8_32 and INT4 weights. Activations are quantised to 8 bits by row and group.
 #include "dots.h"
 #include "products.h"
 
@@ -15,10 +15,10 @@ constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
 // Multiplies MR rows from m0 on with NR weight rows from n0 on. `next` is what to prefetch meanwhile; it may be null.
-template <bool I8, int MR, int NR>
+template <WeightType T, int MR, int NR>
 inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, const uint8_t* next, float* y,
                  size_t ldy) {
-    constexpr size_t S = SCALES<I8>;
+    constexpr size_t S = SCALES<T>;
     const size_t K = w.cols, blocks = K / QUANTISED_BLOCK, bytes = w.row_bytes(), block_bytes = bytes / blocks;
     const uint8_t* data = (const uint8_t*)w.data + n0 * bytes;
     const float* scales = w.scales + n0 * blocks * S;
@@ -33,13 +33,13 @@ inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, co
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
             if (next && b * block_bytes % LINE == 0) __builtin_prefetch(next + n * bytes + b * block_bytes, 0, 3);
-            wv[n] = block<I8>(wb);
-            ws[n] = spread<I8>(scales + (n * blocks + b) * S);
+            wv[n] = block<T>(wb);
+            ws[n] = spread<T>(scales + (n * blocks + b) * S);
         }
         UNROLL for (int m = 0; m < MR; m++) {
-            const V xs = held(spread<I8>(x_scales + m * S));
+            const V xs = held(spread<T>(x_scales + m * S));
             UNROLL for (int n = 0; n < NR; n++) {
-                const V part = partial<I8>(wv[n], values + m * QUANTISED_BLOCK, starts + m * S);
+                const V part = partial<T>(wv[n], values + m * QUANTISED_BLOCK, starts + m * S);
                 acc[m * NR + n] = fma(mul(part, xs), ws[n], acc[m * NR + n]);
             }
         }
@@ -47,7 +47,7 @@ inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, co
     reduce<MR, NR>(acc, y, ldy);
 }
 
-template <bool I8, int MR>
+template <WeightType T, int MR>
 void row_tile(const Weight& w, const Activations& x, size_t m0, size_t n0, size_t n1, const Ahead<uint8_t>& fetch,
               float* y, size_t ldy) {
     constexpr int NR = columns_for(MR);
@@ -55,28 +55,29 @@ void row_tile(const Weight& w, const Activations& x, size_t m0, size_t n0, size_
     size_t n = n0;
     for (; n + NR <= n1; n += NR) {
         const uint8_t* next = m0 == 0 ? fetch((n - begin) * bytes, NR * bytes) : nullptr;
-        tile<I8, MR, NR>(w, n, x, m0, next, y + m0 * ldy + (n - n0), ldy);
+        tile<T, MR, NR>(w, n, x, m0, next, y + m0 * ldy + (n - n0), ldy);
     }
-    for (; n < n1; n++) tile<I8, MR, 1>(w, n, x, m0, nullptr, y + m0 * ldy + (n - n0), ldy);
+    for (; n < n1; n++) tile<T, MR, 1>(w, n, x, m0, nullptr, y + m0 * ldy + (n - n0), ldy);
 }
 
-// Returns the place in a block of INT4 weights of its column k.
-constexpr size_t int4_place(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
+// Returns the place in a block of two groups of its column k.
+constexpr size_t place_of(size_t k) { return k % 32 / 4 * 8 + k / 32 * 4 + k % 4; }
 
 // Returns the value of column k of a row of weights, before its scale.
-template <bool I8>
+template <WeightType T>
 inline int value_at(const uint8_t* row, size_t k) {
-    if constexpr (I8) return (int8_t)row[k];
-    const size_t place = int4_place(k % QUANTISED_BLOCK);
+    if constexpr (SCALES<T> == 1) return (int8_t)row[k];
+    const size_t place = place_of(k % QUANTISED_BLOCK);
+    if constexpr (BYTES<T>) return (int8_t)row[k / QUANTISED_BLOCK * QUANTISED_BLOCK + place];
     const uint8_t byte = row[k / QUANTISED_BLOCK * 32 + place % 32];
     return (place < 32 ? byte & 15 : byte >> 4) - 8;
 }
 
-// Quantises one group of a row into its places in the block. INT8 keeps the order of the columns; INT4 has units of
-// four columns.
-template <bool I8>
+// Quantises one group of a row into its places in the block. INT8 keeps the order of the columns; the others have units
+// of four columns.
+template <WeightType T>
 inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale, int32_t& start) {
-    constexpr size_t COUNT = GROUP<I8>;
+    constexpr size_t COUNT = GROUP<T>;
     V largest = zero();
     for (size_t i = 0; i < COUNT; i += W) {
         const V a = load(v + i);
@@ -91,25 +92,25 @@ inline void quantise_group(const float* v, size_t g, int8_t* block, float& scale
         total = add(total, whole);
         narrow(whole, values + i);
     }
-    if constexpr (I8) std::memcpy(block, values, COUNT);
+    if constexpr (SCALES<T> == 1) std::memcpy(block, values, COUNT);
     else
-        for (size_t u = 0; u < COUNT / 4; u++) std::memcpy(block + int4_place(g * COUNT + 4 * u), values + 4 * u, 4);
+        for (size_t u = 0; u < COUNT / 4; u++) std::memcpy(block + place_of(g * COUNT + 4 * u), values + 4 * u, 4);
     scale = top / 127.0f;
-    start = start_of<I8>((int32_t)sum(total));
+    start = start_of<T>((int32_t)sum(total));
 }
 
 }  // namespace
 
-template <bool I8>
+template <WeightType T>
 void reserve_quantised(size_t M, size_t K, Activations& out) {
-    const size_t groups = M * K / QUANTISED_BLOCK * SCALES<I8>;
+    const size_t groups = M * K / QUANTISED_BLOCK * SCALES<T>;
     grown(out.values, M * K), grown(out.scales, groups), grown(out.starts, groups);
 }
 
 // Writes the rows as `tile` reads them: tile by tile, block by block, a block of each of the tile's rows in turn.
-template <bool I8>
+template <WeightType T>
 void prepare_quantised(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Activations& out) {
-    constexpr size_t S = SCALES<I8>;
+    constexpr size_t S = SCALES<T>;
     const size_t blocks = K / QUANTISED_BLOCK;
     each_tile_within(M, MAX_ROWS, false, area.m0, area.m1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
         for (size_t k = area.k0; k < area.k1; k += QUANTISED_BLOCK)
@@ -117,13 +118,13 @@ void prepare_quantised(size_t M, size_t K, const Area& area, const float* x, siz
                 const size_t at = m0 * blocks + k / QUANTISED_BLOCK * rows + (m - m0);
                 const float* from = x + (m - area.m0) * ldx + (k - area.k0);
                 for (size_t g = 0; g < S; g++)
-                    quantise_group<I8>(from + g * GROUP<I8>, g, out.values.data() + at * QUANTISED_BLOCK,
-                                       out.scales[at * S + g], out.starts[at * S + g]);
+                    quantise_group<T>(from + g * GROUP<T>, g, out.values.data() + at * QUANTISED_BLOCK,
+                                      out.scales[at * S + g], out.starts[at * S + g]);
             }
     });
 }
 
-template <bool I8>
+template <WeightType T>
 void linear_quantised(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
                       const void* then) {
     const size_t block = M <= MAX_ROWS ? n1 - n0 : PASS_ROWS, bytes = w.row_bytes();
@@ -134,26 +135,27 @@ void linear_quantised(const Weight& w, const Activations& x, size_t M, size_t n0
         float* out = y + (n - n0);
         each_tile(M, MAX_ROWS, false, [&](size_t m, size_t rows) {
             with_constant<MAX_ROWS>(rows,
-                                    [&](auto constant) { row_tile<I8, constant>(w, x, m, n, end, fetch, out, ldy); });
+                                    [&](auto constant) { row_tile<T, constant>(w, x, m, n, end, fetch, out, ldy); });
         });
     }
 }
 
-template <bool I8>
+template <WeightType T>
 void gather_quantised(const Weight& table, size_t row, float factor, float* out) {
     const uint8_t* from = (const uint8_t*)table.data + row * table.row_bytes();
-    const float* scales = table.scales + row * (table.cols / GROUP<I8>);
-    for (size_t i = 0; i < table.cols; i++) out[i] = (float)value_at<I8>(from, i) * scales[i / GROUP<I8>] * factor;
+    const float* scales = table.scales + row * (table.cols / GROUP<T>);
+    for (size_t i = 0; i < table.cols; i++) out[i] = (float)value_at<T>(from, i) * scales[i / GROUP<T>] * factor;
 }
 
-#define FOR_TYPE(I8)                                                                                              \
-    template void reserve_quantised<I8>(size_t, size_t, Activations&);                                            \
-    template void prepare_quantised<I8>(size_t, size_t, const Area&, const float*, size_t, Activations&);         \
-    template void linear_quantised<I8>(const Weight&, const Activations&, size_t, size_t, size_t, float*, size_t, \
-                                       const void*);                                                              \
-    template void gather_quantised<I8>(const Weight&, size_t, float, float*);
-FOR_TYPE(true)
-FOR_TYPE(false)
+#define FOR_TYPE(T)                                                                                              \
+    template void reserve_quantised<T>(size_t, size_t, Activations&);                                            \
+    template void prepare_quantised<T>(size_t, size_t, const Area&, const float*, size_t, Activations&);         \
+    template void linear_quantised<T>(const Weight&, const Activations&, size_t, size_t, size_t, float*, size_t, \
+                                      const void*);                                                              \
+    template void gather_quantised<T>(const Weight&, size_t, float, float*);
+FOR_TYPE(WeightType::INT8)
+FOR_TYPE(WeightType::INT8_32)
+FOR_TYPE(WeightType::INT4)
 
 }  // namespace GEMMA_ISA
 }  // namespace gemma

@@ -14,8 +14,9 @@ void reserve(const Weight& w, size_t M, Activations& out) {
         case WeightType::F32: return reserve_dense<Wide>(M, w.cols, out);
         case WeightType::BF16: return reserve_dense<Half>(M, w.cols, out);
         case WeightType::PANELS: return reserve_panels(M, w.cols, out);
-        case WeightType::INT8: return reserve_quantised<true>(M, w.cols, out);
-        case WeightType::INT4: return reserve_quantised<false>(M, w.cols, out);
+        case WeightType::INT8: return reserve_quantised<WeightType::INT8>(M, w.cols, out);
+        case WeightType::INT8_32: return reserve_quantised<WeightType::INT8_32>(M, w.cols, out);
+        case WeightType::INT4: return reserve_quantised<WeightType::INT4>(M, w.cols, out);
     }
 }
 
@@ -24,8 +25,9 @@ void prepare(const Weight& w, size_t M, const Area& area, const float* x, size_t
         case WeightType::F32: return prepare_dense<Wide>(M, w.cols, area, x, ldx, out);
         case WeightType::BF16: return prepare_dense<Half>(M, w.cols, area, x, ldx, out);
         case WeightType::PANELS: return prepare_panels(w.cols, area, x, ldx, out);
-        case WeightType::INT8: return prepare_quantised<true>(M, w.cols, area, x, ldx, out);
-        case WeightType::INT4: return prepare_quantised<false>(M, w.cols, area, x, ldx, out);
+        case WeightType::INT8: return prepare_quantised<WeightType::INT8>(M, w.cols, area, x, ldx, out);
+        case WeightType::INT8_32: return prepare_quantised<WeightType::INT8_32>(M, w.cols, area, x, ldx, out);
+        case WeightType::INT4: return prepare_quantised<WeightType::INT4>(M, w.cols, area, x, ldx, out);
     }
 }
 
@@ -42,8 +44,9 @@ void linear(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n
         case WeightType::F32: return linear_dense<Wide>(w, x, M, n0, n1, y, ldy, then.weights);
         case WeightType::BF16: return linear_dense<Half>(w, x, M, n0, n1, y, ldy, then.weights);
         case WeightType::PANELS: return linear_panels(w, x, M, n0, n1, y, ldy, then);
-        case WeightType::INT8: return linear_quantised<true>(w, x, M, n0, n1, y, ldy, then.weights);
-        case WeightType::INT4: return linear_quantised<false>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::INT8: return linear_quantised<WeightType::INT8>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::INT8_32: return linear_quantised<WeightType::INT8_32>(w, x, M, n0, n1, y, ldy, then.weights);
+        case WeightType::INT4: return linear_quantised<WeightType::INT4>(w, x, M, n0, n1, y, ldy, then.weights);
     }
 }
 
@@ -69,8 +72,9 @@ void gather(const Weight& table, size_t row, float factor, float* out) {
         case WeightType::F32: return gather_dense((const float*)table.data + row * n, factor, n, out);
         case WeightType::BF16: return gather_dense((const uint16_t*)table.data + row * n, factor, n, out);
         case WeightType::PANELS: return gather_panels(table, row, factor, out);
-        case WeightType::INT8: return gather_quantised<true>(table, row, factor, out);
-        case WeightType::INT4: return gather_quantised<false>(table, row, factor, out);
+        case WeightType::INT8: return gather_quantised<WeightType::INT8>(table, row, factor, out);
+        case WeightType::INT8_32: return gather_quantised<WeightType::INT8_32>(table, row, factor, out);
+        case WeightType::INT4: return gather_quantised<WeightType::INT4>(table, row, factor, out);
     }
 }
 

@@ -116,7 +116,7 @@ function make(tag, className, text = "") {
 
 function roundSpan(round, number) {
   const span = make("span", "round");
-  span.append(...round.tokens.map((token) => make("span", `token ${token.kind}`, token.text)));
+  span.append(...round.tokens.map((token) => make("span", `token ${token.kind} part-${token.part}`, token.text)));
   const kinds = round.tokens.map((token) => NAMES[token.kind] ?? token.kind).join(", ");
   const drafts = number ? `${round.drafted} drafted, ${round.accepted} accepted` : "the prompt";
   span.title = `Round ${number}: ${drafts}; ${formatMilliseconds(round.seconds * 1000)}\n${kinds}`;

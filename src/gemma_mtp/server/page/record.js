@@ -13,7 +13,7 @@ export class Record {
   #started = performance.now();
   #firstToken = null;
 
-  /** Take in a chunk. Returns its round: drafted, accepted, tokens (id, text, kind), seconds; or null. */
+  /** Take in a chunk. Returns its round: drafted, accepted, tokens (id, text, kind, part), seconds; or null. */
   add(chunk) {
     for (const choice of chunk.choices) {
       this.text += choice.text ?? choice.delta.content ?? "";

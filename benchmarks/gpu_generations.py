@@ -1,0 +1,107 @@
+"""Part 4 of `gpu_check.py`: generations of a pair with and without drafts, alone and in batches: tokens and the bits of
+log-probabilities."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from gemma_mtp.backend.cuda.backend import CudaBackend
+from gemma_mtp.backend.cuda.launch import Launch
+from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.request import Generation, Request
+from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.thread import EngineThread
+
+#: what was compared: a name, how many generations, how many differ, a note
+Found = tuple[str, int, int, str]
+KINDS = {"greedy": {}, "drawn": {"temperature": 0.9}, "top-k": {"temperature": 1.0, "top_k": 64, "top_p": 0.95}}
+DRAFTS = (1, 2, 4, 8)
+#: so that 200 generations and more are compared with plain ones: drafted alone, and in two batches
+PROMPTS = -(-200 // (len(KINDS) * (len(DRAFTS) + 2)))
+TOKENS = 48
+
+
+def requests_of(kind: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[Request]:
+    """Requests that report log-probabilities, so that logits are compared too, but for every other drawn one: what the
+    kernels choose themselves reports none."""
+    return [
+        Request(list(prompt), SamplingParams(max_tokens=tokens, seed=i, ignore_eos=True, logprobs=2 if i % 2 else None,
+                                             **KINDS[kind]), 0)  # type: ignore[arg-type]
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
+def same(one: GenerationResult, other: GenerationResult) -> bool:
+    """Whether tokens and log-probabilities are equal."""
+    return one.token_ids == other.token_ids and one.logprobs == other.logprobs
+
+
+def finished(generation: Generation) -> GenerationResult:
+    """Read to the end."""
+    for _ in generation:
+        pass
+    return generation.result
+
+
+def compare(
+    pair: Pair,
+    kind: str,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    drafts: Sequence[int],
+    settings: EngineSettings,
+) -> Iterator[Found]:
+    """Plain generations against drafted ones, and against a batch that preempts and reuses beginnings."""
+    requests = requests_of(kind, prompts, tokens)
+    plain = [pair.generate(request.prompt_token_ids, request.params, draft_tokens=0) for request in requests]
+    for K in drafts:
+        drafted = [pair.generate(request.prompt_token_ids, request.params, draft_tokens=K) for request in requests]
+        wrong = sum(not same(one, other) for one, other in zip(plain, drafted, strict=True))
+        yield f"{kind}, {K} drafts", len(plain), wrong, ""
+    for K in (0, max(drafts)):
+        with EngineThread(pair, settings) as engine:
+            pending = [engine.submit(replace(request, draft_tokens=K)) for request in requests]
+            together = [finished(one) for one in pending]
+            stats = engine.stats()
+        wrong = sum(not same(one, other) for one, other in zip(plain, together, strict=True))
+        note = f"{stats.preemptions} preempted, {stats.prefix_hit_tokens} tokens reused"
+        yield f"{kind}, batch, {K} drafts", len(plain), wrong, note
+
+
+def prompts_of(pair: Pair, count: int) -> list[list[int]]:
+    """Prompts that often begin alike."""
+    rng, vocab = random.Random(1), min(2000, pair.target.config.vocab_size)
+    beginnings = [[rng.randrange(3, vocab) for _ in range(160)] for _ in range(3)]
+    return [[*beginnings[i % 3][: rng.randint(20, 160)], rng.randrange(3, vocab)] for i in range(count)]
+
+
+def check_generations(launch: Launch, device: torch.device, spent: Callable[[], bool]) -> Iterator[Found]:
+    """The bundled pair in bfloat16 on the card."""
+    loaded = load_pair(dtype="bfloat16", device=device)
+    assert loaded.drafter is not None
+    pair = replace(loaded, backend=CudaBackend(loaded.target, loaded.drafter, launch))
+    prompts = prompts_of(pair, PROMPTS)
+    yield logits_beside(pair, prompts[0])
+    settings = EngineSettings(max_running=16, max_tokens=400, kv_memory_mb=6)
+    for kind in KINDS:
+        for found in compare(pair, kind, prompts, TOKENS, DRAFTS, settings):
+            yield found
+            if spent():
+                return
+
+
+def logits_beside(pair: Pair, prompt: Sequence[int]) -> Found:
+    """How far the logits are from those of float32 on the CPU. No bits are compared."""
+    from models_beside import prompt_logits
+
+    wide = load_pair(dtype="float32", device="cpu", use_drafter=False)
+    expected = prompt_logits(ReferenceBackend(wide.target), list(prompt))
+    found = prompt_logits(pair.backend, list(prompt)).cpu().float()
+    return "logits beside float32", 0, 0, f"largest difference {(found - expected).abs().max():.3f}"

@@ -1,0 +1,74 @@
+"""What tensor cores compute, in NumPy: the published model of them (MMA-Sim, arXiv:2511.10909).
+
+An element follows from its row of A, its column of B and the accumulator: products are exact; they and the accumulator
+are aligned to the largest exponent, cut to a number of fractional bits, summed, and rounded towards zero. Hopper and
+Blackwell take 16 products at once with 25 bits, Ampere and Ada 8 with 24.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
+
+
+class Core(NamedTuple):
+    """`depth` products at once, cut to `bits` fractional bits."""
+
+    depth: int
+    bits: int
+
+
+HOPPER, ADA = Core(16, 25), Core(8, 24)
+
+
+def wide(bits: NDArray[np.uint16]) -> Floats:
+    """float32 of bf16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: Floats) -> NDArray[np.uint16]:
+    """bf16 bits of float32, rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def step(a_MK: Floats, b_KN: Floats, acc_MN: Floats, bits: int) -> Floats:
+    """One instruction: the accumulator and `a` times `b`, float32 [M, N]. Operands hold bf16 values in float64."""
+    terms = np.concatenate((a_MK[:, :, None] * b_KN[None], acc_MN[:, None, :].astype(np.float64)), 1)
+    # a product's exponent is the sum of its factors', one less than that of its value at times
+    exponents = np.full(terms.shape, -(10**6))
+    a_exponents, b_exponents = np.frexp(a_MK)[1], np.frexp(b_KN)[1]
+    exponents[:, :-1] = (a_exponents - 1)[:, :, None] + (b_exponents - 1)[None]
+    exponents[:, -1] = np.frexp(acc_MN.astype(np.float64))[1] - 1
+    exponents[terms == 0] = -(10**6)
+    largest = exponents.max(1)
+    some = largest > -(10**6)
+    unit = np.where(some, largest, 0) - bits
+    total = np.trunc(np.ldexp(terms, -unit[:, None, :])).sum(1)  # integers below 2**31: exact
+    return toward_zero(np.ldexp(total, unit))
+
+
+def toward_zero(values: Floats) -> Floats:
+    """float32 of float64, cut."""
+    nearest = values.astype(np.float32)
+    over = np.abs(nearest.astype(np.float64)) > np.abs(values)
+    return np.where(over, np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def product(a_MK: Floats, b_KN: Floats, acc_MN: Floats, core: Core) -> Floats:
+    """A chain of instructions, ascending. Rows and columns of zeros leave the accumulator as it is."""
+    rows, columns = (a_MK != 0).any(1), (b_KN != 0).any(0)
+    some = np.ix_(rows, columns)
+    a_MK, b_KN, acc = a_MK[rows], b_KN[:, columns], acc_MN[some]
+    for k in range(0, a_MK.shape[1], core.depth):
+        acc = step(a_MK[:, k : k + core.depth], b_KN[k : k + core.depth], acc, core.bits)
+    out = acc_MN.copy()
+    out[some] = acc
+    return out
+
+
+CORES = {"Hopper": HOPPER, "Ada": ADA}

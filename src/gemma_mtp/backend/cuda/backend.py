@@ -1,0 +1,179 @@
+"""The kernels as a backend: bf16, int8 and int4 weights, many sequences a call, the same bits whatever shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
+from gemma_mtp.backend.cuda.batch import Part, make_batch
+from gemma_mtp.backend.cuda.choice import Draws
+from gemma_mtp.backend.cuda.launch import Launch, on_device
+from gemma_mtp.backend.cuda.models import DeviceDrafter, DeviceTarget, Ropes, ropes_of
+from gemma_mtp.backend.cuda.tiles import VERSION
+from gemma_mtp.backend.cuda.usable import why_not
+from gemma_mtp.backend.processor import processor
+from gemma_mtp.config import LayerType
+from gemma_mtp.decoding.early_stop import StopRule, chance
+from gemma_mtp.decoding.noise import signed
+from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.errors import DeviceError
+from gemma_mtp.kv.pool import KVCache, KVPool
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+
+#: prompt rows of one call, at most
+CHUNK_ROWS = 512
+
+
+class CudaBackend:
+    """Runs a pair by Triton kernels. The models' weights must stay as they are while it lives."""
+
+    kv_dtype = torch.bfloat16
+    chunk_rows = CHUNK_ROWS
+    watches_drafts = False
+    chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None = None, launch: Launch = on_device,
+        device_target: DeviceTarget | None = None,
+    ) -> None:  # fmt: skip
+        """`device_target`: the target's, where there is one already. Raises DeviceError where the kernels can not run
+        the pair, unless another `launch` runs them."""
+        if launch is on_device and (reason := why_not(target, drafter)) is not None:
+            raise DeviceError(f"The Triton kernels can not run this pair, because {reason}.")
+        self.target, self.drafter = target, drafter
+        self.launch = launch
+        self.on_device = device_target or DeviceTarget(target)
+        self.drafts = None if drafter is None else DeviceDrafter(drafter, self.on_device)
+        self._ropes: tuple[int, Ropes] = 0, {}  # how many positions, and their tables
+
+    @property
+    def device(self) -> torch.device:
+        return self.on_device.table.data.device
+
+    @property
+    def identity(self) -> Mapping[str, str | int]:
+        return {
+            "processor": processor(self.device), "operators": f"triton {triton.__version__}, parts {VERSION}",
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    def with_drafter(self, drafter: Drafter | None) -> CudaBackend:
+        return CudaBackend(self.target, drafter, self.launch, self.on_device)
+
+    def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
+        return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
+
+    def forward(self, calls: Sequence[Rows]) -> Tensor:
+        parts = [Part(call.cache, call.token_ids, call.cache.table.length) for call in calls]
+        batch = make_batch(self.target.config, parts, self.device)
+        hidden_RD = self.on_device.forward(self.launch, batch, calls[0].cache.pool, self._ropes_for(batch.most_rows))
+        if all(call.keep == len(call.token_ids) for call in calls):
+            return hidden_RD
+        pieces = hidden_RD.split([len(call.token_ids) for call in calls])
+        return torch.cat([piece[-call.keep :] for piece, call in zip(pieces, calls, strict=True)])
+
+    def keep_states(self, caches: Sequence[KVCache], hidden_RD: Tensor, rows: Sequence[int]) -> None:
+        slots = torch.tensor([[cache.slot for cache in caches], list(rows)]).to(self.device)
+        caches[0].pool.states.index_copy_(0, slots[0], hidden_RD.index_select(0, slots[1]))
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        return self.on_device.logits(self.launch, hidden_RD)
+
+    def choose(
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
+    ) -> list[int]:
+        picked = torch.tensor(list(rows), dtype=torch.int32).to(self.device)
+        found = self.on_device.choose(self.launch, hidden_RD.contiguous(), picked, self.draws(temperatures, keys))
+        tokens: list[int] = found.tolist()
+        return tokens
+
+    def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
+        drafted = [DraftedTokens([], []) for _ in calls]
+        watched = [i for i, call in enumerate(calls) if call.stop is not None]
+        plain = [i for i, call in enumerate(calls) if call.stop is None]
+        for i, tokens in zip(plain, self._drafted([calls[i] for i in plain]), strict=True):
+            drafted[i] = DraftedTokens(tokens, [])
+        for i in watched:
+            drafted[i] = self._watched(calls[i])
+        return drafted
+
+    def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
+        assert self.drafts is not None
+        state, projected = self._step(caches, token_ids_R, hidden_RD)
+        return DraftStep(*self.drafts.candidates(self.launch, state), projected)
+
+    def _drafted(self, calls: Sequence[DraftRows]) -> list[list[int]]:
+        """Returns the drafts of sequences without a stop rule. The host waits once, at the end."""
+        if not calls:
+            return []
+        drafts = self.drafts_on_device(calls).tolist()
+        return [tokens[: call.most] for tokens, call in zip(drafts, calls, strict=True)]
+
+    def drafts_on_device(self, calls: Sequence[DraftRows]) -> Tensor:
+        """Returns as many drafts for each sequence as the one that wants most gets, int64 [sequences, K]."""
+        assert self.drafts is not None
+        caches = [call.cache for call in calls]
+        tokens = torch.tensor([call.last_token for call in calls]).to(self.device)
+        hidden = torch.stack([cache.state for cache in caches])
+        made = []
+        for step in range(max(call.most for call in calls)):
+            state, hidden = self._step(caches, tokens, hidden)
+            keys = [call.keys[step] if step < len(call.keys) else 0 for call in calls]
+            tokens = self.drafts.choose(self.launch, state, self.draws([call.temperature for call in calls], keys))
+            made.append(tokens)
+        return torch.stack(made, 1)
+
+    def _watched(self, call: DraftRows) -> DraftedTokens:
+        """Returns the drafts of a sequence whose stop rule looks at each one's confidence: a host read a draft."""
+        assert call.stop is not None and self.drafts is not None
+        token, hidden, reach = torch.tensor([call.last_token]).to(self.device), call.cache.state[None], 1.0
+        tokens: list[int] = []
+        confidences: list[float] = []
+        while len(tokens) < call.most and _goes_on(call.stop, len(tokens), reach):
+            state, hidden = self._step([call.cache], token, hidden)
+            logits, ids = self.drafts.candidates(self.launch, state)
+            # as without a rule: a choice does not depend on whether it is watched
+            token = self.drafts.choose(self.launch, state, self.draws([call.temperature], [call.keys[len(tokens)]]))
+            probs_C = (logits[0] / (call.temperature or 1.0)).softmax(-1)
+            confidences.append(float(probs_C[token if ids is None else ids[0] == token]))
+            tokens.append(int(token))
+            reach *= chance(confidences[-1], call.stop.bias, call.stop.slope)
+        return DraftedTokens(tokens, confidences)
+
+    def _step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Run one step of the drafter; each sequence's row stands at its committed length and sees what lies before."""
+        assert self.drafts is not None
+        parts = [Part(cache, [0], cache.table.length) for cache in caches]
+        batch = make_batch(self.drafts.config.text, parts, self.device, behind=1)
+        batch = batch.with_tokens(token_ids_R)
+        ropes = self._ropes_for(batch.most_rows)
+        return self.drafts.step(self.launch, batch, caches[0].pool, hidden_RD, ropes)
+
+    def draws(self, temperatures: Sequence[float], keys: Sequence[int]) -> Draws | None:
+        """Returns how rows are drawn, on the device; None where none is."""
+        if not any(temperatures):
+            return None
+        words = torch.tensor([signed(key) for key in keys], dtype=torch.int64)
+        return Draws(torch.tensor(temperatures, dtype=torch.float64).to(self.device), words.to(self.device))
+
+    def _ropes_for(self, rows: int) -> Ropes:
+        """Returns rotary tables of so many positions and more."""
+        known, tables = self._ropes
+        if rows > known:
+            known = max(rows, min(2 * rows, self.target.config.max_position_embeddings), ROPE_ROWS)
+            tables = ropes_of(self.target.config, known, self.device)
+            self._ropes = known, tables
+        return tables
+
+
+#: positions that rotary tables have at first
+ROPE_ROWS = 256
+
+
+def _goes_on(stop: StopRule, made: int, reach: float) -> bool:
+    return made == 0 or stop.goes_on(made, reach)

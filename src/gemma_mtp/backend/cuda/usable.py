@@ -1,0 +1,68 @@
+"""Whether the Triton kernels can run a pair, and why not. Needs no Triton, so that it can say that there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import warnings
+
+import torch
+
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+
+#: compute capability that the kernels' bf16 products need
+LEAST_CAPABILITY = (8, 0)
+#: asks for the kernels: they have been seen on no card yet, so nothing runs on them unasked
+ASKED_BY = "GEMMA_MTP_CUDA"
+
+
+def asked_for(target: Target) -> bool:
+    """Whether the environment asks for the kernels, for a target on a card."""
+    return target.embed_tokens.device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+
+
+def usable(target: Target, drafter: Drafter | None) -> bool:
+    """Whether the kernels are asked for and can run the pair. Warns once, with the reason, where they can not."""
+    if not asked_for(target):
+        return False
+    reason = why_not(target, drafter)
+    if reason is not None:
+        warnings.warn(
+            f"{ASKED_BY}=1 asks for the Triton kernels, but {reason}; decoding goes on with PyTorch's operators, which"
+            " are slower.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return reason is None
+
+
+def why_not(target: Target, drafter: Drafter | None) -> str | None:
+    """Returns why the kernels can not run the pair, as the part of a sentence, or None where they can."""
+    reason = _of_device(target.embed_tokens.device)
+    if reason is not None:
+        return reason
+    for model in (target, drafter):
+        weight = None if model is None else model.embed_tokens
+        if weight is not None and weight.dtype is not torch.bfloat16:
+            return f"the weights are {str(weight.dtype)[6:]} and not bfloat16 (give --dtype bfloat16)"
+        if weight is not None and weight.device != target.embed_tokens.device:
+            return f"the drafter is on {weight.device} and not beside its target"
+    return None
+
+
+def _of_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the models are on {device.type!r} and not on an NVIDIA card"
+    if torch.version.hip is not None:
+        return "the card is AMD's, and only NVIDIA's are known"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY, capability))
+        return f"the card has compute capability {found}, and bf16 products need {least}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return "there is no C compiler, which Triton needs at the first launch (apt-get install gcc)"
+    return None

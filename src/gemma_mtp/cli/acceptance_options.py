@@ -1,0 +1,110 @@
+"""Options of `gemma-mtp acceptance`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.option_groups import argument, group, option
+from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
+from gemma_mtp.errors import SamplingError
+from gemma_mtp.measure.defaults import PROMPT_TOKENS
+from gemma_mtp.measure.plot import check_plot
+
+if TYPE_CHECKING:
+    from gemma_mtp.engine.pair import Pair
+
+THINKING = {"default": (None,), "on": (True,), "off": (False,), "both": (False, True)}
+
+
+@group(MODELS)
+class ComparedPair:
+    """The pair to measure, and another drafter for its target."""
+
+    target: Path | None = option(None, options.TARGET)
+    drafter: Path | None = option(None, options.DRAFTER)
+    against: Path | None = option(
+        None, "Another drafter's directory, measured on the same prompts: the difference, with its 95% interval."
+    )
+    dtype: str = option("auto", options.DTYPE)
+    device: str = option("auto", options.DEVICE)
+    quantize: str | None = option(None, options.QUANTIZE)
+    strict: bool = option(False, options.STRICT)
+    threads: int | None = option(None, options.THREADS)
+
+    def load(self, drafter: Path | None) -> Pair:
+        from gemma_mtp.engine.pair import load_pair
+
+        return options.named(load_pair(
+            self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict
+        ))  # fmt: skip
+
+
+@group(DATA)
+class PromptOptions(options.ExampleOptions):
+    """Which examples are taken, and how prompts are made of them."""
+
+    data: list[Path] | None = argument(
+        None,
+        "JSON lines with text, prompt or messages (and, optionally, task), plain text, source files, or"
+        " directories of them; default: the bundled pair's held-out Python.",
+    )
+    prompt_tokens: int = option(
+        PROMPT_TOKENS,
+        "Texts and source files are cut to their first lines of so many tokens; prompts and messages are taken whole.",
+    )
+    thinking: str = option(
+        "default",
+        "on, off, or both one after the other, where the chat template has a switch for thinking text;"
+        " default: as the template has it.",
+    )
+
+    def check(self) -> None:
+        for name, value, least in (("--limit", self.limit, 1), ("--prompt-tokens", self.prompt_tokens, 2)):
+            if value < least:
+                raise SamplingError(f"{name} is {value}, but must be {least} or more.")
+        if self.thinking not in THINKING:
+            raise SamplingError(f"--thinking is {self.thinking!r}, but must be on, off or both.")
+
+
+@group(DRAFTING)
+class DraftingOptions:
+    """How rounds draft."""
+
+    draft_tokens: int = option(4, "Drafts a round (K).", "-k")
+    verification: str = option("exact", options.VERIFICATION)
+
+
+@group(SAMPLING)
+class SamplingOptions:
+    """How tokens are chosen, and when they end."""
+
+    temperature: list[float] | None = option(None, "0 is greedy; may be repeated. Default: 0 and 1.", "-t")
+    top_k: int | None = option(
+        None, "Keep the k likeliest tokens; 0: all. Default: the checkpoint's own for conversations, else all."
+    )
+    top_p: float | None = option(
+        None,
+        "Keep the likeliest tokens up to this mass; 1: all. Default: the checkpoint's own for conversations, else all.",
+    )
+    seed: int = option(0, "Prompt i is sampled with seed + i.")
+    max_tokens: int = option(128, "At most so many tokens for each prompt.", "-n")
+    ignore_eos: bool | None = option(
+        None,
+        "Whether to go on after the checkpoint's end-of-sequence tokens. Default: stop in conversations only.",
+        "--ignore-eos/--stop-at-eos",
+        show_default=False,
+    )
+
+
+@group(OUTPUT)
+class OutputOptions:
+    """What is measured beside acceptance, and how all is shown."""
+
+    speed: bool = option(False, "Measure the speed-up too: every prompt plainly and drafted, in turn.")
+    plot: Path | None = option(None, "Draw acceptance and histograms to this file, .png, .svg or .pdf.")
+    as_json: bool = option(False, options.JSON, "--json")
+
+    def check(self) -> None:
+        check_plot(self.plot)

@@ -1,0 +1,203 @@
+"""Options of `gemma-mtp bench-serve`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.option_groups import argument, group, option
+from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING
+from gemma_mtp.errors import DataError, SamplingError, ServerError
+from gemma_mtp.measure.plot import check_plot
+
+if TYPE_CHECKING:
+    from gemma_mtp.measure.load import Extent, Shape
+
+Number = TypeVar("Number", int, float)
+
+SERVER, LOAD = "Server", "Load"
+REQUESTS = 100
+
+
+@group(SERVER)
+class ServerOptions:
+    """The server that is loaded."""
+
+    url: str | None = option(
+        None,
+        "A running server with OpenAI's API, such as http://127.0.0.1:8000; without it, `gemma-mtp serve` is"
+        " started on a free port, and stopped at the end.",
+    )
+    api_key: str | None = option(None, "Sent as a bearer token.", envvar="GEMMA_MTP_API_KEY")
+    model: str | None = option(None, "The model to ask for; default: the server's first.")
+    serve_options: str = option(
+        "", "Options of the `gemma-mtp serve` that is started, such as '--target DIR --max-running 32'."
+    )
+
+    def check(self) -> None:
+        if self.url is not None and self.serve_options:
+            raise ServerError("--serve-options are for a server that is started here; leave them out with --url.")
+        self.words()
+
+    def words(self) -> list[str]:
+        """--serve-options, split as a shell does. Raises ServerError."""
+        try:
+            return shlex.split(self.serve_options)
+        except ValueError as error:
+            raise ServerError(
+                f"--serve-options is {self.serve_options!r}, which can not be split into words ({error})."
+            ) from None
+
+
+@group(LOAD)
+class LoadOptions:
+    """When requests are sent, and how many."""
+
+    rate: str | None = option(None, "Open loop: requests a second, one load after the other, such as 1,2,4,8.")
+    clients: str | None = option(
+        None,
+        "Closed loop: so many clients, each with one request under way; such as 1,4,16. Default, without --rate: 1.",
+    )
+    fixed_intervals: bool = option(False, "Equal gaps instead of Poisson arrivals.", needs="--rate")
+    requests: int | None = option(None, f"Requests of each load; default: {REQUESTS}, or what --duration allows.")
+    duration: float | None = option(None, "Seconds for which each load sends requests.")
+    warmup: int = option(4, "Requests at the beginning of each load that are not counted.")
+    repeats: int = option(1, "Runs of each load; the sides of --compare-drafting take turns.")
+    max_in_flight: int | None = option(
+        None, "At most so many requests under way; others wait, and their wait counts.", needs="--rate"
+    )
+    timeout: float = option(600.0, "Seconds after which a request has failed.")
+    seed: int = option(0, "Of arrivals, order of prompts, lengths, and sampling.")
+
+    def shapes(self) -> list[Shape]:
+        """The loads to play. Raises SamplingError."""
+        from gemma_mtp.measure.load import ClosedLoop, OpenLoop
+
+        if self.rate is not None and self.clients is not None:
+            raise SamplingError("--rate and --clients are loads of two kinds; give one of them.")
+        if self.rate is not None:
+            return [OpenLoop(v, self.fixed_intervals) for v in _numbers("--rate", self.rate, float, "0.5,1,2")]
+        clients = "1" if self.clients is None else self.clients
+        return [ClosedLoop(value) for value in _numbers("--clients", clients, int, "1,4,16")]
+
+    def extent(self) -> Extent:
+        from gemma_mtp.measure.load import Extent
+
+        requests = REQUESTS if self.requests is None and self.duration is None else self.requests
+        return Extent(requests, self.duration, self.warmup)
+
+
+@group(DATA)
+class PromptOptions(options.ExampleOptions):
+    """Which prompts are sent, and what they begin with."""
+
+    data: list[Path] | None = argument(
+        None,
+        "Prompts: JSON lines with text, prompt or messages, plain text, source files, or directories of them;"
+        " texts are completed, prompts and messages sent as chats. Default: the bundled pair's held-out Python.",
+    )
+    limit: int = option(1000, options.LIMIT)
+    shared_prefix_tokens: int = option(
+        0, "Begin all prompts with the same text of about so many tokens (needs the server's /tokenize)."
+    )
+    fresh: bool = option(
+        True,
+        "Whether each prompt gets a first line of its own (after a shared prefix), so that the server finds"
+        " nothing but that prefix among earlier prompts.",
+        "--fresh-prompts/--same-prompts",
+    )
+
+
+@group(SAMPLING)
+class RequestOptions:
+    """What requests ask for."""
+
+    output_tokens: str = option("128", "Tokens to ask for: a number, or a range.", "-n")
+    temperature: float = option(0.0, "0 is greedy.", "-t")
+    top_p: float | None = option(None, "Sent where given.")
+    top_k: int | None = option(None, "Sent where given; an extension of OpenAI's API.")
+    ignore_eos: bool = option(
+        True,
+        "Whether outputs have just the length asked for; sends the extension ignore_eos, which not every server has.",
+        "--ignore-eos/--stop-at-eos",
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of every request's body; what is out of its range is the server's to refuse."""
+        optional = {"top_p": self.top_p, "top_k": self.top_k, "ignore_eos": self.ignore_eos or None}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"temperature": self.temperature, **given}
+
+    def lengths(self) -> tuple[int, int]:
+        """The least and the most tokens to ask for. Raises SamplingError."""
+        parts = self.output_tokens.split("-")
+        if not all(part.isdecimal() for part in parts) or len(parts) > 2 or not 0 < int(parts[0]) <= int(parts[-1]):
+            raise SamplingError(
+                f"--output-tokens is {self.output_tokens!r}, but must be a number or a range, such as 64 or 32-128."
+            )
+        return int(parts[0]), int(parts[-1])
+
+
+@group(DRAFTING)
+class DraftingOptions:
+    """How requests ask for drafts."""
+
+    draft_tokens: str | None = option(None, "Drafts a round, auto or a number, sent as our extension.", "-k")
+    compare_drafting: bool = option(
+        False, "Play each load without drafts and with them (--draft-tokens, default auto), in turn."
+    )
+
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """Label of each side, and what its requests say beside the others'."""
+        given = None if self.draft_tokens is None else options.parse_draft_tokens(self.draft_tokens)
+        if not self.compare_drafting:
+            return {"": {} if given is None else {"draft_tokens": given}}
+        if given == 0:
+            raise SamplingError(
+                "--draft-tokens is 0, which --compare-drafting compares with; give auto or another number."
+            )
+        drafts = "auto" if given is None else given
+        return {"no drafts": {"draft_tokens": 0}, f"drafts {drafts}": {"draft_tokens": drafts}}
+
+
+@group(OUTPUT)
+class OutputOptions:
+    """What is written, and what counts as a failure."""
+
+    as_json: Path | None = option(None, "Write all figures to this file.", "--json")
+    records: bool = option(False, "Every request's times and counts too.", needs="--json")
+    plot: Path | None = option(None, "Draw latencies and throughput to this file, .png, .svg or .pdf.")
+    max_failed: float = option(
+        0.01,
+        "Exit with 1 where more than this share of requests failed (or none was completed); refusals with"
+        " Retry-After are no failures.",
+    )
+
+    def check(self) -> None:
+        check_plot(self.plot)
+        if self.as_json is not None and self.as_json.is_dir():
+            raise DataError(f"--json is {self.as_json}, which is a directory; name a file.")
+        if not 0 <= self.max_failed <= 1:
+            raise SamplingError(f"--max-failed is {self.max_failed:g}, but must be a share from 0 to 1.")
+
+
+def check_numbers(**values: float | None) -> None:
+    """Of options by their names: those of `least` 0 may be 0, the others must be more."""
+    for name, value in values.items():
+        may_be_zero = name in ("warmup", "shared_prefix_tokens", "seed")
+        if value is not None and not (value >= 0 if may_be_zero else value > 0):
+            least = "0 or more" if may_be_zero else "more than 0"
+            raise SamplingError(f"--{name.replace('_', '-')} is {value:g}, but must be {least}.")
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise SamplingError(f"{name} is {text!r}, but must be numbers above 0, such as {example}.")
+    return list(dict.fromkeys(values))

@@ -1,0 +1,109 @@
+"""Shows how far a long piece of work is, on standard error: a bar on a terminal, else a line now and then.
+
+A pipe, a dumb terminal and a notebook can not redraw a line, so they get new ones. On a terminal the bar, the
+percentage and the time left always have their place, and the text beside them is cut to what room is left.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Column
+
+#: what is done before shows nothing
+PATIENCE_SECONDS = 2.0
+#: between two lines where nothing can be redrawn
+LINE_SECONDS = 10.0
+BAR_COLUMNS = 16
+
+
+class _Share(ProgressColumn):
+    """Bar, percentage or time left, where it is known how far the work is; nothing elsewhere."""
+
+    def __init__(self, shown: ProgressColumn) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._shown = shown
+
+    def render(self, task: Task) -> object:  # type: ignore[override]
+        return "" if task.total is None else self._shown.render(task)
+
+
+class Display:
+    """One piece of work: its name, the share done where that is known, and what is said of it.
+
+    Shows nothing before `patience` seconds have passed, and nothing at all where it is `quiet`.
+    """
+
+    def __init__(self, name: str, patience: float | None = None, quiet: bool = False) -> None:
+        self.name, self.text = name, ""
+        self.share: float | None = None
+        self._quiet, self._patience = quiet, PATIENCE_SECONDS if patience is None else patience
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+        self._redraws = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._made_bar = self._new_bar() if self._redraws else None
+        self._last_line = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Display:
+        if not self._quiet:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._made_bar is not None:
+            self._made_bar[0].stop()
+
+    def show(self, text: str, share: float | None = None, name: str | None = None) -> None:
+        """What is under way now, and how far: from 0 to 1, or None where nobody knows."""
+        self.text, self.name = text, self.name if name is None else name
+        self.share = None if share is None else min(1.0, max(0.0, share))
+        if self._made_bar is not None:
+            bar, task = self._made_bar
+            bar.tasks[0].total = None if share is None else 1.0
+            bar.update(task, description=self.name, completed=self.share or 0.0, text=text)
+        else:
+            self._line_if_due()
+
+    def say(self, text: str) -> None:
+        """A line of its own, which stays."""
+        self._console.print(text, soft_wrap=True)
+
+    def _watch(self) -> None:
+        """Starts the bar after a while, or writes lines while the work says nothing."""
+        if self._ended.wait(self._patience):
+            return
+        if self._made_bar is not None:
+            self._made_bar[0].start()
+            return
+        while not self._ended.wait(LINE_SECONDS):
+            self._line_if_due()
+
+    def _line_if_due(self) -> None:
+        with self._lock:
+            if self._quiet or time.monotonic() - self._last_line < LINE_SECONDS:
+                return
+            self._last_line = time.monotonic()
+        share = "" if self.share is None else f"{self.share:.0%}"
+        self._console.print(" ".join(filter(None, (self.name, share, self.text))), soft_wrap=True)
+
+    def _new_bar(self) -> tuple[Progress, TaskID]:
+        bar = Progress(
+            SpinnerColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            _Share(BarColumn(BAR_COLUMNS)), _Share(TextColumn("{task.percentage:>3.0f}%")),
+            _Share(TimeLeft(compact=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=self._console, expand=True, transient=True,
+        )  # fmt: skip
+        return bar, bar.add_task(self.name, total=None, text="")

@@ -1,0 +1,28 @@
+"""int8 in groups of 64: value = data * scale, data in -127 .. 127."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma_mtp.weight_types import GROUPS
+from gemma_mtp.weights.grouped import Grouped
+
+
+class Int8(Grouped):
+    """`data` int8 [..., K]."""
+
+    format = "int8"
+    group = GROUPS["int8"]
+    largest = 127
+    data_dtype = torch.int8
+    native_type = "INT8"
+    __slots__ = ()
+
+    @staticmethod
+    def packed(values_NK: Tensor) -> Tensor:
+        return values_NK
+
+    @staticmethod
+    def unpacked(data: Tensor) -> Tensor:
+        return data

@@ -1,0 +1,110 @@
+"""Weight matrices as modules. Each keeps its weight in one format, and can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from gemma_mtp.weight_types import Quantisation
+from gemma_mtp.weights.base import Weight
+from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.formats import QUANTISED
+
+
+class Held(nn.Module):
+    """A weight of another format than dense, whose tensors move with the model that has it."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self._form: Callable[..., Weight] = type(weight)
+        self._dtype = weight.dtype
+        for name, tensor in weight.kept().items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Weight:
+        return self._form(*self._buffers.values(), self._dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors. Their bits stay; a change of dtype changes what the values are given out as."""
+        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        self._dtype = fn(next(iter(tensors.values())).new_empty(0, dtype=self._dtype)).dtype
+        for name, tensor in tensors.items():
+            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+        return self
+
+
+class Matrix(nn.Module):
+    """A weight [..., out, in]. It begins dense, as the parameter `weight`, which is gone in any other format."""
+
+    weight: nn.Parameter
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.held: Held | None = None
+
+    @property
+    def stored(self) -> Weight:
+        """The weight as it is kept in memory."""
+        return Dense(self.weight) if self.held is None else self.held.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight's values, whatever they are kept as."""
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def convert_(self, form: type[Weight]) -> None:
+        """Keep the weight in this format from now on where it fits; what it was kept as is freed. It can not be trained
+        after."""
+        stored = self.stored
+        if stored.format != form.format and form.fits(stored):
+            self.held = Held(form.of(stored))
+            self._parameters.pop("weight", None)
+
+    def quantise_(self, kind: Quantisation) -> None:
+        """Quantise the weight where its columns allow; it can not be trained after. On "meta", only make room."""
+        self.convert_(QUANTISED[kind])
+
+    def dequantise_(self) -> None:
+        """Make the weight dense again: of the values that it is multiplied as, rounded to its dtype."""
+        if self.held is not None:
+            self.weight = nn.Parameter(self.stored.dense(), requires_grad=False)
+            self.held = None
+
+
+class Linear(Matrix):
+    """A bias-free linear layer."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(out_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.linear(x)
+
+
+class Chooser(Linear):
+    """A linear layer whose results choose experts or clusters. Never quantised: it is small, and a wrong choice costs
+    more than a rounded product."""
+
+    def quantise_(self, kind: Quantisation) -> None:
+        pass
+
+
+class Embedding(Matrix):
+    """A table [rows, size] whose rows are looked up, and which may be a head too."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.stored.rows(token_ids)
+
+
+def matrices(model: nn.Module) -> list[Matrix]:
+    """Returns every matrix of a model."""
+    return [module for module in model.modules() if isinstance(module, Matrix)]

@@ -1,0 +1,91 @@
+"""Triton's interpreter, with products as tensor cores make them (`tensor_core_model`).
+
+The interpreter's own product multiplies the bit patterns of bf16 and lets a library sum in an order of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from tensor_core_model import HOPPER, Core, narrow, product, wide
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+
+class Interpreter:
+    """Launches kernels on the CPU. Triton's language is patched once, not once a launch and a call of a function."""
+
+    def __init__(self, core: Core = HOPPER) -> None:
+        assert os.environ["TRITON_INTERPRET"] == "1", "kernels are defined as interpreted ones (conftest.py)"
+        self.core = core
+        self.launches: list[str] = []
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, **constants: Any
+    ) -> None:
+        self.launches.append(kernel.__name__)
+        with _language(kernel.fn, self.core), np.errstate(all="ignore"):
+            names = kernel.arg_names
+            values = dict(zip(names, args, strict=False)) | constants
+            assert values.keys() == set(names), f"{kernel.__name__} wants {names}"
+            constant = _constants(kernel)
+            given = {
+                name: value if name in constant else interpreter._implicit_cvt(value) for name, value in values.items()
+            }
+            whole = (*grid, 1, 1)[:3]
+            builder = interpreter.interpreter_builder
+            builder.set_grid_dim(*whole)
+            body = kernel.rewrite()
+            for x, y, z in np.ndindex(*whole):
+                builder.set_grid_idx(x, y, z)
+                body(**given)
+
+
+@functools.cache
+def _constants(kernel: Any) -> frozenset[str]:
+    annotations = kernel.fn.__annotations__
+    return frozenset(name for name, kind in annotations.items() if "constexpr" in str(kind))
+
+
+@contextmanager
+def _language(fn: Any, core: Core) -> Iterator[None]:
+    builder, patch = interpreter.InterpreterBuilder, interpreter._patch_lang
+    own = builder.create_dot, builder.cast_impl
+    scopes = [patch(fn), patch(tl.zeros.fn)]  # a kernel sees `triton.language`, the language's own functions its core
+    builder.create_dot, builder.cast_impl = _create_dot(core), _create_cast(own[1])
+    interpreter._patch_lang = lambda fn: None
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = patch
+        builder.create_dot, builder.cast_impl = own
+        for scope in reversed(scopes):
+            scope.restore()
+
+
+def _create_dot(core: Core) -> Any:
+    def create_dot(builder: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        assert a.dtype.scalar == b.dtype.scalar == tl.bfloat16, "tensor cores are given bf16"
+        left, right = wide(a.data).astype(np.float64), wide(b.data).astype(np.float64)
+        return TensorHandle(product(left, right, d.data.astype(np.float32), core), d.dtype.scalar)
+
+    return create_dot
+
+
+def _create_cast(own: Any) -> Any:
+    def cast(builder: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(narrow(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            return TensorHandle(wide(src.data), target)
+        assert source == target or tl.bfloat16 not in (source, target), "bf16 goes through float32"
+        return own(builder, src, dst_type)
+
+    return cast

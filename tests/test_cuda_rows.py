@@ -1,0 +1,200 @@
+"""A row's bits, alone and among others, where products are those of tensor cores; and choices equal to the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from models import TINY
+from tensor_core import Interpreter
+from tensor_core_model import ADA, HOPPER
+from test_cuda_kernels import KINDS, pool_of, randn, weight_of
+from torch import Tensor
+
+from gemma_mtp.backend.cuda import attention, choice, experts
+from gemma_mtp.backend.cuda.attention import Seen, Stacks
+from gemma_mtp.backend.cuda.batch import Part, make_batch, stacks_of
+from gemma_mtp.backend.cuda.dots import chain
+from gemma_mtp.backend.cuda.launch import Launch
+from gemma_mtp.backend.cuda.linear import gate_up, linear
+from gemma_mtp.backend.cuda.rows import added
+from gemma_mtp.backend.cuda.tiles import part_count
+from gemma_mtp.backend.cuda.weights import DeviceWeight
+from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, signed
+from gemma_mtp.decoding.sampling import Candidates, SamplingParams
+from gemma_mtp.decoding.sampling import choose as general_choice
+from gemma_mtp.kv.pool import KVPool
+
+CORES = {"Hopper": HOPPER, "Ada": ADA}
+MOST = 17
+#: rows of a call: alone, the decoding tile full and not, a row more, in another order, and twice
+CALLS: list[list[int]] = [*([row] for row in range(0, MOST, 4)), list(range(16)), list(range(MOST)), [16, 3, 11],
+                          list(range(MOST))[::-1], [5] * 3, [*range(MOST)] * 4]  # fmt: skip
+
+
+@triton.jit
+def careless_kernel(x, w, out, R, N, K, part, M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
+    columns, row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
+    total = tl.zeros((M, BLOCK_N), tl.float32)
+    for begin in range(0, K, part):
+        total += chain(x, row.to(tl.int64) * K, row < R, w, w, columns, columns < N, begin, tl.minimum(begin + part, K),
+                       K, 0, 1, M, BLOCK_N, DEPTH)  # fmt: skip
+    places = out + row.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(places, total, mask=(row < R)[:, None] & (columns < N)[None, :])
+
+
+def careless(launch: Launch, x_RK: Tensor, weight: DeviceWeight) -> Tensor:
+    """A product that is cut by how many rows there are, as libraries do."""
+    (R, K), N = x_RK.shape, weight.rows
+    out = torch.empty(R, N)
+    part = 64 if R < 9 else 256
+    launch(careless_kernel, (triton.cdiv(N, 64),), x_RK, weight.data, out, R, N, K, part, M=128, BLOCK_N=64, DEPTH=64)
+    return out
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind: str, core: str) -> None:
+    """Alone, together, permuted, padded; in parts beside each other and in turn."""
+    run = Interpreter(CORES[core])
+    x = randn(MOST, 576).bfloat16()
+    weight, _ = weight_of(kind, 40, 576)
+    assert part_count(40, 576) > 1
+    whole = added(run, linear(run, x, weight))
+    fused = gate_up(run, x[:, :64].contiguous(), weight_of(kind, 40, 64)[0])
+    for call in CALLS:
+        assert torch.equal(added(run, linear(run, x[call], weight)), whole[call])
+        if kind in ("bf16", "int4"):
+            assert torch.equal(gate_up(run, x[call][:, :64].contiguous(), weight_of(kind, 40, 64)[0]), fused[call])
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_a_split_that_follows_the_rows_is_found(core: str) -> None:
+    """The control: the same comparison fails for most numbers where the cut depends on the rows."""
+    run = Interpreter(CORES[core])
+    x, (weight, _) = randn(MOST, 576).bfloat16(), weight_of("bf16", 40, 576)
+    whole = careless(run, x, weight)
+    assert torch.equal(careless(run, x[3:14], weight), whole[3:14])  # the same cut
+    assert (careless(run, x[3:4], weight) != whole[3:4]).float().mean() > 0.5
+
+
+def test_the_integers_of_a_call_lie_at_whole_vectors() -> None:
+    """Where a pointer is no multiple of 16 bytes, Triton compiles the kernel anew."""
+    config = TINY
+    pool = KVPool(config, {"sliding_attention": 9, "full_attention": 9}, 3, torch.bfloat16, "cpu")
+    parts = [
+        Part(pool.cache(length), list(range(count)), length - count) for length, count in ((40, 3), (7, 7), (33, 1))
+    ]
+    batch = make_batch(config, parts, torch.device("cpu"))
+    kinds = config.donor_layers
+    tensors = [batch.token_ids_R, *(t for kind in kinds for t in (*batch.stacks[kind], *batch.seen[kind][:3]))]
+    assert [tensor.storage_offset() % 4 for tensor in tensors] == [0] * len(tensors)
+    assert batch.token_ids_R.tolist() == [*range(3), *range(7), 0]
+    seen = batch.seen["full_attention"]
+    assert seen.positions_R.tolist() == [37, 38, 39, *range(7), 32]
+    assert seen.owners_R.tolist() == [0] * 3 + [1] * 7 + [2]
+    assert seen.tables.shape == (3, 2) and batch.most_rows == 40
+    first, counts = (ints.tolist() for ints in batch.stacks["full_attention"])
+    assert [*first[1:], 11] == [begin + count for begin, count in zip(first, counts, strict=True)]  # every row once
+
+
+def attend_rows(run: Launch, pick: Sequence[int], window: int, behind: int) -> Tensor:
+    """Attention of some rows of two sequences, in an order in which each one's rows lie together."""
+    H, G, d = 4, 2, 16
+    keys, values, tables = pool_of(G, d, [560, 50])
+    positions, owners = [*range(540, 552), *range(31, 36)], [0] * 12 + [1] * 5
+    queries = randn(MOST, H, d).bfloat16()[list(pick)]
+    chosen = [owners[row] for row in pick]
+    counts: list[int] = []
+    for i, owner in enumerate(chosen):
+        if i and chosen[i - 1] == owner:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+    first, sizes = stacks_of(counts, attention.rows_of_stack(H, G)[0])
+    stacks = Stacks(torch.tensor(first, dtype=torch.int32), torch.tensor(sizes, dtype=torch.int32))
+    places = torch.tensor([positions[row] for row in pick], dtype=torch.int32)
+    seen = Seen(places, torch.tensor(chosen, dtype=torch.int32), tables, window, behind)
+    return attention.attend(run, queries, keys, values, stacks, seen, 560)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(("window", "behind"), [(0, 0), (40, 0), (300, 1)])
+def test_attention(core: str, window: int, behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacked with any rows, and with spans joined in one program or by another."""
+    run = Interpreter(CORES[core])
+    whole = attend_rows(run, range(MOST), window, behind)
+    calls = [[0], [11], [12], [16], [7, 8, 9], [13, 14, 2, 3], [11, 0, 5, 16, 12], [*range(12, 17), *range(12)]]
+    for call in calls:
+        assert torch.equal(attend_rows(run, call, window, behind), whole[call])
+    monkeypatch.setattr(attention, "MOST_SCRATCH", 0)
+    for call in (list(range(MOST)), calls[4]):
+        assert torch.equal(attend_rows(run, call, window, behind), whole[call])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_experts(kind: str) -> None:
+    """Whichever rows share an expert's tile, and in whichever tile."""
+    E, D, I, k, run = 5, 64, 64, 2, Interpreter()  # noqa: E741
+    gate, down = weight_of(kind, E * 2 * I, D)[0], weight_of(kind, E * D, I)[0]
+    vectors = [1 + 0.2 * randn(n, seed=s) for s, n in enumerate([D, E, D, D, D])]
+    moe = experts.DeviceExperts(randn(E, D).bfloat16(), vectors[0], vectors[1], gate, down, k, *vectors[2:])
+    residual, sparse, dense = randn(MOST, D), randn(MOST, D, seed=2).bfloat16(), randn(1, MOST, D)
+
+    def mixed(call: list[int]) -> Tensor:
+        return experts.mixture(run, residual[call], sparse[call], dense[:, call].contiguous(), moe, 1e-6)[0]
+
+    whole = mixed(list(range(MOST)))
+    for call in ([0], [16], [3, 9], list(range(MOST))[::-1], [*range(MOST)] * 3):
+        assert torch.equal(mixed(call), whole[call])
+
+
+def scores_with_ties(R: int, V: int) -> tuple[Tensor, DeviceWeight]:
+    """Hidden states and a head of which many rows, so many logits, are equal."""
+    weight, _ = weight_of("bf16", V, 64)
+    some = torch.randint(0, V, (V,), generator=torch.Generator().manual_seed(3))
+    data = weight.data.clone()
+    data[V // 2 :] = data[some[V // 2 :] % (V // 2)]
+    return 4 * randn(R, 64).bfloat16(), DeviceWeight(0, data, data, V, 64)
+
+
+@pytest.mark.parametrize("temperatures", [[0.0], [0.3, 1.0, 1.7], [0.0, 0.8, 1e-5]])
+@pytest.mark.parametrize("R", [3, 20])
+def test_choices_are_the_general_ones(temperatures: list[float], R: int) -> None:
+    """By the head and from stored logits, ties included, in any call."""
+    V, seed, run = 500, 11, Interpreter()
+    hidden, weight = scores_with_ties(R, V)
+    logits = choice.logits(run, hidden, weight, 30.0)
+    wanted, of_row = [], []
+    for row in range(R):
+        temperature = temperatures[row % len(temperatures)]
+        params = SamplingParams(temperature=temperature, seed=seed)
+        of_row.append((params.temperature, signed(row_key(seed, row, STREAM_CHOICE))))
+        candidates = Candidates(logits[row : row + 1], None, params.temperature or 1.0)
+        wanted.append(int(general_choice(candidates, params, torch.tensor([row]))))
+    rows = torch.arange(R, dtype=torch.int32)
+    draws = None
+    if any(temperatures):
+        draws = choice.Draws(
+            torch.tensor([t for t, _ in of_row], dtype=torch.float64), torch.tensor([k for _, k in of_row])
+        )
+    assert choice.choose(run, hidden, weight, 30.0, rows, draws).tolist() == wanted
+    assert choice.best_of(run, logits, None, draws).tolist() == wanted
+    shuffled = torch.randperm(V, generator=torch.Generator().manual_seed(1))
+    ids = shuffled.expand(R, V).contiguous()
+    assert choice.best_of(run, logits[:, shuffled].contiguous(), ids, draws).tolist() == wanted
+    some = torch.tensor([R - 1, 0], dtype=torch.int32)
+    of_some: Any = None if draws is None else choice.Draws(*(tensor[some.long()] for tensor in draws))
+    assert choice.choose(run, hidden, weight, 30.0, some, of_some).tolist() == [wanted[-1], wanted[0]]
+
+
+def test_logits_of_a_row_are_those_of_the_call() -> None:
+    run = Interpreter()
+    hidden, weight = scores_with_ties(MOST, 130)
+    whole = choice.logits(run, hidden, weight, 30.0)
+    for call in ([0], [16, 2], list(range(9))):
+        assert torch.equal(choice.logits(run, hidden[call], weight, 30.0), whole[call])
