@@ -20,7 +20,8 @@ TOLERANCE = 0.03
     [("bundled", "none"), ("small", "none"), ("e2b", "int8"), pytest.param("e2b", "none", marks=pytest.mark.slow)],
 )
 def test_a_run_takes_what_was_planned(case: str, kinds: str) -> None:
-    """The bundled pair; a random one of 112 M parameters; and an E2B-shaped one of zeros with fewer layers."""
+    """The bundled pair, and two whose weights are zeros: one of 112 M parameters, and one of E2B's shape with fewer
+    layers."""
     command = [sys.executable, str(SCRIPT), case, kinds]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     found = json.loads(ran.stdout.splitlines()[-1])

@@ -220,8 +220,18 @@ def block_counts(sliding_window: int, max_length: int, max_rows: int) -> dict[La
 
 def block_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
     """Returns the bytes of one block of a kind, in all of its layers."""
+    return BLOCK_ROWS * row_bytes(config, kind, element_bytes)
+
+
+def row_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
+    """Returns the bytes of one token's keys and values in all layers of a kind that have their own."""
     layers = [i for i in range(config.first_kv_shared_layer) if config.layer_types[i] == kind]
-    return sum(2 * config.layer_kv_heads(i) * BLOCK_ROWS * config.layer_head_dim(i) for i in layers) * element_bytes
+    return sum(layer_row_bytes(config, i, element_bytes) for i in layers)
+
+
+def layer_row_bytes(config: TextConfig, layer: int, element_bytes: int) -> int:
+    """Returns the bytes of one token's keys and values in one layer."""
+    return 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
 
 
 def block_names(

@@ -10,7 +10,7 @@ from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.draft_length import best_length, expected_tokens
 from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
-from gemma_mtp.kv.blocks import block_bytes
+from gemma_mtp.kv.blocks import block_bytes, layer_row_bytes
 from gemma_mtp.sizes.run import CUDA_CONTEXT_BYTES, PROCESS_BYTES, Loaded
 from gemma_mtp.sizes.weights import drafter_read_bytes, target_read_bytes
 
@@ -150,7 +150,7 @@ def drafter_kv_read_bytes(text: TextConfig, drafter: TextConfig, context: int, e
 
 def _layer_read(text: TextConfig, layer: int, context: int, element: int) -> int:
     seen = min(context, text.sliding_window) if text.is_sliding(layer) else context
-    return 2 * text.layer_kv_heads(layer) * text.layer_head_dim(layer) * seen * element
+    return seen * layer_row_bytes(text, layer, element)
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:

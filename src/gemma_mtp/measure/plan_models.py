@@ -22,7 +22,7 @@ VARIANTS = re.compile(r"(-qat-q4_0-unquantized)?(-assistant)?$")
 
 @dataclass(frozen=True)
 class Planned:
-    """A pair to plan for. `narrow`: its weights are stored in 16 bits; `types`: those that are stored quantised."""
+    """A pair to plan for. `narrow`: its weights are stored in bfloat16; `types`: those that are stored quantised."""
 
     name: str
     target: TargetConfig
@@ -100,8 +100,9 @@ def _types(raw: Mapping[str, Any]) -> WeightTypes:
 
 
 def _narrow(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that weights are stored in 16 bits; without a word they are taken to be."""
+    """Whether a config.json says that weights are stored in bfloat16, which native operators read as it is; without a
+    word they are taken to be."""
     nested = raw.get("text_config")
     texts = [raw, nested if isinstance(nested, dict) else {}]
     stored = next((text[name] for text in texts for name in ("dtype", "torch_dtype") if text.get(name)), "bfloat16")
-    return str(stored).removeprefix("torch.") in ("bfloat16", "float16")
+    return str(stored).removeprefix("torch.") == "bfloat16"

@@ -27,6 +27,12 @@ HEAD_CHUNK = 256  # rows of the head that a thread of the native operators score
 BLOCK = 16  # rows that the reference computes at once
 
 
+def kv_element_bytes(operators: Operators, dense_bytes: int) -> int:
+    """Returns the bytes of a cached number: the native operators keep float32, the reference the weights' dtype
+    (`backend.select.kv_dtype`, which needs PyTorch)."""
+    return FLOAT_BYTES if operators == "native" else dense_bytes
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A pair as it is loaded: its types, the bytes of a dense weight and of a cached number, and what runs it."""
