@@ -16,17 +16,20 @@ from test_cli import refused
 
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.select import make_backend
-from gemma_mtp.checkpoint import empty_model, stored_tensors
+from gemma_mtp.checkpoint import empty_model, open_source, save_target, stored_tensors
 from gemma_mtp.cli import main
+from gemma_mtp.cli.doctor_checks import as_loaded
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair
+from gemma_mtp.engine.pair import choose_dtype, load_pair
 from gemma_mtp.engine.pool_size import largest_context as largest_in_pool
 from gemma_mtp.engine.pool_size import most_sequences as most_in_pool
 from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError, GemmaMtpError
+from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.measure.plan import (
     Load,
     best_gain,
@@ -265,6 +268,34 @@ def test_directories_and_files_are_read_as_they_say(tmp_path: Path) -> None:
     assert (bundled.target.text.vocab_size, bundled.drafter is not None) == (4096, True)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_directory_is_planned_as_it_is_loaded(
+    stored: torch.dtype, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Weights, keys and values have the sizes that the backend keeps, in `plan`, `inspect` and `doctor` alike."""
+    if native and module() is None:
+        pytest.skip("no native operators")
+    if not native:
+        monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
+        for place in ("backend.native", "engine.pair"):
+            monkeypatch.setattr(f"gemma_mtp.{place}.module", lambda: None)
+    save_target(random_target(), TargetConfig(TINY), tmp_path, stored)
+    assert main(["plan", str(tmp_path), "--no-drafter", "--bandwidth", "1GB", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    pair, inspected = load_pair(tmp_path, use_drafter=False), inspect_checkpoint(tmp_path).kv_bytes
+    assert inspected is not None
+    kept = sum(weight.nbytes for weight in pair.target.checkpoint_tensors().values())
+    assert read["choices"][0]["takes"]["weights"] == kept
+    assert read["kv_element_bytes"] == inspected.element_bytes == pair.backend.kv_dtype.itemsize
+    device, dtype = pair.backend.device, choose_dtype("auto", pair.backend.device, open_source(tmp_path))
+    run = as_loaded(planned(str(tmp_path), no_drafter=True), WeightTypes(), device, dtype)
+    assert (run.operators, run.kv_bytes) == (read["operators"], read["kv_element_bytes"])
+    assert run.target_weights() == kept
+    assert run.chunk_rows == pair.backend.chunk_rows
+
+
 def test_bytes_are_read_and_shown() -> None:
     assert [parse_bytes(text, "-") for text in ("24GB", "7")] == [24 * 10**9, 7]
     assert parse_bytes("1.5GiB", "-") == 3 * 2**29
@@ -323,6 +354,7 @@ def test_the_command_as_text_and_picture(capsys: pytest.CaptureFixture[str], tmp
         (["gemma-4-E2B-it", "--drafter", "gemma-4-31B-it-assistant"], "does not fit the target"),
         (["gemma-4-E2B-it", "--drafter", "gemma-4-31B-it"], "is a target, but --drafter must name a drafter"),
         (["gemma-4-E2B-it-assistant"], "is a drafter; give its target"),
+        (["gemma-4-E2B-it", "--drafter", "bundled", "--no-drafter"], "--drafter and --no-drafter exclude each other"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:

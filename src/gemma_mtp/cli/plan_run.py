@@ -31,7 +31,7 @@ from gemma_mtp.measure.plan import (
 from gemma_mtp.measure.plan_models import Planned, planned
 from gemma_mtp.measure.plan_plot import plot_plan
 from gemma_mtp.sizes.machine import parse_bytes, read_bandwidth, shown_bytes, total_memory
-from gemma_mtp.sizes.run import Loaded
+from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, merge, parse_weight_types
 
 KV_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -125,8 +125,9 @@ def _loaded(models: PlannedPair, machine: MachineOptions, pair: Planned, types: 
     narrow = machine.device == "cuda" or (native and pair.narrow)
     dtype = ("bfloat16" if narrow else "float32") if models.dtype == "auto" else models.dtype
     dense = _kind("--dtype", dtype)
-    kv = (4 if native else dense) if models.kv_type == "auto" else _kind("--kv-type", models.kv_type)
-    return Loaded(pair.target, pair.drafter, types, dense, kv, "native" if native else "reference", os.cpu_count() or 1)
+    operators: Operators = "native" if native else "reference"
+    kv = kv_element_bytes(operators, dense) if models.kv_type == "auto" else _kind("--kv-type", models.kv_type)
+    return Loaded(pair.target, pair.drafter, types, dense, kv, operators, os.cpu_count() or 1)
 
 
 def _kind(option_name: str, dtype: str) -> int:
