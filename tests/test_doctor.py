@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.cli import main
-from gemma_mtp.cli.doctor_checks import machine_checks
+from gemma_mtp.cli.doctor_checks import as_loaded, machine_checks, pair_checks
+from gemma_mtp.cli.doctor_options import ExaminedPair
 from gemma_mtp.cli.options import spread
 from gemma_mtp.config import FULL, TextConfig
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure.acceptance import GREEDY, Prompt, measure_acceptance, prompts_of
 from gemma_mtp.measure.diagnosis import Finding, compare_shares, diagnose, first_drafts, surely_better
+from gemma_mtp.measure.plan_models import planned
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.weight_types import WeightTypes
 from gemma_mtp.weights.matrix import Linear
 
 
@@ -130,6 +135,29 @@ def test_the_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = (check for check in machine_checks() if check.name == "operators")
     assert (check.status, check.advice) == ("problem", "unset GEMMA_MTP_NATIVE")
     assert "GEMMA_MTP_NATIVE is 0" in check.found
+
+
+def test_memory_is_counted_and_looked_up_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU keeps bfloat16 where the native operators keep float32, and has its own free memory."""
+    asked = list[torch.device]()
+
+    def free(device: torch.device) -> int:
+        asked.append(device)
+        return 1000
+
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.device_free_bytes", free)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.choose_device", torch.device)
+    found = {}
+    for device in ("cpu", "cuda"):
+        check = pair_checks(ExaminedPair(target=Path("bundled"), device=device))[0]
+        assert (check.name, check.status) == ("fits into memory", "problem")
+        assert f"on {device}, but 1.00 kB are free" in check.found
+        assert check.advice == f"see what fits: gemma-mtp plan bundled --device {device}"
+        run = as_loaded(planned("bundled"), WeightTypes(), torch.device(device), torch.bfloat16)
+        found[device] = run.operators, run.kv_bytes
+    assert asked == [torch.device("cpu"), torch.device("cuda")]
+    assert found["cuda"] == ("reference", 2)
+    assert found["cpu"] == (("reference", 2) if module() is None else ("native", 4))
 
 
 def test_the_command_with_a_pair(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,26 @@ def test_a_directory_finds_the_one_beside_it(tmp_path: Path, files: Path, caplog
     assert f"{drafter} is not used, so decoding is plain: the drafter does not fit" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("command", "name"), [(["generate", "x", "--compare"], "--compare"), (["acceptance"], "acceptance")]
+)
+def test_what_needs_a_drafter_is_refused_without_one(
+    command: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded where none lies there, and afterwards where the one that does is of another target."""
+    save_pair(tmp_path, *agreeing_pair())
+    message = f"error: {name} needs a drafter; give --drafter, or no --target for the bundled pair.\n"
+    arguments = [*command, "--target", str(tmp_path / "target")]
+    with monkeypatch.context() as patched:
+        patched.setattr("gemma_mtp.engine.pair.load_pair", None)
+        assert refused(capsys, arguments) == message
+    (tmp_path / "drafter").rename(tmp_path / "target-assistant")
+    config = tmp_path / "target-assistant" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**content, "backbone_hidden_size": 48}), encoding="utf-8")
+    assert refused(capsys, arguments).endswith(message)
+
+
 def test_bundled_is_a_name_everywhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert locate("bundled") == bundled_directory() / "target"
     assert locate("bundled", "drafter") == bundled_directory() / "drafter"
@@ -265,3 +285,5 @@ def test_pull_without_a_drafter_a_name_or_a_network(server: str, files: Path, tm
 
 def test_pull_takes_names_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'gemma' is no name on the Hugging Face hub" in refused(capsys, ["pull", "gemma"])
+    both = ["pull", NAME, "--drafter", NAME, "--no-drafter"]
+    assert "--drafter and --no-drafter exclude each other" in refused(capsys, both)
