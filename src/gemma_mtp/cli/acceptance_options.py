@@ -36,9 +36,9 @@ class ComparedPair:
     def load(self, drafter: Path | None) -> Pair:
         from gemma_mtp.engine.pair import load_pair
 
-        return load_pair(
+        return options.named(load_pair(
             self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict
-        )
+        ))  # fmt: skip
 
 
 @group(DATA)

@@ -99,7 +99,7 @@ class Run:
         settings = self.settings
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
         if device != self.device or self.weight_types.of_target():
-            return load_pair(settings.target, device=device, quantize=settings.quantize)
+            return load_pair(settings.target, device=device, quantize=settings.quantize, use_drafter=False)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)

@@ -6,6 +6,8 @@ import { compare } from "./record.js";
 import { SAMPLES } from "./samples.js";
 
 const LONGEST_DRAFT = 16;
+/** Drafts below which a race says little of the speed. */
+const FEW_DRAFTS = 20;
 const ENDINGS = { length: "ended at the token limit", stop: "ended by itself" };
 const element = (id) => document.getElementById(id);
 const form = element("controls");
@@ -127,6 +129,7 @@ function showVerdict(plain, drafted, options, together) {
   const ratio = before && after ? `${(after / before).toFixed(2)}×` : "–";
   const notes = [identical ? sameness(drafted) : difference(token, options.verification)];
   if (before && after) notes.push(speeds(before, after, together));
+  if (drafted.drafted < FEW_DRAFTS) notes.push(fewDrafts(drafted.drafted));
   element("identical").textContent = answer;
   element("identical").className = identical ? "good" : "bad";
   element("ratio").textContent = ratio;
@@ -152,6 +155,11 @@ function speeds(before, after, together) {
   const order = together ? "together, sharing the processor" : "one after the other";
   const both = `${formatNumber(before)} tokens a second without, ${formatNumber(after)} with`;
   return `${both}, after the first token and by the server's clock; run ${order}.`;
+}
+
+function fewDrafts(count) {
+  const drafts = count === 1 ? "draft was" : "drafts were";
+  return `Only ${count} ${drafts} made: too few to say how fast drafting is. Ask for more tokens.`;
 }
 
 function capital(text) {
