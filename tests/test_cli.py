@@ -15,6 +15,7 @@ from rich.console import Console
 
 import gemma_mtp
 from gemma_mtp.cli import main, render
+from gemma_mtp.cli.generate_run import NOT_WHOLE
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -55,6 +56,18 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert err.count("\n") == 1
     assert err.rstrip().endswith(".")
     return err
+
+
+@pytest.mark.parametrize("output", [[], ["--json"], ["--compare"]])
+def test_a_constrained_output_that_the_limit_cut_exits_with_four(
+    output: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is whole already is not cut, though more could follow."""
+    for regex, code in (("[0-9]{300}", NOT_WHOLE), ("[0-9]{1,300}", 0), ("[0-9]{2}", 0)):
+        assert main(["generate", PROMPT, "--regex", regex, "-n", "8", "-k", "2", *output]) == code
+        out, err = capsys.readouterr()
+        said = "the output is not whole: the length limit (length) cut it; raise --max-tokens.\n"
+        assert out and (said in err) == (code == NOT_WHOLE)
 
 
 def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,11 +34,15 @@ class ComparedPair:
     threads: int | None = option(None, options.THREADS)
 
     def load(self, drafter: Path | None) -> Pair:
+        """Returns the target with this drafter. Raises what `load_pair` does."""
         from gemma_mtp.engine.pair import load_pair
+        from gemma_mtp.progress import loading
 
-        return load_pair(
-            self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict
-        )
+        with loading() as told:
+            return load_pair(
+                self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict,
+                on_bytes=told,
+            )  # fmt: skip
 
 
 @group(DATA)

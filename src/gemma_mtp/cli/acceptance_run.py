@@ -71,7 +71,7 @@ class Measurement:
     drafting: DraftingOptions
     speed: bool
     costs: Callable[[ChoiceKind], RoundCosts]
-    say: Callable[[str], object]
+    say: Callable[..., object]
 
     def under(self, setting: Setting) -> shown.Measured:
         self.say(setting.label)
@@ -83,15 +83,21 @@ class Measurement:
             done = itertools.count(1)
             return measure_acceptance(
                 side, prompts, draft_tokens, setting.params, verification,
-                lambda _: self.say(f"{setting.label}{name}: {next(done)} prompts of {len(prompts)}"),
+                lambda _: tell(name, next(done), len(prompts)),
             )  # fmt: skip
+
+        def tell(name: str, done: int, of: int) -> None:
+            self.say(f"{setting.label}{name}: {done} prompts of {of}", done / of)
 
         own = report(self.pair, "")
         comparison = None if self.other is None else compare(report(self.other, ", the other drafter"), own)
         speedup = None
-        self.say(f"{setting.label}: speed")
         if self.speed:
-            speedup = measure_speedup(self.pair, prompts, draft_tokens, setting.params, verification)
+            speedup = measure_speedup(
+                self.pair, prompts, draft_tokens, setting.params, verification,
+                on_prompt=functools.partial(tell, ", speed"),
+            )  # fmt: skip
+        self.say(f"{setting.label}: costs of rounds")
         return shown.Measured(
             setting.label, setting.thinking, own, self.costs(setting.params.choice), speedup, comparison
         )
@@ -119,16 +125,16 @@ def acceptance(
 ) -> None:
     """Measure, then print the report and draw the plot that was asked for."""
     sources = options.sources_of(chosen.data)
-    with progress("reading") as say:
+    with progress("reading"):
         examples = chosen.examples(sources)
-        say("loading")
-        pair = models.load(models.drafter)
-        other = None if models.against is None else models.load(models.against)
-        base = shared_params(sampling, pair, examples)
-        settings = [
-            Setting(replace(base, temperature=t), on)
-            for on, t in itertools.product(THINKING[chosen.thinking], sampling.temperature or TEMPERATURES)
-        ]
+    pair = models.load(models.drafter)
+    other = None if models.against is None else models.load(models.against)
+    base = shared_params(sampling, pair, examples)
+    settings = [
+        Setting(replace(base, temperature=t), on)
+        for on, t in itertools.product(THINKING[chosen.thinking], sampling.temperature or TEMPERATURES)
+    ]
+    with progress("measuring") as say:
         costs = functools.cache(functools.partial(steady_costs, pair))  # first asked for after prompts were decoded
         what = Measurement(pair, other, examples, chosen.prompt_tokens, drafting, output.speed, costs, say)
         measured = [what.under(setting) for setting in settings]

@@ -83,12 +83,15 @@ class PairOptions:
             raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
 
     def load(self) -> Pair:
+        """Returns the pair. Raises what `load_pair` does."""
         from gemma_mtp.engine.pair import load_pair
+        from gemma_mtp.progress import loading
 
-        return load_pair(
-            self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
-            quantize=self.quantize, strict=self.strict,
-        )  # fmt: skip
+        with loading() as told:
+            return load_pair(
+                self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
+                quantize=self.quantize, strict=self.strict, on_bytes=told,
+            )  # fmt: skip
 
 
 @group(DATA)

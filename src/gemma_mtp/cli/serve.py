@@ -123,8 +123,7 @@ def serve(
     from gemma_mtp.engine.thread import EngineThread
 
     with run.listen(host, listening.port) as listener:
-        with progress("loading"):
-            pair = models.load()
+        pair = models.load()
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
         engine = EngineThread(pair, engine_options.settings())
         with progress("measuring what rounds cost"):

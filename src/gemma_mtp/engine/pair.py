@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -172,6 +173,7 @@ def load_pair(
     use_drafter: bool = True,
     quantize: str | WeightTypes | None = None,
     strict: bool = False,
+    on_bytes: Callable[[str, int, int], object] = lambda part, done, of: None,
 ) -> Pair:
     """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
 
@@ -180,7 +182,8 @@ def load_pair(
     where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
     (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that contradicts
     something else and can be loaded all the same, is logged as a warning, or refused with `strict`. The pair's fit is
-    checked before any weight is read. Raises CheckpointError, ConfigError, PairError, QuantisationError.
+    checked before any weight is read. `on_bytes` is told which of "target" and "drafter" is being loaded, how many of
+    its stored bytes are, and of how many. Raises CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if not (types is None or isinstance(types, WeightTypes)):
@@ -203,10 +206,12 @@ def load_pair(
         check_pair(target_config, checkpoint.read_drafter_config(drafter_source))
     generation = _generation_defaults(source, target_config, strict)
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
-    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict)
+    tell = functools.partial(on_bytes, "target")
+    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict, tell)
     loaded_drafter = None
     if drafter_source is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict)
+        tell = functools.partial(on_bytes, "drafter")
+        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict, tell)
     return Pair(
         backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=source.tokenizer() if source.has_tokenizer else None,

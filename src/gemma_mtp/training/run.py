@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -20,7 +21,7 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.progress import Display
+from gemma_mtp.progress import Display, loading
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import (
     CHECKPOINT,
@@ -89,8 +90,10 @@ class Run:
         self.tokenizer = source.tokenizer()
         if world.leads:  # one process alone, or two would move the same probe
             check_output(settings, self.state)
-        self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict)
-        self.target.dequantise_()
+        with loading(quiet=not world.leads) as on_bytes:
+            self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict,
+                                                 functools.partial(on_bytes, "target"))  # fmt: skip
+            self.target.dequantise_()
         self.target_name = _target_name(settings)
         self.pair = self._engine_pair()
 
@@ -99,7 +102,8 @@ class Run:
         settings = self.settings
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
         if device != self.device or self.weight_types.of_target():
-            return load_pair(settings.target, device=device, quantize=settings.quantize)
+            with loading(quiet=not self.world.leads) as on_bytes:
+                return load_pair(settings.target, device=device, quantize=settings.quantize, on_bytes=on_bytes)
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
@@ -245,10 +249,7 @@ def _conclude(
     run.export(drafter, candidate)
     now = _measured(gate, candidate, "measuring what was trained")
     verdict = judge(start, now)
-    with Display("timing the start") as display:
-        before = gate.speed(starting, start)
-        display.show("", name="timing what was trained")
-        speeds = before, gate.speed(candidate, now)
+    speeds = _timed(gate, starting, start, "timing the start"), _timed(gate, candidate, now, "timing what was trained")
     exported = verdict.not_worse or settings.force
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
@@ -260,7 +261,16 @@ def _conclude(
 
 def _measured(gate: EngineGate, directory: Path, name: str) -> Reports:
     with Display(name) as display:
-        return gate.measure(directory, lambda done, of: display.show(f"prompt {done} of {of}", done / of))
+        return gate.measure(directory, functools.partial(_show_prompts, display))
+
+
+def _timed(gate: EngineGate, directory: Path, reports: Reports, name: str) -> Speed:
+    with Display(name) as display:
+        return gate.speed(directory, reports, functools.partial(_show_prompts, display))
+
+
+def _show_prompts(display: Display, done: int, of: int) -> None:
+    display.show(f"prompt {done} of {of}", done / of)
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
