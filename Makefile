@@ -9,7 +9,7 @@ SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 .PHONY: help demo test slow clients check sanitize docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
-	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
+	$(BIN)/gemma-mtp generate --file examples/prompt.txt --temperature 0.3 --seed 10 --compare --show-drafts
 
 help:                      ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

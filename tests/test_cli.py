@@ -240,6 +240,18 @@ def test_drafts_are_coloured_on_a_terminal(tiny: Path) -> None:
     assert "[corrected]" not in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "coloured", "expected"),
+    [("def [bold]f():\n", True, "\x1b[2mdef [bold]f():\x1b[0m\n"), ("x", False, ""), ([9, 8], True, "")],
+)
+def test_the_prompt_is_echoed_dimly_on_a_terminal(prompt: str | list[int], coloured: bool, expected: str) -> None:
+    stream = io.StringIO()
+    render.print_prompt(
+        Console(file=stream, force_terminal=coloured, color_system="standard" if coloured else None), prompt
+    )
+    assert stream.getvalue() == expected
+
+
 def test_inspect(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directories = [str(tiny / "target"), str(tiny / "drafter")]
     assert main(["inspect", *directories]) == 0

@@ -329,7 +329,13 @@ def test_lines_for_people_say_what_came_of_a_request_and_nothing_that_a_terminal
         record.fields = fields
         return re.sub(r"^\d\d:\d\d:\d\d ", "", LineFormatter().format(record))
 
-    request = {"request_id": "a" * 32, "method": "POST", "path": "/v1/\x1b[2J\n", "status": 200, "seconds": 0.41234}
+    request: dict[str, Any] = {
+        "request_id": "a" * 32,
+        "method": "POST",
+        "path": "/v1/\x1b[2J\n",
+        "status": 200,
+        "seconds": 0.41234,
+    }
     assert line("request", **request, draft_tokens=7, finish=["stop", "length"], first_token_seconds=None) == (
         "POST /v1/\\x1b[2J\\n 200 0.412 s draft_tokens=7 finish=stop,length first_token_seconds=None"
     )

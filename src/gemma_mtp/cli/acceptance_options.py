@@ -10,7 +10,7 @@ from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.measure.defaults import PROMPT_TOKENS
-from gemma_mtp.measure.plot import check_plot
+from gemma_mtp.measure.figure import check_plot
 
 if TYPE_CHECKING:
     from gemma_mtp.engine.pair import Pair
@@ -32,6 +32,13 @@ class ComparedPair:
     quantize: str | None = option(None, options.QUANTIZE)
     strict: bool = option(False, options.STRICT)
     threads: int | None = option(None, options.THREADS)
+
+    @property
+    def name(self) -> str:
+        """What the pair is called in pictures."""
+        if self.target is None:
+            return "bundled pair" if self.drafter is None else f"bundled target + {self.drafter.resolve().name}"
+        return " + ".join(path.resolve().name for path in (self.target, self.drafter) if path is not None)
 
     def load(self, drafter: Path | None) -> Pair:
         """Returns the target with this drafter. Raises what `load_pair` does."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+from gemma_mtp.backend.processor import processor
 from gemma_mtp.chat.prompt import THINKING_VARIABLES, thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
@@ -30,6 +31,7 @@ from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.measure.acceptance import AcceptanceReport, compare, measure_acceptance, prompts_of
+from gemma_mtp.measure.figure import measured_on
 from gemma_mtp.measure.plot import plot_acceptance
 from gemma_mtp.measure.speedup import measure_speedup, steady_costs
 
@@ -139,7 +141,11 @@ def acceptance(
         what = Measurement(pair, other, examples, chosen.prompt_tokens, drafting, output.speed, costs, say)
         measured = [what.under(setting) for setting in settings]
     if output.plot is not None:
-        plot_acceptance({m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured})
+        plot_acceptance(
+            {m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured},
+            title=f"Acceptance of {drafting.draft_tokens} drafts a round, {drafting.verification} verification",
+            subtitle=measured_on(models.name, processor(pair.backend.device)),
+        )  # fmt: skip
     if output.as_json:
         print(json.dumps({"data": [str(path) for path in sources], **shown.to_json(measured)}))
     else:

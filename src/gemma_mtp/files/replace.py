@@ -30,7 +30,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.chmod(wanted)
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path} can not be written: {error}.") from None
+        raise CheckpointError(f"{path} can not be written: {error.strerror or error}.") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path} can not be written: {error}.") from None
+        raise CheckpointError(f"{path} can not be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
