@@ -37,6 +37,7 @@ from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import Material, gather, hold_out
 from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.optim import choose_dtype
+from gemma_mtp.training.origin import origin_of
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
 from gemma_mtp.training.shapes import initialise, new_drafter_config
@@ -46,6 +47,8 @@ from gemma_mtp.weight_types import WeightTypes, merge
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
+#: settings that change nothing of what comes out, or that the card gives by what came of them
+OF_THE_MACHINE = {"store_target", "cache", "memory_mb", "checkpoint_steps", "compile", "held_out_prompts"}
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,10 @@ class Run:
         recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype,
                   "quantised": _listed(self.weight_types) or None}  # fmt: skip
         return CardFacts(
-            settings.target.resolve().name,
-            "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
+            origin_of(settings.target),
+            "from scratch" if settings.drafter is None else f"starting from `{settings.drafter.resolve().name}`",
             sum(p.numel() for p in drafter.parameters()), result.best_step, result.tokens, result.seconds,
-            {**_shown(asdict(settings.data)), **data}, _shown(recipe), settings.target.resolve().name,
+            {**_shown(asdict(settings.data)), **data}, _shown(recipe),
         )  # fmt: skip
 
     def export(self, drafter: Drafter, directory: Path) -> None:
@@ -309,8 +312,8 @@ def _lengths(reports: Reports) -> str:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings for the card: without what was left out, and files by their names."""
-    kept = {name: value for name, value in settings.items() if value is not None}
+    """Settings for the card: without what was left out or is the machine's own, and files by their names."""
+    kept = {name: value for name, value in settings.items() if value is not None and name not in OF_THE_MACHINE}
     if "paths" in kept:
         kept["paths"] = ", ".join(path.name for path in kept["paths"])
     return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}
