@@ -81,11 +81,18 @@ clean:                     ## remove the virtual environment and what was built
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: $(SET_UP) | $(VENV)/bin/python
+# PyTorch without CUDA where there is no GPU for it
+$(VENV)/.torch: | $(VENV)/bin/python
+	@$(BIN)/python tools/install_torch.py
+	@touch $@
+
+$(VENV)/.core: $(SET_UP) | $(VENV)/.torch
+	@echo "installing the package and compiling its native operators: a minute or two"
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(SET_UP) | $(VENV)/bin/python
+$(VENV)/.dev: $(SET_UP) | $(VENV)/.torch
+	@echo "installing the package and its tools, and compiling its native operators: a minute or two"
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.core $@
 
