@@ -54,6 +54,7 @@ def copy_tensors(
     for name, rows, value in read_values(source, views, headers, added, on_bytes):
         view = views[name] if rows is None else views[name][rows]
         view.copy_(value)
+        del value  # before the next one is read
 
 
 def converted_tensors(
@@ -90,8 +91,10 @@ def read_values(
     places = [(name, rows) for name in in_order for rows in pieces(headers[name].shape, headers[name].nbytes)]
     values = source.read((headers[name], rows) for name, rows in places)
     done, total = 0, sum(headers[name].nbytes for name in in_order)
-    for (name, rows), value in zip(places, values, strict=True):
+    for name, rows in places:
+        value = next(values)  # in a zip it would live until the next one is read
         yield name, rows, value.float() + added[name] if name in added else value
+        del value
         done += _stored_bytes(headers[name], rows)
         on_bytes(done, total)
 
