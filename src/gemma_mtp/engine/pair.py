@@ -194,6 +194,8 @@ def load_pair(
     for name, flag in (("use_drafter", use_drafter), ("strict", strict)):
         if not isinstance(flag, bool):
             raise CheckpointError(f"{name} is of type {type(flag).__name__}, but must be True or False.")
+    if not callable(on_bytes):
+        raise CheckpointError(f"on_bytes is of type {type(on_bytes).__name__}, but must be a function.")
     if target is None:
         target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
     if not use_drafter:
