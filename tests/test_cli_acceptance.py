@@ -16,6 +16,7 @@ from test_cli import refused
 from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.options import spread
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
@@ -45,6 +46,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "chat.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
     (root / "text.txt").write_text("ABC\nDEF\n", encoding="utf-8")
     return root
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without other work, whatever runs beside the tests."""
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: 0.0)
+
+
+def steady(seconds: dict[int, float], busy: float = 0.0) -> speedup.SteadyCosts:
+    costs = RoundCosts(seconds)
+    return speedup.SteadyCosts(costs, (costs,), busy)
 
 
 def models(root: Path) -> list[str]:
@@ -177,7 +189,7 @@ def test_long_lists_of_tasks_show_the_worst(
     monkeypatch.setattr(acceptance_report, "MOST_TASKS", 2)
     prompts = tuple(PromptAcceptance(str(i), f"task{i}", 1, 1, Acceptance((10 - i, i))) for i in range(4))
     report = AcceptanceReport(1, GREEDY, "exact", prompts)
-    measured = acceptance_report.Measured("greedy", None, report, RoundCosts({0: 1.0, 1: 3.0}), None, None)
+    measured = acceptance_report.Measured("greedy", None, report, steady({0: 1.0, 1: 3.0}), None, None)
     acceptance_report.print_report(Console(), [measured])
     out = capsys.readouterr().out
     assert "task0" in out and "task1" in out and "task2" not in out and "and 2 better ones" in out
@@ -243,3 +255,43 @@ def test_a_picture_needs_matplotlib_and_a_place(
     with pytest.raises(DataError, match=r"a\.png can not be written: Is a directory"):
         plot.plot_acceptance({"greedy": report}, tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_costs_of_a_busy_machine_are_measured_again_and_predict_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = iter([RoundCosts({0: 1.0, 4: 1.0 + n / 10}) for n in range(1000)])
+    monkeypatch.setattr(speedup, "measure_costs", lambda backend, choice: next(costs))
+    shares = iter([0.5, 0.3, 0.4, 0.2, 0.05, 0.9])
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: next(shares))
+    pair = load_pair()
+    busy = speedup.steady_costs(pair, "argmax", repeats=2)
+    assert (busy.busy, busy.disturbed) == (0.3, True)
+    assert busy.measured[0].seconds[4] == pytest.approx(1.2), "the second attempt, the quietest of three"
+    quiet = speedup.steady_costs(pair, "argmax", repeats=2)
+    assert (quiet.busy, quiet.disturbed) == (0.05, False)
+    assert list(quiet.relative(4)) == pytest.approx([1.8, 1.9])
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda self: 0.4)
+    (setting,) = content(capsys, str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "0")["settings"]
+    assert (setting["costs_disturbed"], setting["best_draft_tokens"], setting["break_even_draft_tokens"]) == (
+        True,
+        None,
+        None,
+    )
+    assert main(["acceptance", str(tiny / "text.txt"), *models(tiny), *BRIEF, "-t", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "no speed-up is predicted: other work took 40% of the processor" in out
+    assert "fastest with" not in out and "breaks even" not in out
+
+
+def test_a_prediction_has_bounds() -> None:
+    """Of two prompts, one accepts all and one nothing; the costs of a round with a draft were between 1.5 and 2."""
+    prompts = tuple(PromptAcceptance(str(n), "", 1, 10, Acceptance((10 * (1 - n), 10 * n))) for n in (0, 1))
+    report = AcceptanceReport(1, GREEDY, "exact", prompts)
+    cheap, dear = RoundCosts({0: 1.0, 1: 1.5}), RoundCosts({0: 1.0, 1: 2.0})
+    plain, drafted, *_ = speedup.speedup_intervals(report, speedup.SteadyCosts(cheap, (cheap, dear)))
+    assert (plain.low, plain.high) == (1.0, 1.0)
+    assert [drafted.low, drafted.high] == pytest.approx([1 / 2, 2 / 1.5])
+    assert plain.sure and not drafted.sure
+    measured = acceptance_report.Measured("greedy", None, report, steady({0: 1.0, 1: 1.2}), None, None)
+    assert "which may be no gain" in acceptance_report._verdict(measured)

@@ -12,8 +12,8 @@ from gemma_mtp import load_pair
 from gemma_mtp.backend.select import kv_dtype
 from gemma_mtp.checkpoint import save_target
 from gemma_mtp.config import LAYER_TYPES, PRESETS, TargetConfig
-from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
-from gemma_mtp.kv.pool import KVPool, block_bytes
+from gemma_mtp.kv.blocks import BLOCK_ROWS, block_bytes, block_counts
+from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.measure.memory import geometry, inspect_checkpoint, kv_bytes
 from gemma_mtp.model.target import Target
 

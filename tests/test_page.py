@@ -247,6 +247,7 @@ def test_a_race_sees_one_token_that_differs(page: Any) -> None:
     set_options(page, tokens=6)
     finish(page, "#race")
     assert page.text_content("#identical") == "but not the same"
+    assert "too few to say how fast" in page.text_content("#verdict-note")
     assert "part at token 1." in page.text_content("#verdict-note")
 
 

@@ -26,12 +26,10 @@ from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import DecoderLayer, MoE, Rope, rope_for
 from gemma_mtp.model.target import Target
+from gemma_mtp.sizes.run import NATIVE_CHUNK_ROWS
 
 if TYPE_CHECKING:
     from gemma_mtp._native import Floats
-
-#: prompt rows of one call, at most: enough to use the cores, few enough that activations stay in the caches
-CHUNK_ROWS = 128
 
 
 class CpuBackend:
@@ -39,7 +37,7 @@ class CpuBackend:
 
     device = torch.device("cpu")
     kv_dtype = torch.float32
-    chunk_rows = CHUNK_ROWS
+    chunk_rows = NATIVE_CHUNK_ROWS
     watches_drafts = True
     chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
 

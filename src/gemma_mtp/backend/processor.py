@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-#: of a card's free memory, what the driver, activations and other work take beside keys and values
-CARD_RESERVE_BYTES = 1_500_000_000
-
 
 def processor(device: torch.device) -> str:
     """The name of the processor that a device is. Virtual machines give different ones the same name ("AMD EPYC"), so
@@ -27,12 +24,3 @@ def processor(device: torch.device) -> str:
         f", {fact.removeprefix('cpu ')} {facts[fact]}" for fact in ("cpu family", "model") if fact in facts
     )
     return f"{name}{exactly}, {os.cpu_count()} cores"
-
-
-def free_for_pool(device: torch.device) -> int | None:
-    """The bytes that keys and values may take of a card whose weights are loaded; None where memory is the system's,
-    which gives pages as they are written."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(0, free - CARD_RESERVE_BYTES)

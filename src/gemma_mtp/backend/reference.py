@@ -30,11 +30,10 @@ from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import GATHERED_ROWS, rope_for
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
+from gemma_mtp.sizes.run import REFERENCE_CHUNK_ROWS
 
 #: rows of one call of the target, and what their first position is a multiple of
 BLOCK = GATHERED_ROWS
-#: rows of a prompt between two rounds of the others, at most
-CHUNK_ROWS = 32 * BLOCK
 
 
 class ReferenceBackend:
@@ -42,7 +41,7 @@ class ReferenceBackend:
 
     watches_drafts = False
     chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
-    chunk_rows = CHUNK_ROWS
+    chunk_rows = REFERENCE_CHUNK_ROWS
 
     def __init__(self, target: Target, drafter: Drafter | None = None) -> None:
         self.target, self.drafter = target, drafter

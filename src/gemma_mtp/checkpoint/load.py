@@ -65,7 +65,7 @@ def load_drafter(
     on_bytes: OnBytes = nobody,
 ) -> Drafter:
     """Load a drafter in inference mode; the rest as in `load_target`."""
-    source = open_source(location)
+    source = open_source(location, "drafter")
     contents = read_contents(source, read_drafter_config(source))
     report(location, contents.notes, strict)
     drafter = planned_model(source, contents, dtype, types)

@@ -54,7 +54,7 @@ def read_target_config(location: Location) -> TargetConfig:
 
 def read_drafter_config(location: Location) -> DrafterConfig:
     """The drafter's configuration. Raises CheckpointError (no such file, malformed) or ConfigError (unusable)."""
-    return parse_drafter_config(open_source(location).config())
+    return parse_drafter_config(open_source(location, "drafter").config())
 
 
 def read_config(location: Location) -> TargetConfig | DrafterConfig:

@@ -16,9 +16,12 @@ from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.console import print_anything
+from gemma_mtp.cli.doctor import doctor
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.option_groups import grouped
+from gemma_mtp.cli.plan import plan
+from gemma_mtp.cli.pull import pull
 from gemma_mtp.cli.quantize import quantize
 from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
@@ -64,7 +67,8 @@ app = typer.Typer(
 
 
 for command in (
-    grouped(generate), inspect, grouped(train), quantize, grouped(acceptance), grouped(serve), grouped(bench_serve),
+    grouped(generate), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, grouped(acceptance),
+    grouped(serve), grouped(bench_serve),
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -10,7 +10,6 @@ from gemma_mtp.cli.acceptance_options import (
     PromptOptions,
     SamplingOptions,
 )
-from gemma_mtp.errors import PromptError
 
 
 def acceptance(
@@ -26,8 +25,7 @@ def acceptance(
     """
     chosen.check()
     output.check()
-    if models.target is not None and models.drafter is None:
-        raise PromptError("acceptance needs a drafter; give --drafter, or no --target for the bundled pair.")
+    options.check_drafter("acceptance", models.target, models.drafter)
     options.use_threads(models.threads)
 
     from gemma_mtp.cli import acceptance_run

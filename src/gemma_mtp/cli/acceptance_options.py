@@ -46,10 +46,11 @@ class ComparedPair:
         from gemma_mtp.progress import loading
 
         with loading() as told:
-            return load_pair(
+            pair = load_pair(
                 self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict,
                 on_bytes=told,
             )  # fmt: skip
+        return options.named(pair)
 
 
 @group(DATA)

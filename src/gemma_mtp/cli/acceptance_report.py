@@ -10,15 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
-from gemma_mtp.measure.speedup import MeasuredSpeedup, Prediction, best, break_even, predict
+from gemma_mtp.measure.speedup import (
+    Interval,
+    MeasuredSpeedup,
+    Prediction,
+    SteadyCosts,
+    best,
+    break_even,
+    predict,
+    speedup_intervals,
+)
 
 #: tasks or files shown in the table; JSON has all
 MOST_TASKS = 30
 LENGTHS = "the length counts the target's own token of every round (correction or bonus), accepted drafts do not"
 PREDICTED = (
-    "predicted from round costs measured on this machine: length that breaks even, mean acceptance length, speed-up"
+    "predicted from round costs measured on this machine: length that breaks even, mean acceptance length,"
+    " bounds of the speed-up"
 )
 EXTRAPOLATED = "* positions beyond those measured are taken to be as good as the last"
 
@@ -31,13 +40,17 @@ class Measured:
     label: str
     thinking: bool | None
     report: AcceptanceReport
-    costs: RoundCosts
+    costs: SteadyCosts
     speedup: MeasuredSpeedup | None
     comparison: Comparison | None
 
     @functools.cached_property
     def predictions(self) -> list[Prediction]:
-        return predict(self.report.pooled, self.costs)
+        return predict(self.report.pooled, self.costs.best)
+
+    @functools.cached_property
+    def intervals(self) -> list[Interval]:
+        return speedup_intervals(self.report, self.costs)
 
 
 def to_json(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -59,10 +72,15 @@ def _setting(m: Measured) -> dict[str, Any]:
         "label": m.label,
         "thinking": m.thinking,
         **m.report.to_dict(),
-        "round_seconds_by_draft_tokens": list(m.costs.seconds),
-        "predicted": [asdict(prediction) for prediction in m.predictions],
-        "best_draft_tokens": best(m.predictions).draft_tokens,
-        "break_even_draft_tokens": break_even(m.predictions),
+        "round_seconds_by_draft_tokens": list(m.costs.best.seconds),
+        "costs_disturbed": m.costs.disturbed,
+        "busy_elsewhere": m.costs.busy,
+        "predicted": [
+            {**asdict(prediction), "speedup_low": interval.low, "speedup_high": interval.high}
+            for prediction, interval in zip(m.predictions, m.intervals, strict=True)
+        ],
+        "best_draft_tokens": None if m.costs.disturbed else best(m.predictions).draft_tokens,
+        "break_even_draft_tokens": None if m.costs.disturbed else break_even(m.predictions),
     }
     if m.speedup is not None:
         content["measured_speedup"] = {**asdict(m.speedup), "ratio": m.speedup.ratio}
@@ -87,7 +105,9 @@ def print_report(console: Console, measured: Sequence[Measured]) -> None:
     if tasks > 1:
         more = f"and {tasks - MOST_TASKS} better ones, which --json has" if tasks > MOST_TASKS else ""
         _section(console, "mean acceptance length by task or file", _by_task(measured), more)
-    _section(console, PREDICTED, _paying(measured), EXTRAPOLATED if measured[0].predictions[-1].extrapolated else "")
+    quiet = [m for m in measured if not m.costs.disturbed]
+    if quiet:
+        _section(console, PREDICTED, _paying(quiet), EXTRAPOLATED if quiet[0].predictions[-1].extrapolated else "")
     for m in measured:
         _say(console, f"{m.label}: {_verdict(m)}")
 
@@ -130,21 +150,32 @@ def _by_task(measured: Sequence[Measured]) -> Table:
 
 
 def _paying(measured: Sequence[Measured]) -> Table:
-    """A round's cost is the length at which it breaks even; beside it, what length and speed-up to expect."""
-    table = _table(["drafts a round", *(m.label for m in measured)])
-    for rows in zip(*(m.predictions for m in measured), strict=True):
+    """A round's cost is the length at which it breaks even; beside it, what length, and what speed-ups are likely."""
+    table = _table(["drafts", *(m.label for m in measured)])
+    for k, rows in enumerate(zip(*(m.predictions for m in measured), strict=True)):
         lengths = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '}" for p in rows)
-        cells = (f"{p.cost:.2f} {length} {p.speedup:.2f}x" for p, length in zip(rows, lengths, strict=True))
-        table.add_row(str(rows[0].draft_tokens), *cells)
+        bounds = (f"{m.intervals[k].low:.2f}-{m.intervals[k].high:.2f}x" for m in measured)
+        cells = (f"{p.cost:.2f} {length} {bound}" for p, length, bound in zip(rows, lengths, bounds, strict=True))
+        table.add_row(str(k), *cells)
     return table
 
 
 def _verdict(m: Measured) -> str:
     fastest, most = best(m.predictions), break_even(m.predictions)
-    if fastest.draft_tokens == 0:
+    bounds = m.intervals[fastest.draft_tokens]
+    if m.costs.disturbed:
+        text = (
+            f"no speed-up is predicted: other work took {m.costs.busy:.0%} of the processor while rounds were timed;"
+            " measure again on a quiet machine"
+        )
+    elif fastest.draft_tokens == 0:
         text = "drafting does not pay here"
     else:
-        text = f"fastest with {fastest.draft_tokens} drafts a round ({fastest.speedup:.2f}x)"
+        text = (
+            f"fastest with {fastest.draft_tokens} drafts a round"
+            f" ({fastest.speedup:.2f}x, {bounds.low:.2f} to {bounds.high:.2f})"
+        )
+        text += "" if bounds.sure else ", which may be no gain"
         last = m.predictions[-1].draft_tokens
         text += f", breaks even up to {most}" + (" or more" if most == last else "")
     if m.speedup is not None:

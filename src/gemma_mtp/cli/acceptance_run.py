@@ -24,7 +24,6 @@ from gemma_mtp.cli.acceptance_options import (
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
-from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
@@ -33,7 +32,7 @@ from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.measure.acceptance import AcceptanceReport, compare, measure_acceptance, prompts_of
 from gemma_mtp.measure.figure import measured_on
 from gemma_mtp.measure.plot import plot_acceptance
-from gemma_mtp.measure.speedup import measure_speedup, steady_costs
+from gemma_mtp.measure.speedup import SteadyCosts, measure_speedup, steady_costs
 
 TEMPERATURES = (0.0, 1.0)
 
@@ -72,7 +71,7 @@ class Measurement:
     prompt_tokens: int
     drafting: DraftingOptions
     speed: bool
-    costs: Callable[[ChoiceKind], RoundCosts]
+    costs: Callable[[ChoiceKind], SteadyCosts]
     say: Callable[..., object]
 
     def under(self, setting: Setting) -> shown.Measured:
@@ -130,6 +129,8 @@ def acceptance(
     with progress("reading"):
         examples = chosen.examples(sources)
     pair = models.load(models.drafter)
+    if pair.drafter is None:
+        raise options.no_drafter("acceptance")
     other = None if models.against is None else models.load(models.against)
     base = shared_params(sampling, pair, examples)
     settings = [

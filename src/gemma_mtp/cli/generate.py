@@ -27,8 +27,10 @@ def generate(
     """
     output.check()
     models.check()
-    if output.compare and (models.no_drafter or (models.target is not None and models.drafter is None)):
-        raise PromptError("--compare needs a drafter; give --drafter, or no --target for the bundled pair.")
+    if output.compare and models.no_drafter:
+        raise PromptError("--compare needs a drafter; leave --no-drafter out.")
+    if output.compare:
+        options.check_drafter("--compare", models.target, models.drafter)
     options.parse_draft_tokens(drafting.draft_tokens)
     prompt = source.read()
     options.use_threads(models.threads)

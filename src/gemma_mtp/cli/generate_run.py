@@ -69,7 +69,10 @@ def generate(
 ) -> None:
     """Load the pair, and complete the prompt that was given."""
     grammar = constrained.grammar()
-    pair = models.load()
+    with progress("loading"):
+        pair = models.load()
+    if output.compare and pair.drafter is None:
+        raise options.no_drafter("--compare")
     defaults = pair.generation.conversation() if source.chat else {}
     params = sampling.params(defaults, logprobs=output.logprobs, grammar=grammar)
     prompt, draft_tokens = prompt_for(pair, given, source), options.parse_draft_tokens(drafting.draft_tokens)

@@ -10,6 +10,7 @@ import typer
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
+from gemma_mtp.locate import Role, locate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +33,8 @@ def inspect(
     from gemma_mtp.config.pairing import pair_verdict
     from gemma_mtp.measure.memory import inspect_checkpoint
 
-    paths = [path for path in (directory, drafter) if path is not None]
+    roles: dict[Role, Path | None] = {"target": directory, "drafter": drafter}
+    paths = [locate(path, role) for role, path in roles.items() if path is not None]
     reports = [inspect_checkpoint(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
         checkpoint.report(path, report.notes, strict)

@@ -6,6 +6,7 @@ what it is called with. What does the work is imported where a command runs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ import typer
 
 from gemma_mtp.cli.option_groups import group, option
 from gemma_mtp.errors import PromptError, SamplingError
+from gemma_mtp.locate import bundled_directory, find_drafter, locate
 
 if TYPE_CHECKING:
     from gemma_mtp.datasets import Example
@@ -45,8 +47,9 @@ def parse_draft_tokens(text: str) -> DraftTokens:
 
 
 # help of options that several groups have
-TARGET = "Target checkpoint directory; default: the bundled pair."
-DRAFTER = "Drafter checkpoint directory."
+TARGET = "Target: a directory, bundled, or a name on the Hugging Face hub (see pull); default: the bundled pair."
+DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
+NO_DRAFTER = "Decode without a drafter."
 DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: one for each core."
@@ -71,7 +74,7 @@ class PairOptions:
 
     target: Path | None = option(None, TARGET)
     drafter: Path | None = option(None, DRAFTER)
-    no_drafter: bool = option(False, "Decode without a drafter.")
+    no_drafter: bool = option(False, NO_DRAFTER)
     dtype: str = option("auto", DTYPE)
     quantize: str | None = option(None, QUANTIZE)
     strict: bool = option(False, STRICT)
@@ -79,8 +82,7 @@ class PairOptions:
     threads: int | None = option(None, THREADS)
 
     def check(self) -> None:
-        if self.no_drafter and self.drafter is not None:
-            raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+        check_exclusive(self.drafter, self.no_drafter)
 
     def load(self) -> Pair:
         """Returns the pair. Raises what `load_pair` does."""
@@ -88,10 +90,35 @@ class PairOptions:
         from gemma_mtp.progress import loading
 
         with loading() as told:
-            return load_pair(
+            pair = load_pair(
                 self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
                 quantize=self.quantize, strict=self.strict, on_bytes=told,
             )  # fmt: skip
+        return named(pair)
+
+
+def check_exclusive(drafter: Path | str | None, no_drafter: bool) -> None:
+    """Raises PromptError where a drafter is given, and none wanted."""
+    if no_drafter and drafter is not None:
+        raise PromptError("--drafter and --no-drafter exclude each other; give one of them.")
+
+
+def check_drafter(needed_by: str, target: Path | None, drafter: Path | None) -> None:
+    """Before anything is loaded: PromptError where a drafter is neither given nor found by the target's name."""
+    path = None if target is None else locate(target)
+    if path is not None and path.exists() and drafter is None and find_drafter(path) is None:
+        raise no_drafter(needed_by)
+
+
+def no_drafter(needed_by: str) -> PromptError:
+    return PromptError(f"{needed_by} needs a drafter; give --drafter, or no --target for the bundled pair.")
+
+
+def named(pair: Pair) -> Pair:
+    """Returns the pair, once standard error says which drafter was found for it."""
+    if pair.found_drafter is not None:
+        print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
+    return pair
 
 
 @group(DATA)
@@ -107,8 +134,6 @@ class ExampleOptions:
 
 def sources_of(data: Sequence[Path] | None) -> Sequence[Path]:
     """What was given, or the bundled pair's held-out Python."""
-    from gemma_mtp.engine.pair import bundled_directory
-
     return data or [bundled_directory() / "heldout_prompts.jsonl"]
 
 

@@ -13,6 +13,7 @@ from gemma_mtp.cli.options import DRAFTING, MODELS
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError, missing_extra
+from gemma_mtp.locate import BUNDLED, is_hub_name
 from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
 from gemma_mtp.text import check_text
 
@@ -142,7 +143,9 @@ def serve(
 
 
 def _default_name(target: Path | None) -> str:
-    return "gemma-mtp-bundled" if target is None else target.resolve().name
+    if target is None or (str(target) == BUNDLED and not target.exists()):
+        return "gemma-mtp-bundled"
+    return str(target) if is_hub_name(str(target)) and not target.exists() else target.resolve().name
 
 
 def _check_positive(**values: float | None) -> None:

@@ -12,6 +12,7 @@ from gemma_mtp.cli.console import console
 from gemma_mtp.cli.option_groups import REQUIRED, group, option
 from gemma_mtp.cli.options import DATA, MODELS, use_threads
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.locate import locate
 
 if TYPE_CHECKING:
     from gemma_mtp.training.drafter_trainer import DrafterRecipe
@@ -153,6 +154,7 @@ def train(
     """
     _check(models, gate, learning, running)
     use_threads(running.threads)
+    drafter = None if models.drafter is None else locate(models.drafter, "drafter")
 
     from gemma_mtp.engine.pair import choose_device
     from gemma_mtp.training.environment import keep_freed_memory
@@ -163,7 +165,7 @@ def train(
     from gemma_mtp.weight_types import parse_weight_types
 
     settings = RunSettings(
-        target=models.target, out=models.out, drafter=models.drafter, data=_data(data, gate, running),
+        target=locate(models.target), out=models.out, drafter=drafter, data=_data(data, gate, running),
         new=DrafterShape(**vars(shape)), recipe=_recipe(gate, decoding, learning, running),
         temperatures=tuple(decoding.temperature or (0.0, 1.0)), draft_tokens=gate.draft_tokens,
         gate_tokens=gate.gate_tokens, dtype=running.dtype, device=running.device,

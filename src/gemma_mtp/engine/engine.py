@@ -19,7 +19,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from gemma_mtp.backend.processor import free_for_pool
+from gemma_mtp.backend.device_memory import free_for_pool
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size

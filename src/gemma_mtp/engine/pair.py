@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -26,16 +25,25 @@ from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.engine.settings import EngineSettings
+from gemma_mtp.engine.start import check_weights_fit, drafter_of
 from gemma_mtp.errors import CheckpointError, PairError, QuantisationError, SamplingError
+from gemma_mtp.locate import BUNDLED, bundled_directory
 from gemma_mtp.model.drafter import Drafter
-from gemma_mtp.weight_types import WeightTypes, parse_weight_types
+from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
+
+__all__ = ["DTYPES", "Pair", "TextStream", "bundled_directory", "choose_device", "load_pair"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(repr=False)
 class Pair(LoadedPair):
-    """A loaded pair that completes prompts, one at a time. Each has an engine of its own, of just the size it needs."""
+    """A loaded pair that completes prompts, one at a time. Each has an engine of its own, of just the size it needs.
+
+    `found_drafter`: the name of the drafter where it was found by the target's, and not given.
+    """
+
+    found_drafter: str | None = None
 
     def __repr__(self) -> str:
         sizes = [
@@ -50,7 +58,8 @@ class Pair(LoadedPair):
         """Returns a pair of the same target and another drafter. Raises PairError for what is no drafter."""
         if not (drafter is None or isinstance(drafter, Drafter)):
             raise PairError(f"the drafter is of type {type(drafter).__name__}, but must be a Drafter or None.")
-        return replace(self, backend=self.backend.with_drafter(drafter), _costs={}, policies={})
+        drafted = self.backend.with_drafter(drafter)
+        return replace(self, backend=drafted, _costs={}, policies={}, found_drafter=None)
 
     def generate(
         self,
@@ -159,11 +168,6 @@ def _turn_events(engine: Engine, generation: Generation, reader: TurnReader) -> 
             yield from reader.push(update.token_ids, last=update.finish_reason is not None)
 
 
-def bundled_directory() -> Path:
-    """Where the bundled pair lies: `target`, `drafter`, its card and the held-out prompts."""
-    return Path(str(resources.files("gemma_mtp") / "bundled"))
-
-
 def load_pair(
     target: str | Path | None = None,
     drafter: str | Path | None = None,
@@ -175,15 +179,18 @@ def load_pair(
     strict: bool = False,
     on_bytes: Callable[[str, int, int], object] = lambda part, done, of: None,
 ) -> Pair:
-    """Load a target and its drafter from checkpoint directories; without arguments, the bundled pair.
+    """Load a target and its drafter, each a directory, `bundled`, or a name on the Hugging Face hub whose files are in
+    its cache; without arguments, the bundled pair.
 
-    A target given without a drafter decodes plainly. `dtype` "auto" is bfloat16 on a GPU; on a CPU it is what the
-    weights are stored in where the native operators compute with that in float32, else float32. `device` "auto" is CUDA
-    where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or part by part
-    (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that contradicts
-    something else and can be loaded all the same, is logged as a warning, or refused with `strict`. The pair's fit is
-    checked before any weight is read. `on_bytes` is told which of "target" and "drafter" is being loaded, how many of
-    its stored bytes are, and of how many. Raises CheckpointError, ConfigError, PairError, QuantisationError.
+    The drafter of a target given alone is found by its name (`locate.find_drafter`); where there is none, a warning
+    says that decoding is plain. `use_drafter` false loads and looks for none. `dtype` "auto" is bfloat16 on a GPU; on a
+    CPU it is what the weights are stored in where the native operators compute with that in float32, else float32.
+    `device` "auto" is CUDA where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or
+    part by part (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that
+    contradicts something else and can be loaded all the same, is logged as a warning, or refused with `strict`. That
+    the pair fits together, and the target into memory, is checked before any weight is read. `on_bytes` is told which
+    of "target" and "drafter" is being loaded, how many of its stored bytes are, and of how many. Raises
+    CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if not (types is None or isinstance(types, WeightTypes)):
@@ -197,17 +204,23 @@ def load_pair(
     if not callable(on_bytes):
         raise CheckpointError(f"on_bytes is of type {type(on_bytes).__name__}, but must be a function.")
     if target is None:
-        target, drafter = bundled_directory() / "target", drafter or bundled_directory() / "drafter"
-    if not use_drafter:
-        drafter = None
+        target, drafter = BUNDLED, drafter or BUNDLED
     chosen_device = choose_device(device)
     source = checkpoint.open_source(target)
     target_config = checkpoint.read_target_config(source)
-    drafter_source = None if drafter is None else checkpoint.open_source(drafter)
-    if drafter_source is not None:
-        check_pair(target_config, checkpoint.read_drafter_config(drafter_source))
+    found = None
+    if not use_drafter:
+        drafter = None
+    elif drafter is None:
+        drafter = found = drafter_of(target, target_config)
+    drafter_source = None if drafter is None else checkpoint.open_source(drafter, "drafter")
+    drafter_config = None if drafter_source is None else checkpoint.read_drafter_config(drafter_source)
+    if drafter_config is not None:
+        check_pair(target_config, drafter_config)
     generation = _generation_defaults(source, target_config, strict)
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
+    stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
+    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
     tell = functools.partial(on_bytes, "target")
     loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict, tell)
     loaded_drafter = None
@@ -218,6 +231,7 @@ def load_pair(
         backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=source.tokenizer() if source.has_tokenizer else None,
         generation=generation,
+        found_drafter=None if found is None else str(found),
     )
 
 

@@ -1,4 +1,4 @@
-"""How many blocks an engine's pool has."""
+"""How many blocks an engine's pool has, and what would fit into other memory. Integers only."""
 
 from __future__ import annotations
 
@@ -8,65 +8,109 @@ from gemma_mtp.config import LayerType, TextConfig
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
-from gemma_mtp.kv.blocks import block_counts
-from gemma_mtp.kv.pool import block_bytes
+from gemma_mtp.kv.blocks import block_bytes, block_counts
+from gemma_mtp.sizes.machine import shown_bytes
+
+Counts = dict[LayerType, int]
+
+
+def sequence_blocks(config: TextConfig, tokens: int, chunk_rows: int, sequences: int = 1) -> Counts:
+    """Returns the blocks of each kind that so many requests of so many tokens need, `chunk_rows` written at once."""
+    of_one = block_counts(config.sliding_window, tokens + LONGEST + 1, chunk_rows)
+    return {kind: sequences * count for kind, count in of_one.items()}
+
+
+def pool_bytes(config: TextConfig, counts: Mapping[LayerType, int], element_bytes: int) -> int:
+    """Returns the bytes of a pool of so many blocks of each kind."""
+    return sum(count * block_bytes(config, kind, element_bytes) for kind, count in counts.items())
 
 
 def pool_blocks(
     config: TextConfig, settings: EngineSettings, max_tokens: int, chunk_rows: int, element_bytes: int,
     free_bytes: int | None = None,
-) -> dict[LayerType, int]:  # fmt: skip
+) -> Counts:  # fmt: skip
     """Returns the blocks of each kind: room for one request of `max_tokens` at least, and as much as the settings give.
 
-    `chunk_rows`: rows written at once. `free_bytes`: all that a card has for them; where the settings name no
-    memory, the pool takes no more than that. Raises EngineError where the memory does not hold
-    one request.
+    `chunk_rows`: rows written at once. `free_bytes`: what the device has for them, where that is known; a pool whose
+    size the settings leave open keeps within it. Raises EngineError, saying what would fit, where the memory does not
+    hold one request.
     """
+    least = sequence_blocks(config, max_tokens, chunk_rows)
 
-    def counts(tokens: int, sequences: int) -> dict[LayerType, int]:
-        of_one = block_counts(config.sliding_window, tokens + LONGEST + 1, chunk_rows)
-        return {kind: sequences * count for kind, count in of_one.items()}
+    def size(counts: Mapping[LayerType, int]) -> int:
+        return pool_bytes(config, counts, element_bytes)
 
-    def size(blocks: Mapping[LayerType, int]) -> int:
-        return sum(count * block_bytes(config, kind, element_bytes) for kind, count in blocks.items())
+    def fits(room: float) -> str:
+        longest = largest_context(config, 1, room, chunk_rows, element_bytes, max_tokens)
+        return (
+            f"a request of {longest} tokens would fit: lower the most tokens" if longest else "not even one would fit"
+        )
 
-    least, wanted = counts(max_tokens, 1), counts(-(-max_tokens // 4), settings.max_running)
-    room = None if settings.kv_memory_mb is None else settings.kv_memory_mb * 2**20
-    if free_bytes is not None:
-        if room is not None and room > free_bytes:
+    if settings.kv_memory_mb is None:
+        quarter = sequence_blocks(config, -(-max_tokens // 4), chunk_rows, settings.max_running)
+        wanted = {kind: max(quarter[kind], least[kind]) for kind in least}
+        if free_bytes is None or size(wanted) <= free_bytes:
+            return wanted
+        if free_bytes < size(least):
             raise EngineError(
-                f"{settings.kv_memory_mb:g} MB for keys and values are asked for, but the card has"
-                f" {free_bytes / 2**20:.0f} MB beside the weights; give less."
+                f"{shown_bytes(free_bytes)} of memory are free, which do not hold the keys and values of one request of"
+                f" {max_tokens} tokens, {shown_bytes(size(least))}; {fits(free_bytes)}, or free some memory."
             )
-        if room is None and size(least) > free_bytes:
-            raise EngineError(
-                f"The card's {free_bytes / 1e9:.3g} GB beside the weights do not hold the keys and values of one"
-                f" request of {max_tokens} tokens, which take {size(least) / 1e9:.3g} GB;"
-                f" {_what_fits(counts, size, free_bytes)}"
-            )
-        if room is None and size(wanted) > free_bytes:
-            room = free_bytes
-    if room is None:
-        return {kind: max(wanted[kind], least[kind]) for kind in least}
+        return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, free_bytes)
+    room = settings.kv_memory_mb * 2**20
     if room < size(least):
         raise EngineError(
-            f"{room / 2**20:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
-            f" which take {size(least) / 2**20:.3g} MB; give more memory, or lower the most tokens."
+            f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
+            f" which take {size(least) / 2**20:.3g} MB; {fits(room)}, or give more memory."
         )
-    share = room / size(wanted)
-    wanted = {kind: int(share * count) for kind, count in wanted.items()}
-    if any(wanted[kind] < least[kind] for kind in least):  # what one request needs, and the rest for the others
-        spare = (room - size(least)) / size(wanted) if size(wanted) else 0
-        wanted = {kind: least[kind] + int(spare * count) for kind, count in wanted.items()}
-    return {kind: max(wanted[kind], least[kind]) for kind in least}
+    if free_bytes is not None and room > free_bytes:
+        raise EngineError(
+            f"{settings.kv_memory_mb:g} MB were asked for keys and values, but {free_bytes / 2**20:.0f} MB of memory"
+            f" are free; {fits(free_bytes)}, or ask for less than is free."
+        )
+    return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)
 
 
-def _what_fits(
-    counts: Callable[[int, int], dict[LayerType, int]], size: Callable[[Mapping[LayerType, int]], int], room: int
-) -> str:
-    """Returns what to do where a request does not fit: the most tokens that would."""
-    low, high = 0, 1 << 22
+def largest_context(
+    config: TextConfig, sequences: int, room: float, chunk_rows: int, element_bytes: int, most: int | None = None
+) -> int:
+    """Returns the most tokens that each of so many sequences can have in `room` bytes at the same time; 0: none."""
+
+    def fits(tokens: int) -> bool:
+        counts = sequence_blocks(config, tokens, chunk_rows, sequences)
+        return pool_bytes(config, counts, element_bytes) <= room
+
+    return _most(fits, config.max_position_embeddings if most is None else most)
+
+
+def most_sequences(config: TextConfig, tokens: int, room: float, chunk_rows: int, element_bytes: int) -> int:
+    """Returns how many sequences of so many tokens have room together in `room` bytes."""
+    return int(room // pool_bytes(config, sequence_blocks(config, tokens, chunk_rows), element_bytes))
+
+
+def _within(
+    config: TextConfig, running: int, max_tokens: int, chunk_rows: int, element_bytes: int, room: float
+) -> Counts:
+    """Returns blocks of `room` bytes, which hold one request of `max_tokens`: so many tokens for each that runs as fit,
+    and of what is left as much of each kind."""
+    least = sequence_blocks(config, max_tokens, chunk_rows)
+
+    def counts(tokens: int) -> Counts:
+        each = sequence_blocks(config, tokens, chunk_rows, running)
+        return {kind: max(each[kind], least[kind]) for kind in least}
+
+    tokens = _most(lambda n: pool_bytes(config, counts(n), element_bytes) <= room, max_tokens)
+    wanted = counts(tokens) if tokens else least
+    share = room / pool_bytes(config, wanted, element_bytes)
+    return {kind: int(share * count) for kind, count in wanted.items()}
+
+
+def _most(holds: Callable[[int], bool], limit: int) -> int:
+    """Returns the largest number up to `limit` for which `holds`, which no larger one does once one does not."""
+    if holds(limit):
+        return limit
+    low, high = 0, limit  # low holds or is 0, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if size(counts(middle, 1)) <= room else (low, middle)
-    return f"lower the most tokens to {low}." if low else "quantise the weights, or take a larger card."
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma_mtp.config import FULL, LAYER_TYPES, SLIDING, LayerType
+from gemma_mtp.config import FULL, LAYER_TYPES, SLIDING, LayerType, TextConfig
 
 #: rows of a block; the native operators export theirs, and a test holds both equal
 BLOCK_ROWS = 32
@@ -216,6 +216,22 @@ def block_counts(sliding_window: int, max_length: int, max_rows: int) -> dict[La
     full = blocks_of(max_length)
     # any so many rows in a row may begin anywhere in their first block
     return {FULL: full, SLIDING: min(full, blocks_of(sliding_window - 1 + max_rows - 1) + 1)}
+
+
+def block_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
+    """Returns the bytes of one block of a kind, in all of its layers."""
+    return BLOCK_ROWS * row_bytes(config, kind, element_bytes)
+
+
+def row_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
+    """Returns the bytes of one token's keys and values in all layers of a kind that have their own."""
+    layers = [i for i in range(config.first_kv_shared_layer) if config.layer_types[i] == kind]
+    return sum(layer_row_bytes(config, i, element_bytes) for i in layers)
+
+
+def layer_row_bytes(config: TextConfig, layer: int, element_bytes: int) -> int:
+    """Returns the bytes of one token's keys and values in one layer."""
+    return 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
 
 
 def block_names(

@@ -95,9 +95,3 @@ def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)  # keeps the memory alive
-
-
-def block_bytes(config: TextConfig, kind: LayerType, element_bytes: int) -> int:
-    """Returns the bytes of one block of a kind, in all of its layers."""
-    layers = [i for i in range(config.first_kv_shared_layer) if config.layer_types[i] == kind]
-    return sum(2 * config.layer_kv_heads(i) * BLOCK_ROWS * config.layer_head_dim(i) for i in layers) * element_bytes

@@ -21,8 +21,9 @@ from gemma_mtp.checkpoint import (
     read_contents,
     stored_tensors,
 )
-from gemma_mtp.config import FULL, DrafterConfig, TargetConfig, TextConfig
+from gemma_mtp.config import FULL, SLIDING, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.engine.pair import choose_device, choose_dtype
+from gemma_mtp.kv.blocks import row_bytes
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,10 @@ def inspect_checkpoint(location: Location) -> CheckpointReport:
 
 def kv_bytes(config: TextConfig, dtype: torch.dtype) -> KVBytes:
     """Bytes of a target's KV cache for one sequence: keys and values, in `dtype`, of the layers that have their own."""
-    element_bytes = dtype.itemsize
-    per_row = {True: 0, False: 0}
-    for layer in range(config.first_kv_shared_layer):
-        row = 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
-        per_row[config.is_sliding(layer)] += row
-    sliding, full = per_row[True], per_row[False]
+    full, sliding = (row_bytes(config, kind, dtype.itemsize) for kind in (FULL, SLIDING))
     return KVBytes(
         dtype=str(dtype).removeprefix("torch."),
-        element_bytes=element_bytes,
+        element_bytes=dtype.itemsize,
         per_token=full,
         sliding_per_token_until_window=sliding,
         at_max_context=sliding * min(config.sliding_window, config.max_position_embeddings)

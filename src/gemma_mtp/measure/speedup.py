@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import expected_tokens
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.costs import measure_costs
+from gemma_mtp.engine.costs import MOST_ELSEWHERE, measure_costs
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.measure.acceptance import GREEDY, Acceptance, Prompt
+from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, Prompt
 
 #: drafts a round that are looked at beyond the measured ones
 LONGEST_PREDICTED = 8
+#: how often costs are measured at most, while other work disturbs them
+ATTEMPTS = 3
+#: draws of prompts for an interval
+INTERVAL_RESAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,71 @@ def break_even(predictions: Sequence[Prediction]) -> int:
     return max(p.draft_tokens for p in predictions if p.speedup >= 1)
 
 
-def steady_costs(pair: Pair, choice: ChoiceKind, repeats: int = 5) -> RoundCosts:
-    """Round costs for a report: the fastest of several measurements, which other work disturbed least.
+@dataclass(frozen=True)
+class SteadyCosts:
+    """Round costs for a report: `best` of several measurements, which other work disturbed least, and all of them.
+
+    `busy`: the share of the processor that other work took meanwhile, at the quietest attempt; 0 where nobody tells.
+    """
+
+    best: RoundCosts
+    measured: tuple[RoundCosts, ...]
+    busy: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work was such that nothing is to be concluded from them."""
+        return self.busy > MOST_ELSEWHERE
+
+    def relative(self, drafts: int) -> tuple[float, float]:
+        """The least and the most that a round of so many drafts cost in plain rounds, of all measurements."""
+        costs = [costs.seconds[drafts] / costs.seconds[0] for costs in self.measured]
+        return min(costs), max(costs)
+
+
+def steady_costs(pair: Pair, choice: ChoiceKind, repeats: int = 5) -> SteadyCosts:
+    """Measures what rounds cost, and again, up to `ATTEMPTS` times, while the machine is busy with other things.
 
     `choice`: of rounds that choose so (`SamplingParams.choice`).
     """
     assert pair.drafter is not None
-    measured = [measure_costs(pair.backend, choice) for _ in range(repeats)]
-    return min(measured, key=lambda costs: sum(costs.seconds))
+    attempts: list[SteadyCosts] = []
+    for _ in range(ATTEMPTS):
+        clock = CpuClock([os.getpid()])
+        measured = tuple(measure_costs(pair.backend, choice) for _ in range(repeats))
+        best = min(measured, key=lambda costs: sum(costs.seconds))
+        attempts.append(SteadyCosts(best, measured, clock.share_elsewhere() or 0.0))
+        if not attempts[-1].disturbed:
+            break
+    return min(attempts, key=lambda attempt: attempt.busy)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a predicted speed-up."""
+
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether drafting pays, or does not, wherever in it the truth lies."""
+        return self.low >= 1 or self.high < 1
+
+
+def speedup_intervals(report: AcceptanceReport, costs: SteadyCosts, seed: int = 0) -> list[Interval]:
+    """Bounds of each prediction of `predict`: acceptance by the 95% bootstrap over prompts, costs by the least and the
+    most that was measured. Both ends at once, so they are rather wide."""
+    histograms = np.array([prompt.acceptance.histogram for prompt in report.prompts])
+    n = len(histograms)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=INTERVAL_RESAMPLES)
+    pooled = [Acceptance(tuple(map(int, histogram))) for histogram in draws @ histograms]
+    lengths = np.array([[p.expected_length for p in predict(drawn, costs.best)] for drawn in pooled])
+    intervals = []
+    for k, (low, high) in enumerate(zip(*np.percentile(lengths, [2.5, 97.5], axis=0), strict=True)):
+        least, most = costs.relative(k)
+        intervals.append(Interval(float(low) / most, float(high) / least))
+    return intervals
 
 
 @dataclass(frozen=True)

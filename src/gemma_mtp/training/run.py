@@ -106,7 +106,9 @@ class Run:
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
         if device != self.device or self.weight_types.of_target():
             with loading(quiet=not self.world.leads) as on_bytes:
-                return load_pair(settings.target, device=device, quantize=settings.quantize, on_bytes=on_bytes)
+                return load_pair(
+                    settings.target, device=device, quantize=settings.quantize, use_drafter=False, on_bytes=on_bytes
+                )
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)

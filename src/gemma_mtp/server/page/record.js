@@ -53,6 +53,11 @@ export class Record {
     return this.#decodeSeconds > 0 ? this.#decodeTokens / this.#decodeSeconds : null;
   }
 
+  /** Drafts made in all decode rounds. */
+  get drafted() {
+    return this.rounds.slice(1).reduce((sum, round) => sum + round.drafted, 0);
+  }
+
   /** Tokens a decode round, the target's own included; null without any. */
   get tokensARound() {
     return this.rounds.length > 1 ? this.#decodeTokens / (this.rounds.length - 1) : null;

@@ -1,0 +1,41 @@
+"""Options of `gemma-mtp doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.option_groups import group, option
+
+
+@group(options.MODELS)
+class ExaminedPair(options.PairOptions):
+    """The pair that is looked at, if one is."""
+
+    target: Path | None = option(
+        None, "A pair to look at, too: its target's directory, bundled, or a name on the Hugging Face hub (see pull)."
+    )
+    drafter: Path | None = option(None, options.DRAFTER, needs="--target")
+    no_drafter: bool = option(False, options.NO_DRAFTER, needs="--target")
+    dtype: str = option("auto", options.DTYPE, needs="--target")
+    quantize: str | None = option(None, options.QUANTIZE, needs="--target")
+    strict: bool = option(False, options.STRICT, needs="--target")
+    device: str = option("auto", options.DEVICE, needs="--target")
+
+
+@group(options.DATA)
+class DoctorData:
+    """What a pair is measured on."""
+
+    data: list[Path] | None = option(
+        None,
+        "Your prompts, as for acceptance; may be repeated. Default: some questions, or the bundled held-out Python.",
+        needs="--target",
+    )
+
+
+@group(options.OUTPUT)
+class DoctorOutput:
+    """How it is shown."""
+
+    as_json: bool = option(False, options.JSON, "--json")

@@ -1,0 +1,20 @@
+"""`gemma-mtp plan`."""
+
+from __future__ import annotations
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.plan_options import LoadOptions, MachineOptions, OutputOptions, PlannedPair
+
+
+def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output: OutputOptions) -> None:
+    """Say what a pair takes, what fits into a memory, and what drafting would gain. Downloads nothing.
+
+    Counts what a run of `serve` or `generate` of this version takes, once every sequence has all its tokens. The gain
+    is what reading memory allows: products are taken to keep up, so it is the most that drafting can give.
+    """
+    options.check_exclusive(models.drafter, models.no_drafter)
+    output.check()
+
+    from gemma_mtp.cli import plan_run
+
+    plan_run.plan(models, used, machine, output)

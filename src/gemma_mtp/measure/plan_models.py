@@ -1,0 +1,108 @@
+"""Which configurations a plan is made of: of a known name, a directory, or a config.json alone. Without PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, parse_drafter_config, parse_target_config
+from gemma_mtp.config.pairing import check_pair
+from gemma_mtp.errors import CheckpointError
+from gemma_mtp.json_files import read_json
+from gemma_mtp.locate import BUNDLED, DRAFTER_SUFFIX, Role, find_drafter, locate
+from gemma_mtp.weight_types import WeightTypes, merge, parse_quantization_config
+
+OWNER = "google/"
+#: what Google's names have behind the size where the geometry is the same
+VARIANTS = re.compile(r"(-qat-q4_0-unquantized)?(-assistant)?$")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pair to plan for. `narrow`: its weights are stored in bfloat16; `types`: those that are stored quantised."""
+
+    name: str
+    target: TargetConfig
+    drafter: DrafterConfig | None
+    drafter_name: str | None
+    types: WeightTypes
+    narrow: bool
+
+
+def planned(model: str, drafter: str | None = None, no_drafter: bool = False) -> Planned:
+    """Returns the pair of a known name (`gemma-4-31B-it`), a directory, a config.json, `bundled`, or a name in the
+    Hugging Face cache; the drafter is found as for decoding, or as the official one of a known name.
+
+    Raises CheckpointError, ConfigError, PairError or QuantisationError.
+    """
+    raw = _raw(model, "target")
+    if isinstance(raw, TargetConfig | DrafterConfig):
+        target, stored, narrow = raw, WeightTypes(), True
+    else:
+        target, stored, narrow = parse_target_config(raw), _types(raw), _narrow(raw)
+    if not isinstance(target, TargetConfig):
+        raise CheckpointError(f"{model} is a drafter; give its target, and the drafter with --drafter.")
+    name = None if no_drafter else drafter or _drafter_of(model)
+    config = None
+    if name is not None:
+        raw = _raw(name, "drafter")
+        if isinstance(raw, TargetConfig | DrafterConfig):
+            read, of_drafter = raw, WeightTypes()
+        else:
+            read, of_drafter = parse_drafter_config(raw), _types(raw)
+        if not isinstance(read, DrafterConfig):
+            raise CheckpointError(f"{name} is a target, but --drafter must name a drafter.")
+        config, stored = read, merge(stored, of_drafter)
+        check_pair(target, config)
+    return Planned(model, target, config, name, stored, narrow)
+
+
+def known_name(name: str) -> str | None:
+    """Returns the name of the geometry that an official name has: of its owner and of QAT variants nothing is left."""
+    short = name.removeprefix(OWNER)
+    match = VARIANTS.search(short)
+    assert match is not None
+    base = short[: match.start()] + (match[2] or "")
+    return base if base in PRESETS else None
+
+
+def _raw(name: str, role: Role) -> TargetConfig | DrafterConfig | Any:
+    """Returns an official geometry, or the content of a config.json. What exists as a path comes first."""
+    path = Path(name)
+    known = None if path.exists() else known_name(name)
+    if known is not None:
+        return PRESETS[known]
+    if not path.exists() and name != BUNDLED and "/" not in name:
+        raise CheckpointError(
+            f"{name} is neither a directory nor a known name ({', '.join(n for n in PRESETS if 'assist' not in n)});"
+            " give one of them, or a config.json."
+        )
+    found = locate(name, role)
+    return read_json(found if found.is_file() else found / "config.json")
+
+
+def _drafter_of(model: str) -> str | None:
+    path = Path(model)
+    if path.is_file():  # a config.json alone says nothing of what lies beside it
+        return None
+    known = None if path.exists() else known_name(model)
+    if known is not None:
+        return known + DRAFTER_SUFFIX
+    found = find_drafter(model)
+    return None if found is None else str(found)
+
+
+def _types(raw: Mapping[str, Any]) -> WeightTypes:
+    return parse_quantization_config(raw.get("quantization_config"))
+
+
+def _narrow(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that weights are stored in bfloat16, which native operators read as it is; without a
+    word they are taken to be."""
+    nested = raw.get("text_config")
+    texts = [raw, nested if isinstance(nested, dict) else {}]
+    stored = next((text[name] for text in texts for name in ("dtype", "torch_dtype") if text.get(name)), "bfloat16")
+    return str(stored).removeprefix("torch.") == "bfloat16"

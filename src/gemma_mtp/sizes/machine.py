@@ -1,0 +1,112 @@
+"""What a machine has: memory, and how fast it is read. Neither needs PyTorch."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gemma_mtp.errors import GemmaMtpError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+CGROUP = Path("/sys/fs/cgroup")
+#: of an array that no cache holds, in bytes a thread, and how often it is read
+PROBE_BYTES, PROBE_REPEATS = 64 << 20, 5
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """The bytes that `24GB` (10**9 each), `24GiB` (2**30 each) or a number mean. Raises GemmaMtpError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise GemmaMtpError(f"{option} is {text!r}, but must be a number of bytes above 0, such as 24GB or 24GiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def shown_bytes(count: float) -> str:
+    """Returns bytes for people, in powers of ten as memory is sold."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            digits = 0 if count >= 100 * size else 1 if count >= 10 * size else 2
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def total_memory() -> int | None:
+    """Returns the bytes of memory that this process may have: the machine's, or its container's where that is less.
+
+    None where the system does not tell.
+    """
+    found = [size for size in (_meminfo().get("MemTotal"), _cgroup_limit()) if size]
+    return min(found, default=None)
+
+
+def free_memory() -> int | None:
+    """Returns the bytes that can still be taken without anything being swapped out; None where nobody tells."""
+    found = [size for size in (_meminfo().get("MemAvailable"), _cgroup_free()) if size is not None]
+    return min(found, default=None)
+
+
+def read_bandwidth(threads: int | None = None) -> float:
+    """Returns bytes a second that all cores together read of memory: the best of a few passes over arrays."""
+    count = threads or os.cpu_count() or 1
+    arrays = [np.ones(PROBE_BYTES // 4, dtype=np.float32) for _ in range(count)]
+    best = 0.0
+    for _ in range(PROBE_REPEATS):
+        workers = [threading.Thread(target=np.maximum.reduce, args=(array,)) for array in arrays]
+        began = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, count * PROBE_BYTES / (time.perf_counter() - began))
+    return best
+
+
+def _meminfo() -> Mapping[str, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        pages = [os.sysconf_names.get(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE")]
+        if None in pages:
+            return {}
+        return {"MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def _cgroup_limit() -> int | None:
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = _number(CGROUP / name)
+        if limit is not None and limit < 1 << 60:
+            return limit
+    return None
+
+
+def _cgroup_free() -> int | None:
+    """What the container may still take; files that it has in the page cache are given up for it."""
+    limit = _cgroup_limit()
+    for name, stat in (("memory.current", "memory.stat"), ("memory/memory.usage_in_bytes", "memory/memory.stat")):
+        used = _number(CGROUP / name)
+        if limit is not None and used is not None:
+            return max(0, limit - used + _inactive_files(CGROUP / stat))
+    return None
+
+
+def _inactive_files(path: Path) -> int:
+    try:
+        entries = dict(line.split() for line in path.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,144 @@
+"""The bytes of a pair's weights as they are kept in memory, and how many of them a call reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
+from gemma_mtp.weight_types import BITS, GROUPS, WeightTypes
+
+#: a matrix is quantised where its part is and where its columns are whole blocks
+QUANTISED_BLOCK = 64
+SCALE_BYTES, TOKEN_ID_BYTES = 4, 8
+#: `matrix`: multiplied with every row, or looked up; `chooser`: never quantised; `vector`: norms and scalars; `ids`
+Kind = Literal["matrix", "chooser", "vector", "ids"]
+#: what reads it: every call, rows that are looked up in it, or rows whose expert was chosen
+Read = Literal["whole", "rows", "experts"]
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """One stored weight: `count` matrices of [rows, columns], in a part that can be quantised apart."""
+
+    part: str
+    kind: Kind
+    rows: int
+    columns: int
+    count: int = 1
+    read: Read = "whole"
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.rows * self.columns
+
+    def nbytes(self, types: WeightTypes, dense_bytes: int) -> int:
+        """Returns its bytes where dense numbers take `dense_bytes` each."""
+        if self.kind == "ids":
+            return self.numel * TOKEN_ID_BYTES
+        quantised = types.parts[self.part] if self.kind == "matrix" else None
+        if quantised is None or self.columns % QUANTISED_BLOCK:
+            return self.numel * dense_bytes
+        return self.numel * BITS[quantised] // 8 + self.numel // GROUPS[quantised] * SCALE_BYTES
+
+
+def target_shapes(config: TargetConfig) -> list[WeightShape]:
+    """Returns every weight of a target's text model, projections of one input fused as they are kept."""
+    text = config.text
+    D, P, L = text.hidden_size, text.hidden_size_per_layer_input, text.num_hidden_layers
+    shapes = [WeightShape("embeddings", "matrix", text.vocab_size, D)]  # the head too, unless that is stored apart
+    if not text.tie_word_embeddings:
+        shapes = [WeightShape("embeddings", "matrix", text.vocab_size, D, read="rows"), *shapes]
+    for layer in range(L):
+        shapes += _layer(text, layer, "target")
+    if P:
+        shapes += [
+            WeightShape("embeddings", "matrix", text.vocab_size_per_layer_input, L * P, read="rows"),
+            WeightShape("target", "matrix", L * P, D), _vector("target", P),
+        ]  # fmt: skip
+    return [*shapes, _vector("target", D)]
+
+
+def drafter_shapes(config: DrafterConfig) -> list[WeightShape]:
+    """Returns every weight of a drafter."""
+    text, D = config.text, config.backbone_hidden_size
+    h, V = text.hidden_size, text.vocab_size
+    centroids = config.use_ordered_embeddings
+    head = WeightShape("drafter-head", "matrix", V, h, read="rows" if centroids else "whole")
+    shapes = [head] if text.tie_word_embeddings else [WeightShape("drafter-head", "matrix", V, h, read="rows"), head]
+    for layer in range(text.num_hidden_layers):
+        shapes += _layer(text, layer, "drafter")
+    shapes += [WeightShape("drafter", "matrix", h, 2 * D), WeightShape("drafter", "matrix", D, h)]
+    if centroids:
+        shapes.append(WeightShape("drafter", "chooser", config.num_centroids, h))
+        shapes.append(WeightShape("drafter", "ids", V, 1, read="rows"))
+    return [*shapes, _vector("drafter", h)]
+
+
+def shapes_of(config: TargetConfig | DrafterConfig) -> list[WeightShape]:
+    return target_shapes(config) if isinstance(config, TargetConfig) else drafter_shapes(config)
+
+
+def weight_bytes(config: TargetConfig | DrafterConfig, types: WeightTypes, dense_bytes: int) -> int:
+    """Returns the bytes of a model's weights: those of its tensors, once it is loaded."""
+    return sum(shape.nbytes(types, dense_bytes) for shape in shapes_of(config))
+
+
+def native_copies(config: TargetConfig | DrafterConfig, types: WeightTypes, dense_bytes: int) -> int:
+    """Returns what the native operators keep beside the weights: vectors as float32, and the head of a drafter with
+    centroids once more, cluster by cluster."""
+    shapes = shapes_of(config)
+    wide = 0 if dense_bytes == 4 else 4
+    copied = sum(shape.numel * wide for shape in shapes if shape.kind == "vector")
+    if isinstance(config, DrafterConfig) and config.use_ordered_embeddings:
+        copied += next(shape for shape in shapes if shape.part == "drafter-head").nbytes(types, dense_bytes)
+    return copied
+
+
+def target_read_bytes(config: TargetConfig, types: WeightTypes, dense_bytes: int, rows: int) -> float:
+    """Returns the bytes of weights that a call of so many rows reads: experts as often as rows choose different ones,
+    if each chooses evenly."""
+    text = config.text
+    chosen = 1.0
+    if text.enable_moe_block:
+        chosen = 1 - (1 - text.top_k_experts / text.num_experts) ** rows
+    shares: dict[Read, float] = {"whole": 1.0, "rows": 0.0, "experts": chosen}
+    return sum(shape.nbytes(types, dense_bytes) * shares[shape.read] for shape in target_shapes(config))
+
+
+def drafter_read_bytes(config: DrafterConfig, types: WeightTypes, dense_bytes: int) -> float:
+    """Returns the bytes of weights that one draft reads. Of a centroid head that is the chosen clusters' share."""
+    clusters = config.centroid_intermediate_top_k / config.num_centroids if config.use_ordered_embeddings else 0.0
+    total = 0.0
+    for shape in drafter_shapes(config):
+        share = 1.0 if shape.read == "whole" else clusters if shape.kind == "matrix" else 0.0
+        total += shape.nbytes(types, dense_bytes) * share
+    return total
+
+
+def _layer(text: TextConfig, layer: int, part: str) -> Iterator[WeightShape]:
+    D, d, H = text.hidden_size, text.layer_head_dim(layer), text.num_attention_heads
+    kv_heads = 0 if text.is_kv_shared(layer) else text.layer_kv_heads(layer)
+    values = 0 if text.key_is_value(layer) else kv_heads
+    width = text.layer_intermediate_size(layer)
+    yield WeightShape(part, "matrix", (H + kv_heads + values) * d, D)
+    yield WeightShape(part, "matrix", D, H * d)
+    yield _vector(part, 2 * d if kv_heads else d)
+    yield WeightShape(part, "matrix", 2 * width, D)
+    yield WeightShape(part, "matrix", D, width)
+    yield _vector(part, 4 * D + bool(text.options.layer_scalar))
+    if text.enable_moe_block:
+        E, I = text.num_experts, text.moe_intermediate_size  # noqa: E741
+        yield WeightShape(part, "chooser", E, D)
+        yield _vector(part, D + E + 3 * D)
+        yield WeightShape(part, "matrix", 2 * I, D, E, "experts")
+        yield WeightShape(part, "matrix", D, I, E, "experts")
+    if P := text.hidden_size_per_layer_input:
+        yield WeightShape(part, "matrix", P, D)
+        yield WeightShape(part, "matrix", D, P)
+        yield _vector(part, D)
+
+
+def _vector(part: str, size: int) -> WeightShape:
+    return WeightShape(part, "vector", 1, size)

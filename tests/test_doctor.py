@@ -1,0 +1,169 @@
+"""`gemma-mtp doctor`: what it finds of the machine, and faults of a pair that are made on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_mtp.backend.native import module
+from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.cli import main
+from gemma_mtp.cli.doctor_checks import as_loaded, machine_checks, pair_checks
+from gemma_mtp.cli.doctor_options import ExaminedPair
+from gemma_mtp.cli.options import spread
+from gemma_mtp.config import FULL, TextConfig
+from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
+from gemma_mtp.measure.acceptance import GREEDY, Prompt, measure_acceptance, prompts_of
+from gemma_mtp.measure.diagnosis import Finding, compare_shares, diagnose, first_drafts, surely_better
+from gemma_mtp.measure.plan_models import planned
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.weight_types import WeightTypes
+from gemma_mtp.weights.matrix import Linear
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return load_pair(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return prompts_of(load_pair(), spread([bundled_directory() / "heldout_prompts.jsonl"], "*", 2), 160)
+
+
+def found(findings: list[Finding]) -> Iterator[tuple[str, str]]:
+    return ((finding.name, finding.verdict) for finding in findings)
+
+
+def test_a_pair_in_order(pair: Pair, prompts: list[Prompt]) -> None:
+    verdicts = dict(found(diagnose(pair, prompts, prompts)))
+    assert verdicts == {
+        "first drafts": "in order", "donor layers": "not it", "sliding window": "not it",
+        "the target's fine-tune": "not it",
+    }  # fmt: skip
+
+
+def test_first_drafts_are_accepted_as_in_the_engine(pair: Pair, prompts: list[Prompt]) -> None:
+    """The engine's rounds of one draft see the same positions where every second one is a bonus token; both shares are
+    of some hundred drafts."""
+    share = float(first_drafts(pair, prompts).double().mean())
+    engine = measure_acceptance(pair, prompts, 1, replace(GREEDY, max_tokens=96)).pooled
+    assert share == pytest.approx(engine.by_position[0], abs=0.08)
+
+
+def test_a_wrong_window_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+    assert pair.drafter is not None
+    config = pair.drafter.config
+    pair.drafter.config = replace(config, text=replace(config.text, sliding_window=2))
+    findings = diagnose(pair, prompts, prompts)
+    assert dict(found(findings))["sliding window"] == "cause"
+    assert "restore sliding_window" in findings[2].advice
+
+
+def test_wrong_donor_layers_are_found(pair: Pair, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafter is sent to another full layer; the target goes on as it did."""
+    config = pair.target.config
+    donors = config.donor_layers
+    shared = {i: donors[kind] for i, kind in enumerate(config.layer_types) if config.is_kv_shared(i)}
+    other = next(i for i in range(config.first_kv_shared_layer) if not config.is_sliding(i) and i != donors[FULL])
+    monkeypatch.setattr(TextConfig, "kv_layer", lambda self, layer: shared.get(layer, layer))
+    monkeypatch.setitem(config.__dict__, "donor_layers", {**donors, FULL: other})
+    findings = diagnose(pair, prompts, prompts)
+    assert dict(found(findings))["donor layers"] == "cause", findings
+    assert f"with layer {donors[FULL]} in place of {other} (full_attention)" in findings[1].measured
+    assert "restore layer_types" in findings[1].advice
+
+
+def test_another_fine_tune_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+    """A target that says another token in two of three cases, in the same state: the drafter still knows the text."""
+    target = pair.target
+    table = target.embed_tokens.weight
+    rows = torch.arange(len(table))
+    moved = (rows % 3 != 2) & (rows < len(table) - 1)
+    head = Linear(table.shape[1], len(table))
+    head.weight = torch.nn.Parameter(table[torch.where(moved, rows - rows % 3 + (rows % 3 + 1) % 2, rows)], False)
+    target.lm_head = head
+    pair.backend = ReferenceBackend(target, pair.drafter)
+    findings = diagnose(pair, prompts, prompts)
+    assert dict(found(findings))["the target's fine-tune"] == "cause", findings
+    assert "another fine-tune" in findings[3].advice
+
+
+def test_a_drafter_that_knows_nothing_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+    assert pair.drafter is not None
+    torch.manual_seed(0)
+    stranger = Drafter(pair.drafter.config).eval().requires_grad_(False)
+    for parameter in stranger.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    pair.backend = ReferenceBackend(pair.target, stranger)
+    findings = diagnose(pair, prompts, prompts)
+    assert findings[0].verdict == "cause"
+    assert "untrained, damaged or of another model" in findings[3].advice
+    assert "not measured" in dict(found(diagnose(pair, prompts)))["the target's fine-tune"]
+
+
+def test_differences_must_be_sure() -> None:
+    few, half = torch.tensor([True, False, False, False]), torch.tensor([True, True, False, False])
+    assert not surely_better(few, half)
+    assert surely_better(few.repeat(50), half.repeat(50))
+    assert not surely_better(half.repeat(50), few.repeat(50))
+    for times, verdict in ((1, "not it"), (100, "cause")):
+        assert compare_shares("x", few.repeat(times), half.repeat(times), "a", "b", "do").verdict == verdict
+
+
+def test_the_command_without_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    read = json.loads(capsys.readouterr().out)
+    names = [check["name"] for check in read["checks"]]
+    for name in ("processor", "operators", "threads", "memory", "memory bandwidth", "other work", "versions", "extras"):
+        assert name in names
+    problems = [check for check in read["checks"] if check["status"] == "problem"]
+    assert code == (1 if problems else 0)
+    assert all(check["advice"] for check in problems)
+    assert read["diagnosis"] == []
+
+
+def test_the_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.module", lambda: None)
+    monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
+    (check,) = (check for check in machine_checks() if check.name == "operators")
+    assert (check.status, check.advice) == ("problem", "unset GEMMA_MTP_NATIVE")
+    assert "GEMMA_MTP_NATIVE is 0" in check.found
+
+
+def test_memory_is_counted_and_looked_up_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU keeps bfloat16 where the native operators keep float32, and has its own free memory."""
+    asked = list[torch.device]()
+
+    def free(device: torch.device) -> int:
+        asked.append(device)
+        return 1000
+
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.device_free_bytes", free)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.choose_device", torch.device)
+    found = {}
+    for device in ("cpu", "cuda"):
+        check = pair_checks(ExaminedPair(target=Path("bundled"), device=device))[0]
+        assert (check.name, check.status) == ("fits into memory", "problem")
+        assert f"on {device}, but 1.00 kB are free" in check.found
+        assert check.advice == f"see what fits: gemma-mtp plan bundled --device {device}"
+        run = as_loaded(planned("bundled"), WeightTypes(), torch.device(device), torch.bfloat16)
+        found[device] = run.operators, run.kv_bytes
+    assert asked == [torch.device("cpu"), torch.device("cuda")]
+    assert found["cuda"] == ("reference", 2)
+    assert found["cpu"] == (("reference", 2) if module() is None else ("native", 4))
+
+
+def test_the_command_with_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--target", "bundled", "--quantize", "int8"]) in (0, 1)
+    out = capsys.readouterr().out
+    assert "drafter: bundled: fits the target" in out
+    assert "weights: target int8, embeddings int8, drafter int8, drafter-head int8" in out
+    assert "first drafts: in order" in out
+    assert "the target's quantisation: not it" in out
