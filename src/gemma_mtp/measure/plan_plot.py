@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.measure.figure import new_figure, save_figure
+from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.sizes.run import Loaded
 
 POINTS = 40
