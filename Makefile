@@ -6,10 +6,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: help demo test slow clients check sanitize docs stub format pair example bench peers clean
+.PHONY: help demo test slow clients check sanitize arm docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
-	$(BIN)/gemma-mtp generate --file examples/prompt.txt --max-tokens 160 --compare --show-drafts
+	$(BIN)/gemma-mtp generate --file examples/prompt.txt --temperature 0.3 --seed 10 --compare --show-drafts
 
 help:                      ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ sanitize: $(VENV)/.dev     ## the native operators' tests under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 GEMMA_MTP_BUILD=$(abspath build/sanitize) \
 	  $(BIN)/python -m pytest -q tests/test_native.py
+
+arm: $(VENV)/.dev          ## the kernels for 64-bit ARM, emulated (apt-get install g++-aarch64-linux-gnu qemu-user-static)
+	$(BIN)/python -m pytest -q -m slow tests/test_native_arm.py
 
 docs: $(VENV)/.core        ## docs/use/cli.md from the commands' own help
 	$(BIN)/python tools/cli_docs.py
@@ -81,11 +84,18 @@ clean:                     ## remove the virtual environment and what was built
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: $(SET_UP) | $(VENV)/bin/python
+# PyTorch without CUDA where there is no GPU for it
+$(VENV)/.torch: | $(VENV)/bin/python
+	@$(BIN)/python tools/install_torch.py
+	@touch $@
+
+$(VENV)/.core: $(SET_UP) | $(VENV)/.torch
+	@echo "installing the package and compiling its native operators: a minute or two"
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(SET_UP) | $(VENV)/bin/python
+$(VENV)/.dev: $(SET_UP) | $(VENV)/.torch
+	@echo "installing the package and its tools, and compiling its native operators: a minute or two"
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.core $@
 

@@ -305,8 +305,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['median']:.2f}x ({found['least']:.2f} to {found['greatest']:.2f})"
+def _ratio(found: dict[str, Any] | None) -> str:
+    return "" if found is None else str(Ratio(**found))
 
 
 MEASUREMENTS: dict[str, tuple[Callable[[Pair, argparse.Namespace], Content], Callable[[Content], Table]]] = {

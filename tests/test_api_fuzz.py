@@ -68,7 +68,8 @@ def test_how_to_decode_of_any_kind(call: str, name: str, pair: Pair) -> None:
 def test_what_to_load_of_any_kind(name: str, pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for value in JUNK:
-        taken(load_pair, **{name: value})
+        if name != "on_bytes" or not callable(value):  # what a function of the caller's raises is the caller's
+            taken(load_pair, **{name: value})
 
 
 def test_a_drafter_of_any_kind(pair: Pair) -> None:

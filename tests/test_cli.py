@@ -15,6 +15,7 @@ from rich.console import Console
 
 import gemma_mtp
 from gemma_mtp.cli import main, render
+from gemma_mtp.cli.generate_run import NOT_WHOLE
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -55,6 +56,18 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert err.count("\n") == 1
     assert err.rstrip().endswith(".")
     return err
+
+
+@pytest.mark.parametrize("output", [[], ["--json"], ["--compare"]])
+def test_a_constrained_output_that_the_limit_cut_exits_with_four(
+    output: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is whole already is not cut, though more could follow."""
+    for regex, code in (("[0-9]{300}", NOT_WHOLE), ("[0-9]{1,300}", 0), ("[0-9]{2}", 0)):
+        assert main(["generate", PROMPT, "--regex", regex, "-n", "8", "-k", "2", *output]) == code
+        out, err = capsys.readouterr()
+        said = "the output is not whole: the length limit (length) cut it; raise --max-tokens.\n"
+        assert out and (said in err) == (code == NOT_WHOLE)
 
 
 def test_json_of_the_bundled_pair(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +238,18 @@ def test_drafts_are_coloured_on_a_terminal(tiny: Path) -> None:
     for code in ("\x1b[32m", "\x1b[1;31m", "\x1b[1;36m"):
         assert code in stream.getvalue()
     assert "[corrected]" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "coloured", "expected"),
+    [("def [bold]f():\n", True, "\x1b[2mdef [bold]f():\x1b[0m\n"), ("x", False, ""), ([9, 8], True, "")],
+)
+def test_the_prompt_is_echoed_dimly_on_a_terminal(prompt: str | list[int], coloured: bool, expected: str) -> None:
+    stream = io.StringIO()
+    render.print_prompt(
+        Console(file=stream, force_terminal=coloured, color_system="standard" if coloured else None), prompt
+    )
+    assert stream.getvalue() == expected
 
 
 def test_inspect(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

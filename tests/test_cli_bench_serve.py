@@ -19,7 +19,7 @@ from gemma_mtp.cli import bench_serve_report, main
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.measure import load_plot, load_server
-from gemma_mtp.measure.load import OpenLoop
+from gemma_mtp.measure.load import ClosedLoop, OpenLoop
 from gemma_mtp.measure.load_runs import ratios
 
 BRIEF = ["--requests", "4", "--warmup", "1", "-n", "5"]
@@ -225,15 +225,27 @@ def test_durations_have_three_digits(seconds: float | None, text: str) -> None:
     assert bench_serve_report._duration(seconds) == text
 
 
-def test_tables_fit_narrow_terminals() -> None:
-    """Numbers are never cut, whatever has to wrap."""
+@pytest.mark.parametrize("shape", [OpenLoop(0.25), ClosedLoop(128)])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_tables_fit_80_columns(shape: OpenLoop | ClosedLoop, repeats: int) -> None:
+    """No row is broken, no number cut, and a single repetition has no spread."""
     from test_load_stats import level, record
 
-    records = [record(i, i / 100, 1.0 + i / 1000, accepted_drafts=3, rejected_drafts=1) for i in range(400)]
-    sides = [level(records, records, shape=OpenLoop(16.0), side=side) for side in ("no drafts", "drafts auto")]
+    records = [record(i, i / 100, 1.0 + i / 1000, accepted_drafts=3, rejected_drafts=1, output_tokens=12345,
+                      prompt_tokens=54321, cached_tokens=54321) for i in range(400)]  # fmt: skip
+    failed = [record(error=kind) for kind in ("timeout", "connection lost", "http 500", "an answer without an end")]
+    names = ("no drafts", "drafts auto")
+    sides = [level(*[[*records, *failed]] * repeats, shape=shape, side=side) for side in names]
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    bench_serve_report.print_report(console, sides, [("16/s", ratios(*sides))])
+    bench_serve_report.print_report(console, sides, [(shape.label, ratios(*sides))])
     assert isinstance(console.file, io.StringIO)
     out = console.file.getvalue()
-    assert "…" not in out and "1.00x" in out and "75%" in out
-    assert [line for line in out.splitlines()[:-2] if len(line) > 80] == []
+    lines = out.splitlines()
+    assert "…" not in out and "75%" in out and max(map(len, lines)) <= 80
+    assert out.count("1.00x (1.00 to 1.00)") == (5 if repeats > 1 else 0) and out.count("1.00x") == 5
+    latencies = 5 if isinstance(shape, OpenLoop) else 4
+    for side in sides:  # throughput, failures, latencies, and intervals of those whose values are independent
+        rows = [line for line in lines if side.label in line]
+        assert len(rows) == 2 + latencies + latencies - 1
+    for title in ("time to first token", "95% confidence", "timeout: ", "http 500: "):
+        assert title in out

@@ -57,6 +57,30 @@ print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
     assert json.loads(ran.stdout) == []
 
 
+@pytest.mark.parametrize(
+    ("call", "without"),
+    [
+        ("main(['--version'])", ["rich.console", "rich.progress", "pydantic"]),
+        ("[main([name, '--help']) for name in ('train', 'serve')]", ["rich.progress", "pydantic"]),
+        ("complete('gemma-mtp train --dr')", ["rich.console", "rich.progress"]),
+    ],
+)
+def test_help_does_without_what_it_can(call: str, without: list[str]) -> None:
+    """Each takes 50 to 100 milliseconds."""
+    ran = python(f"""
+import os, sys
+from gemma_mtp.cli import main
+
+def complete(words):
+    os.environ |= {{"_GEMMA_MTP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}}
+    main([])
+
+{call}
+print([name for name in {without} if name in sys.modules])
+""")
+    assert (ran.returncode, ran.stderr, ran.stdout.splitlines()[-1]) == (0, "", "[]")
+
+
 def test_completion_names_options_of_a_command(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import sys; from gemma_mtp.cli import main; sys.exit(main([]))"
     words = {"_GEMMA_MTP_COMPLETE": "complete_bash", "COMP_WORDS": "gemma-mtp train --drafter", "COMP_CWORD": "2"}

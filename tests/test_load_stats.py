@@ -114,6 +114,9 @@ def test_ratios_are_medians_over_the_repetitions() -> None:
     assert (found["end_to_end"].median, found["end_to_end"].least, found["end_to_end"].greatest) == (0.5, 0.25, 4.0)
     assert found["output_tokens_per_second"].median == 2.0
     lone = level([record()])
+    only = ratios(lone, lone)["requests_per_second"]
+    assert (only.median, only.least, only.greatest, str(only)) == (1.0, None, None, "1.00x")
+    assert str(found["end_to_end"]) == "0.50x (0.25 to 4.00)"
     assert set(ratios(lone, lone)) == {"requests_per_second", "output_tokens_per_second"}
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TINY, VOCAB, agreeing_pair, letters, random_drafter, random_target, save_pair
 
+from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.config.generation import GenerationDefaults
@@ -182,6 +183,24 @@ def test_load_pair(saved: Path, raw_pair: Pair) -> None:
     assert alone.drafter is None and alone.target.embed_tokens.dtype == torch.bfloat16
     assert alone.generate(PROMPT, params).draft_tokens == 0
     assert load_pair(saved / "target", saved / "drafter", use_drafter=False).drafter is None
+
+
+def test_loading_tells_the_bytes_of_each_model(saved: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    load_pair(saved / "target", saved / "drafter", on_bytes=lambda *given: told.append(given))
+    for part in ("target", "drafter"):
+        done = [count for name, count, _ in told if name == part]
+        size = sum(header.nbytes for header in checkpoint.text_headers(saved / part).values())
+        assert done == sorted(done) and done[-1] == size and len(done) > 4
+        assert {of for name, _, of in told if name == part} == {size}
+
+
+def test_the_repr_says_what_is_loaded(pair: Pair, raw_pair: Pair) -> None:
+    target, drafter = (f"{sum(w.numel() for w in model.checkpoint_tensors().values()) / 1e6:.1f}M"
+                       for model in (pair.target, pair.drafter) if model is not None)  # fmt: skip
+    assert repr(pair) == f"<Pair target={target} drafter={drafter} on cpu, with tokenizer>"
+    assert repr(raw_pair) == f"<Pair target={target} drafter={drafter} on cpu, without tokenizer>"
+    assert repr(pair.with_drafter(None)) == f"<Pair target={target} on cpu, with tokenizer>"
 
 
 def test_load_pair_refuses(saved: Path, tmp_path: Path) -> None:

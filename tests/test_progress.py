@@ -2,6 +2,8 @@
 
 import io
 import re
+import sys
+import types
 
 import pytest
 from live_server import wait_for
@@ -70,6 +72,36 @@ def test_a_pipe_hears_of_work_that_says_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     with Display("loading", patience=0.0):
         wait_for(lambda: stream.getvalue().count("loading\n") >= 2)
+
+
+def test_bytes_are_shown_in_the_unit_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = console(monkeypatch, terminal=False)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with Display("quantising", patience=3600) as display:
+        display.show_bytes(3_200_000_000, 64_000_000_000)
+        display.show_bytes(500_000, 2_000_000)
+        display.show_bytes(0, 0)
+    with progress.loading() as told:
+        told("drafter", 10_000_000, 40_000_000)
+    assert stream.getvalue().splitlines() == [
+        "quantising 5% 3.2 of 64.0 GB", "quantising 25% 0.5 of 2.0 MB", "quantising 0.0 of 0.0 MB",
+        "loading the drafter 25% 10.0 of 40.0 MB",
+    ]  # fmt: skip
+
+
+def test_a_notebook_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through IPython's display, which shows them under the cell; nothing is redrawn there."""
+    shown: list[str] = []
+    module = types.ModuleType("IPython.display")
+    module.display = lambda made: shown.append(made._repr_mimebundle_([], [])["text/plain"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr(progress, "Console", lambda **given: Console(**{**given, "force_jupyter": True}))
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with Display("loading", patience=3600) as display:
+        assert display._made_bar is None
+        display.show("9 GB", 0.25)
+        display.say("a line")
+    assert shown == ["loading 25% 9 GB\n", "a line\n"]
 
 
 def test_a_quiet_display_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

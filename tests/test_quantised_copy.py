@@ -1,5 +1,6 @@
 """Quantised copies of checkpoints: the bits, the files, what loading recognises and refuses."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,22 @@ def test_a_copy_decodes_to_the_same_bits(saved: Path, copied: Path) -> None:
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == theirs.logprobs
         assert ours.rounds == theirs.rounds
+
+
+def test_bytes_done_are_told_piece_by_piece(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a copy is written and when a model is loaded; each piece of a tensor counts."""
+    monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 4096)
+    headers = checkpoint.text_headers(saved / "target")
+    size = sum(header.nbytes for header in headers.values())
+    copied: list[tuple[int, int]] = []
+    loaded: list[tuple[int, int]] = []
+    types = parse_weight_types("int4")
+    write_quantised_copy(saved / "target", tmp_path / "copy", types, on_bytes=lambda *given: copied.append(given))
+    load_target(saved / "target", torch.float32, on_bytes=lambda *given: loaded.append(given))
+    assert copied == loaded and len(loaded) > len(headers)
+    done = [0, *(count for count, _ in loaded)]
+    assert all(before < after for before, after in itertools.pairwise(done)) and done[-1] == size
+    assert {of for _, of in loaded} == {size}
 
 
 def test_the_files_of_a_copy(saved: Path, copied: Path) -> None:

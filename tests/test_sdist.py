@@ -29,6 +29,20 @@ def test_the_sdist_carries_just_our_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert names - {"PKG-INFO"} == ours()
 
 
+@pytest.mark.parametrize("settings", [None, {"wheel.cmake": "false", "wheel.py-api": "py3"}])
+def test_without_a_compiler_there_is_a_wheel_for_every_machine(
+    settings: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where compiling fails, and where it is told not to."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXX", "/bin/false")
+    name = backend.build_wheel(str(tmp_path), settings)
+    assert name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(tmp_path / name) as archive:
+        names = archive.namelist()
+    assert "gemma_mtp/__init__.py" in names and not [name for name in names if name.endswith((".so", ".pyd"))]
+
+
 @pytest.mark.slow
 def test_the_wheel_carries_the_package_and_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -321,6 +321,27 @@ def test_each_request_is_a_line_without_its_text(pair: Pair) -> None:
     assert not any(word in written for word in ("zebra", "quagga", "okapi", *KEYS))
 
 
+def test_lines_for_people_say_what_came_of_a_request_and_nothing_that_a_terminal_obeys() -> None:
+    from gemma_mtp.server.logs import LineFormatter
+
+    def line(message: str, level: int = logging.INFO, **fields: Any) -> str:
+        record = logging.LogRecord("gemma_mtp.server", level, "", 0, message, (), None)
+        record.fields = fields
+        return re.sub(r"^\d\d:\d\d:\d\d ", "", LineFormatter().format(record))
+
+    request: dict[str, Any] = {
+        "request_id": "a" * 32,
+        "method": "POST",
+        "path": "/v1/\x1b[2J\n",
+        "status": 200,
+        "seconds": 0.41234,
+    }
+    assert line("request", **request, draft_tokens=7, finish=["stop", "length"], first_token_seconds=None) == (
+        "POST /v1/\\x1b[2J\\n 200 0.412 s draft_tokens=7 finish=stop,length first_token_seconds=None"
+    )
+    assert line("a request failed", logging.ERROR, request_id="b") == "error a request failed request_id=b"
+
+
 def test_text_is_logged_where_asked_for(pair: Pair) -> None:
     handler = Lines()
     with logged(handler), serving(pair, log_text=True) as live:
@@ -380,6 +401,30 @@ def test_the_command_drains_and_ends_with_zero() -> None:
     _, log = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
     assert [json.loads(line)["path"] for line in log.splitlines()] == ["/v1/models", COMPLETIONS]
+
+
+def test_a_terminal_is_told_where_to_look_and_gets_lines_to_read() -> None:
+    main, other = os.openpty()
+    command = [sys.executable, "-m", "gemma_mtp", "serve", "--port", "0", "--host", "0.0.0.0", "--no-auth"]
+    process = subprocess.Popen([*command, "--max-running", "1"], stdout=other, stderr=other)
+    os.close(other)
+    said = ""
+
+    def read_until(pattern: str) -> re.Match[str]:
+        nonlocal said
+        while (found := re.search(pattern, said)) is None:
+            said += os.read(main, 4096).decode()
+        return found
+
+    try:
+        url = read_until(r"Open (http://localhost:\d+) , Ctrl-C stops\.").group(1)
+        assert httpx.get(f"{url}/v1/models", timeout=SECONDS).status_code == 200
+        read_until(r"\d\d:\d\d:\d\d GET /v1/models 200 0\.\d{3} s\r\n")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        os.close(main)
 
 
 def test_the_second_signal_ends_at_once() -> None:

@@ -31,6 +31,23 @@ from gemma_mtp.training.state import load_facts
 Train = Callable[..., int]
 
 
+def test_every_part_of_a_run_shows_how_far_it_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gemma_mtp.progress.LINE_SECONDS", 0.0)
+    assert (
+        train(tiny, tmp_path, "--drafter", tiny / "drafter", "--steps", 1, "--lr", 1e-9, "--held-out-prompts", 5) == 0
+    )
+    shown = capfd.readouterr().err.splitlines()
+    for name in ("measuring the start", "measuring what was trained"):
+        assert f"{name} 100% prompt 10 of 10" in shown
+    for name in ("timing the start", "timing what was trained"):
+        assert [line for line in shown if line.startswith(name)][-4:] == [
+            f"{name} {i / 4:.0%} prompt {i} of 4" for i in range(1, 5)
+        ]
+    assert any(re.fullmatch(r"loading the target 100% .* MB", line) for line in shown)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with target, drafter and data: 30 documents of letters."""
@@ -442,3 +459,6 @@ def test_ctrl_c_keeps_the_step_and_says_how_to_go_on(
     }  # fmt: skip
     card = (tmp_path / "cut" / "MODEL_CARD.md").read_text()
     assert not re.search(r"[{}]|\bTrue\b|\bFalse\b|\bNone\b|torch\.|PosixPath", card)
+    words = re.sub(r"[\d.,]+|\W\w*=\w+", "", card)
+    assert not re.search(r"\b(\w+)[^\w\n|]*\n?[^\w\n|]*\b\1\b", words), "no word twice in a row"
+    assert "\n- pattern: `*`\n" in card and "memory" not in card

@@ -26,8 +26,9 @@ from pathlib import Path
 
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.engine.pair import bundled_directory, load_pair
+from gemma_mtp.engine.pair import bundled_directory, choose_device, load_pair
 from gemma_mtp.measure.acceptance import GREEDY, AcceptanceReport, Comparison, compare, measure_acceptance, prompts_of
+from gemma_mtp.measure.figure import measured_on
 from gemma_mtp.measure.plot import plot_acceptance
 
 #: BSD-3-Clause; 2 MB of modules that are not minified
@@ -162,9 +163,13 @@ def main(args: argparse.Namespace) -> None:
         ADAPTED: measure(target, drafter, held_out),
     }
     (args.work / "results.json").write_text(json.dumps(summary(measured, seconds), indent=2) + "\n", encoding="utf-8")
+    from gemma_mtp.backend.processor import processor
+
+    made = measured_on("fine-tuned bundled target", processor(choose_device("auto")))
     for t, name in zip(TEMPERATURES, ("greedy", "sampled"), strict=True):
         plot_acceptance({label: reports[t] for label, reports in measured.items()}, args.work / f"{name}.png",
-                        title="greedy" if t == 0 else f"temperature {t:g}")  # fmt: skip
+                        title=f"Acceptance, {'greedy' if t == 0 else f'temperature {t:g}'}",
+                        subtitle=made)  # fmt: skip
     print_summary(measured)
     print("wall minutes: " + ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items()))
     print(f"wrote results.json, greedy.png and sampled.png to {args.work}")

@@ -6,8 +6,10 @@ percentage and the time left always have their place, and the text beside them i
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +22,14 @@ PATIENCE_SECONDS = 2.0
 #: between two lines where nothing can be redrawn
 LINE_SECONDS = 10.0
 BAR_COLUMNS = 16
+
+
+@contextlib.contextmanager
+def loading(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how much of a pair's weights is loaded. What is given is told which model's bytes are done, how many, and
+    of how many (`load_pair`'s `on_bytes`)."""
+    with Display("loading", quiet=quiet) as display:
+        yield lambda part, done, of: display.show_bytes(done, of, f"loading the {part}")
 
 
 class _Share(ProgressColumn):
@@ -74,6 +84,11 @@ class Display:
             bar.update(task, description=self.name, completed=self.share or 0.0, text=text)
         else:
             self._line_if_due()
+
+    def show_bytes(self, done: int, of: int, name: str | None = None) -> None:
+        """The same for bytes, of which there are `of` in all."""
+        unit, size = ("GB", 1e9) if of >= 1e9 else ("MB", 1e6)
+        self.show(f"{done / size:.1f} of {of / size:.1f} {unit}", done / of if of else None, name)
 
     def say(self, text: str) -> None:
         """A line of its own, which stays."""

@@ -45,6 +45,9 @@ const Kernels* kernels_named(const char* name) {
     if (!std::strcmp(name, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2() : nullptr;
 #endif
+#if defined(__aarch64__)
+    if (!std::strcmp(name, "neon")) return &kernels_neon();
+#endif
     if (!std::strcmp(name, "control")) return &kernels_control();
     return std::strcmp(name, "portable") ? nullptr : &kernels_portable();
 }

@@ -5,7 +5,7 @@
 
 namespace gemma {
 
-constexpr const char* ISAS[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // the best first
+constexpr const char* ISAS[] = {"amx", "avx512_bf16", "avx512", "avx2", "neon", "portable"};  // the best first
 
 // Returns the kernels of an instruction set, or null where this machine lacks it.
 const Kernels* kernels_named(const char* name);

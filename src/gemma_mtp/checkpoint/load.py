@@ -19,8 +19,8 @@ from gemma_mtp.checkpoint.read import (
     read_target_config,
     report,
 )
-from gemma_mtp.checkpoint.source import Location, Source
-from gemma_mtp.checkpoint.tensors import copy_tensors, stored_tensors, stored_views
+from gemma_mtp.checkpoint.source import Location, OnBytes, Source
+from gemma_mtp.checkpoint.tensors import copy_tensors, nobody, stored_tensors, stored_views
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
@@ -39,20 +39,21 @@ def load_target(
     device: torch.device | str = "cpu",
     types: WeightTypes | None = None,
     strict: bool = False,
+    on_bytes: OnBytes = nobody,
 ) -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
     `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so. What is
     not as it should be but can be loaded is logged, or refused with `strict`. Peak memory: the weights as they are
-    kept, plus a piece of 32 MB as it is stored and as much again where it is quantised. Raises CheckpointError,
-    ConfigError or QuantisationError.
+    kept, plus a piece of 32 MB as it is stored and as much again where it is quantised. `on_bytes` is told how many
+    stored bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
     contents = read_contents(source, read_target_config(source))
     report(location, contents.notes, strict)
     target = planned_model(source, contents, dtype, types)
     assert isinstance(target, Target)
-    return _load(source, target, contents, device)
+    return _load(source, target, contents, device, on_bytes)
 
 
 def load_drafter(
@@ -61,6 +62,7 @@ def load_drafter(
     device: torch.device | str = "cpu",
     types: WeightTypes | None = None,
     strict: bool = False,
+    on_bytes: OnBytes = nobody,
 ) -> Drafter:
     """Load a drafter in inference mode; the rest as in `load_target`."""
     source = open_source(location, "drafter")
@@ -68,7 +70,7 @@ def load_drafter(
     report(location, contents.notes, strict)
     drafter = planned_model(source, contents, dtype, types)
     assert isinstance(drafter, Drafter)
-    return _load(source, drafter, contents, device)
+    return _load(source, drafter, contents, device, on_bytes)
 
 
 def planned_model(
@@ -101,7 +103,9 @@ def _check_ordering(source: Source, contents: Contents[DrafterConfig]) -> None:
         )
 
 
-def _load(source: Source, model: _Model, contents: Contents[Any], device: torch.device | str) -> _Model:
+def _load(
+    source: Source, model: _Model, contents: Contents[Any], device: torch.device | str, on_bytes: OnBytes
+) -> _Model:
     skipped = contents.unused
     if skipped:
         size = sum(header.nbytes for header in skipped) / 1e6
@@ -116,5 +120,5 @@ def _load(source: Source, model: _Model, contents: Contents[Any], device: torch.
         ) from None
     views = stored_views(model.checkpoint_tensors(), contents.headers)
     with torch.no_grad():
-        copy_tensors(source, views, contents.headers, additions(contents, views))
+        copy_tensors(source, views, contents.headers, additions(contents, views), on_bytes)
     return model.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,6 +31,8 @@ class StoredTensor:
 
 #: a tensor, or a range of its rows
 Piece = tuple[StoredTensor, slice | None]
+#: is told, after every piece of a model's tensors, how many bytes of them are done as they are stored, and of how many
+OnBytes = Callable[[int, int], object]
 
 
 class Source(Protocol):

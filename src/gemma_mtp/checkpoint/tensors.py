@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.pieces import NAMES
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, Piece, Source, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Piece, Source, StoredTensor
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.dense import Dense
 
@@ -39,41 +39,68 @@ def stored_views(weights: Mapping[str, Weight], stored: Collection[str]) -> dict
     return views
 
 
+def nobody(done: int, of: int) -> None:
+    """An `OnBytes` for work that nobody watches."""
+
+
 def copy_tensors(
-    source: Source, views: Mapping[str, Weight], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
+    source: Source,
+    views: Mapping[str, Weight],
+    headers: Mapping[str, StoredTensor],
+    added: Mapping[str, float],
+    on_bytes: OnBytes = nobody,
 ) -> None:
     """Copy every stored tensor into the view of the same name, converted to its dtype or quantised, piece by piece."""
-    for name, rows, value in read_values(source, views, headers, added):
+    for name, rows, value in read_values(source, views, headers, added, on_bytes):
         view = views[name] if rows is None else views[name][rows]
         view.copy_(value)
+        del value  # before the next one is read
 
 
 def converted_tensors(
-    source: Source, views: Mapping[str, Weight], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
+    source: Source,
+    views: Mapping[str, Weight],
+    headers: Mapping[str, StoredTensor],
+    added: Mapping[str, float],
+    on_bytes: OnBytes = nobody,
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yields what `copy_tensors` would make of every stored tensor, piece by piece, without memory for the whole.
 
     `views` may be on "meta". Each piece comes with the name of a tensor of `stored_tensors(views)` and the first of the
     rows that it has of it.
     """
-    for name, rows, value in read_values(source, views, headers, added):
+    for name, rows, value in read_values(source, views, headers, added, on_bytes):
         view, first = views[name], 0 if rows is None else rows.start
         for part, tensor in view.like(value).saved(name).items():
             yield part, first, tensor
 
 
 def read_values(
-    source: Source, names: Iterable[str], headers: Mapping[str, StoredTensor], added: Mapping[str, float]
+    source: Source,
+    names: Iterable[str],
+    headers: Mapping[str, StoredTensor],
+    added: Mapping[str, float],
+    on_bytes: OnBytes = nobody,
 ) -> Iterator[tuple[str, slice | None, Tensor]]:
     """Yields every stored tensor by its name, file by file as it lies there, in pieces: all of it (None) or rows of it.
 
-    `added` holds the numbers to be added to some of them, in float32.
+    `added` holds the numbers to be added to some of them, in float32. A piece counts as done once the next is asked
+    for.
     """
     in_order = sorted(names, key=lambda name: (headers[name].file, headers[name].offset))
     places = [(name, rows) for name in in_order for rows in pieces(headers[name].shape, headers[name].nbytes)]
     values = source.read((headers[name], rows) for name, rows in places)
-    for (name, rows), value in zip(places, values, strict=True):
+    done, total = 0, sum(headers[name].nbytes for name in in_order)
+    for name, rows in places:
+        value = next(values)  # in a zip it would live until the next one is read
         yield name, rows, value.float() + added[name] if name in added else value
+        del value
+        done += _stored_bytes(headers[name], rows)
+        on_bytes(done, total)
+
+
+def _stored_bytes(tensor: StoredTensor, rows: slice | None) -> int:
+    return tensor.nbytes if rows is None else (rows.stop - rows.start) * (tensor.nbytes // tensor.shape[0])
 
 
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:

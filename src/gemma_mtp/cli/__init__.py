@@ -30,23 +30,29 @@ from gemma_mtp.interrupts import INTERRUPTED, interruptible
 
 
 class Command(TyperCommand):
-    """A command whose help shows no type for flags, which take no value."""
+    """A command whose flags are as plain as they can be (`_plain_flags`)."""
 
     def get_params(self, ctx: Any) -> Any:
-        return _without_types_of_flags(super().get_params(ctx))
+        return _plain_flags(super().get_params(ctx))
 
 
 class Commands(TyperGroup):
     """The same for the options before a command's name."""
 
     def get_params(self, ctx: Any) -> Any:
-        return _without_types_of_flags(super().get_params(ctx))
+        return _plain_flags(super().get_params(ctx))
 
 
-def _without_types_of_flags(params: Any) -> Any:
+def _plain_flags(params: Any) -> Any:
+    """Help shows no type for flags, which take no value. Typer's own, such as --help, are False by default.
+
+    They are None otherwise, and to convert None to a bool takes pydantic, which takes 0.1 seconds to import.
+    """
     for param in params:
-        if getattr(param, "is_flag", False) and param.metavar is None:
-            param.metavar = ""
+        if getattr(param, "is_flag", False):
+            param.metavar = "" if param.metavar is None else param.metavar
+            if param.default is None and not param.expose_value:
+                param.default = False
     return params
 
 

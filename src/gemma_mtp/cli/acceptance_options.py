@@ -10,7 +10,7 @@ from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.measure.defaults import PROMPT_TOKENS
-from gemma_mtp.measure.plot import check_plot
+from gemma_mtp.measure.figure import check_plot
 
 if TYPE_CHECKING:
     from gemma_mtp.engine.pair import Pair
@@ -33,12 +33,24 @@ class ComparedPair:
     strict: bool = option(False, options.STRICT)
     threads: int | None = option(None, options.THREADS)
 
-    def load(self, drafter: Path | None) -> Pair:
-        from gemma_mtp.engine.pair import load_pair
+    @property
+    def name(self) -> str:
+        """What the pair is called in pictures."""
+        if self.target is None:
+            return "bundled pair" if self.drafter is None else f"bundled target + {self.drafter.resolve().name}"
+        return " + ".join(path.resolve().name for path in (self.target, self.drafter) if path is not None)
 
-        return options.named(load_pair(
-            self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict
-        ))  # fmt: skip
+    def load(self, drafter: Path | None) -> Pair:
+        """Returns the target with this drafter. Raises what `load_pair` does."""
+        from gemma_mtp.engine.pair import load_pair
+        from gemma_mtp.progress import loading
+
+        with loading() as told:
+            pair = load_pair(
+                self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict,
+                on_bytes=told,
+            )  # fmt: skip
+        return options.named(pair)
 
 
 @group(DATA)

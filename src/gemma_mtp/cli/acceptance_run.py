@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+from gemma_mtp.backend.processor import processor
 from gemma_mtp.chat.prompt import THINKING_VARIABLES, thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
@@ -29,6 +30,7 @@ from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.measure.acceptance import AcceptanceReport, compare, measure_acceptance, prompts_of
+from gemma_mtp.measure.figure import measured_on
 from gemma_mtp.measure.plot import plot_acceptance
 from gemma_mtp.measure.speedup import SteadyCosts, measure_speedup, steady_costs
 
@@ -70,7 +72,7 @@ class Measurement:
     drafting: DraftingOptions
     speed: bool
     costs: Callable[[ChoiceKind], SteadyCosts]
-    say: Callable[[str], object]
+    say: Callable[..., object]
 
     def under(self, setting: Setting) -> shown.Measured:
         self.say(setting.label)
@@ -82,15 +84,21 @@ class Measurement:
             done = itertools.count(1)
             return measure_acceptance(
                 side, prompts, draft_tokens, setting.params, verification,
-                lambda _: self.say(f"{setting.label}{name}: {next(done)} prompts of {len(prompts)}"),
+                lambda _: tell(name, next(done), len(prompts)),
             )  # fmt: skip
+
+        def tell(name: str, done: int, of: int) -> None:
+            self.say(f"{setting.label}{name}: {done} prompts of {of}", done / of)
 
         own = report(self.pair, "")
         comparison = None if self.other is None else compare(report(self.other, ", the other drafter"), own)
         speedup = None
-        self.say(f"{setting.label}: speed")
         if self.speed:
-            speedup = measure_speedup(self.pair, prompts, draft_tokens, setting.params, verification)
+            speedup = measure_speedup(
+                self.pair, prompts, draft_tokens, setting.params, verification,
+                on_prompt=functools.partial(tell, ", speed"),
+            )  # fmt: skip
+        self.say(f"{setting.label}: costs of rounds")
         return shown.Measured(
             setting.label, setting.thinking, own, self.costs(setting.params.choice), speedup, comparison
         )
@@ -118,23 +126,27 @@ def acceptance(
 ) -> None:
     """Measure, then print the report and draw the plot that was asked for."""
     sources = options.sources_of(chosen.data)
-    with progress("reading") as say:
+    with progress("reading"):
         examples = chosen.examples(sources)
-        say("loading")
-        pair = models.load(models.drafter)
-        if pair.drafter is None:
-            raise options.no_drafter("acceptance")
-        other = None if models.against is None else models.load(models.against)
-        base = shared_params(sampling, pair, examples)
-        settings = [
-            Setting(replace(base, temperature=t), on)
-            for on, t in itertools.product(THINKING[chosen.thinking], sampling.temperature or TEMPERATURES)
-        ]
+    pair = models.load(models.drafter)
+    if pair.drafter is None:
+        raise options.no_drafter("acceptance")
+    other = None if models.against is None else models.load(models.against)
+    base = shared_params(sampling, pair, examples)
+    settings = [
+        Setting(replace(base, temperature=t), on)
+        for on, t in itertools.product(THINKING[chosen.thinking], sampling.temperature or TEMPERATURES)
+    ]
+    with progress("measuring") as say:
         costs = functools.cache(functools.partial(steady_costs, pair))  # first asked for after prompts were decoded
         what = Measurement(pair, other, examples, chosen.prompt_tokens, drafting, output.speed, costs, say)
         measured = [what.under(setting) for setting in settings]
     if output.plot is not None:
-        plot_acceptance({m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured})
+        plot_acceptance(
+            {m.label: m.report for m in measured}, output.plot, {m.label: m.predictions for m in measured},
+            title=f"Acceptance of {drafting.draft_tokens} drafts a round, {drafting.verification} verification",
+            subtitle=measured_on(models.name, processor(pair.backend.device)),
+        )  # fmt: skip
     if output.as_json:
         print(json.dumps({"data": [str(path) for path in sources], **shown.to_json(measured)}))
     else:

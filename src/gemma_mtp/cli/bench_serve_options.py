@@ -11,7 +11,7 @@ from gemma_mtp.cli import options
 from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING
 from gemma_mtp.errors import DataError, SamplingError, ServerError
-from gemma_mtp.measure.plot import check_plot
+from gemma_mtp.measure.figure import check_plot
 
 if TYPE_CHECKING:
     from gemma_mtp.measure.load import Extent, Shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -23,9 +23,9 @@ COUNTED = {
     True: "every latency counts from when a request was due, whether or not it could be sent",
     False: "each client sends when its last request is done: a slow server is asked less, and its queue stays short",
 }
-TOO_FEW = (
-    "-: too few requests to say (p90 takes 10, p95 20, p99 100); intervals of p50 and p99 hold with 95% confidence"
-)
+#: as latencies are called beside their intervals, where their titles are too long
+SHORT = {"time per output token after the first": "time per output token", "between chunks of an answer": "chunks"}
+TOO_FEW = "-: too few requests to say; p90 takes 10, p95 20, p99 100"
 #: short names of the figures that two sides are compared by
 RATIOS = {
     "requests_per_second": "requests/s",
@@ -43,63 +43,87 @@ def print_report(
     _section(console, "throughput", _throughput(results))
     if any(result.summary.failed or result.summary.refused for result in results):
         _section(console, "failed requests", _failures(results))
-    for title, chosen in LATENCIES.items():
-        _section(console, title, _latencies(results, chosen))
     open_loop = isinstance(results[0].shape, OpenLoop)
-    if open_loop:
-        _section(console, SEND_DELAY, _latencies(results, lambda summary: summary.send_delay))
+    shown = {**LATENCIES, SEND_DELAY: lambda summary: summary.send_delay} if open_loop else LATENCIES
+    for title, chosen in shown.items():
+        _section(console, title, _latencies(results, chosen))
+    intervals = _intervals(results, shown)
+    if intervals.row_count:
+        _section(console, "medians and p99 lie there with 95% confidence", intervals)
     if compared:
-        _section(console, "drafting on to off: median of the repetitions, least to greatest", _ratios(compared))
+        spread = any(ratio.least is not None for _, found in compared for ratio in found.values())
+        of = ": median of the repetitions (least to greatest)" if spread else ""
+        _section(console, f"drafting on to off{of}", _ratios(compared))
     for note in (TOO_FEW, COUNTED[open_loop]):
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False)
 
 
-def _section(console: Console, title: str, table: Table) -> None:
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
-    console.print(table)
+def _section(console: Console, title: str, *tables: Table) -> None:
+    console.print(title, style="bold", highlight=False)
+    for table in tables:
+        console.print(table)
     console.print()
 
 
-def _table(*columns: str, wrapped: int = 0) -> Table:
-    """The first column and the last `wrapped` ones give way on narrow terminals."""
-    table = Table(box=None, pad_edge=False)
+def _table(*columns: str, texts: int = 1) -> Table:
+    """The first `texts` columns hold words, the others numbers. All of it fits 80 columns; numbers are never cut."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        whole = 0 < i < len(columns) - wrapped
-        table.add_column(column, justify="right" if i else "left", no_wrap=whole)
+        table.add_column(column, justify="right" if i >= texts else "left", no_wrap=True)
     return table
 
 
+def _count(number: int) -> str:
+    """In at most six characters, up to ten billion."""
+    if number < 1_000_000:
+        return str(number)
+    millions = number / 1e6
+    return f"{millions:.1f}M" if millions < 100 else f"{millions:.0f}M"
+
+
 def _throughput(results: Sequence[LevelResult]) -> Table:
-    table = _table("", "requests", "requests/s", "tokens/s", "tokens", "prompt", "reused", "accepted")
+    table = _table("", "done", "req/s", "tokens/s", "tokens", "prompt", "reused", "accepted")
     for result in results:
         own = result.summary
         accepted = "" if own.acceptance is None else f"{own.acceptance:.0%}"
+        speed = own.output_tokens_per_second
         table.add_row(
             result.label, f"{own.completed}/{own.requests}", f"{own.requests_per_second:.2f}",
-            f"{own.output_tokens_per_second:.1f}", str(own.output_tokens), str(own.prompt_tokens),
-            str(own.cached_tokens), accepted,
+            f"{speed:.{0 if speed >= 1000 else 1}f}", *map(_count, (own.output_tokens, own.prompt_tokens)),
+            _count(own.cached_tokens), accepted,
         )  # fmt: skip
     return table
 
 
 def _failures(results: Sequence[LevelResult]) -> Table:
-    table = _table("", "refused (429)", "asked to wait", "failed", "kinds", wrapped=1)
+    table = _table("", "refused", "to wait", "failed")
+    table.add_column("kinds", overflow="fold")
     for result in results:
         own = result.summary
         wait = "" if own.mean_retry_after is None else _duration(own.mean_retry_after)
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in own.errors.items())
+        kinds = "\n".join(f"{kind}: {count}" for kind, count in own.errors.items())
         table.add_row(result.label, str(own.refused), wait, str(own.failed), kinds)
     return table
 
 
 def _latencies(results: Sequence[LevelResult], chosen: Callable[[LoadSummary], Distribution]) -> Table:
     names = [f"p{q * 100:g}" for q in QUANTILES]
-    table = _table("", "mean", *names, "longest", "p50 is in", "p99 is in", wrapped=2)
+    table = _table("", "mean", *names, "longest")
     for result in results:
         own = chosen(result.summary)
-        intervals = [_interval(own, name) for name in ("p50", "p99")]
-        cells = [own.mean, *map(own.at, names), own.longest]
-        table.add_row(result.label, *map(_duration, cells), *intervals)
+        table.add_row(result.label, *map(_duration, (own.mean, *map(own.at, names), own.longest)))
+    return table
+
+
+def _intervals(results: Sequence[LevelResult], latencies: Mapping[str, Callable[[LoadSummary], Distribution]]) -> Table:
+    """Of every latency that has any."""
+    table = _table("", "", "p50", "p99", texts=2)
+    for title, chosen in latencies.items():
+        for result in results:
+            own = chosen(result.summary)
+            found = [_interval(own, name) for name in ("p50", "p99")]
+            if any(found):
+                table.add_row(SHORT.get(title, title), result.label, *found)
     return table
 
 
@@ -120,11 +144,9 @@ def _duration(seconds: float | None) -> str:
 
 
 def _ratios(compared: Sequence[tuple[str, dict[str, Ratio]]]) -> Table:
-    table = _table("", *RATIOS.values(), wrapped=len(RATIOS))
+    """A row for each figure: beside each other they do not fit."""
+    table = _table("", "", "ratio", texts=2)
     for label, found in compared:
-        table.add_row(label, *(_ratio(found.get(name)) for name in RATIOS))
+        for i, (name, title) in enumerate(RATIOS.items()):
+            table.add_row("" if i else label, title, str(found.get(name, "-")))
     return table
-
-
-def _ratio(found: Ratio | None) -> str:
-    return "-" if found is None else f"{found.median:.2f}x ({found.least:.2f} to {found.greatest:.2f})"

@@ -25,6 +25,7 @@ from gemma_mtp.cli.console import console
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
 from gemma_mtp.json_files import write_json
+from gemma_mtp.measure.figure import measured_on
 from gemma_mtp.measure.load import Send, Shape
 from gemma_mtp.measure.load_client import connect, first_model, shared_prefix, stream
 from gemma_mtp.measure.load_plot import plot_load
@@ -85,10 +86,21 @@ def bench_serve(
     if output.as_json is not None:
         write_json(output.as_json, _content(plan, measured, server, output.records))
     if output.plot is not None:
-        plot_load(measured.results, output.plot, measured.model)
+        plot_load(measured.results, output.plot, "Latency and throughput of a server", _subtitle(measured, server))
     shown.print_report(console(), measured.results, measured.compared)
     if failed_share(measured.results) > output.max_failed:
         raise typer.Exit(FAILED)
+
+
+def _subtitle(measured: Measured, server: ServerOptions) -> str:
+    """Of a picture: of a server elsewhere nobody knows the machine."""
+    if server.url is not None:
+        return measured_on(measured.model, f"asked at {server.url}")
+    import torch
+
+    from gemma_mtp.backend.processor import processor
+
+    return measured_on(measured.model, processor(torch.device("cpu")))
 
 
 async def _measure(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_anything() -> None:
@@ -17,4 +19,6 @@ def print_anything() -> None:
 
 def console(stderr: bool = False) -> Console:
     """For tables and colours. Text stays as it is: brackets and colons are no markup in paths, names and outputs."""
+    from rich.console import Console  # a tenth of a second, which completion does without
+
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

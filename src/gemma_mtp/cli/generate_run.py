@@ -154,6 +154,8 @@ def _print_stream(run: Run, quiet: bool) -> GenerationResult:
     stream = run.pair.stream(run.prompt, run.params, draft_tokens=run.draft_tokens, verification=run.verification)
     with progress("prefill"):
         piece = next(stream, "")
+    if not quiet:
+        render.print_prompt(console(), run.prompt)
     print(piece, end="", flush=True)
     for piece in stream:
         print(piece, end="", flush=True)
@@ -166,6 +168,7 @@ def _print_whole(run: Run, output: OutputOptions) -> GenerationResult:
     with progress("generating"):
         result = run.once()
     if output.show_drafts:
+        render.print_prompt(console(), run.prompt)
         render.print_drafts(console(), result, run.pair.tokenizer)
     else:
         print(" ".join(map(str, result.token_ids)))
@@ -195,6 +198,7 @@ def _compare(run: Run, output: OutputOptions) -> GenerationResult:
         print(json.dumps({**compared, **sides}))
     else:
         shown = console()
+        render.print_prompt(shown, run.prompt)
         if output.show_drafts:
             render.print_drafts(shown, drafted[-1], run.pair.tokenizer)
         else:

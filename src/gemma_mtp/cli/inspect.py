@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.locate import Role, locate
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gemma_mtp.measure.memory import CheckpointReport
 
 
@@ -56,6 +57,8 @@ def inspect(
 
 
 def _table(title: str, report: CheckpointReport) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     for name, value in report.to_dict().items():
         table.add_row(name.replace("_", " "), _shown(value))

@@ -85,12 +85,16 @@ class PairOptions:
         check_exclusive(self.drafter, self.no_drafter)
 
     def load(self) -> Pair:
+        """Returns the pair. Raises what `load_pair` does."""
         from gemma_mtp.engine.pair import load_pair
+        from gemma_mtp.progress import loading
 
-        return named(load_pair(
-            self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
-            quantize=self.quantize, strict=self.strict,
-        ))  # fmt: skip
+        with loading() as told:
+            pair = load_pair(
+                self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
+                quantize=self.quantize, strict=self.strict, on_bytes=told,
+            )  # fmt: skip
+        return named(pair)
 
 
 def check_exclusive(drafter: Path | str | None, no_drafter: bool) -> None:

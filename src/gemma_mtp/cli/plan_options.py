@@ -7,7 +7,7 @@ from pathlib import Path
 from gemma_mtp.cli import options
 from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import MODELS, OUTPUT
-from gemma_mtp.measure.plot import check_plot
+from gemma_mtp.measure.figure import check_plot
 
 LOAD, MACHINE = "Load", "Machine"
 

@@ -1,11 +1,9 @@
-"""A progress display for what takes longer than two seconds."""
+"""A progress display for what takes longer than two seconds. Nothing is imported before something takes time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from gemma_mtp.progress import Display
 
 
 @contextmanager
@@ -14,5 +12,7 @@ def progress(message: str) -> Iterator[Callable[..., None]]:
 
     The callable given changes it, and takes the share that is done where that is known.
     """
+    from gemma_mtp.progress import Display
+
     with Display(message) as display:
         yield lambda text, share=None: display.show("", share, name=text)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.progress import progress
 from gemma_mtp.weight_types import parse_weight_types
 
 
@@ -27,11 +26,12 @@ def quantize(
     """
     from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
     from gemma_mtp.measure.memory import inspect_checkpoint
+    from gemma_mtp.progress import Display
 
     before = inspect_checkpoint(directory)
     types = parse_weight_types(kinds)
-    with progress("quantising"):
-        made = write_quantised_copy(directory, out, types, strict)
+    with Display("quantising") as display:
+        made = write_quantised_copy(directory, out, types, strict, display.show_bytes)
     after = inspect_checkpoint(out)
     parts = ", ".join(f"{part} {kind}" for part, kind in made.quantised.items())
     print(f"{out}: {parts}; {before.weight_bytes / 1e6:.1f} MB became {after.weight_bytes / 1e6:.1f} MB")

@@ -53,6 +53,12 @@ def token_texts(result: GenerationResult, tokenizer: Tokenizer | None) -> list[s
     return [*texts[:-1], texts[-1] + decoder.flush()] if texts else []
 
 
+def print_prompt(console: Console, prompt: str | Sequence[int]) -> None:
+    """A prompt of text, dimly, on a terminal with colours: the output goes on right after it. Else nothing."""
+    if isinstance(prompt, str) and console.is_terminal and console.color_system is not None:
+        console.print(Text(prompt, style="dim"), highlight=False, soft_wrap=True, end="")
+
+
 def print_drafts(console: Console, result: GenerationResult, tokenizer: Tokenizer | None) -> None:
     """The output with every token coloured by its kind, and a legend with counts."""
     coloured = console.color_system is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from gemma_mtp.cli import options
@@ -124,20 +125,21 @@ def serve(
     from gemma_mtp.engine.thread import EngineThread
 
     with run.listen(host, listening.port) as listener:
-        with progress("loading"):
-            pair = models.load()
+        pair = models.load()
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
         engine = EngineThread(pair, engine_options.settings())
         with progress("measuring what rounds cost"):
             engine.warm_up()
         with engine:
             logs.configure()
-            run.run(Service(engine, settings), listener, lambda: print(
+            said = [
                 f"serving {settings.model_name} at {run.url(listener)}: {engine.max_tokens} tokens a request,"
                 f" {engine_options.max_running} sequences at a time, {engine_options.max_waiting} waiting,"
-                f" {f'{len(keys)} API keys' if keys else 'no API keys'}",
-                flush=True,
-            ))  # fmt: skip
+                f" {f'{len(keys)} API keys' if keys else 'no API keys'}"
+            ]
+            if sys.stdout.isatty():
+                said.append(f"Open {run.page_url(listener)} , Ctrl-C stops.")
+            run.run(Service(engine, settings), listener, lambda: print(*said, sep="\n", flush=True))
 
 
 def _default_name(target: Path | None) -> str:

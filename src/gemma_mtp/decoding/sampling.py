@@ -154,7 +154,8 @@ class SamplingParams:
             _require(allowed, f"logit_bias of token {token_id}", bias, "between -100 and 100, or -inf")
 
     def _check_limits(self) -> None:
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
+        for name in ("ignore_eos", "apart"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
         _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         for text in self.stop:

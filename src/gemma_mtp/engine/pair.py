@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,6 +177,7 @@ def load_pair(
     use_drafter: bool = True,
     quantize: str | WeightTypes | None = None,
     strict: bool = False,
+    on_bytes: Callable[[str, int, int], object] = lambda part, done, of: None,
 ) -> Pair:
     """Load a target and its drafter, each a directory, `bundled`, or a name on the Hugging Face hub whose files are in
     its cache; without arguments, the bundled pair.
@@ -186,8 +188,9 @@ def load_pair(
     `device` "auto" is CUDA where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or
     part by part (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that
     contradicts something else and can be loaded all the same, is logged as a warning, or refused with `strict`. That
-    the pair fits together, and the target into memory, is checked before any weight is read. Raises CheckpointError,
-    ConfigError, PairError, QuantisationError.
+    the pair fits together, and the target into memory, is checked before any weight is read. `on_bytes` is told which
+    of "target" and "drafter" is being loaded, how many of its stored bytes are, and of how many. Raises
+    CheckpointError, ConfigError, PairError, QuantisationError.
     """
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if not (types is None or isinstance(types, WeightTypes)):
@@ -198,6 +201,8 @@ def load_pair(
     for name, flag in (("use_drafter", use_drafter), ("strict", strict)):
         if not isinstance(flag, bool):
             raise CheckpointError(f"{name} is of type {type(flag).__name__}, but must be True or False.")
+    if not callable(on_bytes):
+        raise CheckpointError(f"on_bytes is of type {type(on_bytes).__name__}, but must be a function.")
     if target is None:
         target, drafter = BUNDLED, drafter or BUNDLED
     chosen_device = choose_device(device)
@@ -216,10 +221,12 @@ def load_pair(
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
     stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
     check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
-    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict)
+    tell = functools.partial(on_bytes, "target")
+    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict, tell)
     loaded_drafter = None
     if drafter_source is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict)
+        tell = functools.partial(on_bytes, "drafter")
+        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict, tell)
     return Pair(
         backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=source.tokenizer() if source.has_tokenizer else None,

@@ -77,16 +77,24 @@ async def measure_levels(
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure of a side over the other's: the median of the repetitions' ratios, and their least and greatest."""
+    """One figure of a side over the other's: the median of the repetitions' ratios, and their least and greatest.
+
+    Those are None for a single repetition, which shows no spread.
+    """
 
     median: float
-    least: float
-    greatest: float
+    least: float | None
+    greatest: float | None
 
     @classmethod
     def of(cls, quotients: Sequence[float]) -> Ratio:
         """Of the repetitions' ratios."""
-        return cls(statistics.median(quotients), min(quotients), max(quotients))
+        spread = (min(quotients), max(quotients)) if len(quotients) > 1 else (None, None)
+        return cls(statistics.median(quotients), *spread)
+
+    def __str__(self) -> str:
+        spread = "" if self.least is None else f" ({self.least:.2f} to {self.greatest:.2f})"
+        return f"{self.median:.2f}x{spread}"
 
 
 FIGURES: dict[str, Callable[[LoadSummary], float | None]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma_mtp.measure.figure import new_figure, save_figure
 from gemma_mtp.measure.plan import Load, takes
-from gemma_mtp.measure.plot import save_figure
 from gemma_mtp.sizes.run import Loaded
 
 POINTS = 40
@@ -17,11 +17,9 @@ def plot_plan(
 ) -> None:
     """Draw the total against the context of the load's sequences, and of the first choice its parts. Raises DataError
     where the file can not be written."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(11, 5.0, f"What {name} takes", f"{load.sequences} sequences, planned and not measured")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(f"{name}, {load.sequences} sequences")
     most = next(iter(choices.values())).target.text.max_position_embeddings
     contexts = [max(1, round(most * i / POINTS)) for i in range(POINTS + 1)]
     for label, loaded in choices.items():

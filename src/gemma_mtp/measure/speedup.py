@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,19 +155,24 @@ def measure_speedup(
     params: SamplingParams = GREEDY,
     verification: Verification = "exact",
     repeats: int = 3,
+    on_prompt: Callable[[int, int], object] = lambda done, of: None,
 ) -> MeasuredSpeedup:
-    """Decode every prompt plainly and drafted, one after the other, so that both sides meet the same machine."""
+    """Decode every prompt plainly and drafted, one after the other, so that both sides meet the same machine.
+
+    `on_prompt` is told how many prompts are done, those of every repeat counted, and of how many.
+    """
     sides = (0, draft_tokens)
     for k in sides:  # the first generation of a process allocates and is slow
         pair.generate(prompts[0].content, params, draft_tokens=k, verification=verification)
     speeds: dict[int, list[float]] = {k: [] for k in sides}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         tokens, seconds = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0)
         for i, prompt in enumerate(prompts):
             for k in sides if i % 2 else reversed(sides):
                 result = pair.generate(prompt.content, params, draft_tokens=k, verification=verification)
                 tokens[k] += sum(round_.committed for round_ in result.decode_rounds)
                 seconds[k] += result.decode_seconds
+            on_prompt(repeat * len(prompts) + i + 1, repeats * len(prompts))
         for k in sides:
             speeds[k].append(tokens[k] / seconds[k] if seconds[k] else 0.0)
     plain, drafted = (statistics.median(speeds[k]) for k in sides)

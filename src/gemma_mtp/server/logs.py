@@ -1,4 +1,5 @@
-"""Structured logs, one JSON object a line; and what every request passes first: its id, its line, its 500.
+"""Structured logs, one JSON object a line, or lines for people on a terminal; and what every request passes first: its
+id, its line, its 500.
 
 A line that can not be written never fails a request.
 """
@@ -45,10 +46,38 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, default=str)
 
 
+class LineFormatter(logging.Formatter):
+    """A record as a line that people read: the time, what was asked for and what came of it, then the other fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = dict(getattr(record, "fields", {}))
+        said = [datetime.fromtimestamp(record.created).strftime("%H:%M:%S")]
+        if record.levelno > logging.INFO:
+            said.append(record.levelname.lower())
+        if "path" in fields:
+            names = ("method", "path", "status")
+            said += [_printable(fields.pop(name)) for name in names]
+            said.append(f"{fields.pop('seconds'):.3f} s")
+            fields.pop("request_id")  # the client has it, and the JSON lines
+        else:
+            said.append(_printable(record.getMessage()))
+        said += [f"{name}={_printable(value)}" for name, value in fields.items()]
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return " ".join(said) + trace
+
+
+def _printable(value: Any) -> str:
+    """In one line, without what a terminal would obey: paths and texts are the clients'."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def configure(level: int = logging.INFO) -> None:
-    """Send all logs to standard error as JSON lines."""
+    """Send all logs to standard error: as lines for people where that is a terminal, else as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(LineFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.setLevel(logging.INFO)

@@ -53,6 +53,12 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def page_url(listener: socket.socket) -> str:
+    """Where a browser on this machine finds the page; a socket that listens everywhere is reached as localhost."""
+    host, port = listener.getsockname()[:2]
+    return f"http://localhost:{port}" if host in ("0.0.0.0", "::") else url(listener)
+
+
 #: how long one thread may keep the interpreter from another: the engine's asks for it after every native call. Where
 #: one request is in work, the engine waits for the event loop with nothing else to do; where there are many, a switch
 #: costs more than it brings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting
+from gemma_mtp.training.origin import Origin
 
 GENERATION_CONFIG, CARD = "generation_config.json", "MODEL_CARD.md"
 
@@ -37,9 +39,9 @@ def _generation_config(target: Path, draft_tokens: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card of one run says. `recipe` and `data` are shown as they are."""
+    """What the card of one run says. `start` is a phrase; `recipe` and `data` are shown as they are."""
 
-    target: str
+    origin: Origin
     start: str
     parameters: int
     steps: int
@@ -47,8 +49,6 @@ class CardFacts:
     seconds: float
     data: Mapping[str, Any]
     recipe: Mapping[str, Any]
-    base_model: str = "unknown"
-    license: str = "other"
 
 
 def write_card(
@@ -68,9 +68,11 @@ def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recal
         f" {', '.join(f'{share:.3f}' for share in b.pooled.by_position)} | {b.pooled.rounds} |"
         for a, b in zip(start, now, strict=True)
     )
+    licence = "\n".join(f"{name}: {value}" for name, value in facts.origin.license.items())
+    found = verdict.lines()[0]
     return f"""---
-license: {facts.license}
-base_model: {facts.base_model}
+{licence}
+base_model: {facts.origin.base_model}
 library_name: gemma-mtp
 tags:
 - speculative-decoding
@@ -78,12 +80,14 @@ tags:
 - gemma4
 ---
 
-# MTP drafter for {facts.target}
+# MTP drafter for {facts.origin.base_model}
 
-Drafts tokens for this target in speculative decoding; the target alone decides what is written. It is of no use with
-another target. Trained by `gemma-mtp train`, from {facts.start}.
+Proposes tokens in speculative decoding, of which the target keeps those that it would have written itself: the output
+stays the same, and comes faster. With any other target it is of no use. It was trained by `gemma-mtp train`,
+{facts.start}.
 
-{facts.parameters:,} parameters, {facts.steps:,} steps, {facts.tokens:,} tokens seen, {facts.seconds / 60:.1f} minutes.
+{facts.parameters:,} parameters; {_counted(facts.steps, "step")}; {facts.tokens:,} tokens seen;
+{_lasting(facts.seconds)}.
 
 ## Data
 
@@ -95,19 +99,29 @@ another target. Trained by `gemma-mtp train`, from {facts.start}.
 
 ## Measured
 
-On {len(now[0].prompts)} held-out prompts, {K} drafts a round, `exact` verification, {now[0].params.max_tokens} tokens a
-prompt. The mean acceptance length counts the target's own token; acceptance at a position is given the ones before.
+On {_counted(len(now[0].prompts), "held-out prompt")}: {_counted(K, "draft")} a round, `exact` verification,
+{_counted(now[0].params.max_tokens, "token")} for each. The mean acceptance length counts the target's own
+token; acceptance at a position is given the ones before.
 
-| | before | after | after, at positions 1 to {K} | rounds |
+| | before | after | at positions 1 to {K}, after | rounds |
 |---|---|---|---|---|
 {rows}
 
-{verdict.lines()[0]}.
+{found[0].upper()}{found[1:]}.
 {head}"""
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name.replace('_', ' ')}: {_in_words(value)}" for name, value in facts.items())
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _lasting(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return "less than a minute" if seconds < 60 else _counted(minutes, "minute")
 
 
 def _in_words(value: object) -> str:
@@ -118,4 +132,7 @@ def _in_words(value: object) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_in_words, value))
-    return f"{value:,}" if isinstance(value, int) else str(value).removeprefix("torch.")
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = str(value).removeprefix("torch.")
+    return text if re.fullmatch(r"[\w.,= +-]+", text) else f"`{text}`"  # or Markdown would take it for something else

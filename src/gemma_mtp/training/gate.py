@@ -20,6 +20,12 @@ TIMED_PROMPTS = 4
 
 #: one report for each temperature
 Reports = tuple[AcceptanceReport, ...]
+#: is told how many prompts are done, and of how many
+OnPrompt = Callable[[int, int], object]
+
+
+def nobody(done: int, of: int) -> None:
+    """An `OnPrompt` for work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class EngineGate:
         drafter = load_drafter(directory, table.dtype, table.device, self.weight_types.of_drafter())
         return self.pair.with_drafter(drafter)
 
-    def measure(self, directory: Path, on_prompt: Callable[[int, int], object] = lambda done, of: None) -> Reports:
+    def measure(self, directory: Path, on_prompt: OnPrompt = nobody) -> Reports:
         """Acceptance of the drafter in `directory`, at each temperature. `on_prompt` is told how many prompts are done,
         and of how many."""
         pair = self.with_drafter(directory)
@@ -71,12 +77,13 @@ class EngineGate:
             for t in self.temperatures
         )
 
-    def speed(self, directory: Path, reports: Reports) -> Speed:
-        """What the drafter in `directory`, with these reports, gains; greedy."""
+    def speed(self, directory: Path, reports: Reports, on_prompt: OnPrompt = nobody) -> Speed:
+        """What the drafter in `directory`, with these reports, gains; greedy. `on_prompt` as in `measure`."""
         pair = self.with_drafter(directory)
         predicted = best(predict(reports[0].pooled, pair.round_costs())).speedup
         params = replace(self._params(0.0), max_tokens=self.max_tokens)
-        measured = measure_speedup(pair, self.prompts[:TIMED_PROMPTS], self.draft_tokens, params, repeats=1)
+        measured = measure_speedup(pair, self.prompts[:TIMED_PROMPTS], self.draft_tokens, params, repeats=1,
+                                   on_prompt=on_prompt)  # fmt: skip
         return Speed(predicted, measured)
 
     def _params(self, temperature: float) -> SamplingParams:

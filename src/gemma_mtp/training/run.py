@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -20,7 +21,7 @@ from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.progress import Display
+from gemma_mtp.progress import Display, loading
 from gemma_mtp.training.centroids import FIT_STATES, Recall, fit_head
 from gemma_mtp.training.drafter_trainer import (
     CHECKPOINT,
@@ -36,6 +37,7 @@ from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import Material, gather, hold_out
 from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.optim import choose_dtype
+from gemma_mtp.training.origin import origin_of
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
 from gemma_mtp.training.shapes import initialise, new_drafter_config
@@ -45,6 +47,8 @@ from gemma_mtp.weight_types import WeightTypes, merge
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
+#: settings that change nothing of what comes out, or that the card gives by what came of them
+OF_THE_MACHINE = {"store_target", "cache", "memory_mb", "checkpoint_steps", "compile", "held_out_prompts"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Run:
         self.tokenizer = source.tokenizer()
         if world.leads:  # one process alone, or two would move the same probe
             check_output(settings, self.state)
-        self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict)
-        self.target.dequantise_()
+        with loading(quiet=not world.leads) as on_bytes:
+            self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict,
+                                                 functools.partial(on_bytes, "target"))  # fmt: skip
+            self.target.dequantise_()
         self.target_name = _target_name(settings)
         self.pair = self._engine_pair()
 
@@ -99,7 +105,10 @@ class Run:
         settings = self.settings
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
         if device != self.device or self.weight_types.of_target():
-            return load_pair(settings.target, device=device, quantize=settings.quantize, use_drafter=False)
+            with loading(quiet=not self.world.leads) as on_bytes:
+                return load_pair(
+                    settings.target, device=device, quantize=settings.quantize, use_drafter=False, on_bytes=on_bytes
+                )
         with torch.device("meta"):
             target = Target(self.target.config)
         target.load_state_dict(self.target.state_dict(), assign=True)
@@ -175,10 +184,10 @@ class Run:
         recipe = {**asdict(settings.recipe), "temperatures": settings.temperatures, "dtype": self.dtype,
                   "quantised": _listed(self.weight_types) or None}  # fmt: skip
         return CardFacts(
-            settings.target.resolve().name,
-            "scratch" if settings.drafter is None else f"the drafter {settings.drafter.resolve().name}",
+            origin_of(settings.target),
+            "from scratch" if settings.drafter is None else f"starting from `{settings.drafter.resolve().name}`",
             sum(p.numel() for p in drafter.parameters()), result.best_step, result.tokens, result.seconds,
-            {**_shown(asdict(settings.data)), **data}, _shown(recipe), settings.target.resolve().name,
+            {**_shown(asdict(settings.data)), **data}, _shown(recipe),
         )  # fmt: skip
 
     def export(self, drafter: Drafter, directory: Path) -> None:
@@ -245,10 +254,7 @@ def _conclude(
     run.export(drafter, candidate)
     now = _measured(gate, candidate, "measuring what was trained")
     verdict = judge(start, now)
-    with Display("timing the start") as display:
-        before = gate.speed(starting, start)
-        display.show("", name="timing what was trained")
-        speeds = before, gate.speed(candidate, now)
+    speeds = _timed(gate, starting, start, "timing the start"), _timed(gate, candidate, now, "timing what was trained")
     exported = verdict.not_worse or settings.force
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
@@ -260,7 +266,16 @@ def _conclude(
 
 def _measured(gate: EngineGate, directory: Path, name: str) -> Reports:
     with Display(name) as display:
-        return gate.measure(directory, lambda done, of: display.show(f"prompt {done} of {of}", done / of))
+        return gate.measure(directory, functools.partial(_show_prompts, display))
+
+
+def _timed(gate: EngineGate, directory: Path, reports: Reports, name: str) -> Speed:
+    with Display(name) as display:
+        return gate.speed(directory, reports, functools.partial(_show_prompts, display))
+
+
+def _show_prompts(display: Display, done: int, of: int) -> None:
+    display.show(f"prompt {done} of {of}", done / of)
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
@@ -299,8 +314,8 @@ def _lengths(reports: Reports) -> str:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings for the card: without what was left out, and files by their names."""
-    kept = {name: value for name, value in settings.items() if value is not None}
+    """Settings for the card: without what was left out or is the machine's own, and files by their names."""
+    kept = {name: value for name, value in settings.items() if value is not None and name not in OF_THE_MACHINE}
     if "paths" in kept:
         kept["paths"] = ", ".join(path.name for path in kept["paths"])
     return {name: value.name if isinstance(value, Path) else value for name, value in kept.items()}

@@ -87,6 +87,40 @@ inline V partial(const Block& w, const int8_t* x, const int32_t* starts) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(pairs, ones), start));
 }
 
+#elif defined(GEMMA_NEON)
+
+template <WeightType T>
+inline V spread(const float* scales) {
+    if constexpr (SCALES<T> == 1) return set1(scales[0]);
+    const float32x2_t both = vld1_f32(scales);
+    return {vcombine_f32(both, both), vcombine_f32(both, both)};
+}
+
+struct Block {
+    int8x16_t v[4];
+};
+template <WeightType T>
+inline Block block(const uint8_t* w) {
+    if constexpr (BYTES<T>) {
+        const int8_t* p = (const int8_t*)w;
+        return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
+    }
+    const uint8x16_t a = vld1q_u8(w), b = vld1q_u8(w + 16), mask = vdupq_n_u8(15);
+    const auto value = [](uint8x16_t stored) { return vsubq_s8(vreinterpretq_s8_u8(stored), vdupq_n_s8(8)); };
+    return {{value(vandq_u8(a, mask)), value(vandq_u8(b, mask)), value(vshrq_n_u8(a, 4)), value(vshrq_n_u8(b, 4))}};
+}
+// Returns the sums of four products each. A product lies below 2 ** 14 in size, a pair of them within an int32.
+inline int32x4_t fours(int8x16_t w, int8x16_t x) {
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_s8(vget_high_s8(w), vget_high_s8(x));
+    return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+}
+template <WeightType T>
+inline V partial(const Block& w, const int8_t* x, const int32_t*) {
+    const int32x4_t low = vaddq_s32(fours(w.v[0], vld1q_s8(x)), fours(w.v[2], vld1q_s8(x + 32)));
+    const int32x4_t high = vaddq_s32(fours(w.v[1], vld1q_s8(x + 16)), fours(w.v[3], vld1q_s8(x + 48)));
+    return {vcvtq_f32_s32(low), vcvtq_f32_s32(high)};
+}
+
 #else
 
 template <WeightType T>

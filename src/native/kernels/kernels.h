@@ -113,6 +113,9 @@ struct Kernels {
 const Kernels& kernels_portable();
 // The portable kernels with one fault, for tests that must see it: several rows are summed in another order than one.
 const Kernels& kernels_control();
+#if defined(__aarch64__)
+const Kernels& kernels_neon();  // which every 64-bit ARM has
+#endif
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();

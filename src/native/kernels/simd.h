@@ -10,6 +10,8 @@
 
 #if defined(GEMMA_AVX512) || defined(GEMMA_AVX2)
 #include <immintrin.h>
+#elif defined(GEMMA_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace gemma {
@@ -90,6 +92,48 @@ inline void narrow(V whole, int8_t* out) {
     _mm_storel_epi64((__m128i*)out, _mm_packs_epi16(half, half));
 }
 inline __m128 quarter(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+
+#elif defined(GEMMA_NEON)
+
+constexpr int W = 8;
+struct V {  // lanes 0 .. 3 and 4 .. 7
+    float32x4_t low, high;
+};
+
+inline V zero() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
+inline V set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+inline V load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+inline float32x4_t widened(uint16x4_t bits) { return vreinterpretq_f32_u32(vshll_n_u16(bits, 16)); }
+inline V load(const uint16_t* p) {
+    const uint16x8_t bits = vld1q_u16(p);
+    return {widened(vget_low_u16(bits)), widened(vget_high_u16(bits))};
+}
+inline V even(const uint16_t* p) {
+    const uint32x4_t a = vreinterpretq_u32_u16(vld1q_u16(p)), b = vreinterpretq_u32_u16(vld1q_u16(p + 8));
+    return {vreinterpretq_f32_u32(vshlq_n_u32(a, 16)), vreinterpretq_f32_u32(vshlq_n_u32(b, 16))};
+}
+inline V odd(const uint16_t* p) {
+    const uint32x4_t a = vreinterpretq_u32_u16(vld1q_u16(p)), b = vreinterpretq_u32_u16(vld1q_u16(p + 8));
+    const uint32x4_t mask = vdupq_n_u32(0xffff0000);
+    return {vreinterpretq_f32_u32(vandq_u32(a, mask)), vreinterpretq_f32_u32(vandq_u32(b, mask))};
+}
+inline void store(float* p, V v) { vst1q_f32(p, v.low), vst1q_f32(p + 4, v.high); }
+inline V fma(V a, V b, V c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+inline V add(V a, V b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+inline V sub(V a, V b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+inline V mul(V a, V b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+inline V div(V a, V b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+inline V max(V a, V b) { return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)}; }
+inline V min(V a, V b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
+inline V round(V a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+inline float32x4_t power_of_two(float32x4_t n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+inline V exponent(V n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+inline void narrow(V whole, int8_t* out) {
+    const int16x8_t half = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(whole.low)), vqmovn_s32(vcvtnq_s32_f32(whole.high)));
+    vst1_s8(out, vqmovn_s16(half));
+}
 
 #else  // portable: the vector extensions of GCC and Clang become NEON, SSE or whatever the machine has
 
@@ -202,6 +246,24 @@ inline void sum4(V a, V b, V c, V d, float* out) {  // `sum` of four vectors, by
     __m128 ab = _mm_add_ps(_mm_unpacklo_ps(qa, qb), _mm_unpackhi_ps(qa, qb));
     __m128 cd = _mm_add_ps(_mm_unpacklo_ps(qc, qd), _mm_unpackhi_ps(qc, qd));
     _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+
+#elif defined(GEMMA_NEON)
+
+inline float sum(V v) {
+    const float32x4_t q = vaddq_f32(v.low, v.high);
+    const float32x2_t pairs = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+    return vget_lane_f32(vpadd_f32(pairs, pairs), 0);
+}
+
+inline void sum4(V a, V b, V c, V d, float* out) {  // `sum` of four vectors, by the same tree
+    const float32x4_t qa = vaddq_f32(a.low, a.high), qb = vaddq_f32(b.low, b.high);
+    const float32x4_t qc = vaddq_f32(c.low, c.high), qd = vaddq_f32(d.low, d.high);
+    const float32x2_t pa = vadd_f32(vget_low_f32(qa), vget_high_f32(qa)),
+                      pb = vadd_f32(vget_low_f32(qb), vget_high_f32(qb));
+    const float32x2_t pc = vadd_f32(vget_low_f32(qc), vget_high_f32(qc)),
+                      pd = vadd_f32(vget_low_f32(qd), vget_high_f32(qd));
+    vst1_f32(out, vpadd_f32(pa, pb)), vst1_f32(out + 2, vpadd_f32(pc, pd));
 }
 
 #else

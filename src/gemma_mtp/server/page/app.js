@@ -2,16 +2,21 @@
 
 import { Failure, generate, servedModel } from "./client.js";
 import { Lane, formatNumber } from "./lane.js";
-import { compare } from "./record.js";
+import { apply, fragment } from "./link.js";
+import { headline, notes, outcome } from "./race.js";
+import { Curve, Replay, SLOWER, timeline } from "./replay.js";
 import { SAMPLES } from "./samples.js";
 
 const LONGEST_DRAFT = 16;
-/** Drafts below which a race says little of the speed. */
-const FEW_DRAFTS = 20;
+/** Seconds of a replay that begins by itself. */
+const SHORT_REPLAY = 15;
+const REPEATS = 3;
 const ENDINGS = { length: "ended at the token limit", stop: "ended by itself" };
 const element = (id) => document.getElementById(id);
 const form = element("controls");
+const curve = new Curve(element("curve"));
 let running = null; // the AbortController of what runs
+let replay = null; // of the race that is shown
 
 function choice(name) {
   return form.querySelector(`input[name="${name}"]:checked`)?.value;
@@ -48,12 +53,15 @@ function setRunning(controller) {
 async function start(isRace) {
   if (running || !form.reportValidity()) return;
   const options = readOptions();
+  clear();
   if (isRace && options.draftTokens === 0) {
+    element("empty").hidden = false;
     showError("A race needs drafts: choose a draft length other than 0.");
     element("draft-tokens").focus();
     return;
   }
-  prepare();
+  if (matchMedia("(max-width: 60rem)").matches) element("results").scrollIntoView(); // it is below the options there
+  history.replaceState(null, "", fragment(form));
   const controller = new AbortController();
   setRunning(controller);
   try {
@@ -65,17 +73,19 @@ async function start(isRace) {
   }
 }
 
-function prepare() {
+/** Nothing of an earlier run is left, neither beside a new one nor beside an error. */
+function clear() {
+  replay?.end();
+  replay = null;
   showError("");
   say("");
   element("verdict").hidden = true;
   element("empty").hidden = true;
   element("lanes").replaceChildren();
-  if (matchMedia("(max-width: 60rem)").matches) element("results").scrollIntoView(); // it is below the options there
 }
 
-function newLane(title, options) {
-  return new Lane(element("lanes"), title, options.chat ? "" : options.prompt);
+function newLane(title, options, kind = "") {
+  return new Lane(element("lanes"), title, options.chat ? "" : options.prompt, kind);
 }
 
 async function single(options, controller) {
@@ -89,24 +99,38 @@ async function single(options, controller) {
 
 async function race(options, controller) {
   const together = choice("order") === "together";
+  const repeats = element("thrice").checked ? REPEATS : 1;
   const runs = [
-    { title: "Without drafter", options: { ...options, draftTokens: 0 } },
-    { title: "With drafter", options },
-  ].map((run) => ({ ...run, lane: newLane(run.title, options) }));
-  if (together) {
-    say("Racing: both run together.");
-    await Promise.all(runs.map((run) => follow(run.lane, run.options, controller)));
-  } else {
-    const waiting = [...runs];
-    controller.signal.addEventListener("abort", () => waiting.forEach((run) => (run.lane.state = "not run")));
-    runs[1].lane.state = "waiting";
-    for (const [i, run] of runs.entries()) {
-      say(`Racing: run ${i + 1} of 2, ${run.title.toLowerCase()}.`);
-      waiting.shift();
-      await follow(run.lane, run.options, controller);
-    }
+    { title: "Without drafter", kind: "plain", options: { ...options, draftTokens: 0 } },
+    { title: "With drafter", kind: "drafted", options },
+  ].map((run) => ({ ...run, lane: newLane(run.title, options, run.kind) }));
+  const repetitions = [];
+  for (let i = 0; i < repeats; i++) {
+    const which = repeats > 1 ? `, race ${i + 1} of ${repeats}` : "";
+    await (together ? raceTogether : raceInTurn)(runs, which, controller);
+    repetitions.push(runs.map((run) => run.lane.record));
   }
-  showVerdict(runs[0].lane.record, runs[1].lane.record, options, together);
+  const result = outcome(repetitions);
+  runs[0].lane.show(result.plain);
+  runs[1].lane.show(result.drafted);
+  showVerdict(result, options, together);
+  prepareReplay(runs);
+}
+
+async function raceTogether(runs, which, controller) {
+  say(`Racing: both run together${which}.`);
+  await Promise.all(runs.map((run) => follow(run.lane, run.options, controller)));
+}
+
+async function raceInTurn(runs, which, controller) {
+  const waiting = [...runs];
+  controller.signal.addEventListener("abort", () => waiting.forEach((run) => (run.lane.state = "not run")));
+  runs[1].lane.wait();
+  for (const [i, run] of runs.entries()) {
+    say(`Racing: run ${i + 1} of 2, ${run.title.toLowerCase()}${which}.`);
+    waiting.shift();
+    await follow(run.lane, run.options, controller);
+  }
 }
 
 /** Play one generation on its lane. When it fails, whatever runs beside it ends, too. */
@@ -122,48 +146,37 @@ async function follow(lane, options, controller) {
   }
 }
 
-function showVerdict(plain, drafted, options, together) {
-  const { identical, token } = compare(plain, drafted);
-  const answer = identical ? "yes" : "no";
-  const [before, after] = [plain.tokensPerSecond, drafted.tokensPerSecond];
-  const ratio = before && after ? `${(after / before).toFixed(2)}×` : "–";
-  const notes = [identical ? sameness(drafted) : difference(token, options.verification)];
-  if (before && after) notes.push(speeds(before, after, together));
-  if (drafted.drafted < FEW_DRAFTS) notes.push(fewDrafts(drafted.drafted));
-  element("identical").textContent = answer;
-  element("identical").className = identical ? "good" : "bad";
-  element("ratio").textContent = ratio;
-  element("verdict-note").textContent = notes.join(" ");
+function showVerdict(result, options, together) {
+  const { speed, same } = headline(result);
+  element("speed").textContent = speed;
+  element("identical").textContent = same;
+  element("identical").className = result.identical ? "good" : "bad";
+  element("verdict-note").textContent = notes(result, options.verification, together, formatNumber);
   element("verdict").hidden = false;
-  say(`Race finished. Identical: ${answer}. Speed with the drafter: ${ratio}`);
+  curve.runs = ["plain", "drafted"].map((kind) => ({
+    name: kind === "plain" ? "without drafter" : "with drafter",
+    kind,
+    points: timeline(result[kind]),
+  }));
+  say(`Race finished: ${speed} ${same}.`);
 }
 
-function sameness(record) {
-  const bytes = new TextEncoder().encode(record.text).length;
-  return `${record.tokenIds.length} tokens, ${bytes} bytes: all the same.`;
+/** What went by too fast to be seen is shown again by itself, if the visitor does not mind motion. */
+function prepareReplay(runs) {
+  const button = element("replay");
+  replay = new Replay(
+    runs.map((run) => run.lane),
+    curve,
+    () => button.setAttribute("aria-disabled", "false"),
+  );
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (!still && replay.seconds * SLOWER <= SHORT_REPLAY) playAgain();
 }
 
-function difference(token, verification) {
-  const why =
-    verification === "exact"
-      ? "Exact verification should not let that happen."
-      : `${capital(verification)} verification keeps the distribution, not the tokens.`;
-  return `The outputs part at token ${token}. ${why}`;
-}
-
-function speeds(before, after, together) {
-  const order = together ? "together, sharing the processor" : "one after the other";
-  const both = `${formatNumber(before)} tokens a second without, ${formatNumber(after)} with`;
-  return `${both}, after the first token and by the server's clock; run ${order}.`;
-}
-
-function fewDrafts(count) {
-  const drafts = count === 1 ? "draft was" : "drafts were";
-  return `Only ${count} ${drafts} made: too few to say how fast drafting is. Ask for more tokens.`;
-}
-
-function capital(text) {
-  return text.charAt(0).toUpperCase() + text.slice(1);
+function playAgain() {
+  if (!replay || element("replay").getAttribute("aria-disabled") === "true") return;
+  element("replay").setAttribute("aria-disabled", "true");
+  replay.play();
 }
 
 /** Say what ended a run early. */
@@ -205,16 +218,37 @@ function sampleText(sample) {
   return choice("mode") === "chat" ? sample.chat : sample.completion;
 }
 
+/** A sample's prompt, and the seed and temperature that it is good with. */
+function choose(sample) {
+  element("prompt").value = sampleText(sample);
+  element("seed").value = sample.seed;
+  element("temperature").value = sample.temperature;
+  renewLink();
+}
+
+function renewLink() {
+  element("link").href = fragment(form);
+}
+
+function setUpLink() {
+  form.addEventListener("input", renewLink);
+  window.addEventListener("hashchange", () => {
+    apply(form, location.hash);
+    renewLink();
+  });
+  renewLink();
+}
+
 function setUpSamples() {
   const prompt = element("prompt");
   for (const sample of SAMPLES) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = sample.name;
-    button.addEventListener("click", () => (prompt.value = sampleText(sample)));
+    button.addEventListener("click", () => choose(sample));
     element("samples").append(button);
   }
-  prompt.value ||= sampleText(SAMPLES[0]);
+  if (!apply(form, location.hash)) choose(SAMPLES[0]);
   element("mode-field").addEventListener("change", () => {
     const shown = SAMPLES.find((sample) => [sample.chat, sample.completion].includes(prompt.value));
     if (shown) prompt.value = sampleText(shown);
@@ -242,13 +276,20 @@ function setUpTheme() {
   });
 }
 
+/** End what runs, or the replay. */
+function stop() {
+  if (running) running.abort();
+  else replay?.end();
+}
+
 function setUpKeys() {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     start(false);
   });
   element("race").addEventListener("click", () => start(true));
-  element("stop").addEventListener("click", () => running?.abort());
+  element("stop").addEventListener("click", stop);
+  element("replay").addEventListener("click", playAgain);
   element("key").addEventListener("change", showModel);
   element("letters").addEventListener("change", (event) => {
     document.body.classList.toggle("letters", event.target.checked);
@@ -258,7 +299,7 @@ function setUpKeys() {
       event.preventDefault();
       start(false);
     } else if (event.key === "Escape") {
-      running?.abort();
+      stop();
     }
   });
 }
@@ -266,5 +307,6 @@ function setUpKeys() {
 setUpTheme();
 setUpDraftLengths();
 setUpSamples();
+setUpLink();
 setUpKeys();
 showModel();

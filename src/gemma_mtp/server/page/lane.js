@@ -1,10 +1,15 @@
 // One generation on the page: its figures, its tokens in colour, its acceptance, its rounds. Drawn once a frame.
 
 import { Record } from "./record.js";
+import { timeline } from "./replay.js";
 
 const NAMES = { draft: "accepted draft", first: "first token" }; // others are called as their kinds
 /** Pixels from the end of the output within which it follows the text. */
 const NEAR_END = 24;
+/** Positions of drafts that are shown unasked. */
+const POSITIONS = 6;
+/** The palest that a bar of few drafts gets. */
+const PALEST = 0.3;
 
 export class Lane {
   record = new Record();
@@ -13,13 +18,15 @@ export class Lane {
   #frame = 0;
   #rows = 0;
 
-  constructor(parent, title, prompt) {
+  /** `kind`, a class, says which side of a race it is. */
+  constructor(parent, title, prompt, kind = "") {
     const template = document.getElementById("lane");
     this.#element = template.content.firstElementChild.cloneNode(true);
+    if (kind) this.#element.classList.add(kind);
     this.#find("h2").textContent = title;
     this.#find(".output").setAttribute("aria-label", `Generated text: ${title}`);
     this.#find(".output").append(make("span", "prompt", prompt));
-    this.#find("details").addEventListener("toggle", () => this.#drawRows());
+    this.#find("details.rounds").addEventListener("toggle", () => this.#drawRows());
     parent.append(this.#element);
   }
 
@@ -28,8 +35,27 @@ export class Lane {
   }
 
   begin() {
-    this.record = new Record();
+    this.#clear(new Record());
     this.state = "running";
+  }
+
+  wait() {
+    this.#clear(new Record());
+    this.#draw();
+    this.state = "waiting";
+  }
+
+  /** Show another generation, which has ended. */
+  show(record) {
+    this.#clear(record);
+    this.#rounds = [...record.rounds];
+    this.#draw();
+  }
+
+  /** Hide what came later than so many seconds after the first token; it keeps its place. */
+  showUntil(seconds) {
+    const spans = this.#find(".output").querySelectorAll(".round");
+    timeline(this.record).forEach((point, i) => spans[i].classList.toggle("later", point.seconds > seconds));
   }
 
   add(chunk) {
@@ -47,6 +73,14 @@ export class Lane {
 
   #find(selector) {
     return this.#element.querySelector(selector);
+  }
+
+  #clear(record) {
+    cancelAnimationFrame(this.#frame);
+    this.record = record;
+    this.#rounds = [];
+    this.#rows = 0;
+    for (const shown of this.#element.querySelectorAll(".round, .bars > li, tbody > tr")) shown.remove();
   }
 
   #draw() {
@@ -74,25 +108,30 @@ export class Lane {
       tokens: String(tokenIds.length),
     };
     for (const [name, value] of Object.entries(figures)) this.#find(`[data-figure="${name}"]`).textContent = value;
+    this.#find(".cached").hidden = this.record.cachedTokens === 0;
   }
 
   #drawAcceptance() {
-    const bars = this.#find(".bars");
     const { acceptance } = this.record;
     this.#find(".none").hidden = acceptance.length > 0;
     this.#find(".explain").hidden = acceptance.length === 0;
-    while (bars.children.length < acceptance.length) bars.append(bar(bars.children.length + 1));
+    const more = this.#find("details.more");
+    more.hidden = acceptance.length <= POSITIONS;
+    more.querySelector("summary").textContent = `Positions ${POSITIONS + 1} to ${acceptance.length}`;
+    const lists = this.#element.querySelectorAll(".bars");
     acceptance.forEach(({ reached, accepted }, i) => {
       const share = Math.round((100 * accepted) / reached);
-      const row = bars.children[i];
+      const [list, place] = i < POSITIONS ? [lists[0], i] : [lists[1], i - POSITIONS];
+      const row = list.children[place] ?? list.appendChild(bar(i + 1));
       row.querySelector(".fill").style.setProperty("--share", String(share));
+      row.querySelector(".fill").style.setProperty("--weight", Math.max(PALEST, reached / acceptance[0].reached).toFixed(2));
       row.querySelector(".share").textContent = `${share}%`;
       row.querySelector(".count").textContent = `${accepted} of ${reached}`;
     });
   }
 
   #drawRows() {
-    if (!this.#find("details").open) return;
+    if (!this.#find("details.rounds").open) return;
     const rounds = this.record.rounds.slice(this.#rows);
     this.#find("tbody").append(...rounds.map((round, i) => roundRow(round, this.#rows + i)));
     this.#rows += rounds.length;

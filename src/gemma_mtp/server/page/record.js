@@ -6,6 +6,8 @@ export class Record {
   tokenIds = [];
   rounds = [];
   finishReason = null;
+  /** Tokens of the prompt whose keys and values the server had from before. */
+  cachedTokens = 0;
   /** For each draft position: in how many rounds it was reached, those before it accepted, and in how many accepted. */
   acceptance = [];
   #decodeTokens = 0;
@@ -19,6 +21,7 @@ export class Record {
       this.text += choice.text ?? choice.delta.content ?? "";
       this.finishReason = choice.finish_reason ?? this.finishReason;
     }
+    this.cachedTokens = chunk.usage?.prompt_tokens_details?.cached_tokens ?? this.cachedTokens;
     const round = chunk.gemma_mtp ?? null;
     if (round) this.#addRound(round);
     return round;

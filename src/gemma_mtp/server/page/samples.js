@@ -1,56 +1,67 @@
-// Prompts to begin with: for completion, code to go on with; for chat, the same as a question.
+// Prompts to begin with: for completion, code to go on with; for chat, the same as a question. Seed and temperature are
+// ones with which the bundled pair goes on well, and does not repeat itself.
 
 export const SAMPLES = [
   {
-    name: "Settings",
-    completion: `"""Read settings from a file."""
+    name: "Field",
+    seed: 10,
+    temperature: 0.3,
+    completion: `class Field:
+    """A field of a form."""
 
-import json
-import os
+    def __init__(self, name, required=True, default=None):
+        self.name = name
+        self.required = required
+        self.default = default
 
-
-class SettingsError(Exception):
-    """Raised when the settings can not be read."""
-
-
-def load_settings(path, encoding="utf-8"):
+    def clean(self, value):
 `,
-    chat: "Write a Python function that loads settings from a JSON file, with a clear error for a bad one.",
+    chat: "Write a Python class for a field of a form, with a default value and a method that checks a value.",
   },
   {
-    name: "Stack",
-    completion: `class Stack:
-    """A last-in, first-out collection."""
+    name: "Error",
+    seed: 11,
+    temperature: 0.7,
+    completion: `class ParseError(Exception):
+    """Raised for text that can not be parsed."""
 
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
+    def __init__(self, message, line, column):
 `,
-    chat: "Write a Python class for a stack, with push, pop and len.",
+    chat: "Write a Python exception for text that can not be parsed, with line and column.",
   },
   {
-    name: "Test case",
-    completion: `import unittest
+    name: "Client",
+    seed: 3,
+    temperature: 0.7,
+    completion: `import urllib.request
 
 
-class TestPoint(unittest.TestCase):
-    def setUp(self):
-        self.point = Point(1, 2)
+class Client:
+    """A client for a JSON API."""
 
-    def test_equality(self):
+    def __init__(self, url, timeout=10):
+        self.url = url
+        self.timeout = timeout
+
+    def get(self, path):
 `,
-    chat: "Write a unittest test case for a Python class Point(x, y).",
+    chat: "Write a small Python client for a JSON API, with urllib only.",
   },
   {
-    name: "CSV rows",
-    completion: `import csv
+    name: "Array",
+    seed: 11,
+    temperature: 0.5,
+    completion: `import numpy as np
 
 
-def read_rows(path):
-    """Yield the rows of a CSV file as dictionaries."""
-    with open(path, newline="") as file:
+def normalise(x, axis=None):
+    """
+    Scale an array to length one.
+
+    Parameters
+    ----------
+    x : array_like
 `,
-    chat: "Write a Python generator that yields the rows of a CSV file as dictionaries.",
+    chat: "Write a numpy function that scales an array to length one along an axis, with a docstring.",
   },
 ];
