@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gemma_mtp.checkpoint.blocks import READ
+from gemma_mtp.checkpoint.kept import keep_blocks_
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import (
     Contents,
@@ -43,17 +45,17 @@ def load_target(
 ) -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
-    `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so. What is
+    `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks of
+    a kind that the operators multiply too. What is
     not as it should be but can be loaded is logged, or refused with `strict`. Peak memory: the weights as they are
     kept, plus a piece of 32 MB as it is stored and as much again where it is quantised. `on_bytes` is told how many
     stored bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
     contents = read_contents(source, read_target_config(source))
-    report(location, contents.notes, strict)
     target = planned_model(source, contents, dtype, types)
     assert isinstance(target, Target)
-    return _load(source, target, contents, device, on_bytes)
+    return _load(source, target, contents, device, strict, on_bytes)
 
 
 def load_drafter(
@@ -67,10 +69,9 @@ def load_drafter(
     """Load a drafter in inference mode; the rest as in `load_target`."""
     source = open_source(location, "drafter")
     contents = read_contents(source, read_drafter_config(source))
-    report(location, contents.notes, strict)
     drafter = planned_model(source, contents, dtype, types)
     assert isinstance(drafter, Drafter)
-    return _load(source, drafter, contents, device, on_bytes)
+    return _load(source, drafter, contents, device, strict, on_bytes)
 
 
 def planned_model(
@@ -83,6 +84,21 @@ def planned_model(
         _check_ordering(source, contents)
     model.quantise_(types or WeightTypes())
     return model
+
+
+def rounded(model: Target | Drafter, contents: Contents[Any]) -> list[str]:
+    """Returns a sentence where blocks of quantised values lose something in the floating-point numbers that they
+    become."""
+    weights = model.checkpoint_tensors()
+    lost = {
+        (headers.dtype, str(weights[name].dtype).removeprefix("torch."))
+        for name, headers in contents.headers.items()
+        if headers.dtype in READ and not weights[name].quantised and weights[name].dtype != torch.float32
+    }
+    return [
+        f"its tensors of {kind} are rounded to {dtype}; float32 keeps their values as they are."
+        for kind, dtype in sorted(lost)
+    ]
 
 
 def additions(contents: Contents[Any], names: Iterable[str]) -> dict[str, float]:
@@ -104,8 +120,17 @@ def _check_ordering(source: Source, contents: Contents[DrafterConfig]) -> None:
 
 
 def _load(
-    source: Source, model: _Model, contents: Contents[Any], device: torch.device | str, on_bytes: OnBytes
+    source: Source,
+    model: _Model,
+    contents: Contents[Any],
+    device: torch.device | str,
+    strict: bool,
+    on_bytes: OnBytes,
 ) -> _Model:
+    keep_blocks_(model, contents.headers)
+    report(source, [*contents.notes, *rounded(model, contents)], strict)
+    for sentence in contents.summary:
+        logger.info("%s", sentence)
     skipped = contents.unused
     if skipped:
         size = sum(header.nbytes for header in skipped) / 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.source import Piece, StoredTensor
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.gguf import BLOCKS
 from gemma_mtp.files.pieces import PieceFile
 
 #: dtypes that PyTorch has, by the names that `StoredTensor` gives them
@@ -47,7 +49,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _read(file: PieceFile, tensor: StoredTensor, rows: slice | None) -> Tensor:
-    if tensor.dtype not in TORCH_DTYPES:
+    blocks = tensor.dtype in BLOCKS and BLOCKS[tensor.dtype][0] > 1
+    if tensor.dtype not in TORCH_DTYPES and not blocks:
         raise CheckpointError(f"{tensor.file} stores {tensor.name} as {tensor.dtype}, which can not be read.")
     first, shape = 0, tensor.shape
     if rows is not None:
@@ -57,4 +60,6 @@ def _read(file: PieceFile, tensor: StoredTensor, rows: slice | None) -> Tensor:
     nbytes = tensor.nbytes if rows is None else shape[0] * row_bytes
     values = torch.empty(nbytes, dtype=torch.uint8)
     file.read_into(values.numpy().data, tensor.offset + first * row_bytes)
+    if blocks:  # bytes, of which a row is the last dimension
+        return values.view(*shape[:-1], tensor.nbytes // math.prod(tensor.shape[:-1]))
     return values.view(TORCH_DTYPES[tensor.dtype]).view(shape)

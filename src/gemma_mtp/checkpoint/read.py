@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from gemma_mtp.checkpoint.blocks import READ
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, missing_tensor, unused_tensors
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Location, Source, StoredTensor
@@ -37,7 +38,7 @@ class Contents(Generic[_Config]):
 
     `config` has tie_word_embeddings as the weights have it. `types` says which parts are stored quantised. `headers`
     are by official name, `unused` all others. `notes` are sentences on what is not as it should be, though it can be
-    loaded.
+    loaded; `summary` on what is read in another way than it is stored.
     """
 
     config: _Config
@@ -45,6 +46,7 @@ class Contents(Generic[_Config]):
     headers: dict[str, StoredTensor]
     unused: list[StoredTensor]
     notes: list[str]
+    summary: list[str] = field(default_factory=list)
 
 
 def read_target_config(location: Location) -> TargetConfig:
@@ -87,9 +89,27 @@ def text_headers(location: Location) -> dict[str, StoredTensor]:
 
 
 def stored_dtypes(location: Location) -> set[str]:
-    """Names of the floating dtypes of a checkpoint's text tensors, scales of quantised ones left out."""
-    headers = text_headers(location).items()
-    return {header.dtype for name, header in headers if header.dtype in FLOAT_DTYPES and not name.endswith(SCALES)}
+    """Names of the floating dtypes of a checkpoint's text tensors, types of blocks too, scales of quantised ones left
+    out.
+
+    A float32 vector whose values bfloat16 has counts as BF16: some formats store vectors wider than the model has them.
+    """
+    source = open_source(location)
+    found = [header for name, header in text_headers(source).items() if not name.endswith(SCALES)]
+    dtypes = {header.dtype for header in found if header.dtype in (*FLOAT_DTYPES, *READ) and not _is_wide(header)}
+    vectors = [header for header in found if _is_wide(header)]
+    if dtypes == {"BF16"} and all(map(_fits_bfloat16, source.read((header, None) for header in vectors))):
+        return dtypes
+    return dtypes | {header.dtype for header in vectors}
+
+
+def _is_wide(header: StoredTensor) -> bool:
+    """Whether it is a vector of float32."""
+    return header.dtype == "F32" and len(header.shape) == 1
+
+
+def _fits_bfloat16(values: Tensor) -> bool:
+    return torch.equal(values.to(torch.bfloat16).float(), values)
 
 
 def read_contents(location: Location, config: _Config) -> Contents[_Config]:
@@ -114,6 +134,7 @@ def read_contents(location: Location, config: _Config) -> Contents[_Config]:
         headers=headers,
         unused=[header for name, header in stored.items() if name not in used],
         notes=notes,
+        summary=source.summary(),
     )
 
 
@@ -160,7 +181,7 @@ def check_headers(stored: Mapping[str, Tensor], contents: Contents[Any]) -> None
         if header.dtype not in allowed:
             raise CheckpointError(
                 f"{header.file.name} stores {name} as {header.dtype}, but {' or '.join(allowed)} was expected;"
-                " use an unquantised checkpoint."
+                " use a checkpoint that is stored so."
             )
 
 

@@ -80,6 +80,9 @@ class SafetensorsSource:
     def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         return read_pieces(pieces)
 
+    def summary(self) -> list[str]:
+        return []
+
     def notes(self) -> list[str]:
         """Returns a sentence where it is not plain which files are loaded."""
         if not ((self.path / SINGLE_FILE).is_file() and (self.path / INDEX_FILE).is_file()):

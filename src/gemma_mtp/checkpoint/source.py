@@ -73,10 +73,15 @@ class Source(Protocol):
         ...
 
     def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
-        """Yields the values of each piece as they are stored, on the CPU, in order.
+        """Yields the values of each piece as they are stored, on the CPU, in order; of a type of blocks its bytes,
+        uint8 [..., bytes of a row].
 
         No more is in memory than the pieces that the caller still holds (`pieces.read_pieces`).
         """
+        ...
+
+    def summary(self) -> list[str]:
+        """Returns a sentence on each thing that is read in another way than it is stored, and on what that loses."""
         ...
 
     def notes(self) -> list[str]:

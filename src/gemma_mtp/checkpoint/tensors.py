@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gemma_mtp.checkpoint.blocks import READ, dequantised
+from gemma_mtp.checkpoint.kept import holds_blocks, take_blocks
 from gemma_mtp.checkpoint.pieces import NAMES
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Piece, Source, StoredTensor
 from gemma_mtp.weights.base import SCALES, Weight
@@ -25,7 +28,7 @@ def allowed_dtypes(dtype: torch.dtype) -> Iterable[str]:
     """Names of what may be stored for a tensor of `dtype`."""
     if dtype in (torch.int8, torch.uint8):  # what quantised matrices are stored as
         return [NAMES[dtype]]
-    return FLOAT_DTYPES if dtype.is_floating_point else INTEGER_DTYPES
+    return [*FLOAT_DTYPES, *READ] if dtype.is_floating_point else INTEGER_DTYPES
 
 
 def stored_views(weights: Mapping[str, Weight], stored: Collection[str]) -> dict[str, Weight]:
@@ -50,11 +53,15 @@ def copy_tensors(
     added: Mapping[str, float],
     on_bytes: OnBytes = nobody,
 ) -> None:
-    """Copy every stored tensor into the view of the same name, converted to its dtype or quantised, piece by piece."""
-    for name, rows, value in read_values(source, views, headers, added, on_bytes):
+    """Copy every stored tensor into the view of the same name, piece by piece: converted to its dtype, quantised, or
+    blocks as they are."""
+    for name, rows, stored in _read_stored(source, views, headers, on_bytes):
         view = views[name] if rows is None else views[name][rows]
-        view.copy_(value)
-        del value  # before the next one is read
+        if holds_blocks(view, headers[name]):
+            take_blocks(view, headers[name], stored)
+        else:
+            view.copy_(_value(headers[name], stored, added.get(name)))
+        del stored  # before the next one is read
 
 
 def converted_tensors(
@@ -87,14 +94,22 @@ def read_values(
     `added` holds the numbers to be added to some of them, in float32. A piece counts as done once the next is asked
     for.
     """
+    for name, rows, stored in _read_stored(source, names, headers, on_bytes):
+        yield name, rows, _value(headers[name], stored, added.get(name))
+        del stored
+
+
+def _read_stored(
+    source: Source, names: Iterable[str], headers: Mapping[str, StoredTensor], on_bytes: OnBytes
+) -> Iterator[tuple[str, slice | None, Tensor]]:
     in_order = sorted(names, key=lambda name: (headers[name].file, headers[name].offset))
-    places = [(name, rows) for name in in_order for rows in pieces(headers[name].shape, headers[name].nbytes)]
+    places = [(name, rows) for name in in_order for rows in _ranges(headers[name])]
     values = source.read((headers[name], rows) for name, rows in places)
     done, total = 0, sum(headers[name].nbytes for name in in_order)
     for name, rows in places:
-        value = next(values)  # in a zip it would live until the next one is read
-        yield name, rows, value.float() + added[name] if name in added else value
-        del value
+        stored = next(values)  # in a zip it would live until the next one is read
+        yield name, rows, stored
+        del stored
         done += _stored_bytes(headers[name], rows)
         on_bytes(done, total)
 
@@ -103,13 +118,24 @@ def _stored_bytes(tensor: StoredTensor, rows: slice | None) -> int:
     return tensor.nbytes if rows is None else (rows.stop - rows.start) * (tensor.nbytes // tensor.shape[0])
 
 
+def _value(header: StoredTensor, stored: Tensor, added: float | None = None) -> Tensor:
+    """What is stored as numbers, with `added` to each."""
+    value = dequantised(header.dtype, stored) if header.dtype in READ else stored
+    return value if added is None else value.float() + added
+
+
+def _ranges(header: StoredTensor) -> list[slice | None]:
+    """The whole of a stored tensor (None), or ranges of its rows, whose values fit into `PIECE_BYTES`."""
+    return pieces(header.shape, 4 * math.prod(header.shape) if header.dtype in READ else header.nbytes)
+
+
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, number by number, whatever they are stored as."""
     if one.shape != other.shape:
         return False
-    wider = max(one, other, key=lambda header: header.nbytes)
-    values = source.read(_in_turn(one, other, pieces(wider.shape, wider.nbytes)))
-    return all(_equal(a, b) for a, b in zip(values, values, strict=True))
+    finer = max(_ranges(one), _ranges(other), key=len)
+    values = source.read(_in_turn(one, other, finer))
+    return all(_equal(_value(one, a), _value(other, b)) for a, b in zip(values, values, strict=True))
 
 
 def _in_turn(one: StoredTensor, other: StoredTensor, ranges: Iterable[slice | None]) -> Iterator[Piece]:

@@ -17,6 +17,7 @@ from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.bench_serve import bench_serve
 from gemma_mtp.cli.console import print_anything
 from gemma_mtp.cli.doctor import doctor
+from gemma_mtp.cli.export import export
 from gemma_mtp.cli.generate import generate
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.option_groups import grouped
@@ -67,8 +68,8 @@ app = typer.Typer(
 
 
 for command in (
-    grouped(generate), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, grouped(acceptance),
-    grouped(serve), grouped(bench_serve),
+    grouped(generate), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, export,
+    grouped(acceptance), grouped(serve), grouped(bench_serve),
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
-    drafter: Annotated[Path | None, typer.Argument(help="A drafter's directory, to check that the pair fits.")] = None,
+    directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
+    drafter: Annotated[Path | None, typer.Argument(help="A drafter's, to check that the pair fits.")] = None,
     strict: options.Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -71,7 +71,8 @@ def _shown(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_shown(part)}" for name, part in value.items())
+        names = {name: name.replace("_", " ") if name.islower() else name for name in value}  # a type is Q4_0
+        return ", ".join(f"{names[name]} {_shown(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return " ".join(_shown(part) for part in value)
     return str(value)

@@ -12,7 +12,7 @@ from gemma_mtp.weight_types import parse_weight_types
 
 
 def quantize(
-    directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory.")],
+    directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the quantised copy.")],
     kinds: Annotated[
         str, typer.Option("--quantize", help="int8, int4, q8_0, or parts, as for generate --quantize.", metavar="KINDS")

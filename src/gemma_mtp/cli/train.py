@@ -29,7 +29,7 @@ REFUSED = 3
 class ModelOptions:
     """The target, and the drafter to start from."""
 
-    target: Path = option(REQUIRED, "Target checkpoint directory.")
+    target: Path = option(REQUIRED, "Target checkpoint: a directory, or a GGUF file.")
     out: Path = option(REQUIRED, "Where the drafter goes, and the run's state.")
     drafter: Path | None = option(None, "Drafter to adapt; else give --new.")
     quantize: str | None = option(None, options.QUANTIZE)

@@ -179,8 +179,8 @@ def load_pair(
     strict: bool = False,
     on_bytes: Callable[[str, int, int], object] = lambda part, done, of: None,
 ) -> Pair:
-    """Load a target and its drafter, each a directory, `bundled`, or a name on the Hugging Face hub whose files are in
-    its cache; without arguments, the bundled pair.
+    """Load a target and its drafter, each a directory, a GGUF file, `bundled`, or a name on the Hugging Face hub whose
+    files are in its cache; without arguments, the bundled pair.
 
     The drafter of a target given alone is found by its name (`locate.find_drafter`); where there is none, a warning
     says that decoding is plain. `use_drafter` false loads and looks for none. `dtype` "auto" is bfloat16 on a GPU; on a
@@ -271,8 +271,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source)
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
         stored = checkpoint.stored_dtypes(source)
-        narrow = "BF16" in stored and not stored & {"F32", "F64"}
-        return torch.bfloat16 if narrow and module() is not None else torch.float32
+        return torch.bfloat16 if stored == {"BF16"} and module() is not None else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

@@ -56,6 +56,7 @@ class CheckpointReport:
     skipped_bytes: int
     kv_bytes: KVBytes | None
     notes: list[str]
+    read_as: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without what does not apply: a drafter has no KV of its own."""
@@ -89,6 +90,7 @@ def inspect_checkpoint(location: Location) -> CheckpointReport:
         skipped_bytes=_nbytes(contents.unused),
         kv_bytes=kv_bytes(config.text, _kv_dtype(source)) if isinstance(config, TargetConfig) else None,
         notes=contents.notes,
+        read_as=contents.summary,
     )
 
 

@@ -44,6 +44,7 @@ from gemma_mtp.training.shapes import initialise, new_drafter_config
 from gemma_mtp.training.target_store import TargetStore
 from gemma_mtp.training.written import Writing, fingerprint, write_texts
 from gemma_mtp.weight_types import WeightTypes, merge
+from gemma_mtp.weights.matrix import matrices
 
 #: where a run keeps its state inside the output directory
 STATE = "training"
@@ -96,15 +97,17 @@ class Run:
         with loading(quiet=not world.leads) as on_bytes:
             self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict,
                                                  functools.partial(on_bytes, "target"))  # fmt: skip
+            quantised = any(matrix.stored.quantised for matrix in matrices(self.target))
             self.target.dequantise_()
         self.target_name = _target_name(settings)
-        self.pair = self._engine_pair()
+        self.pair = self._engine_pair(quantised)
 
-    def _engine_pair(self) -> Pair:
-        """Returns the target again, as the engine runs it. It shares the weights where it runs on the same device."""
+    def _engine_pair(self, quantised: bool) -> Pair:
+        """Returns the target again, as the engine runs it. It shares the weights where it runs on the same device, and
+        is not quantised."""
         settings = self.settings
         device = self.device if settings.engine_device is None else choose_device(settings.engine_device)
-        if device != self.device or self.weight_types.of_target():
+        if device != self.device or quantised:
             with loading(quiet=not self.world.leads) as on_bytes:
                 return load_pair(
                     settings.target, device=device, quantize=settings.quantize, use_drafter=False, on_bytes=on_bytes

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma_mtp import checkpoint
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.errors import CheckpointError, TrainingError
@@ -119,8 +120,8 @@ def check_output(settings: RunSettings, state: Path) -> None:
 
 
 def check_unquantised(drafter: Path) -> None:
-    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote."""
-    if checkpoint.read_weight_types(drafter):
+    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote, or whose file has quantised blocks."""
+    if checkpoint.read_weight_types(drafter) or checkpoint.stored_dtypes(drafter) - FLOAT_DTYPES.keys():
         raise TrainingError(
             f"{drafter} is a quantised drafter, which can not be trained; give the drafter it was made from, and"
             " --quantize to measure what is trained as it will be quantised."

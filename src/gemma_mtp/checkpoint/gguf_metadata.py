@@ -1,0 +1,69 @@
+"""Metadata of a GGUF file by key, held to be of the kind that is asked for."""
+
+from __future__ import annotations
+
+import array
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_mtp.errors import ConfigError
+
+
+class Metadata:
+    """The metadata of one file; `path` is for messages. Every method raises ConfigError naming the key."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path, self.values = path, values
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int:
+            raise self.wrong(key, "a whole number")
+        return value
+
+    def integer_or_none(self, key: str) -> int | None:
+        return self.integer(key) if key in self.values else None
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """Returns the shortest number that is the same in float32, in which files have it: 1e-06, not 9.99e-07."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, "a number")
+        return float(str(np.float32(value)))
+
+    def of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """Returns one number for each layer, of as many or of one for all."""
+        value = self.values.get(key, default)
+        if type(value) is int:
+            return [value] * layers
+        if not _whole_numbers(value) or len(value) != layers:
+            raise self.wrong(key, f"a whole number, or one for each of {layers} layers")
+        return list(value)
+
+    def integers(self, key: str) -> list[int]:
+        """Returns a list of whole numbers; none where there is no such key."""
+        value = self.values.get(key, array.array("i"))
+        if not _whole_numbers(value):
+            raise self.wrong(key, "whole numbers")
+        return list(value)
+
+    def wrong(self, key: str, expected: str) -> ConfigError:
+        value = self.values.get(key)
+        if value is None:
+            return ConfigError(f"{self.path} has no {key!r} in its metadata; convert the model again.")
+        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        return ConfigError(f"{self.path} has {key} = {shown}, but {expected} was expected; convert the model again.")
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, array.array) and value.typecode not in "fd"

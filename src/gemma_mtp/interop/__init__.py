@@ -1,0 +1,1 @@
+"""Pairs for other programs: written in the formats that these read."""
