@@ -35,6 +35,7 @@ from gemma_mtp.errors import CheckpointError, ConfigError, GemmaMtpError, Quanti
 from gemma_mtp.files.gguf import read_header
 from gemma_mtp.interop.gguf import FILE_TYPES, export_gguf
 from gemma_mtp.json_files import read_json
+from gemma_mtp.locate import find_drafter
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.training.settings import check_unquantised
 from gemma_mtp.weight_types import parse_weight_types
@@ -487,6 +488,19 @@ def test_a_split_checkpoint(wide: Path, tmp_path: Path) -> None:
     parts[1].unlink()
     with pytest.raises(CheckpointError, match="lacks m-00002-of"):
         load_target(parts[0], torch.float32)
+
+
+def test_a_drafter_beside_a_target_is_found(bundled: Any, tmp_path: Path) -> None:
+    """By its name: of the same type first, and of no other model."""
+    target = tmp_path / "gemma-4-tiny-Q8_0.gguf"
+    shutil.copy(bundled("Q8_0")[0], target)
+    (tmp_path / "mtp-gemma-4-other-Q8_0.gguf").write_bytes(b"")
+    assert find_drafter(target) is None
+    for kind in ("BF16", "Q8_0"):
+        shutil.copy(bundled(kind)[1], tmp_path / f"mtp-gemma-4-tiny-{kind}.gguf")
+        assert find_drafter(target) == tmp_path / f"mtp-gemma-4-tiny-{kind}.gguf"
+    assert find_drafter(tmp_path / "gemma-4-tiny-Q8_0.gguf") == tmp_path / "mtp-gemma-4-tiny-Q8_0.gguf"
+    assert load_pair(target).drafter is not None
 
 
 def test_no_such_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

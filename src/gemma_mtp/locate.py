@@ -17,6 +17,8 @@ BUNDLED = "bundled"
 Role = Literal["target", "drafter"]
 #: what a drafter's name has behind its target's, for QAT checkpoints too
 DRAFTER_SUFFIX = "-assistant"
+#: single-file drafters, as ggml-org names them: mtp-gemma-4-12B-it-Q8_0.gguf
+GGUF, GGUF_DRAFTER = ".gguf", "mtp-"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -61,10 +63,11 @@ def cached(name: str) -> Path:
 
 def find_drafter(target: str | Path) -> str | Path | None:
     """Returns where the drafter of a target lies, by its name: the bundled one's, `NAME-assistant` in the Hugging Face
-    cache, or the directory of that name beside the target's. None where there is none. Opens nothing."""
+    cache, the directory of that name beside the target's, or `mtp-NAME-TYPE.gguf` beside a GGUF file. None where there
+    is none. Opens nothing."""
     for place in drafter_places(target):
         if isinstance(place, Path):
-            if (place / "config.json").is_file():
+            if (place / "config.json").is_file() or (place.suffix == GGUF and place.is_file()):
                 return place
         elif place == BUNDLED or _whole(place):
             return place
@@ -80,11 +83,23 @@ def drafter_places(target: str | Path) -> list[str | Path]:
         return [name + DRAFTER_SUFFIX] if is_hub_name(name) else []
     if path.resolve() == (bundled_directory() / "target").resolve():
         return [BUNDLED]
+    if path.suffix == GGUF and path.is_file():
+        return _beside_gguf(path)
     directory = path.resolve() if path.is_dir() else path.resolve().parent
     hub = _name_of_snapshot(directory)
     if hub is not None:
         return [hub + DRAFTER_SUFFIX]
     return [directory.with_name(directory.name + DRAFTER_SUFFIX)]
+
+
+def _beside_gguf(target: Path) -> list[str | Path]:
+    """Files of the target's name with `mtp-` before it: of the same type first, then of any other."""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", target.stem)
+    model = stem.rpartition("-")[0] or stem
+    others = sorted(target.parent.glob(f"{GGUF_DRAFTER}*{GGUF}"))
+    alike = [file for file in others if file.stem.removeprefix(GGUF_DRAFTER).rpartition("-")[0] == model]
+    same = target.with_name(f"{GGUF_DRAFTER}{stem}{GGUF}")
+    return [same, *(file for file in alike if file != same)]
 
 
 def _name_of_snapshot(directory: Path) -> str | None:

@@ -47,7 +47,9 @@ def parse_draft_tokens(text: str) -> DraftTokens:
 
 
 # help of options that several groups have
-TARGET = "Target: a directory, a GGUF file, bundled, or a name on the Hugging Face hub (see pull); default: the bundled pair."
+TARGET = (
+    "Target: a directory, GGUF file, bundled, or name on the Hugging Face hub (see pull); default: the bundled pair."
+)
 DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
 NO_DRAFTER = "Decode without a drafter."
 DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
