@@ -212,7 +212,7 @@ def test_a_single_file_is_taken_before_an_index(tmp_path: Path, caplog: pytest.L
 
 def test_an_adapter_beside_the_weights_is_refused(pair: Path) -> None:
     (pair / "target" / "adapter_config.json").write_text("{}", encoding="utf-8")
-    refused(pair / "target", "adapter_config.json", "merge")
+    refused(pair / "target", "adapter_config.json", "--adapter")
 
 
 def test_weights_under_another_files_name_are_refused(pair: Path) -> None:

@@ -145,5 +145,7 @@ def _load(
         ) from None
     views = stored_views(model.checkpoint_tensors(), contents.headers)
     with torch.no_grad():
-        copy_tensors(source, views, contents.headers, additions(contents, views), on_bytes)
+        changes = copy_tensors(source, views, contents.headers, additions(contents, views), on_bytes)
+    if changes.values:
+        logger.info("%s", changes)
     return model.eval().requires_grad_(False)

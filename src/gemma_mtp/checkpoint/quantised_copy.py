@@ -12,7 +12,7 @@ from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, report, stored_dtypes
 from gemma_mtp.checkpoint.save import stored_name, write_shards
 from gemma_mtp.checkpoint.source import Location, OnBytes, Source
-from gemma_mtp.checkpoint.tensors import converted_tensors, nobody, stored_tensors, stored_views
+from gemma_mtp.checkpoint.tensors import Int4Changes, converted_tensors, nobody, stored_tensors, stored_views
 from gemma_mtp.config import TargetConfig, drafter_config_to_hf, target_config_to_hf
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.replace import new_directory
@@ -23,14 +23,20 @@ from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
 
 
 def write_quantised_copy(
-    location: Location, out: str | Path, types: WeightTypes, strict: bool = False, on_bytes: OnBytes = nobody
+    location: Location,
+    out: str | Path,
+    types: WeightTypes,
+    strict: bool = False,
+    on_bytes: OnBytes = nobody,
+    changes: Int4Changes | None = None,
 ) -> WeightTypes:
     """Write a target's text model, or a drafter, to the new directory `out`, quantised, with its tokenizer's files.
 
     `config.json` is the source's, with a `quantization_config`. Returns how the parts of the copy are quantised. The
     copy gives bit for bit what quantising the source while loading gives. Nothing is left where it fails. The model is
     never in memory: weights are read, quantised and written piece by piece, and peak memory is some hundred MB however
-    large they are. `strict` and `on_bytes` as in `load_target`. Raises CheckpointError, ConfigError or
+    large they are. `strict` and `on_bytes` as in `load_target`; `changes` is added to. Raises CheckpointError,
+    ConfigError or
     QuantisationError.
     """
     source = open_source(location)
@@ -45,7 +51,7 @@ def write_quantised_copy(
         report(location, contents.notes, strict)
         _check_written(contents)
         model = planned_model(source, contents, dtype, wanted)
-        _write_weights(source, model, contents, directory, on_bytes)
+        _write_weights(source, model, contents, directory, on_bytes, Int4Changes() if changes is None else changes)
         written: dict[str, Any] = {
             "quantization_config": weight_types_to_hf(model.weight_types), "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
@@ -58,7 +64,12 @@ def write_quantised_copy(
 
 
 def _write_weights(
-    source: Source, model: Target | Drafter, contents: Contents[Any], directory: Path, on_bytes: OnBytes
+    source: Source,
+    model: Target | Drafter,
+    contents: Contents[Any],
+    directory: Path,
+    on_bytes: OnBytes,
+    changes: Int4Changes,
 ) -> None:
     """Write what loading would keep in memory, under the official names."""
     weights = model.checkpoint_tensors()
@@ -67,7 +78,7 @@ def _write_weights(
         stored_name(name, contents.config): (tensor.dtype, tensor.shape)
         for name, tensor in stored_tensors(weights).items()
     }
-    values = converted_tensors(source, views, contents.headers, additions(contents, views), on_bytes)
+    values = converted_tensors(source, views, contents.headers, additions(contents, views), on_bytes, changes)
     named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
     write_shards(directory, layout, named)
 

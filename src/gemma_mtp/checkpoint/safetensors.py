@@ -89,6 +89,9 @@ class SafetensorsSource:
             return []
         return [f"both {SINGLE_FILE} and {INDEX_FILE} are there; the single file is loaded: remove the other's shards."]
 
+    def summary(self) -> list[str]:
+        return []
+
     def copy_companions(self, directory: Path) -> None:
         for path in (*(self.path / name for name in KEPT_FILES), *self.path.glob(KEPT_TEMPLATES)):
             if path.is_file():
@@ -101,8 +104,8 @@ def _weight_files(directory: Path) -> list[Path]:
     """The single file if there is one, as in transformers, else the shards that the index names."""
     if (directory / ADAPTER_FILE).is_file():  # transformers would add the adapter to the weights beside it
         raise CheckpointError(
-            f"{directory} has an {ADAPTER_FILE}: an adapter, which can not be applied; merge it into the weights"
-            " (merge_and_unload), and remove the file."
+            f"{directory} has an {ADAPTER_FILE} beside the weights, which would have to be applied or not; move it to"
+            " a directory of its own, and give that as --adapter."
         )
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]

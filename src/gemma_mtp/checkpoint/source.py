@@ -28,6 +28,11 @@ class StoredTensor:
     nbytes: int
     offset: int
 
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of all of it as it is read."""
+        return self.nbytes
+
 
 #: a tensor, or a range of its rows
 Piece = tuple[StoredTensor, slice | None]
@@ -86,6 +91,10 @@ class Source(Protocol):
 
     def notes(self) -> list[str]:
         """Returns a sentence on each thing about its files that is not as it should be, though it can be loaded."""
+        ...
+
+    def summary(self) -> list[str]:
+        """Returns a sentence on each thing that is read in another way than it is stored, and on what that loses."""
         ...
 
     def copy_companions(self, directory: Path) -> None:

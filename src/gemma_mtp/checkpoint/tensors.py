@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,22 +47,43 @@ def nobody(done: int, of: int) -> None:
     """An `OnBytes` for work that nobody watches."""
 
 
+@dataclass
+class Int4Changes:
+    """How many values became int4, and how many of them are not what they were, rounded to the dtype they were in."""
+
+    values: int = 0
+    changed: int = 0
+
+    def count(self, before: Tensor, after: Weight) -> None:
+        if after.format == "int4":
+            self.values += before.numel()
+            self.changed += int((after.values().to(before.dtype) != before.to(after.device)).sum())
+
+    def __str__(self) -> str:
+        return f"{self.changed:,} of {self.values:,} values changed in becoming int4"
+
+
 def copy_tensors(
     source: Source,
     views: Mapping[str, Weight],
     headers: Mapping[str, StoredTensor],
     added: Mapping[str, float],
     on_bytes: OnBytes = nobody,
-) -> None:
+) -> Int4Changes:
     """Copy every stored tensor into the view of the same name, piece by piece: converted to its dtype, quantised, or
     blocks as they are."""
+    changes = Int4Changes()
     for name, rows, stored in _read_stored(source, views, headers, on_bytes):
         view = views[name] if rows is None else views[name][rows]
         if holds_blocks(view, headers[name]):
             take_blocks(view, headers[name], stored)
         else:
-            view.copy_(_value(headers[name], stored, added.get(name)))
+            value = _value(headers[name], stored, added.get(name))
+            view.copy_(value)
+            changes.count(value, view)
+            del value
         del stored  # before the next one is read
+    return changes
 
 
 def converted_tensors(
@@ -69,16 +91,19 @@ def converted_tensors(
     views: Mapping[str, Weight],
     headers: Mapping[str, StoredTensor],
     added: Mapping[str, float],
-    on_bytes: OnBytes = nobody,
+    on_bytes: OnBytes,
+    changes: Int4Changes,
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yields what `copy_tensors` would make of every stored tensor, piece by piece, without memory for the whole.
 
     `views` may be on "meta". Each piece comes with the name of a tensor of `stored_tensors(views)` and the first of the
-    rows that it has of it.
+    rows that it has of it. `changes` is added to.
     """
     for name, rows, value in read_values(source, views, headers, added, on_bytes):
         view, first = views[name], 0 if rows is None else rows.start
-        for part, tensor in view.like(value).saved(name).items():
+        made = view.like(value)
+        changes.count(value, made)
+        for part, tensor in made.saved(name).items():
             yield part, first, tensor
 
 
@@ -126,7 +151,7 @@ def _value(header: StoredTensor, stored: Tensor, added: float | None = None) -> 
 
 def _ranges(header: StoredTensor) -> list[slice | None]:
     """The whole of a stored tensor (None), or ranges of its rows, whose values fit into `PIECE_BYTES`."""
-    return pieces(header.shape, 4 * math.prod(header.shape) if header.dtype in READ else header.nbytes)
+    return pieces(header.shape, 4 * math.prod(header.shape) if header.dtype in READ else header.piece_bytes)
 
 
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:

@@ -24,6 +24,7 @@ class ComparedPair:
 
     target: Path | None = option(None, options.TARGET)
     drafter: Path | None = option(None, options.DRAFTER)
+    adapter: Path | None = option(None, options.ADAPTER)
     against: Path | None = option(
         None, "Another drafter's directory, measured on the same prompts: the difference, with its 95% interval."
     )
@@ -47,8 +48,8 @@ class ComparedPair:
 
         with loading() as told:
             pair = load_pair(
-                self.target, drafter, dtype=self.dtype, device=self.device, quantize=self.quantize, strict=self.strict,
-                on_bytes=told,
+                self.target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device, quantize=self.quantize,
+                strict=self.strict, on_bytes=told,
             )  # fmt: skip
         return options.named(pair)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
     drafter: Annotated[Path | None, typer.Argument(help="A drafter's, to check that the pair fits.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: options.Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -35,12 +36,13 @@ def inspect(
 
     roles: dict[Role, Path | None] = {"target": directory, "drafter": drafter}
     paths = [locate(path, role) for role, path in roles.items() if path is not None]
-    reports = [inspect_checkpoint(path) for path in paths]
+    target = checkpoint.open_source(paths[0], adapter=adapter)
+    reports = [inspect_checkpoint(target), *map(inspect_checkpoint, paths[1:])]
     for path, report in zip(paths, reports, strict=True):
         checkpoint.report(path, report.notes, strict)
     verdict = None
     if drafter is not None:
-        verdict = pair_verdict(checkpoint.read_target_config(directory), checkpoint.read_drafter_config(drafter))
+        verdict = pair_verdict(checkpoint.read_target_config(target), checkpoint.read_drafter_config(drafter))
     if as_json:
         content = {"checkpoints": [report.to_dict() for report in reports]}
         pair = {} if drafter is None else {"pair": {"fits": verdict is None, "reason": verdict}}

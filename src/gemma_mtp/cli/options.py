@@ -52,6 +52,7 @@ TARGET = (
 )
 DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
 NO_DRAFTER = "Decode without a drafter."
+ADAPTER = "LoRA adapter directory (PEFT) for the target, merged while loading."
 DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
 DEVICE = "auto, cpu, cuda or cuda:N."
 THREADS = "CPU threads; default: one for each core."
@@ -76,6 +77,7 @@ class PairOptions:
 
     target: Path | None = option(None, TARGET)
     drafter: Path | None = option(None, DRAFTER)
+    adapter: Path | None = option(None, ADAPTER)
     no_drafter: bool = option(False, NO_DRAFTER)
     dtype: str = option("auto", DTYPE)
     quantize: str | None = option(None, QUANTIZE)
@@ -93,8 +95,8 @@ class PairOptions:
 
         with loading() as told:
             pair = load_pair(
-                self.target, self.drafter, dtype=self.dtype, device=self.device, use_drafter=not self.no_drafter,
-                quantize=self.quantize, strict=self.strict, on_bytes=told,
+                self.target, self.drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
+                use_drafter=not self.no_drafter, quantize=self.quantize, strict=self.strict, on_bytes=told,
             )  # fmt: skip
         return named(pair)
 

@@ -17,6 +17,7 @@ def quantize(
     kinds: Annotated[
         str, typer.Option("--quantize", help="int8, int4, q8_0, or parts, as for generate --quantize.", metavar="KINDS")
     ] = "int8",
+    adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: options.Strict = False,
 ) -> None:
     """Write a quantised copy of a checkpoint, which loads as fast as it is small.
@@ -24,14 +25,19 @@ def quantize(
     It gives the same output as quantising while loading, bit for bit. Its config.json says what is quantised; other
     programs than gemma-mtp can not read its weights.
     """
+    from gemma_mtp.checkpoint.open import open_source
     from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
+    from gemma_mtp.checkpoint.tensors import Int4Changes
     from gemma_mtp.measure.memory import inspect_checkpoint
     from gemma_mtp.progress import Display
 
-    before = inspect_checkpoint(directory)
+    source = open_source(directory, adapter=adapter)
+    before, changes = inspect_checkpoint(source), Int4Changes()
     types = parse_weight_types(kinds)
     with Display("quantising") as display:
-        made = write_quantised_copy(directory, out, types, strict, display.show_bytes)
+        made = write_quantised_copy(source, out, types, strict, display.show_bytes, changes)
     after = inspect_checkpoint(out)
     parts = ", ".join(f"{part} {kind}" for part, kind in made.quantised.items())
     print(f"{out}: {parts}; {before.weight_bytes / 1e6:.1f} MB became {after.weight_bytes / 1e6:.1f} MB")
+    if changes.values:
+        print(changes)

@@ -32,6 +32,7 @@ class ModelOptions:
     target: Path = option(REQUIRED, "Target checkpoint: a directory, or a GGUF file.")
     out: Path = option(REQUIRED, "Where the drafter goes, and the run's state.")
     drafter: Path | None = option(None, "Drafter to adapt; else give --new.")
+    adapter: Path | None = option(None, options.ADAPTER)
     quantize: str | None = option(None, options.QUANTIZE)
     strict: bool = option(False, options.STRICT)
     new: bool = option(False, "Make a new drafter of the official shape for the target.")
@@ -165,7 +166,8 @@ def train(
     from gemma_mtp.weight_types import parse_weight_types
 
     settings = RunSettings(
-        target=locate(models.target), out=models.out, drafter=drafter, data=_data(data, gate, running),
+        target=locate(models.target), out=models.out, drafter=drafter, adapter=models.adapter,
+        data=_data(data, gate, running),
         new=DrafterShape(**vars(shape)), recipe=_recipe(gate, decoding, learning, running),
         temperatures=tuple(decoding.temperature or (0.0, 1.0)), draft_tokens=gate.draft_tokens,
         gate_tokens=gate.gate_tokens, dtype=running.dtype, device=running.device,

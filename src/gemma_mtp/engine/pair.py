@@ -172,6 +172,7 @@ def load_pair(
     target: str | Path | None = None,
     drafter: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     use_drafter: bool = True,
@@ -183,7 +184,8 @@ def load_pair(
     files are in its cache; without arguments, the bundled pair.
 
     The drafter of a target given alone is found by its name (`locate.find_drafter`); where there is none, a warning
-    says that decoding is plain. `use_drafter` false loads and looks for none. `dtype` "auto" is bfloat16 on a GPU; on a
+    says that decoding is plain. `use_drafter` false loads and looks for none. `adapter` is the directory of
+    a LoRA adapter of PEFT for the target, merged while loading. `dtype` "auto" is bfloat16 on a GPU; on a
     CPU it is what the weights are stored in where the native operators compute with that in float32, else float32.
     `device` "auto" is CUDA where there is one. `quantize` says what to quantise while loading, as "int8", "int4", or
     part by part (`weight_types.parse_weight_types`). What a checkpoint has that is not known or not honoured, or that
@@ -195,7 +197,7 @@ def load_pair(
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
     if not (types is None or isinstance(types, WeightTypes)):
         raise QuantisationError(f"quantize is of type {type(types).__name__}, but must be text such as int8, or none.")
-    for directory in (target, drafter):
+    for directory in (target, drafter, adapter):
         if not (directory is None or isinstance(directory, str | Path)):
             raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
     for name, flag in (("use_drafter", use_drafter), ("strict", strict)):
@@ -206,7 +208,7 @@ def load_pair(
     if target is None:
         target, drafter = BUNDLED, drafter or BUNDLED
     chosen_device = choose_device(device)
-    source = checkpoint.open_source(target)
+    source = checkpoint.open_source(target, adapter=adapter)
     target_config = checkpoint.read_target_config(source)
     found = None
     if not use_drafter:

@@ -60,7 +60,7 @@ class Replica:
         logs.configure()
         set_threads(settings.threads or max(1, int(settings.num_cpus)))
         pair = load_pair(
-            settings.target, settings.drafter, dtype=settings.dtype, device=settings.device,
+            settings.target, settings.drafter, adapter=settings.adapter, dtype=settings.dtype, device=settings.device,
             use_drafter=not settings.no_drafter, quantize=settings.quantize, strict=settings.strict,
         )  # fmt: skip
         self.engine = EngineThread(pair, settings.engine())

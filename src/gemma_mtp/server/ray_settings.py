@@ -46,6 +46,7 @@ class RaySettings(BaseModel):
 
     target: Path | None = None
     drafter: Path | None = None
+    adapter: Path | None = None
     no_drafter: bool = False
     dtype: str = "auto"
     quantize: str | None = None

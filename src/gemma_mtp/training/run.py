@@ -72,7 +72,7 @@ class Run:
     def __init__(self, settings: RunSettings, world: World, say: Callable[[str], None]) -> None:
         self.settings, self.world, self.say = settings, world, say
         self.state = settings.out / STATE
-        source = checkpoint.open_source(settings.target)
+        source = checkpoint.open_source(settings.target, adapter=settings.adapter)
         target_config = checkpoint.read_target_config(source)
         check_settings(settings, target_config)
         if (self.state / CHECKPOINT).exists() and settings.resume:  # before anything takes long
@@ -110,7 +110,12 @@ class Run:
         if device != self.device or quantised:
             with loading(quiet=not self.world.leads) as on_bytes:
                 return load_pair(
-                    settings.target, device=device, quantize=settings.quantize, use_drafter=False, on_bytes=on_bytes
+                    settings.target,
+                    adapter=settings.adapter,
+                    device=device,
+                    quantize=settings.quantize,
+                    use_drafter=False,
+                    on_bytes=on_bytes,
                 )
         with torch.device("meta"):
             target = Target(self.target.config)
@@ -302,6 +307,7 @@ def told(settings: RunSettings) -> dict[str, Any]:
     drafter = settings.drafter
     return {
         "drafter": None if drafter is None else str(drafter.resolve()),
+        "adapter": None if settings.adapter is None else str(settings.adapter.resolve()),
         **(asdict(settings.new) if drafter is None else {}),
         "data files": [str(path.resolve()) for path in data.paths], "pattern": data.pattern,
         "held-out": None if data.held_out is None else str(data.held_out.resolve()),
@@ -327,7 +333,7 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
 def _target_name(settings: RunSettings) -> str:
     """What tells the target that is trained for from others: its file's weights, and how they are quantised then."""
     quantised = _listed(settings.quantize.of_target(), "-")
-    return "-".join(filter(None, (fingerprint(settings.target), quantised)))
+    return "-".join(filter(None, (fingerprint(settings.target, settings.adapter), quantised)))
 
 
 def _listed(types: WeightTypes, separator: str = ", ") -> str:

@@ -39,7 +39,8 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made. `quantize` is what decoding
+    """Everything that a run is told. Without `drafter`, a new one of shape `new` is made. `adapter` is merged
+    into the target. `quantize` is what decoding
     will quantise while loading; what the target's checkpoint has quantised already stays so. `engine_device` is where
     the target writes and drafters are measured, if not on the `device` that they are trained on."""
 
@@ -47,6 +48,7 @@ class RunSettings:
     out: Path
     data: DataSettings
     drafter: Path | None = None
+    adapter: Path | None = None
     new: DrafterShape = field(default_factory=DrafterShape)
     recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
     temperatures: tuple[float, ...] = (0.0, 1.0)

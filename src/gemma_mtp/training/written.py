@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_mtp.checkpoint import Location, open_source
+from gemma_mtp.checkpoint.adapter import Adapter
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair
@@ -142,10 +143,11 @@ class WrittenStore:
             ) from None
 
 
-def fingerprint(target: Location) -> str:
-    """A short name of a checkpoint's weights, from samples of its files: 16 hexadecimal digits."""
+def fingerprint(target: Location, adapter: Path | None = None) -> str:
+    """A short name of a checkpoint's weights and the adapter's, from samples of their files: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted({header.file for header in open_source(target).tensors().values()}):
+    files = sorted({header.file for header in open_source(target).tensors().values()})
+    for path in [*files, *([] if adapter is None else Adapter(adapter).files)]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

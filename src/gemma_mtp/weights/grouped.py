@@ -145,10 +145,16 @@ class Grouped(Weight):
         return [self[i : i + step] for i in range(0, max(1, len(self.data)), step)]
 
     def _round(self, weight_NK: Tensor) -> None:
-        groups = weight_NK.float().reshape(len(weight_NK), -1, self.group)
-        scales = self.best_scales(groups)
-        self.data.copy_(self.packed(self.rounded(groups, scales).to(torch.int8).view(weight_NK.shape)))
+        numbers, scales = self.fitted(weight_NK)
+        self.data.copy_(self.packed(numbers))
         self.scales.copy_(scales)
+
+    @classmethod
+    def fitted(cls, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns int8 numbers [N, K] and scales [N, G] that stand for a matrix's values."""
+        groups = weight_NK.float().reshape(len(weight_NK), -1, cls.group)
+        scales = cls.best_scales(groups)
+        return cls.rounded(groups, scales).to(torch.int8).view(weight_NK.shape), scales
 
     @classmethod
     def rounded(cls, groups: Tensor, scales: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """int4 in groups of 32: each value as value / scale + 8, two values a byte, in blocks of two groups to 32 bytes.
 
 In a block, place 8 u + 4 g + j holds column 4 u + j of group g; byte i holds place i in its low half and place i + 32
-in its high half: so one vector register holds both groups in turn, four columns at a time. Quantising gives 1 .. 15;
-the operators read 0, which is -8, too.
+in its high half: so one vector register holds both groups in turn, four columns at a time. Quantising gives 1 .. 15,
+and 0, which is -8, where a group lies on a grid of 16 levels (`grid`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.weight_types import GROUPS
+from gemma_mtp.weights.grid import grid_of
 from gemma_mtp.weights.grouped import BLOCK, Grouped
 
 #: scales tried, as shares of the one that keeps the largest value: rounding the rest better may be worth more
@@ -40,6 +41,19 @@ class Int4(Grouped):
             scales = torch.where(error < best, tried, scales)
             best = torch.minimum(error, best)
         return scales
+
+    @classmethod
+    def fitted(cls, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Groups that lie on a grid of 16 levels stay as they are."""
+        grid = grid_of(weight_NK, cls.group)
+        if grid is not None and bool(grid.exact.all()):
+            return grid.numbers.view(weight_NK.shape), grid.steps
+        numbers, scales = super().fitted(weight_NK)
+        if grid is None:
+            return numbers, scales
+        groups = numbers.view(grid.numbers.shape)
+        kept = torch.where(grid.exact[..., None], grid.numbers, groups)
+        return kept.view(weight_NK.shape), torch.where(grid.exact, grid.steps, scales)
 
     @staticmethod
     def packed(values_NK: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Tensors that are not stored but computed from stored ones, a range of rows at a time.
+
+What reads checkpoints sees them as it sees all others: by name, with the shape and a dtype of their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gemma_mtp.checkpoint.source import Piece, StoredTensor
+
+#: returns some rows of the values, given what its parts hold of them and which rows these are
+Decode = Callable[[Sequence[Tensor], range], Tensor]
+Read = Callable[[Iterable[Piece]], Iterator[Tensor]]
+#: bytes of a value as it is computed
+VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor that values are computed from: `per_row` of its rows for each row, or all of it (0)."""
+
+    tensor: StoredTensor
+    per_row: int = 1
+
+    def piece(self, rows: range) -> Piece:
+        """What is read of it for these rows."""
+        if not self.per_row:
+            return self.tensor, None
+        return self.tensor, slice(rows.start * self.per_row, rows.stop * self.per_row)
+
+
+@dataclass(frozen=True)
+class DerivedTensor(StoredTensor):
+    """`dtype` is the float that the format's own tools give; `decode` gives float32, or what a part is stored as.
+
+    `nbytes` counts what its parts take in the files.
+    """
+
+    parts: tuple[Part, ...]
+    decode: Decode
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of all values as they are computed."""
+        count = VALUE_BYTES
+        for size in self.shape:
+            count *= size
+        return max(count, self.nbytes)
+
+
+def derived(name: str, shape: Sequence[int], dtype: str, parts: Sequence[Part], decode: Decode) -> DerivedTensor:
+    """Returns a tensor that lies where its first part does."""
+    first = parts[0].tensor
+    nbytes = sum(part.tensor.nbytes for part in parts)
+    return DerivedTensor(first.file, name, dtype, tuple(shape), nbytes, first.offset, tuple(parts), decode)
+
+
+def alias(name: str, tensor: StoredTensor) -> DerivedTensor:
+    """Returns the same values under another name."""
+    return derived(name, tensor.shape, tensor.dtype, [Part(tensor)], lambda parts, rows: parts[0])
+
+
+def read_derived(pieces: Iterable[Piece], read: Read) -> Iterator[Tensor]:
+    """Yields the values of each piece, in order; `read` yields those of stored tensors.
+
+    Beside a piece, what is in memory is what it is computed from. Parts that are read whole are kept from one piece of
+    a tensor to the next.
+    """
+    whole: dict[int, Tensor] = {}
+    last: StoredTensor | None = None
+    for tensor, rows in pieces:
+        if not isinstance(tensor, DerivedTensor):
+            yield next(iter(read([(tensor, rows)])))
+            continue
+        if tensor is not last:
+            last, whole = tensor, {}
+        yield _computed(tensor, rows, read, whole)
+
+
+def _computed(tensor: DerivedTensor, rows: slice | None, read: Read, whole: dict[int, Tensor]) -> Tensor:
+    wanted = range(*(rows or slice(None)).indices(tensor.shape[0]))
+    places = [i for i in range(len(tensor.parts)) if i not in whole]
+    found = dict(zip(places, read_derived([tensor.parts[i].piece(wanted) for i in places], read), strict=True))
+    whole |= {i: value for i, value in found.items() if not tensor.parts[i].per_row}
+    return tensor.decode([found[i] if i in found else whole[i] for i in range(len(tensor.parts))], wanted)

@@ -1,0 +1,50 @@
+"""Numbers of a few bits as tools store them: packed integers, and floats of 4 and 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: values of FP4 (E2M1), by their four bits
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Returns `count` numbers [..., count] of `bits` bits, as uint8, of a last dimension of whole words of any width.
+
+    A row's numbers lie one after another, the first in the lowest bits, across words where they do not divide.
+    """
+    words = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return words[..., :count]
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return ((words[..., None] >> shifts) & (1 << bits) - 1).flatten(-2)[..., :count]
+    # eight numbers are `bits` bytes
+    missing = -words.shape[-1] % bits
+    groups = torch.nn.functional.pad(words, (0, missing)).unflatten(-1, (-1, bits)).long()
+    joined = (groups << torch.arange(0, 8 * bits, 8)).sum(-1)
+    numbers = (joined[..., None] >> torch.arange(0, 8 * bits, bits)) & (1 << bits) - 1
+    return numbers.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def fp4(packed: Tensor, count: int) -> Tensor:
+    """Returns float32 values of FP4, two a byte, the first in the low half."""
+    return E2M1[unpacked(packed, 4, count).int()]
+
+
+def e4m3(stored: Tensor) -> Tensor:
+    """Returns float32 values of FP8 (E4M3), whatever bytes they are stored as."""
+    return stored.view(torch.float8_e4m3fn).float()
+
+
+def e8m0(stored: Tensor) -> Tensor:
+    """Returns powers of two, float32, of exponents stored in bytes with 127 added; 255 is no number."""
+    exponents = stored.view(torch.uint8).int()
+    powers = torch.where(exponents == 0, 1 << 22, exponents << 23).view(torch.float32)  # 2 ** -127 is subnormal
+    return torch.where(exponents == 255, torch.nan, powers)
+
+
+def grouped(values: Tensor, scales: Tensor) -> Tensor:
+    """Returns values [..., K] times the scales [..., K / group] of their groups."""
+    return (values.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)

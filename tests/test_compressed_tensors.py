@@ -1,0 +1,108 @@
+"""Checkpoints of compressed-tensors, packed by the library itself: what we read is what it unpacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import check_read, write_foreign
+from torch import Tensor
+
+from gemma_mtp.checkpoint.quantisations.bits import unpacked
+
+pytest.importorskip("compressed_tensors")
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+
+INTEGERS: dict[str, dict[str, Any]] = {
+    "w4a16 in groups of 32": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
+    "4 bits in rows": {"num_bits": 4, "strategy": "channel", "symmetric": True},
+    "4 bits in groups with zero points": {"num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": False},
+    "8 bits in rows": {"num_bits": 8, "strategy": "channel", "symmetric": True},
+    "8 bits in rows with zero points": {"num_bits": 8, "strategy": "channel", "symmetric": False},
+    "3 bits": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": True},
+    "6 bits with zero points": {"num_bits": 6, "strategy": "group", "group_size": 32, "symmetric": False},
+}
+E8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("pack-quantized", args) for name, args in INTEGERS.items()},
+    "FP8 in rows": ("float-quantized", {**E8, "strategy": "channel"}),
+    "FP8 in one": ("float-quantized", {**E8, "strategy": "tensor"}),
+    "FP8 in blocks": ("float-quantized", {**E8, "strategy": "block", "block_structure": [24, 32]}),
+    "int8 in rows": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": True}),
+    "NVFP4": ("nvfp4-pack-quantized", {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}),
+    "MXFP4": ("mxfp4-pack-quantized", {
+        "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}),
+}  # fmt: skip
+
+
+def compressed(weight: Tensor, format: str, arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """What the library stores of a weight, and what it makes of that."""
+    args = QuantizationArgs(**arguments)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(format)
+    state = {"weight": weight, **parameters(weight.float(), args, format, weight.dtype)}
+    packed = compressor.compress(state, scheme)
+    return packed, compressor.decompress(dict(packed), scheme)["weight"]
+
+
+def parameters(weight: Tensor, args: QuantizationArgs, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Scales and zero points of a weight."""
+    N, K = weight.shape
+    if args.strategy == "block":
+        rows, columns = args.block_structure
+        padded = torch.nn.functional.pad(weight, (0, -K % columns, 0, -N % rows))
+        blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+        return {"weight_scale": (blocks.abs().amax((1, 3)) / 448).to(dtype)}
+    size = {"tensor": None, "channel": K}.get(args.strategy, args.group_size)
+    groups = weight.reshape(1, 1, -1) if size is None else weight.unflatten(1, (-1, size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    if args.type == "float" and args.num_bits == 4:
+        largest = torch.maximum(low.abs(), high.abs())
+        if args.strategy == "group":
+            return {"weight_scale": torch.exp2(torch.floor(torch.log2(largest)) - 2).to(dtype)}
+        whole = 448 * 6 / weight.abs().amax().reshape(1)
+        return {"weight_scale": (largest / 6 * whole).to(torch.float8_e4m3fn).float(), "weight_global_scale": whole}
+    scale, zero = calculate_qparams(low, high, args)
+    scale = scale.reshape(1) if size is None else scale
+    return {"weight_scale": scale.to(dtype), **({} if args.symmetric else {"weight_zero_point": zero.to(torch.int8)})}
+
+
+def config_of(format: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {**arguments, "dynamic": False, "actorder": None, "observer": "minmax"},
+             "input_activations": None, "output_activations": None}  # fmt: skip
+    return {"quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+            "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None, **more}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    *((name, torch.bfloat16) for name in FORMATS),  # the library gives FP4 in bfloat16 alone
+    *((name, torch.float32) for name in ("w4a16 in groups of 32", "6 bits with zero points", "FP8 in blocks")),
+])  # fmt: skip
+def test_values_are_the_librarys(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded in the scales' dtype, every weight is what the library unpacks; whatever is read at once."""
+    format, arguments = FORMATS[name]
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.to(dtype), format, arguments)
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values.to(dtype)
+
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, dtype)
+    check_read(tmp_path, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_numbers_of_any_width(bits: int) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    generator = torch.Generator().manual_seed(bits)
+    for count in (1, 31, 32, 100):
+        values = torch.randint(-(1 << bits - 1), 1 << bits - 1, (3, count), generator=generator, dtype=torch.int8)
+        found = unpacked(pack_to_int32(values, bits), bits, count)
+        assert torch.equal(found.int() - (1 << bits - 1), values.int())

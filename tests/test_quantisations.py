@@ -1,0 +1,300 @@
+"""Checkpoints in other tools' quantisations, packed by the tools themselves where they install on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign import check_read, write_foreign
+from models import PLE, random_target
+from torch import Tensor
+
+from gemma_mtp.checkpoint.quantisations.bits import E2M1, e4m3, e8m0
+from gemma_mtp.measure.memory import inspect_checkpoint
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+# -- bitsandbytes
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("block", "storage"), [(64, torch.uint8), (128, torch.bfloat16)])
+def test_bitsandbytes_4_bits(
+    kind: str, nested: bool, block: int, storage: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes.backends.default import ops as generic
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=block, compress_statistics=nested, quant_type=kind, quant_storage=storage
+        )
+        parts = {f".{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        scales = state.absmax
+        if nested:
+            scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        # its kernel for CPUs begins a block with every row, as none of its quantisers does
+        values = generic._dequantize_4bit_compute(
+            packed.view(torch.uint8).reshape(-1), scales, state.code, block, weight.shape, F32
+        )
+        if weight.shape[1] % block == 0:
+            assert torch.equal(values, functional.dequantize_4bit(packed, state))
+        return {"": packed, **parts}, values
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+              "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, F32)
+    check_read(tmp_path, F32, monkeypatch, exact=False)
+    assert f"of {kind} in blocks of {block}" in inspect_checkpoint(tmp_path).read_as[0]
+
+
+def test_bitsandbytes_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, scale, _ = functional.int8_vectorwise_quant(weight.half())
+        return {"": packed, "/SCB": scale}, functional.int8_vectorwise_dequant(packed, scale)
+
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    write_foreign(tmp_path, pack, {"quantization_config": config}, F32)
+    with pytest.raises(Exception, match="activations"):
+        check_read(tmp_path, F32, monkeypatch)
+    check_read(tmp_path, F32, monkeypatch, exact=False, strict=False)
+
+
+# -- MLX
+
+
+@pytest.mark.parametrize(("mode", "bits", "group"), [
+    *(("affine", bits, 32) for bits in (2, 3, 4, 5, 6, 8)), ("mxfp4", 4, 32), ("mxfp8", 8, 32),
+    ("nvfp4", 4, 16),
+])  # fmt: skip
+def test_mlx(mode: str, bits: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its embeddings and head are packed too; a module may be packed in another way than the rest."""
+    mx = pytest.importorskip("mlx.core")
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        way = {"bits": bits, "group_size": group}
+        if mode == "affine" and weight.shape == (128, 64):  # the MLP's
+            way = {"bits": 8, "group_size": 64}
+        made = mx.quantize(mx.array(weight.float().numpy()), mode=mode, **way)
+        values = mx.dequantize(*made, mode=mode, dtype=mx.float32, **way)
+        parts = dict(zip(("", "/scales", "/biases"), (torch.from_numpy(np.array(part)) for part in made), strict=False))
+        return parts, torch.from_numpy(np.array(values))
+
+    quantization: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
+    if mode == "affine":
+        wide = [
+            name for name, weight in random_target(config=PLE).checkpoint_tensors().items() if weight.shape == (128, 64)
+        ]
+        quantization |= {name.removesuffix(".weight"): {"bits": 8, "group_size": 64} for name in wide}
+    changes = {"quantization": quantization, "quantization_config": quantization}
+    write_foreign(tmp_path, pack, changes, F32, also=["embed_tokens.weight"])
+    check_read(tmp_path, F32, monkeypatch, exact=False)
+
+
+# -- AWQ, packed as AutoAWQ 0.2.9 does (modules/linear/gemm.py, utils/packing_utils.py)
+
+AWQ_ORDER, AWQ_REVERSE_ORDER = [0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def awq_packed(numbers: Tensor) -> Tensor:
+    """As WQLinear_GEMM.from_linear."""
+    packed = torch.zeros(numbers.shape[0], numbers.shape[1] // 8, dtype=torch.int32)
+    for column in range(numbers.shape[1] // 8):
+        for i in range(8):
+            packed[:, column] |= numbers[:, column * 8 + AWQ_ORDER[i]] << (i * 4)
+    return packed
+
+
+def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
+    """As dequantize_gemm."""
+    shifts = torch.arange(0, 32, 4)
+    iweights = torch.bitwise_right_shift(qweight[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
+    izeros = torch.bitwise_right_shift(qzeros[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
+    order = torch.arange(iweights.shape[-1]).view(-1, 8)[:, AWQ_REVERSE_ORDER].view(-1)
+    iweights, izeros = iweights[:, order] & 15, izeros[:, order] & 15
+    return (iweights - izeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
+
+
+@pytest.mark.parametrize("group", [16, 32, -1])
+def test_awq(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        size = weight.shape[1] if group == -1 else group
+        numbers, zeros, scales = rounded(weight, size, 4)
+        parts = {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous()),
+                 "/scales": scales.T.half()}  # fmt: skip
+        return parts, awq_values(parts["/qweight"], parts["/qzeros"], parts["/scales"].float(), size).T
+
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
+              "modules_to_not_convert": None}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
+
+
+def rounded(weight: Tensor, size: int, bits: int, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [out, in], zero points and scales [out, groups]; column i is of group order[i]."""
+    columns = weight.float() if order is None else weight.float()[:, torch.argsort(order, stable=True)]
+    groups = columns.unflatten(1, (-1, size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-4)
+    zeros = (-low / scales).round().clamp(0, 2**bits - 1)
+    numbers = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 2**bits - 1).flatten(1).int()
+    if order is not None:
+        numbers = numbers[:, torch.argsort(torch.argsort(order, stable=True))]
+    return numbers, zeros.int(), scales
+
+
+# -- GPTQ, packed as GPTQModel 7.7.0 does (nn_modules/qlinear, pack_original)
+
+
+def gptq_packed(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+    """Along the first dimension."""
+    packed = np.zeros((-(-numbers.shape[0] * bits // 32), numbers.shape[1]), dtype=np.uint32)
+    numbers = numbers.astype(np.uint32)
+    if bits != 3:
+        each = 32 // bits
+        for row in range(packed.shape[0]):
+            for j in range(min(each, numbers.shape[0] - row * each)):
+                packed[row] |= numbers[row * each + j] << np.uint32(bits * j)
+        return packed
+    i = row = 0
+    while row < packed.shape[0]:
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i))
+        i += 10
+        packed[row] |= numbers[i] << np.uint32(30)
+        row += 1
+        packed[row] |= (numbers[i] >> np.uint32(2)) & np.uint32(1)
+        i += 1
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 1)
+        i += 10
+        packed[row] |= numbers[i] << np.uint32(31)
+        row += 1
+        packed[row] |= (numbers[i] >> np.uint32(1)) & np.uint32(3)
+        i += 1
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 2)
+        i += 10
+        row += 1
+    return packed
+
+
+@pytest.mark.parametrize(("bits", "group", "sorted_", "format"), [
+    (4, 32, False, "gptq"), (4, 16, True, "gptq"), (4, 32, True, "gptq_v2"), (8, -1, False, "gptq"),
+    (2, 16, False, "gptq_v2"), (3, 32, False, "gptq_v2"), (3, 32, True, "gptq"), (2, 16, True, "gptq"),
+])  # fmt: skip
+def test_gptq(
+    bits: int, group: int, sorted_: bool, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zero point of 0 is less than none in the first format, and borrows from the next."""
+    ones = {2: [0x55555555], 3: [0x49249249, 0x92492492, 0x24924924], 4: [0x11111111], 8: [0x01010101]}[bits]
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        size = weight.shape[1] if group == -1 else group
+        generator = torch.Generator().manual_seed(3)
+        order = torch.arange(weight.shape[1]) // size
+        if sorted_:
+            order = order[torch.randperm(len(order), generator=generator)]
+        weight[0] = weight[0].abs()  # a zero point of 0
+        numbers, zeros, scales = rounded(weight, size, bits, order)
+        values = (numbers - zeros[:, order]) * scales[:, order]
+        if bits == 3 and len(zeros) % 32:  # GPTQModel packs whole threes of words alone
+            return {"": weight}, weight
+        packed_zeros = gptq_packed(zeros.numpy(), bits)
+        if format == "gptq":
+            less = np.resize(np.array(ones, dtype=np.uint32), (len(packed_zeros), 1))
+            packed_zeros = packed_zeros - less
+        parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": packed_zeros.T.copy()}
+        made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
+        return {**made, "/scales": scales.T.half(), "/g_idx": order.int()}, values
+
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": sorted_, "sym": False,
+              "checkpoint_format": format, "damp_percent": 0.01, "true_sequential": True}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
+
+
+# -- ModelOpt
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_modelopt_nvfp4(in_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("modelopt")
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, scale, whole = NVFP4QTensor.quantize(weight, 16)
+        values = packed.dequantize(scale=scale, double_scale=whole, block_sizes={-1: 16}, dtype=F32)
+        return {"": packed._quantized_data, "_scale": scale, "_scale_2": whole}, values
+
+    inner = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    quantization = {"quantization_config": {**inner, "quant_method": "modelopt"}} if in_config else {}
+    write_foreign(tmp_path, pack, quantization, BF16)
+    if not in_config:
+        content = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": inner}
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    check_read(tmp_path, F32, monkeypatch, exact=False, stored=BF16)
+
+
+def test_modelopt_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed as its FP8 is: weight / (amax / 448)."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = weight.float().abs().amax() / 448
+        packed = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {"": packed, "_scale": scale, "/input_scale": torch.ones(())}, packed.float() * scale
+
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}, "ignore": ["lm_head"]}
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16)
+    with pytest.raises(Exception, match="activations"):
+        check_read(tmp_path, F32, monkeypatch)
+    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+
+
+# -- Google's mobile checkpoints, packed as the description of transformers' reader says
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mobile(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        table = weight.shape[0] == 61
+        blocks = 4 if table else 1
+        own = 4 if table else bits
+        groups = weight.float().unflatten(1, (blocks, -1))
+        scale = groups.abs().amax(-1) / (2 ** (own - 1) - 1)
+        numbers = (groups / scale[..., None]).round().flatten(1).to(torch.int8)
+        values = (numbers.unflatten(1, (blocks, -1)) * scale[..., None]).flatten(1)
+        if own == 8:
+            return {"": numbers, "_scale": scale}, values
+        each = 8 // own
+        lanes = (numbers.int() + 2 ** (own - 1)).unflatten(1, (-1, each))
+        packed = sum(lanes[..., i] << (own * i) for i in range(each)).to(torch.uint8)
+        if table:
+            return {"/embedding_quantized": packed, "/embedding_scale": scale}, values
+        return {"": packed, "_scale": scale, "/input_activation_scale": torch.zeros(())}, values
+
+    config = {"quant_method": "gemma", "num_bits": bits, "quantize_embeddings": True,
+              "module_quant_configs": {r"embed_tokens": {"num_bits": 4}}}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16, also=["embed_tokens.weight"])
+    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+
+
+# -- numbers
+
+
+def test_floats_of_few_bits_are_the_formats() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    powers = torch.tensor([2.0 ** (i - 127) for i in range(255)], dtype=torch.float64)
+    assert torch.equal(e8m0(codes)[:255].double(), powers)
+    assert e8m0(codes)[255].isnan()
+    assert torch.equal(e4m3(codes[:127]), codes[:127].view(torch.float8_e4m3fn).float())
+    signs = torch.where(torch.arange(16) < 8, 1.0, -1.0)
+    magnitudes = [(1 + m / 2) * 2.0 ** (e - 1) if e else m / 2 for e in range(4) for m in range(2)]
+    assert torch.equal(E2M1, signs * torch.tensor(magnitudes * 2))
