@@ -101,7 +101,7 @@ def test_two_options_of_one_name_are_an_error() -> None:
 
 def test_no_command_has_many_parameters() -> None:
     commands = [registered.callback for registered in app.registered_commands if registered.callback is not None]
-    assert len(commands) == 11
+    assert len(commands) >= 11
     for registered in commands:
         written = inspect.signature(inspect.unwrap(registered))
         assert len(written.parameters) <= 7, f"{registered.__name__}: options belong in groups"

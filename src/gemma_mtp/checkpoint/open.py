@@ -10,6 +10,7 @@ from gemma_mtp.checkpoint.gguf import SUFFIX, GgufSource, gguf_in
 from gemma_mtp.checkpoint.quantisations.source import readable
 from gemma_mtp.checkpoint.safetensors import SafetensorsSource
 from gemma_mtp.checkpoint.source import Location, Source
+from gemma_mtp.errors import CheckpointError
 from gemma_mtp.locate import Role, locate
 
 #: formats that are one file, by the end of its name; all else is a directory in the Hugging Face layout
@@ -25,7 +26,11 @@ def open_source(location: Location, role: Role = "target", adapter: str | Path |
     an adapter that can not be merged.
     """
     source = _opened(location, role)
-    return source if adapter is None else AdaptedSource(source, Adapter(adapter))
+    if adapter is None:
+        return source
+    if isinstance(source, GgufSource):
+        raise CheckpointError(f"{source.path} is a GGUF file, into which no adapter is merged; give its safetensors.")
+    return AdaptedSource(source, Adapter(adapter))
 
 
 def _opened(location: Location, role: Role) -> Source:

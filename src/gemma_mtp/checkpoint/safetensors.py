@@ -89,9 +89,6 @@ class SafetensorsSource:
             return []
         return [f"both {SINGLE_FILE} and {INDEX_FILE} are there; the single file is loaded: remove the other's shards."]
 
-    def summary(self) -> list[str]:
-        return []
-
     def copy_companions(self, directory: Path) -> None:
         for path in (*(self.path / name for name in KEPT_FILES), *self.path.glob(KEPT_TEMPLATES)):
             if path.is_file():

@@ -93,10 +93,6 @@ class Source(Protocol):
         """Returns a sentence on each thing about its files that is not as it should be, though it can be loaded."""
         ...
 
-    def summary(self) -> list[str]:
-        """Returns a sentence on each thing that is read in another way than it is stored, and on what that loses."""
-        ...
-
     def copy_companions(self, directory: Path) -> None:
         """Write what belongs to a copy beside weights and config.json: tokenizer, templates, generation config."""
         ...

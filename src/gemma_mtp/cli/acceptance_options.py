@@ -48,8 +48,8 @@ class ComparedPair:
 
         with loading() as told:
             pair = load_pair(
-                self.target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device, quantize=self.quantize,
-                strict=self.strict, on_bytes=told,
+                self.target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
+                quantize=self.quantize, strict=self.strict, on_bytes=told,
             )  # fmt: skip
         return options.named(pair)
 
