@@ -47,6 +47,47 @@ class DraftRows(NamedTuple):
     stop: StopRule | None
 
 
+class RoundRows(NamedTuple):
+    """A sequence's part in a whole round: at most `most` drafts after its last token, by logits and noise alone.
+
+    `stream_key`: of its noise (`noise.stream_key`). `room`: how many tokens it may still commit, or 0 where that is not
+    known.
+    """
+
+    cache: KVCache
+    last_token: int
+    most: int
+    temperature: float
+    stream_key: int
+    room: int
+
+
+class Committed(NamedTuple):
+    """What a whole round of one sequence committed: accepted drafts and the target's own token; `drafted` at most."""
+
+    token_ids: list[int]
+    drafted: int
+
+
+class WholeRounds(Protocol):
+    """Plays rounds of `exact` verification from drafting to the state of the sequence, and may be ahead of the host."""
+
+    @property
+    def longest(self) -> int:
+        """Drafts of a round, at most."""
+        ...
+
+    def play(self, pool: KVPool, calls: Sequence[RoundRows]) -> list[Committed]:
+        """Returns what a round of each sequence committed, and leaves its state in its slot; the host commits. Takes
+        the blocks that it needs; raises OutOfBlocksError.
+
+        Where there is room, the next round of these sequences may already be played when this returns, and be the
+        one that the next `play` returns: with the drafts that were asked for in this call. A sequence that is not
+        among the next calls has lost that round. So every step plays, be it without calls.
+        """
+        ...
+
+
 class DraftedTokens(NamedTuple):
     """Draft tokens of one sequence, and how sure the drafter was of each; no confidences without a stop rule."""
 
@@ -98,6 +139,11 @@ class Backend(Protocol):
     @property
     def chooses(self) -> Collection[ChoiceKind]:
         """The kinds of choice that `choose` and `draft` make."""
+        ...
+
+    @property
+    def rounds(self) -> WholeRounds | None:
+        """What plays rounds as a whole on the device; None where the host takes part between drafts and choices."""
         ...
 
     @property

@@ -39,6 +39,7 @@ class CpuBackend:
     kv_dtype = torch.float32
     chunk_rows = NATIVE_CHUNK_ROWS
     watches_drafts = True
+    rounds = None
     chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
 
     def __init__(self, target: Target, drafter: Drafter | None = None, stack: TargetStack | None = None) -> None:

@@ -40,6 +40,7 @@ class ReferenceBackend:
     """Runs a pair by PyTorch's operators, in the weights' own dtype."""
 
     watches_drafts = False
+    rounds = None
     chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
     chunk_rows = REFERENCE_CHUNK_ROWS
 

@@ -60,7 +60,7 @@ def uniform(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Ten
 
     `positions` int64 [...]; `token_ids` int64 [C] or [..., C].
     """
-    return _uniform_of_keys(_mix_(positions * signed(_GOLDEN) + signed(_stream_key(seed, stream))), token_ids)
+    return _uniform_of_keys(row_keys(signed(stream_key(seed, stream)), positions), token_ids)
 
 
 def _uniform_of_keys(row_keys: Tensor, token_ids: Tensor) -> Tensor:
@@ -71,11 +71,17 @@ def _uniform_of_keys(row_keys: Tensor, token_ids: Tensor) -> Tensor:
 
 def row_key(seed: int, position: int, stream: int) -> int:
     """The 64-bit word that `uniform` mixes a row's numbers from, with the token id; `src/native/best.cpp` does too."""
-    return _mix_word(position * _GOLDEN + _stream_key(seed, stream))
+    return _mix_word(position * _GOLDEN + stream_key(seed, stream))
+
+
+def row_keys(stream_keys: Tensor | int, positions: Tensor) -> Tensor:
+    """`row_key`s where the positions are: int64 [...]. `stream_keys`: of their streams, int64 or one `signed` word."""
+    return _mix_(positions * signed(_GOLDEN) + stream_keys)
 
 
 @functools.lru_cache(maxsize=4096)
-def _stream_key(seed: int, stream: int) -> int:
+def stream_key(seed: int, stream: int) -> int:
+    """The 64-bit word that all `row_key`s of a stream are made of, each with its position."""
     return _mix_word(_mix_word(seed) + (stream + 1) * _GOLDEN)
 
 
@@ -87,9 +93,11 @@ def gumbel(seed: int, positions: Tensor, token_ids: Tensor, stream: int) -> Tens
     return _gumbel_of(uniform(seed, positions, token_ids, stream))
 
 
-def keyed_gumbel(keys: Sequence[int], token_ids: Tensor) -> Tensor:
-    """The same from `row_key`s, one a row: float32 [R, C]."""
-    return _gumbel_of(_uniform_of_keys(torch.tensor([signed(key) for key in keys], device=token_ids.device), token_ids))
+def keyed_gumbel(keys: Sequence[int] | Tensor, token_ids: Tensor) -> Tensor:
+    """The same from `row_key`s, one a row, int64 where they are a tensor: float32 [R, C]."""
+    if not isinstance(keys, Tensor):
+        keys = torch.tensor([signed(key) for key in keys], device=token_ids.device)
+    return _gumbel_of(_uniform_of_keys(keys, token_ids))
 
 
 def _gumbel_of(uniform_RC: Tensor) -> Tensor:

@@ -261,7 +261,8 @@ class Engine:
             job.cache.open()
             if job.sequence is None:
                 grammar = self.pair.grammar_state(params)
-                job.sequence = open_sequence(self.pair.backend, job.cache, params, entry.tokens, grammar)
+                end = len(entry.tokens) + job.output.remaining
+                job.sequence = open_sequence(self.pair.backend, job.cache, params, entry.tokens, grammar, end)
         except Exception as error:
             self._fail(job, error)
             return

@@ -10,6 +10,7 @@ from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
 from gemma_mtp.engine.round import RoundOutput, Scored, forward, settle, verify_rows
 from gemma_mtp.engine.sequence import Sequence, Turn
+from gemma_mtp.engine.whole_rounds import play_whole
 
 #: what a part of a step came to: tokens, none yet, or the exception that it ended in
 Outcome = RoundOutput | Exception | None
@@ -35,8 +36,20 @@ class StepResult(NamedTuple):
 def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> StepResult:
     """Play a round of each turn and read the chunks.
 
-    A part that fails by itself ends in its exception. What is raised came from the call that all share.
+    A part that fails by itself ends in its exception. What is raised came from the call that all share. Rounds that the
+    backend plays as a whole are not part of that call.
     """
+    whole = play_whole(backend, turns, chunks[0].sequence if chunks else None)
+    others = [i for i, output in enumerate(whole) if output is None]
+    rest = _run_call(backend, [turns[i] for i in others], chunks)
+    outcomes: list[Outcome] = [*whole, *rest.outcomes[len(others) :]]
+    for i, outcome in zip(others, rest.outcomes, strict=False):
+        outcomes[i] = outcome
+    return StepResult(outcomes, rest.drafting_seconds)
+
+
+def _run_call(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> StepResult:
+    """Draft for the turns, and run their rows and the chunks in one call of the target."""
     began = time.perf_counter()
     drafts = _propose(backend, turns)
     drafting = time.perf_counter() - began

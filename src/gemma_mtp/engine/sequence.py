@@ -30,6 +30,7 @@ class Sequence:
     grammar: GrammarState | None = None
     length: int = 0
     last_token: int = -1
+    end: int = 0  # no more tokens than so many are ever wanted; 0: not known
 
     def keys(self, count: int) -> list[int]:
         """Returns the noise keys of the next `count` positions; 0 where the choice has no noise."""
@@ -56,13 +57,14 @@ class Turn(NamedTuple):
 
 def open_sequence(
     backend: Backend, cache: KVCache, params: SamplingParams, prompt_ids: Items[int],
-    grammar: GrammarState | None = None,
+    grammar: GrammarState | None = None, end: int = 0,
 ) -> Sequence:  # fmt: skip
     """Returns a sequence of a prompt, of which no row has been computed.
 
-    `grammar`: the state to start from, needed if and only if there is a `params.grammar`.
+    `grammar`: the state to start from, needed if and only if there is a `params.grammar`. `end`: tokens that it will
+    have at most, the prompt's too, or 0 where that is not known.
     """
     assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
     vocab_size = backend.target.config.vocab_size
     history = TokenHistory(prompt_ids, vocab_size, backend.device) if params.uses_history else None
-    return Sequence(params, cache, history, grammar, length=len(prompt_ids))
+    return Sequence(params, cache, history, grammar, length=len(prompt_ids), end=end)

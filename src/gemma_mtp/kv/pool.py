@@ -48,7 +48,7 @@ class KVPool:
         self.layers = {i: LayerRows(next(parts).view(s), next(parts).view(s)) for i, s in enumerate(shapes)}
         self.states = torch.zeros(slots, config.hidden_size, dtype=dtype, device=self.device)
         self.free_slots = list(reversed(range(slots)))
-        self.handles: dict[tuple[int, ...], Any] = {}  # what a backend keeps for some layers, in that order
+        self.handles: dict[Any, Any] = {}  # what backends keep with it, by keys of their own
 
     def cache(self, max_length: int) -> KVCache:
         """Returns an empty cache, not open yet, for a sequence of at most so many rows."""

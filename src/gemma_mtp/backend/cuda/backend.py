@@ -11,8 +11,10 @@ from torch import Tensor
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
 from gemma_mtp.backend.cuda.batch import Part, make_batch
 from gemma_mtp.backend.cuda.choice import Draws
+from gemma_mtp.backend.cuda.device_round import DeviceRounds
 from gemma_mtp.backend.cuda.launch import Launch, on_device
-from gemma_mtp.backend.cuda.models import DeviceDrafter, DeviceTarget, Ropes, ropes_of
+from gemma_mtp.backend.cuda.models import DeviceDrafter, DeviceTarget, PairCalls, RopeTables
+from gemma_mtp.backend.cuda.replay import CudaReplays, Replays
 from gemma_mtp.backend.cuda.tiles import VERSION
 from gemma_mtp.backend.cuda.usable import why_not
 from gemma_mtp.backend.processor import processor
@@ -39,17 +41,20 @@ class CudaBackend:
 
     def __init__(
         self, target: Target, drafter: Drafter | None = None, launch: Launch = on_device,
-        device_target: DeviceTarget | None = None,
+        device_target: DeviceTarget | None = None, replays: Replays | None = None,
     ) -> None:  # fmt: skip
-        """`device_target`: the target's, where there is one already. Raises DeviceError where the kernels can not run
-        the pair, unless another `launch` runs them."""
+        """`device_target`: the target's, where there is one already. `replays`: plays whole rounds; CUDA's where the
+        launch is CUDA's, and without any the host takes part in every round. Raises DeviceError where the kernels can
+        not run the pair, unless another `launch` runs them."""
         if launch is on_device and (reason := why_not(target, drafter)) is not None:
             raise DeviceError(f"The Triton kernels can not run this pair, because {reason}.")
         self.target, self.drafter = target, drafter
         self.launch = launch
         self.on_device = device_target or DeviceTarget(target)
         self.drafts = None if drafter is None else DeviceDrafter(drafter, self.on_device)
-        self._ropes: tuple[int, Ropes] = 0, {}  # how many positions, and their tables
+        self.ropes = RopeTables(target.config, self.device)
+        self.replays = CudaReplays() if replays is None and launch is on_device else replays
+        self.rounds = None if self.replays is None else self._rounds(self.replays)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +68,14 @@ class CudaBackend:
         }  # fmt: skip
 
     def with_drafter(self, drafter: Drafter | None) -> CudaBackend:
-        return CudaBackend(self.target, drafter, self.launch, self.on_device)
+        return CudaBackend(self.target, drafter, self.launch, self.on_device, self.replays)
+
+    def _rounds(self, replays: Replays) -> DeviceRounds:
+        target, drafts, launch, ropes = self.on_device, self.drafts, self.launch, self.ropes
+        drafter = None if self.drafter is None else self.drafter.config.text
+        return DeviceRounds(
+            lambda reach: PairCalls(launch, target, drafts, ropes.reaching(reach)), self.target.config, drafter, replays
+        )
 
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
         return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
@@ -71,7 +83,9 @@ class CudaBackend:
     def forward(self, calls: Sequence[Rows]) -> Tensor:
         parts = [Part(call.cache, call.token_ids, call.cache.table.length) for call in calls]
         batch = make_batch(self.target.config, parts, self.device)
-        hidden_RD = self.on_device.forward(self.launch, batch, calls[0].cache.pool, self._ropes_for(batch.most_rows))
+        hidden_RD = self.on_device.forward(
+            self.launch, batch, calls[0].cache.pool, self.ropes.reaching(batch.most_rows)
+        )
         if all(call.keep == len(call.token_ids) for call in calls):
             return hidden_RD
         pieces = hidden_RD.split([len(call.token_ids) for call in calls])
@@ -151,7 +165,7 @@ class CudaBackend:
         parts = [Part(cache, [0], cache.table.length) for cache in caches]
         batch = make_batch(self.drafts.config.text, parts, self.device, behind=1)
         batch = batch.with_tokens(token_ids_R)
-        ropes = self._ropes_for(batch.most_rows)
+        ropes = self.ropes.reaching(batch.most_rows)
         return self.drafts.step(self.launch, batch, caches[0].pool, hidden_RD, ropes)
 
     def draws(self, temperatures: Sequence[float], keys: Sequence[int]) -> Draws | None:
@@ -160,19 +174,6 @@ class CudaBackend:
             return None
         words = torch.tensor([signed(key) for key in keys], dtype=torch.int64)
         return Draws(torch.tensor(temperatures, dtype=torch.float64).to(self.device), words.to(self.device))
-
-    def _ropes_for(self, rows: int) -> Ropes:
-        """Returns rotary tables of so many positions and more."""
-        known, tables = self._ropes
-        if rows > known:
-            known = max(rows, min(2 * rows, self.target.config.max_position_embeddings), ROPE_ROWS)
-            tables = ropes_of(self.target.config, known, self.device)
-            self._ropes = known, tables
-        return tables
-
-
-#: positions that rotary tables have at first
-ROPE_ROWS = 256
 
 
 def _goes_on(stop: StopRule, made: int, reach: float) -> bool:

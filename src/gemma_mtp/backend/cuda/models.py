@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,6 +29,8 @@ from gemma_mtp.ops import reference as ops
 Ropes = Mapping[LayerType, tuple[Tensor, Tensor]]
 #: positions whose rotary tables are made at once
 ROPE_PIECE = 8192
+#: positions that rotary tables have at first
+LEAST_ROPE_ROWS = 256
 
 
 def ropes_of(config: TextConfig, rows: int, device: torch.device) -> Ropes:
@@ -47,6 +50,22 @@ def ropes_of(config: TextConfig, rows: int, device: torch.device) -> Ropes:
             all_cos, all_sin = zip(*pieces, strict=True)
             tables[kind] = torch.cat(all_cos), torch.cat(all_sin)
     return tables
+
+
+class RopeTables:
+    """Rotary tables of as many positions as were asked for so far. Those that were handed out stay as they are."""
+
+    def __init__(self, config: TextConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._rows = 0
+        self._tables: Ropes = {}
+
+    def reaching(self, rows: int) -> Ropes:
+        """Returns tables of so many positions and more."""
+        if rows > self._rows:
+            self._rows = max(rows, min(2 * rows, self.config.max_position_embeddings), LEAST_ROPE_ROWS)
+            self._tables = ropes_of(self.config, self._rows, self.device)
+        return self._tables
 
 
 class DeviceTarget:
@@ -148,6 +167,31 @@ class DeviceDrafter:
             return choice.best_of(launch, logits, ids, draws)
         rows = torch.arange(len(state_RH), dtype=torch.int32, device=state_RH.device)
         return choice.choose(launch, state_RH, self.head, None, rows, draws)
+
+
+@dataclass(frozen=True)
+class PairCalls:
+    """The calls of a pair that a whole round is made of (`round.RoundModels`), for positions that `ropes` has."""
+
+    launch: Launch
+    target: DeviceTarget
+    drafter: DeviceDrafter | None
+    ropes: Ropes
+
+    def run(self, batch: Batch, pool: KVPool) -> Tensor:
+        return self.target.forward(self.launch, batch, pool, self.ropes)
+
+    def choose(self, hidden_RD: Tensor, draws: Draws | None) -> Tensor:
+        rows_R = torch.arange(len(hidden_RD), dtype=torch.int32, device=hidden_RD.device)
+        return self.target.choose(self.launch, hidden_RD, rows_R, draws)
+
+    def draft(self, batch: Batch, pool: KVPool, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.drafter is not None
+        return self.drafter.step(self.launch, batch, pool, hidden_BD, self.ropes)
+
+    def choose_draft(self, state_BH: Tensor, draws: Draws | None) -> Tensor:
+        assert self.drafter is not None
+        return self.drafter.choose(self.launch, state_BH, draws)
 
 
 def _centroids(drafter: Drafter, head: CentroidHead) -> DeviceCentroids:
