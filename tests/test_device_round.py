@@ -209,3 +209,28 @@ def test_a_recorder_refuses_a_read() -> None:
     tensor = torch.ones(1)
     with pytest.raises(AssertionError, match="the host reads the device"):
         Recorder().capture(lambda: float(tensor.sum()) and None)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_the_kernels_play_whole_rounds_as_they_play_parts() -> None:
+    """In Triton's interpreter, recorded and replayed."""
+    from tensor_core import Interpreter
+
+    target, drafter = random_target(5, WIDE["ple"]).bfloat16(), wide_drafter(WIDE["ple"], True).bfloat16()
+    recorder = Recorder(Interpreter())
+    ours = CudaBackend(target, drafter, recorder.launch, None, recorder)
+    theirs = CudaBackend(target, drafter, Interpreter())
+    played = []
+    for backend in (ours, theirs):
+        caches, tokens = open_caches(backend, 2, 40), []
+        for i, cache in enumerate(caches):
+            params = SamplingParams(temperature=0.7 * i, seed=3)
+            one = open_sequence(backend, cache, params, TOKENS[i : i + 3], end=30)
+            prefill(backend, one, TOKENS[i : i + 3])
+            for _ in range(2):
+                tokens += run_step(backend, [Turn(one, 1)], []).outcomes
+        played.append([output.token_ids for output in tokens if isinstance(output, RoundOutput)])
+        assert len(played[-1]) == 4
+    assert played[0] == played[1]
+    assert recorder.replayed >= 2 and recorder.waits == 4
