@@ -207,8 +207,13 @@ def test_no_round_reads_the_device(family: str, drawn: bool) -> None:
 def test_a_recorder_refuses_a_read() -> None:
     """The control of the recorder."""
     tensor = torch.ones(1)
-    with pytest.raises(AssertionError, match="the host reads the device"):
-        Recorder().capture(lambda: float(tensor.sum()) and None)
+
+    def reading() -> None:
+        tensor.mul_(float(tensor.sum()))
+
+    for inference in (False, True):
+        with torch.inference_mode(inference), pytest.raises(AssertionError, match="the host reads the device"):
+            Recorder().capture(reading)
 
 
 @pytest.mark.slow

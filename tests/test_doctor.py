@@ -13,7 +13,7 @@ import torch
 from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.cli import main
-from gemma_mtp.cli.doctor_checks import as_loaded, machine_checks, pair_checks
+from gemma_mtp.cli.doctor_checks import _gpu_checks, as_loaded, machine_checks, pair_checks
 from gemma_mtp.cli.doctor_options import ExaminedPair
 from gemma_mtp.cli.options import spread
 from gemma_mtp.config import FULL, TextConfig
@@ -167,3 +167,24 @@ def test_the_command_with_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     assert "weights: target int8, embeddings int8, drafter int8, drafter-head int8" in out
     assert "first drafts: in order" in out
     assert "the target's quantisation: not it" in out
+
+
+def test_it_says_which_operators_a_card_would_run_and_why_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old card, and one that could run the Triton kernels; with them asked for and not."""
+    capabilities = [(7, 5), (9, 0)]
+    for name, value in {
+        "is_available": lambda: True, "device_count": lambda: 2, "mem_get_info": lambda i: (1 << 30, 2 << 30),
+        "get_device_name": lambda i: f"card {i}", "get_device_capability": lambda device: capabilities[device.index],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("gemma_mtp.backend.cuda.usable.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("gemma_mtp.backend.cuda.usable.shutil.which", lambda name: "/usr/bin/cc")
+    monkeypatch.delenv("GEMMA_MTP_CUDA", raising=False)
+    old, new = (check for check in _gpu_checks() if check.name.startswith("operators of GPU"))
+    assert (old.status, new.status) == ("note", "note")
+    assert "compute capability 7.5, and bf16 products need 8.0" in old.found
+    assert new.found.startswith("PyTorch's") and "GEMMA_MTP_CUDA=1" in new.advice
+    monkeypatch.setenv("GEMMA_MTP_CUDA", "1")
+    old, new = (check for check in _gpu_checks() if check.name.startswith("operators of GPU"))
+    assert old.found.startswith("PyTorch's") and new.found.startswith("Triton kernels") and new.status == "ok"

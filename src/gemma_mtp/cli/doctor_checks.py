@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from gemma_mtp.backend.cuda.usable import ASKED_BY, why_not_on
 from gemma_mtp.backend.device_memory import device_free_bytes
 from gemma_mtp.backend.native import module, usable
 from gemma_mtp.backend.processor import processor
@@ -107,7 +108,21 @@ def _gpu_checks() -> list[Check]:
         free, total = torch.cuda.mem_get_info(i)
         name = torch.cuda.get_device_name(i)
         checks.append(Check(f"GPU {i}", f"{name}, {shown_bytes(free)} free of {shown_bytes(total)}"))
+        checks.append(_gpu_backend_check(i))
     return checks
+
+
+def _gpu_backend_check(number: int) -> Check:
+    """Which backend would run a pair on a card, and why not the other."""
+    name, reason = f"operators of GPU {number}", why_not_on(torch.device("cuda", number))
+    if reason is not None:
+        return Check(name, f"PyTorch's, which are slower: the Triton kernels can not run, because {reason}", "note")
+    if os.environ.get(ASKED_BY) == "1":
+        return Check(name, f"Triton kernels for bfloat16 weights, as {ASKED_BY}=1 asks; PyTorch's for other weights")
+    return Check(
+        name, "PyTorch's: the Triton kernels could run, but must be asked for: they are not yet measured", "note",
+        f"set {ASKED_BY}=1 to try them with bfloat16 weights",
+    )  # fmt: skip
 
 
 def _installation_checks() -> list[Check]:

@@ -85,6 +85,7 @@ class DeviceTarget:
         if self.has_ple:
             self.ple_table = of_module(target.embed_tokens_per_layer)
             self.ple_projection = of_module(target.per_layer_model_projection)
+            self.ple_scale = _rounded(config.hidden_size_per_layer_input**0.5)
             self.ple_norm = vector(target.per_layer_projection_norm.weight)
 
     def forward(self, launch: Launch, batch: Batch, pool: KVPool, ropes: Ropes) -> Tensor:
@@ -106,7 +107,7 @@ class DeviceTarget:
         config = self.config
         return per_layer_inputs(
             launch, token_ids_R, linear(launch, raw_RD, self.ple_projection), self.ple_table, self.ple_norm,
-            _rounded(config.hidden_size_per_layer_input**0.5), config.hidden_size**-0.5, config.rms_norm_eps,
+            self.ple_scale, config.hidden_size**-0.5, config.rms_norm_eps,
         )  # fmt: skip
 
     def logits(self, launch: Launch, hidden_RD: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def usable(target: Target, drafter: Drafter | None) -> bool:
 
 def why_not(target: Target, drafter: Drafter | None) -> str | None:
     """Returns why the kernels can not run the pair, as the part of a sentence, or None where they can."""
-    reason = _of_device(target.embed_tokens.device)
+    reason = why_not_on(target.embed_tokens.device)
     if reason is not None:
         return reason
     for model in (target, drafter):
@@ -52,7 +52,8 @@ def why_not(target: Target, drafter: Drafter | None) -> str | None:
     return None
 
 
-def _of_device(device: torch.device) -> str | None:
+def why_not_on(device: torch.device) -> str | None:
+    """Returns why the kernels can not run on a device, as the part of a sentence, or None where they can."""
     if device.type != "cuda":
         return f"the models are on {device.type!r} and not on an NVIDIA card"
     if torch.version.hip is not None:
