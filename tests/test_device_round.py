@@ -238,4 +238,4 @@ def test_the_kernels_play_whole_rounds_as_they_play_parts() -> None:
         played.append([output.token_ids for output in tokens if isinstance(output, RoundOutput)])
         assert len(played[-1]) == 4
     assert played[0] == played[1]
-    assert recorder.replayed >= 2 and recorder.waits == 4
+    assert recorder.replayed >= 2 and recorder.waits == 5  # of four rounds, and of one that was thrown away

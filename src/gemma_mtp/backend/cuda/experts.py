@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma_mtp.backend.cuda.dots import chain, gelu, sum_parts
 from gemma_mtp.backend.cuda.launch import Launch, power_of_two
 from gemma_mtp.backend.cuda.rows import normed, row_warps
-from gemma_mtp.backend.cuda.tiles import PAIRED_TILES, TILES, tile
+from gemma_mtp.backend.cuda.tiles import EXPERT_TILES, PAIRED_TILES, tile
 from gemma_mtp.backend.cuda.weights import DeviceWeight
 
 
@@ -167,7 +167,7 @@ def mixture(
     device = residual_RD.device
     experts_RK, weights_RK = route(launch, residual_RD, moe, eps)
     per_expert = -(-R * k // E)
-    used, paired = tile(per_expert, TILES[:2]), tile(per_expert, PAIRED_TILES[:2])
+    used, paired = tile(per_expert, EXPERT_TILES), tile(per_expert, PAIRED_TILES[:2])
     tiles = tiles_of(experts_RK, E, used.rows)
     hidden = torch.empty(R * k, I, dtype=torch.bfloat16, device=device)
     out = torch.empty(R * k, D, dtype=torch.float32, device=device)
