@@ -195,11 +195,11 @@ def test_chat_logprobs(live: Live) -> None:
     assert plain["logprobs"] is None and plain["message"] == choice["message"]
 
 
-def test_a_part_of_a_character_has_no_bytes(live: Live) -> None:
+def test_a_part_of_a_character_has_its_bytes(live: Live) -> None:
     half = live.post("/tokenize", {"prompt": "€", "add_special_tokens": False}).json()["tokens"][0]
     body = {"messages": MESSAGES, "max_tokens": 1, "logit_bias": {str(half): 100}, "temperature": 0, "logprobs": True}
     (entry,) = live.post(CHAT, body).json()["choices"][0]["logprobs"]["content"]
-    assert entry["token"] == "�" and entry["bytes"] is None
+    assert entry["token"] == "�" and entry["bytes"] == [0xE2]
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -341,7 +341,8 @@ def test_health_and_page(live: Live) -> None:
 def test_the_description_is_true_of_this_server(live: Live) -> None:
     described = live.client.get("/openapi.json").json()
     assert set(described["paths"]) == {
-        COMPLETIONS, CHAT, "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize", "/health", "/health/live",
+        COMPLETIONS, CHAT, "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize", "/tokenizer_info",
+        "/health", "/health/live",
         "/health/ready", "/metrics",
     }  # fmt: skip
     text = json.dumps(described)

@@ -74,6 +74,7 @@ COMPLETION_FIELDS: dict[str, list[Any]] = {
     "max_tokens": [0, -2, "5", 1.5, True, [], {}, 501, 10**30],
     "echo": ["yes", 1, []],
     "logprobs": [-1, 21, "1", True, 1.5, []],
+    "prompt_logprobs": [-1, 21, "1", True, 1.5, []],
     "best_of": [0, 2, -1, "1", 1.5, [], 10**30],
     "suffix": ["", "x", 5, []],
 }  # fmt: skip
@@ -97,7 +98,7 @@ OTHER: list[tuple[str, Any]] = [
     (DETOKENIZE, {"tokens": [2**40]}), (DETOKENIZE, {"tokens": [1.5]}), (DETOKENIZE, {"tokens": ["1"]}),
     (DETOKENIZE, {"tokens": None}), (DETOKENIZE, {"tokens": [[1]]}), (DETOKENIZE, {"tokens": [True]}),
     (CHAT, {"messages": [USER], "max_tokens": 501, "max_completion_tokens": 1}),
-    (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}), (COMPLETIONS, {"prompt": ["a"] * 6, "n": 8}),
+    (COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}), (COMPLETIONS, {"prompt": ["a"] * 6, "n": 8}),
     (COMPLETIONS, {"prompt": "word " * 5000}), (CHAT, {"messages": [{"role": "user", "content": "word " * 5000}]}),
 ]  # fmt: skip
 

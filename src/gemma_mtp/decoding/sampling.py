@@ -96,6 +96,7 @@ class SamplingParams:
     stop_token_ids       token ids that end the output, beside the checkpoint's own
     ignore_eos           do not end at the checkpoint's end-of-sequence ids
     logprobs             report log-probabilities of the chosen token and of this many alternatives; None reports none
+    prompt_logprobs      the same of the prompt's tokens after its first; with it, max_tokens may be 0
     grammar              what the output must be: JSON by a schema, any JSON object, or what an expression matches; or,
                          part by part, how a model's turn is written
     apart                whether the output is a model's turn, of which thoughts and calls are no text: stop strings are
@@ -116,6 +117,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | TurnRules | None = None
     apart: bool = False
 
@@ -157,13 +159,16 @@ class SamplingParams:
         for name in ("ignore_eos", "apart"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         _require(_is_integer(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
-        _require(_is_integer(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        least = 1 if self.prompt_logprobs is None else 0
+        enough = _is_integer(self.max_tokens) and self.max_tokens >= least
+        _require(enough, "max_tokens", self.max_tokens, f"{least} or more")
         for text in self.stop:
             _require(_is_stop_string(text), "a stop string", text, "text of at least one character, all of them whole")
         for token_id in self.stop_token_ids:
             _require(_is_integer(token_id) and token_id >= 0, "a stop token id", token_id, "0 or more")
-        logprobs_ok = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
-        _require(logprobs_ok, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}, or none")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            count_ok = count is None or (_is_integer(count) and 0 <= count <= MAX_LOGPROBS)
+            _require(count_ok, name, count, f"between 0 and {MAX_LOGPROBS}, or none")
         grammar_ok = self.grammar is None or isinstance(self.grammar, Grammar | TurnRules)
         _require(grammar_ok, "grammar", self.grammar, "a Grammar, TurnRules, or none")
 
@@ -432,3 +437,9 @@ def top_logprobs(logits_RV: Tensor, chosen_ids_R: Tensor, n: int) -> TopLogprobs
     columns_RN = _order_keys(log_probs_RV, None).topk(min(n, log_probs_RV.shape[-1]), dim=-1).indices
     chosen_R = log_probs_RV.gather(-1, chosen_ids_R.unsqueeze(-1)).squeeze(-1)
     return TopLogprobs(chosen_R, columns_RN, log_probs_RV.gather(-1, columns_RN))
+
+
+def ranks(logits_RV: Tensor, token_ids_R: Tensor) -> Tensor:
+    """The place of a token in each row by its logit, int64 [R], from 1; of equals the lower id comes first."""
+    keys_RV = _order_keys(logits_RV.float(), None)
+    return (keys_RV > keys_RV.gather(-1, token_ids_R.unsqueeze(-1))).sum(-1) + 1

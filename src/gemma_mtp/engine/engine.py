@@ -107,7 +107,8 @@ class Engine:
         limit = min(request.params.max_tokens, self.max_tokens - len(prompt))
         output = OutputBuilder(result, request.params, limit, self.pair.eos_token_ids)
         cache = self.pool.cache(len(prompt) + limit + (LONGEST if drafts == "auto" else drafts) + 1)
-        entry = Entry((request.priority, next(self._arrivals)), list(prompt), cache.table)
+        order = (request.priority, next(self._arrivals))
+        entry = Entry(order, list(prompt), cache.table, scored=request.params.prompt_logprobs is not None)
         return Job(Generation(request, result, self.cancel), entry, cache, output)
 
     def add(self, job: Job) -> Generation:
@@ -200,7 +201,7 @@ class Engine:
             job = self._jobs[entry]
             assert job.sequence is not None, "who runs was opened"
             ends = entry.table.length + len(token_ids) == entry.rows_wanted
-            step.chunks.append(Chunk(job.sequence, token_ids, ends, entry.started))
+            step.chunks.append(Chunk(job.sequence, token_ids, ends, entry.started, job.wanted_scores(len(token_ids))))
             step.jobs.append(job)
         return step
 
@@ -218,7 +219,10 @@ class Engine:
         rows = sum(output.drafted + 1 for output in rounds if isinstance(output, RoundOutput))
         self.scheduler.note(max(1, rows + sum(len(chunk.token_ids) for chunk in step.chunks)), seconds)
         self._learn(step, rounds, seconds, result.drafting_seconds)
-        for job in step.jobs[len(step.turns) :]:  # at once: what slides out of the window is kept if it is registered
+        for i, job in enumerate(step.jobs[len(step.turns) :]):
+            if i in result.scores:
+                job.take_scores(result.scores[i], len(step.chunks[i].token_ids))
+            # at once: what slides out of the window is kept if it is registered
             job.entry.reading = job.entry.table.length < job.entry.rows_wanted
             self.scheduler.register(job.entry)
         counts = [_delivered(job, outcome, seconds) for job, outcome in zip(step.jobs, outcomes, strict=True)]

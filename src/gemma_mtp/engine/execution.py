@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
+from gemma_mtp.engine.result import PromptLogprob
 from gemma_mtp.engine.round import RoundOutput, Scored, forward, settle, verify_rows
+from gemma_mtp.engine.scoring import score
 from gemma_mtp.engine.sequence import Sequence, Turn
 from gemma_mtp.engine.whole_rounds import play_whole
 
@@ -18,19 +20,28 @@ Outcome = RoundOutput | Exception | None
 
 class Chunk(NamedTuple):
     """Tokens of one sequence to read. `ends`: no more are missing after them. `started`: what is read was lost by a
-    preemption, and the output goes on after it; else the last row chooses the first output token."""
+    preemption, and the output goes on after it; else the last row chooses the first output token. `scored`: the tokens
+    after each of these, or after each but the prompt's last, whose log-probabilities are wanted; None: no scores."""
 
     sequence: Sequence
     token_ids: list[int]
     ends: bool
     started: bool
+    scored: list[int] | None = None
+
+    @property
+    def keep(self) -> int:
+        """How many of its last hidden states are wanted."""
+        return 1 if self.scored is None else len(self.token_ids)
 
 
 class StepResult(NamedTuple):
-    """What a step came to: the outcomes of its turns, then those of its chunks, and the seconds that drafting took."""
+    """What a step came to: the outcomes of its turns, then those of its chunks, the seconds that drafting took, and, by
+    place among the chunks, the log-probabilities that were wanted."""
 
     outcomes: list[Outcome]
     drafting_seconds: float = 0.0
+    scores: dict[int, list[PromptLogprob]] = {}  # noqa: RUF012 (read only)
 
 
 def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> StepResult:
@@ -66,23 +77,28 @@ def _run_call(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Ste
             begin += calls[-1].keep
         else:
             outcomes[i] = of_one
-    calls += [Rows(chunk.sequence.cache, chunk.token_ids, keep=1) for chunk in chunks]
+    calls += [Rows(chunk.sequence.cache, chunk.token_ids, chunk.keep) for chunk in chunks]
     if not calls:
         return StepResult(outcomes, drafting)
     hidden_RD = forward(backend, calls)
-    resumed = []
-    for row, (i, chunk) in enumerate(enumerate(chunks, start=len(turns)), start=begin):
+    resumed, scores = [], {}
+    for i, chunk in enumerate(chunks):
+        if chunk.scored:
+            states_RD = hidden_RD[begin : begin + len(chunk.scored)]
+            scores[i] = score(backend, states_RD, chunk.scored, chunk.sequence.params.prompt_logprobs or 0)
+        begin += chunk.keep
+        row = begin - 1
         chunk.sequence.cache.table.commit(len(chunk.token_ids))
         if chunk.ends and chunk.started:
             resumed.append((chunk.sequence.cache, row))
         elif chunk.ends:
             scored.append(Scored(Turn(chunk.sequence, 0), NO_DRAFTS, row))
-            places.append(i)
+            places.append(len(turns) + i)
     if resumed:  # all tokens are there, and now the state that produced the last one
         backend.keep_states([cache for cache, _ in resumed], hidden_RD, [row for _, row in resumed])
     for i, output in zip(places, settle(backend, scored, hidden_RD), strict=True):
         outcomes[i] = output
-    return StepResult(outcomes, drafting)
+    return StepResult(outcomes, drafting, scores)
 
 
 def _propose(backend: Backend, turns: Items[Turn]) -> list[Drafts | Exception]:

@@ -8,7 +8,7 @@ from gemma_mtp.decoding.draft_length import PLAIN, Plan
 from gemma_mtp.engine.draft_policy import Policies
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.request import Generation, Request
-from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.engine.result import GenerationResult, PromptLogprob
 from gemma_mtp.engine.round import RoundOutput
 from gemma_mtp.engine.scheduler import Entry
 from gemma_mtp.engine.sequence import Sequence, Turn
@@ -44,6 +44,19 @@ class Job:
         if self.plain is None:  # made once: there are many
             self.plain = Turn(self.sequence, 0, self.request.verification)
         return self.plain
+
+    def wanted_scores(self, rows: int) -> list[int] | None:
+        """Returns the tokens after the next rows of the prompt, where their scores are wanted, else None."""
+        if self.result.prompt_logprobs is None or self.entry.started:
+            return None
+        begin = self.entry.table.length
+        return self.result.prompt_token_ids[begin + 1 : begin + 1 + rows]
+
+    def take_scores(self, scores: list[PromptLogprob], rows: int) -> None:
+        """Take those of the rows that were just read, which come again after a preemption."""
+        found, begin = self.result.prompt_logprobs, self.entry.table.length - rows
+        assert found is not None and begin <= len(found)
+        found[begin : begin + len(scores)] = scores
 
     def deliver(self, output: RoundOutput | None, seconds: float) -> int:
         """Take what a step brought into the result. Returns how many tokens there are."""

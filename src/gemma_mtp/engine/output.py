@@ -22,6 +22,7 @@ class OutputBuilder:
         self.stop_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self._text = result.text_reader() if result.stop else None  # else readers make text of the tokens themselves
         result.logprobs = None if params.logprobs is None else []
+        result.prompt_logprobs = None if params.prompt_logprobs is None else []
 
     @property
     def done(self) -> bool:
@@ -51,6 +52,8 @@ class OutputBuilder:
 
     def _taken(self, output: RoundOutput) -> tuple[list[int], bool]:
         """The tokens up to the first that ends the output, and whether one does."""
+        if not self.max_tokens:
+            return [], False  # the prompt alone was wanted
         if self._text is None and output.complete_after is None and self.stop_token_ids.isdisjoint(output.token_ids):
             return output.token_ids, False
         token_ids = output.token_ids[: output.complete_after]

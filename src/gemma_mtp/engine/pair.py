@@ -123,7 +123,7 @@ class Pair(LoadedPair):
         params = SamplingParams() if params is None else params
         prompt_ids = self.encode(prompt)
         self.check(params, draft_tokens, verification)
-        longest = min(len(prompt_ids) + params.max_tokens, self.target.config.max_position_embeddings)
+        longest = min(len(prompt_ids) + max(1, params.max_tokens), self.target.config.max_position_embeddings)
         engine = Engine(self, EngineSettings(max_running=1, max_tokens=longest, prefix_reuse=False))
         job = engine.job(Request(prompt_ids, params, draft_tokens, verification), prompt_ids)
         return engine, engine.add(job)

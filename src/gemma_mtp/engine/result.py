@@ -27,6 +27,13 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class PromptLogprob(TokenLogprob):
+    """The same of a prompt's token. `rank`: its place among all tokens, 1 for the likeliest."""
+
+    rank: int
+
+
 class RoundStats(NamedTuple):
     """One round: draft tokens proposed, draft tokens accepted, and tokens committed to the output.
 
@@ -65,6 +72,7 @@ class GenerationResult:
     finish_reason: FinishReason = "length"
     ended: bool = False  # by a stop condition or its length: no token follows
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None  # of the prompt's tokens after its first
     rounds: list[RoundStats] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -31,6 +31,7 @@ class Entry:
     started: bool = False  # whether the first output token is there
     admitted: bool = False  # whether it has run at all
     reused: int = 0  # rows that it took from earlier requests when it was admitted first
+    scored: bool = False  # whether its prompt's rows are wanted: none are reused before they were all computed
 
     def __lt__(self, other: Entry) -> bool:
         return self.order < other.order
@@ -139,7 +140,8 @@ class Scheduler:
         """Returns whether the blocks that an entry needs to be read and to play a round are there; takes what it can
         reuse."""
         table = entry.table
-        hit = table.adopt(entry.tokens[: entry.rows_wanted]) if self.settings.prefix_reuse else 0
+        reuse = self.settings.prefix_reuse and (entry.started or not entry.scored)
+        hit = table.adopt(entry.tokens[: entry.rows_wanted]) if reuse else 0
         needed = block_counts(self.window, entry.rows_wanted - hit + LONGEST + 1, self.chunk_rows)
         # a block for each running sequence, lest the newcomer preempts one at once
         short = any(table.blocks[kind].available < count + len(self.running) for kind, count in needed.items())

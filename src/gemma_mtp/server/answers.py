@@ -1,46 +1,31 @@
-"""From generations to OpenAI's answers, whole or chunk by chunk."""
+"""From generations to OpenAI's answers, whole or chunk by chunk: what completions and chat have in common."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mtp import __version__
 from gemma_mtp.chat.marks import Region, Regions
-from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought, TurnReader
+from gemma_mtp.chat.turn import TurnReader
 from gemma_mtp.engine.request import Generation, Update, merged
-from gemma_mtp.engine.result import GenerationResult, TokenLogprob, token_kinds
+from gemma_mtp.engine.result import GenerationResult, PromptLogprob, token_kinds
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.protocol import (
     Answer,
     CallDelta,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    ChatLogprob,
-    ChatLogprobs,
-    ChatMessage,
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    CompletionLogprobs,
     CompletionTokensDetails,
-    Delta,
     FinishReason,
-    FunctionDelta,
     GenerationRequest,
-    MadeCall,
-    MadeFunction,
+    PromptTokenLogprob,
+    PromptTokenLogprobs,
     PromptTokensDetails,
     RoundReport,
     RoundToken,
-    TopLogprob,
     Usage,
 )
 from gemma_mtp.server.service import Batch, Service
@@ -50,13 +35,6 @@ from gemma_mtp.tokenizer.token_text import TextDecoder
 
 FINGERPRINT = f"gemma-mtp-{__version__}"
 END = b"data: [DONE]\n\n"
-#: fields of messages and deltas that are left out where they are null
-MAY_BE_ABSENT = {
-    "message": ("tool_calls", "reasoning_content", "reasoning"),
-    "delta": ("role", "content", "tool_calls", "reasoning_content", "reasoning"),
-}
-#: what is left out of a delta that has text alone, as most do
-TEXT_ALONE = {"delta": {"role": True, "tool_calls": True, "reasoning_content": True, "reasoning": True}}
 
 
 def usage(batch: Batch, prompts: Sequence[Prompt]) -> Usage:
@@ -98,7 +76,7 @@ def token_text(token_id: int, tokenizer: Tokenizer) -> str:
 
 
 @dataclass
-class _Choice:
+class Choice:
     """What is kept between a choice's chunks: texts of its tokens, where anybody asked for them."""
 
     generation: Generation
@@ -160,7 +138,7 @@ class Answers(ABC):
             "system_fingerprint": FINGERPRINT,
         }
         self.choices = [
-            _Choice(generation, self.tokenizer.stream(), self._first_offset(i))
+            Choice(generation, self.tokenizer.stream(), self._first_offset(i))
             for i, generation in enumerate(batch.generations)
         ]
 
@@ -224,8 +202,24 @@ class Answers(ABC):
         """What clients expect to be absent rather than null, by choice."""
         return {}
 
-    def _say(self, choice: _Choice, update: Update) -> Said:
+    def _say(self, choice: Choice, update: Update) -> Said:
         return Said(update.text)
+
+    def prompt_logprobs(self, result: GenerationResult) -> PromptTokenLogprobs | None:
+        """Those of a prompt, where the request has asked for them by this name."""
+        top, scores = self.body.prompt_logprobs, result.prompt_logprobs
+        if top is None or scores is None:
+            return None
+        return [None, *(self._of_prompt(entry, top) for entry in scores)]
+
+    def _of_prompt(self, entry: PromptLogprob, top: int) -> dict[str, PromptTokenLogprob]:
+        found = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:top], start=1)]
+        return {
+            str(token_id): PromptTokenLogprob(
+                logprob=logprob, rank=rank, decoded_token=token_text(token_id, self.tokenizer)
+            )
+            for token_id, logprob, rank in [(entry.token_id, entry.logprob, entry.rank), *found]
+        }
 
     def _first_offset(self, index: int) -> int:
         return 0
@@ -243,200 +237,5 @@ class Answers(ABC):
     def _chunk(self, choices: list[Any], **fields: Any) -> Answer: ...
 
 
-class CompletionAnswers(Answers):
-    prefix = "cmpl"
-
-    def _whole(self, head: dict[str, Any]) -> Completion:
-        return Completion(choices=[self._choice(i) for i in range(len(self.choices))], **head)
-
-    def _choice(self, index: int) -> CompletionChoice:
-        choice = self.choices[index]
-        result = choice.generation.result
-        return CompletionChoice(
-            index=index,
-            text=self._echo(index) + (result.text or ""),
-            logprobs=self._logprobs(choice, result.logprobs, choice.texts),
-            finish_reason=_reason(result.finish_reason),
-        )
-
-    def _opening(self) -> Iterator[Answer]:
-        for index in range(len(self.choices)):
-            if echo := self._echo(index):
-                yield self._chunk([CompletionChoice(index=index, text=echo)])
-
-    def _delta(self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]) -> CompletionChoice:
-        return CompletionChoice(
-            index=index,
-            text=said.text,
-            logprobs=self._logprobs(self.choices[index], update.logprobs, texts),
-            finish_reason=None if update.finish_reason is None else _reason(update.finish_reason),
-        )
-
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
-        return CompletionChunk(choices=choices, **self.head, **fields)
-
-    def _echo(self, index: int) -> str:
-        each = len(self.choices) // len(self.prompts)
-        return self.prompts[index // each].text if self.body.echo else ""  # type: ignore[attr-defined]
-
-    def _logprobs(
-        self, choice: _Choice, logprobs: list[TokenLogprob] | None, texts: list[str]
-    ) -> CompletionLogprobs | None:
-        if logprobs is None:
-            return None
-        offsets = []
-        for text in texts:
-            offsets.append(choice.offset)
-            choice.offset += len(text)
-        return CompletionLogprobs(
-            tokens=[token_text(entry.token_id, self.tokenizer) for entry in logprobs],
-            token_logprobs=[entry.logprob for entry in logprobs],
-            top_logprobs=[self._top(entry) for entry in logprobs],
-            text_offset=offsets,
-        )
-
-    def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """By text, the chosen token among them; of several tokens with one text, the likeliest."""
-        top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            top.setdefault(token_text(token_id, self.tokenizer), logprob)
-        return top
-
-
-class ChatAnswers(Answers):
-    """`tools`: names of those that may be called."""
-
-    prefix = "chatcmpl"
-
-    def __init__(
-        self, body: ChatCompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt],
-        tools: Collection[str] = (),
-    ) -> None:  # fmt: skip
-        super().__init__(body, service, batch, prompts)
-        self.shows_thoughts = body.include_reasoning is not False
-        for choice in self.choices:
-            result = choice.generation.result
-            if result.begin is not None:  # then this reader makes the text
-                choice.generation.leave_out_text()
-                choice.reader, choice.regions = result.turn_reader(tools), regions_of(result)
-
-    def _whole(self, head: dict[str, Any]) -> ChatCompletion:
-        return ChatCompletion(choices=[self._choice(i) for i in range(len(self.choices))], **head)
-
-    def _choice(self, index: int) -> ChatChoice:
-        choice = self.choices[index]
-        result = choice.generation.result
-        said = Said(result.text or "")
-        if choice.reader is not None:
-            said = self._of_events(choice, choice.reader.push(result.token_ids, last=result.ended))
-        parts = choice.parts(result.token_ids) if result.logprobs is not None else []
-        calls = [
-            MadeCall(
-                id=call.id or "",
-                function=MadeFunction(name=call.function.name or "", arguments=call.function.arguments),
-            )
-            for call in said.calls
-        ]  # fmt: skip
-        return ChatChoice(
-            index=index,
-            message=ChatMessage(
-                content=said.text or (None if calls else ""), tool_calls=calls or None,
-                reasoning_content=said.thought or None, reasoning=said.thought or None,
-            ),
-            logprobs=self._logprobs(result.logprobs, parts),
-            finish_reason=self._reason(choice, result.finish_reason),
-        )  # fmt: skip
-
-    def _say(self, choice: _Choice, update: Update) -> Said:
-        if choice.reader is None:
-            return Said(update.text)
-        last = update.finish_reason in ("stop", "length")
-        return self._of_events(choice, choice.reader.push(update.token_ids, last))
-
-    def _of_events(self, choice: _Choice, events: Sequence[Event]) -> Said:
-        """What events say, those of one call together."""
-        said = Said()
-        for event in events:
-            match event:
-                case Text(text):
-                    said.text += text
-                case Thought(text) if self.shows_thoughts:
-                    said.thought += text
-                case CallBegin(name):
-                    made = CallDelta(
-                        index=len(choice.calls), id=f"call_{secrets.token_hex(12)}", type="function",
-                        function=FunctionDelta(name=name),
-                    )  # fmt: skip
-                    choice.calls.append(made)
-                    said.calls.append(made)
-                case Arguments(json):
-                    index = len(choice.calls) - 1
-                    if not said.calls or said.calls[-1].index != index:
-                        said.calls.append(CallDelta(index=index, function=FunctionDelta()))
-                    said.calls[-1].function.arguments += json
-                case CallEnd():
-                    choice.complete_calls += 1
-        return said
-
-    def _opening(self) -> Iterator[Answer]:
-        for index in range(len(self.choices)):
-            yield self._chunk([ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
-
-    def _delta(self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]) -> ChatChunkChoice:
-        other = said.thought or said.calls
-        delta = Delta(
-            content=said.text if said.text or not other else None, reasoning_content=said.thought or None,
-            reasoning=said.thought or None, tool_calls=said.calls or None,
-        )  # fmt: skip
-        reason = update.finish_reason
-        return ChatChunkChoice(
-            index=index,
-            delta=delta,
-            logprobs=self._logprobs(update.logprobs, parts),
-            finish_reason=None if reason is None else self._reason(self.choices[index], reason),
-        )
-
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
-        return ChatCompletionChunk(choices=choices, **self.head, **fields)
-
-    def _nulls(self, answer: Answer) -> dict[int, Any]:
-        found: dict[int, Any] = {}
-        for i, choice in enumerate(answer.choices):  # type: ignore[attr-defined]
-            name = "message" if isinstance(choice, ChatChoice) else "delta"
-            part = getattr(choice, name)
-            if name == "delta" and part.role is part.reasoning is part.tool_calls is None and part.content is not None:
-                found[i] = TEXT_ALONE
-                continue
-            left_out: dict[str, Any] = {field: True for field in MAY_BE_ABSENT[name] if getattr(part, field) is None}
-            if name == "delta" and part.tool_calls:
-                left_out["tool_calls"] = {
-                    j: {"id": True, "type": True, "function": {"name": True}}
-                    for j, call in enumerate(part.tool_calls)
-                    if call.id is None
-                }
-            found[i] = {name: left_out}
-        return found
-
-    def _reason(self, choice: _Choice, reason: str) -> FinishReason:
-        return "tool_calls" if reason == "stop" and choice.complete_calls else _reason(reason)
-
-    def _logprobs(self, logprobs: list[TokenLogprob] | None, parts: Sequence[Region]) -> ChatLogprobs | None:
-        """Of the text's tokens; `parts` say which those are."""
-        if logprobs is None:
-            return None
-        kept = [entry for entry, part in zip(logprobs, parts, strict=True) if part == "text"]
-        return ChatLogprobs(content=[self._logprob(entry) for entry in kept])
-
-    def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
-        top = [self._top(token_id, logprob) for token_id, logprob in entry.top]
-        chosen = self._top(entry.token_id, entry.logprob)
-        return ChatLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
-
-    def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        text = token_text(token_id, self.tokenizer)
-        whole = "\ufffd" not in text  # a part of a character has no text, and so no bytes that we know
-        return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()) if whole else None)
-
-
-def _reason(reason: str) -> FinishReason:
+def finish_reason(reason: str) -> FinishReason:
     return "stop" if reason == "stop" else "length"

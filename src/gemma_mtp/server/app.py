@@ -21,8 +21,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from gemma_mtp import __version__
-from gemma_mtp.server.answers import Answers, ChatAnswers, CompletionAnswers
+from gemma_mtp.server.answers import Answers
 from gemma_mtp.server.auth import Guard
+from gemma_mtp.server.chat_answers import ChatAnswers
+from gemma_mtp.server.completion_answers import CompletionAnswers
 from gemma_mtp.server.errors import ApiError, from_validation, shutting_down
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.logs import RequestLog, note
@@ -43,6 +45,7 @@ from gemma_mtp.server.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.settings import ServerSettings
@@ -53,6 +56,7 @@ from gemma_mtp.server.translate import (
     completion_requests,
     decode,
     encode,
+    tokenizer_facts,
 )
 from gemma_mtp.server.turns import render
 
@@ -198,6 +202,11 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         return TokenizeResponse(
             count=len(tokens), max_model_len=service.engine.max_tokens, tokens=tokens, token_strs=strings
         )
+
+    @api.get("/tokenizer_info", responses=responses())
+    async def tokenizer_info() -> TokenizerInfo:
+        """What clients that encode here need to know of the tokenizer."""
+        return tokenizer_facts(service)
 
     @api.post("/detokenize", responses=responses(*BODY))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:

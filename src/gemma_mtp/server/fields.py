@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "min_tokens": ((0,), "use ignore_eos with max_tokens"),
     "mirostat": ((0,), _SAMPLING),
     "modalities": ((["text"],), "this model writes text only"),
-    "prompt_logprobs": ((), "log-probabilities of prompt tokens are not given"),
     "skip_special_tokens": ((True,), "special tokens are no text; ask for logprobs to see them"),
     "spaces_between_special_tokens": ((True, False), ""),  # there are none in the text
     "structural_tag": ((), _GRAMMAR),

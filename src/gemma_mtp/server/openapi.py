@@ -77,8 +77,7 @@ def _tighten(schemas: Schema, service: Service) -> None:
     """Put the server's limits into the requests' schemas."""
     settings, engine = service.settings, service.engine
     last = engine.pair.target.config.vocab_size - 1
-    asked = {"echo": {"const": True}, "logprobs": {"type": "integer"}}
-    schemas["CompletionRequest"]["not"] = {"properties": asked, "required": list(asked)}  # not both of them
+    schemas["CompletionRequest"]["not"] = {"properties": {"max_tokens": {"const": 0}}, "required": ["max_tokens"]}
     for name, schema in schemas.items():
         fields = schema.get("properties", {})
         if not name.endswith("Request"):

@@ -130,6 +130,9 @@ class GenerationRequest(Strict):
     verification: Verification | None = Field(
         None, description="Extension: exact (the default) gives the tokens of plain decoding."
     )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Extension: the prompt's log-probabilities, not together with stream."
+    )
     priority: int | None = Field(
         None, ge=-PRIORITIES, lt=PRIORITIES, description="Extension: of waiting requests the lowest comes first."
     )
@@ -158,8 +161,10 @@ class CompletionRequest(GenerationRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )  # fmt: skip
-    max_tokens: MaxTokens | None = Field(None, description="Default 16; -1 is what the context has room for.")
-    echo: bool | None = Field(None, description="Begin the output with the prompt; not together with logprobs.")
+    max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        None, description="Default 16; -1 is what the context has room for; 0, with echo or prompt_logprobs, is none."
+    )
+    echo: bool | None = Field(None, description="Begin the output with the prompt, with its logprobs if there are any.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Report so many alternatives a token.")
     best_of: Literal[1] | None = Field(None, description="Not offered.")
     suffix: None = Field(None, description="Not offered.")
@@ -285,10 +290,24 @@ class RoundReport(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """With `echo` those of the prompt come first; its first token has none."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptTokenLogprob(BaseModel):
+    """Extension: of a token in a prompt's place. `rank`: 1 for the likeliest of all."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: of each token of a prompt, by token id: it and the likeliest ones; null for the first
+PromptTokenLogprobs = list[dict[str, PromptTokenLogprob] | None]
 
 
 class CompletionChoice(BaseModel):
@@ -296,6 +315,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    prompt_logprobs: PromptTokenLogprobs | None = None
 
 
 class Answer(BaseModel):
@@ -364,6 +384,7 @@ class ChatChoice(BaseModel):
 class ChatCompletion(Answer):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_logprobs: PromptTokenLogprobs | None = None
 
 
 class FunctionDelta(BaseModel):
@@ -401,6 +422,22 @@ class ChatCompletionChunk(Answer):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
     gemma_mtp: RoundReport | None = None
+
+
+class TokenizerInfo(BaseModel):
+    """Extension: what a client needs to know of the tokenizer, beside /tokenize and /detokenize."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    unk_token_id: int | None
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
 
 
 class ModelAbilities(BaseModel):

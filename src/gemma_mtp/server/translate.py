@@ -6,9 +6,10 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from gemma_mtp.chat.marks import region_after
+from gemma_mtp.chat.template import template_of
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.request import Request
@@ -16,7 +17,7 @@ from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import text_grammar
 from gemma_mtp.server.errors import ApiError, from_engine, too_long
 from gemma_mtp.server.fields import check_others
-from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizerInfo
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
 from gemma_mtp.server.turns import callable_tools, render, thinking_of, with_turn
@@ -31,17 +32,18 @@ SHORT_TEXT = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the text that `echo` repeats."""
+    """Token ids, and the text that `echo` repeats. `special`: special tokens are a part of the text."""
 
     token_ids: list[int]
     text: str = ""
+    special: bool = False
 
 
 async def completion_requests(body: CompletionRequest, service: Service) -> tuple[list[Prompt], list[Request]]:
     """A completion's prompts, and n requests for each of them in turn. Raises ApiError."""
     check_others(body.model_extra)
-    if body.echo and body.logprobs is not None:
-        _refuse("echo", "log-probabilities of prompt tokens are not offered; leave out echo or logprobs")
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        _refuse("max_tokens", "0 tokens can only be asked for with echo or prompt_logprobs")
     given = _as_list(body.prompt)
     _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
     _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
@@ -49,7 +51,8 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
     grammar = await text_grammar(body, service)
     default = min(COMPLETION_TOKENS, service.settings.max_output_tokens or COMPLETION_TOKENS)
     most = service.settings.max_output_tokens or service.engine.max_tokens
-    limit = most if body.max_tokens == NO_LIMIT else body.max_tokens or default
+    given_limit = default if body.max_tokens is None else body.max_tokens
+    limit = most if given_limit == NO_LIMIT else given_limit
     params = _params(body, body.logprobs, limit, grammar, service)
     return prompts, [request for prompt in prompts for request in _requests(body, prompt, params, service)]
 
@@ -101,7 +104,7 @@ async def _prompt(given: str | list[int], echo: bool, service: Service, special:
         raise too_long(len(token_ids), service.longest_prompt, service.engine.max_tokens)
     if isinstance(given, str) or not echo:
         return Prompt(token_ids, given if isinstance(given, str) else "")
-    return Prompt(token_ids, decode(token_ids, service))
+    return Prompt(token_ids, decode(token_ids, service), special=True)
 
 
 def decode(token_ids: Sequence[int], service: Service) -> str:
@@ -111,6 +114,18 @@ def decode(token_ids: Sequence[int], service: Service) -> str:
         if token_id >= vocab_size:
             raise ApiError(400, f"there is no token {token_id}; ids end at {vocab_size - 1}.", param="tokens")
     return service.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def tokenizer_facts(service: Service) -> TokenizerInfo:
+    """What a client needs to know of the tokenizer."""
+    tokenizer = service.tokenizer
+    facts: dict[str, Any] = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        facts[name] = text = tokenizer.special_tokens.get(name)
+        facts[f"{name}_id"] = None if text is None else tokenizer.raw.token_to_id(text)
+    template = None if tokenizer.chat_template is None else template_of(tokenizer.chat_template)
+    length = service.engine.max_tokens
+    return TokenizerInfo(**facts, vocab_size=tokenizer.vocab_size, model_max_length=length, chat_template=template)
 
 
 def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -136,6 +151,8 @@ def _params(
     service: Service,
 ) -> SamplingParams:  # fmt: skip
     stop = _check_limits(body, service.settings)
+    if body.stream and body.prompt_logprobs is not None:
+        _refuse("prompt_logprobs", "they are not sent in streams; leave out stream")
     defaults = service.engine.pair.generation
     try:
         return SamplingParams(
@@ -153,10 +170,18 @@ def _params(
             stop_token_ids=body.stop_token_ids or (),
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
+            prompt_logprobs=_scored(body, logprobs, max_tokens),
             grammar=grammar,
         )
     except GemmaMtpError as error:
         raise from_engine(error) from None
+
+
+def _scored(body: GenerationRequest, logprobs: int | None, max_tokens: int) -> int | None:
+    """How many alternatives of each of the prompt's tokens are wanted; None where no scores are."""
+    echoed = bool(getattr(body, "echo", False))
+    counts = [body.prompt_logprobs, logprobs if echoed else None, None if max_tokens else 0]
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _check_limits(body: CompletionRequest | ChatCompletionRequest, settings: ServerSettings) -> list[str]:

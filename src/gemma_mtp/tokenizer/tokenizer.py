@@ -70,6 +70,11 @@ class Tokenizer:
         decoder = self.stream(skip_special_tokens)
         return decoder.push(token_ids) + decoder.flush()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text in the midst of others, in UTF-8, which may be a part of a character."""
+        piece = self._texts.piece(token_id) or b""
+        return piece.encode() if isinstance(piece, str) else piece
+
     def stream(self, skip_special_tokens: bool = True) -> TextDecoder:
         """A decoder to feed token by token."""
         return TextDecoder(self._texts, self._special_ids if skip_special_tokens else frozenset())
