@@ -76,6 +76,11 @@ class TurnReader:
         """The part of the turn that the last token belongs to."""
         return self._regions.current
 
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._text.stop
+
     def push(self, token_ids: Sequence[int], last: bool = False) -> list[Event]:
         """Returns what these tokens add; `last`: there are no more."""
         if self._regions.current == "text" and self._ids.isdisjoint(token_ids):

@@ -26,7 +26,8 @@ class TextPart(Strict):
     text: str
 
 
-def _no_other_parts(content: object) -> object:
+def refuse_other_parts(content: object) -> object:
+    """Raise ValueError where a list of parts has one that is no text."""
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind in OTHER_PARTS:
@@ -35,7 +36,7 @@ def _no_other_parts(content: object) -> object:
 
 
 Content = Annotated[
-    str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)], BeforeValidator(_no_other_parts)
+    str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)], BeforeValidator(refuse_other_parts)
 ]
 
 

@@ -56,6 +56,13 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
+def as_messages_error(error: ApiError) -> dict[str, Any]:
+    """An error's body as Anthropic's clients read it, with what OpenAI's has."""
+    kinds = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error", 500: "api_error"}
+    body = error.body["error"]
+    return {"type": "error", "error": {**body, "type": kinds.get(error.status_code, body["type"])}}
+
+
 def internal_error() -> ApiError:
     """What a client learns of a failure inside: nothing of what failed."""
     return ApiError(500, "the server failed on this request; its log says why, under the request's X-Request-Id.")

@@ -47,10 +47,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_others(fields: Mapping[str, Any] | None) -> None:
-    """Raise ApiError where fields that no model of a request has ask for what is not offered."""
+def check_others(
+    fields: Mapping[str, Any] | None, also: Mapping[str, tuple[tuple[Any, ...], str]] | None = None
+) -> None:
+    """Raise ApiError where fields that no model of a request has ask for what is not offered; `also`: of one route."""
+    refused = {**REFUSED, **(also or {})}
     for name, value in (fields or {}).items():
-        if name in REFUSED and value is not None:
-            neutral, instead = REFUSED[name]
+        if name in refused and value is not None:
+            neutral, instead = refused[name]
             if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
                 raise ApiError(400, f"{name} is not offered; {instead}.", param=name)

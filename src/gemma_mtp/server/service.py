@@ -130,6 +130,12 @@ class Batch:
                 member.generation.cancel()
                 self._end(member, "cancelled")
 
+    def cancel(self) -> None:
+        """Have the engine end what still runs; who reads the updates finds that out."""
+        for member in self.members:
+            if member.reason is None:
+                member.generation.cancel()
+
     async def updates(self, at_end: bool = False) -> AsyncIterator[tuple[int, list[Update]]]:
         """Updates of all generations, with their index: as they come, each time all that have come by then; or, which
         is cheaper, each generation's when it has ended, without text. Raises ApiError (408, 500, 503)."""

@@ -32,6 +32,7 @@ class ServerSettings:
     request_seconds      from a request's headers to the end of its answer
     body_seconds         until a request's body has arrived
     drain_seconds        that running requests may go on after the signal to stop
+    max_stored_responses of /v1/responses, in memory, and so many characters of all of them
     log_text             write prompts and outputs to the log
     """
 
@@ -57,6 +58,8 @@ class ServerSettings:
     request_seconds: float = 600.0
     body_seconds: float = 30.0
     drain_seconds: float = 30.0
+    max_stored_responses: int = 1000
+    max_stored_characters: int = 64 << 20
     log_text: bool = False
 
 

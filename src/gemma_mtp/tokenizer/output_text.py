@@ -13,8 +13,12 @@ class StopMatcher:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = tuple(stop)
-        self.stopped = False
+        self.found: str | None = None
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Text that is certain to come before any stop string; nothing more once one was found."""
@@ -24,10 +28,10 @@ class StopMatcher:
             return ""
         self._held += text
         # the match that is complete first, so that the result does not depend on how the text is cut into pieces
-        found = [(at + len(stop), at) for stop in self.stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._give(min(found)[1])
+            _, at, self.found = min(found)
+            return self._give(at)
         return self._give(len(self._held) - self._possible_beginning())
 
     def flush(self) -> str:
@@ -66,6 +70,11 @@ class OutputText:
     def stopped(self) -> bool:
         """Whether a stop string was found, which ends the output."""
         return self._matcher.stopped
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the output."""
+        return self._matcher.found
 
     def push(self, token_ids: Sequence[int], last: bool = False) -> str:
         """Text that became certain with these tokens. With the last ones also what was held back: half characters and

@@ -1,0 +1,48 @@
+"""Routes of `/v1/messages`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from gemma_mtp.server.messages_answers import MessageAnswers
+from gemma_mtp.server.messages_protocol import (
+    CountRequest,
+    MadeMessage,
+    MessageEvent,
+    MessagesRequest,
+    TokenCount,
+)
+from gemma_mtp.server.messages_translate import NAMES, chat_fields, check_fields
+from gemma_mtp.server.one_turn import OneTurn, planned
+from gemma_mtp.server.openapi import BODY, or_events, responses
+from gemma_mtp.server.routing import EventStream, JsonRoute, check_model, note_later
+from gemma_mtp.server.service import Service
+
+
+def messages_routes(service: Service) -> APIRouter:
+    api, settings = APIRouter(route_class=JsonRoute), service.settings
+
+    @api.post("/v1/messages", response_model=MadeMessage, responses=or_events(responses(*BODY), MessageEvent))
+    async def create(body: MessagesRequest, request: Request) -> Response:
+        """Answer a conversation in Anthropic's form."""
+        check_model(body.model, settings)
+        check_fields(body)
+        _, plan = await planned(chat_fields(body), service, NAMES)
+        batch = service.submit(plan.requests, request.state.deadline)
+        note_later(request, batch, [plan.prompt], settings)
+        thoughts = body.thinking is None or body.thinking.type != "disabled"
+        answers = MessageAnswers(OneTurn(batch, plan.tools), plan.prompt, service, thoughts)
+        if body.stream:
+            return EventStream(answers.events())
+        return Response((await answers.whole()).model_dump_json(), media_type="application/json")
+
+    @api.post("/v1/messages/count_tokens", responses=responses(*BODY))
+    async def count(body: CountRequest) -> TokenCount:
+        """The tokens of a conversation in Anthropic's form."""
+        check_model(body.model, settings)
+        check_fields(body)
+        _, plan = await planned(chat_fields(body), service, NAMES)
+        return TokenCount(input_tokens=len(plan.prompt.token_ids))
+
+    return api

@@ -1,0 +1,222 @@
+"""From the events of a turn to a response and its stream, in OpenAI's order."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought
+from gemma_mtp.server.answers import usage
+from gemma_mtp.server.errors import ApiError
+from gemma_mtp.server.one_turn import OneTurn, sse
+from gemma_mtp.server.response_store import ResponseStore, Stored
+from gemma_mtp.server.responses_protocol import (
+    Incomplete,
+    InputDetails,
+    Item,
+    ModelResponse,
+    OutputCall,
+    OutputDetails,
+    OutputItem,
+    OutputMessage,
+    OutputReasoning,
+    OutputText,
+    OutputThought,
+    ResponseFailure,
+    ResponsesRequest,
+    ResponseUsage,
+)
+from gemma_mtp.server.service import Service
+from gemma_mtp.server.translate import Prompt
+
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_TEXT, _THOUGHT, _CALL = "response.output_text", "response.reasoning_text", "response.function_call_arguments"
+
+
+class ResponseAnswers:
+    """The answer to one request, which is kept in a store from its beginning on, if the request wants that."""
+
+    def __init__(
+        self, body: ResponsesRequest, given: Sequence[Item], turn: OneTurn, prompt: Prompt, service: Service,
+        store: ResponseStore,
+    ) -> None:  # fmt: skip
+        self.turn, self.prompt, self.store = turn, prompt, store
+        self.response = _begun(body, turn, service)
+        self.stored = Stored(self.response, given, batch=turn.batch)
+        if self.response.store:
+            store.add(self.stored)
+        self._open: OutputItem | None = None
+        self._count = 0
+
+    async def whole(self) -> ModelResponse:
+        """The response when it has ended. Raises ApiError."""
+        try:
+            async for events in self.turn.events():
+                for _ in self._push(events):
+                    pass
+        except ApiError as error:
+            list(self._fail(error))
+            if not self.stored.cancelled:
+                raise
+        else:
+            list(self._end())
+        return self.response
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The response as server-sent events."""
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self.response.model_dump(mode="json"))
+        try:
+            async for events in self.turn.events():
+                if said := b"".join(self._push(events)):
+                    yield said
+        except ApiError as error:
+            yield b"".join(self._fail(error))
+        else:
+            yield b"".join(self._end())
+
+    def abandon(self) -> None:
+        """The client has left, or all is said: what is in work has ended."""
+        if self.response.status == "in_progress":
+            self.response.status = "cancelled"
+            self.store.complete(self.stored, self._made())
+
+    def _push(self, events: Sequence[Event]) -> Iterator[bytes]:
+        for event in events:
+            match event:
+                case Thought(text):
+                    yield from self._more(OutputReasoning, text)
+                case Text(text):
+                    yield from self._more(OutputMessage, text)
+                case CallBegin(name):
+                    call = OutputCall(id=_id("fc"), call_id=_id("call"), name=name)
+                    yield from self._begin(call)
+                case Arguments(text):
+                    assert isinstance(self._open, OutputCall)
+                    self._open.arguments += text
+                    yield self._of_item(f"{_CALL}.delta", delta=text)
+                case CallEnd():
+                    yield from self._close()
+
+    def _more(self, kind: type[OutputReasoning | OutputMessage], text: str) -> Iterator[bytes]:
+        """More of a thought or a text, which begins where another item was open."""
+        if not isinstance(self._open, kind):
+            yield from self._begin(kind(id=_id("rs" if kind is OutputReasoning else "msg")))
+            assert isinstance(self._open, OutputReasoning | OutputMessage)
+            part: Any = OutputThought() if kind is OutputReasoning else OutputText()
+            self._open.content = [part]
+            yield self._of_part("response.content_part.added", part=part.model_dump())
+        assert isinstance(self._open, OutputReasoning | OutputMessage)
+        self._open.content[0].text += text
+        if kind is OutputReasoning:
+            yield self._of_part(f"{_THOUGHT}.delta", delta=text)
+        else:
+            yield self._of_part(f"{_TEXT}.delta", delta=text, logprobs=[])
+
+    def _begin(self, item: OutputItem) -> Iterator[bytes]:
+        yield from self._close("incomplete" if isinstance(self._open, OutputCall) else "completed")  # a broken call
+        self._open = item
+        self.response.output = [*self.response.output, item]
+        yield self._event("response.output_item.added", output_index=self._index, item=item.model_dump())
+
+    def _close(self, status: str = "completed") -> Iterator[bytes]:
+        """The open item ends."""
+        item = self._open
+        if item is None:
+            return
+        item.status = status  # type: ignore[assignment]
+        if isinstance(item, OutputCall):
+            yield self._of_item(f"{_CALL}.done", name=item.name, arguments=item.arguments)
+        else:
+            (part,) = item.content
+            if isinstance(item, OutputReasoning):
+                yield self._of_part(f"{_THOUGHT}.done", text=part.text)
+            else:
+                yield self._of_part(f"{_TEXT}.done", text=part.text, logprobs=[])
+            yield self._of_part("response.content_part.done", part=part.model_dump())
+        yield self._event("response.output_item.done", output_index=self._index, item=item.model_dump())
+        self._open = None
+
+    def _end(self) -> Iterator[bytes]:
+        response = self.response
+        whole = self.turn.result.finish_reason == "stop"
+        yield from self._close("completed" if whole else "incomplete")
+        response.status = "completed" if whole else "incomplete"
+        response.incomplete_details = None if whole else Incomplete()
+        yield from self._finish(f"response.{response.status}")
+
+    def _fail(self, error: ApiError) -> Iterator[bytes]:
+        yield from self._close("incomplete")
+        if self.stored.cancelled:
+            self.response.status = "cancelled"
+            yield from self._finish("response.incomplete")
+            return
+        self.response.status = "failed"
+        self.response.error = ResponseFailure(code="server_error", message=str(error.detail))
+        yield from self._finish("response.failed")
+
+    def _finish(self, kind: str) -> Iterator[bytes]:
+        found = usage(self.turn.batch, [self.prompt])
+        self.response.usage = ResponseUsage(
+            input_tokens=found.prompt_tokens,
+            input_tokens_details=InputDetails(cached_tokens=found.prompt_tokens_details.cached_tokens),
+            output_tokens=found.completion_tokens,
+            output_tokens_details=OutputDetails(reasoning_tokens=found.completion_tokens_details.reasoning_tokens),
+            total_tokens=found.total_tokens,
+        )
+        self.store.complete(self.stored, self._made())
+        yield self._event(kind, response=self.response.model_dump(mode="json"))
+
+    def _made(self) -> dict[str, Item]:
+        """The output as items of a later input."""
+        return {item.id: _ITEM.validate_python(item.model_dump()) for item in self.response.output}
+
+    @property
+    def _index(self) -> int:
+        return len(self.response.output) - 1
+
+    def _of_part(self, kind: str, **fields: Any) -> bytes:
+        return self._of_item(kind, content_index=0, **fields)
+
+    def _of_item(self, kind: str, **fields: Any) -> bytes:
+        assert self._open is not None
+        return self._event(kind, item_id=self._open.id, output_index=self._index, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number, self._count = self._count, self._count + 1
+        return sse(kind, json.dumps({"type": kind, "sequence_number": number, **fields}, ensure_ascii=False))
+
+
+def _id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def _begun(body: ResponsesRequest, turn: OneTurn, service: Service) -> ModelResponse:
+    params = turn.generation.request.params
+    text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
+    reasoning = body.reasoning
+    choice = body.tool_choice or "auto"
+    return ModelResponse(
+        id=_id("resp"),
+        created_at=int(time.time()),
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        metadata=body.metadata or {},
+        model=service.settings.model_name,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        previous_response_id=body.previous_response_id,
+        reasoning={"effort": reasoning.effort if reasoning else None, "summary": None},
+        store=body.store is not False,
+        temperature=params.temperature,
+        text={"format": {"type": "text"}, **text},
+        tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+        tools=[{"description": None, "parameters": None, "strict": False, **tool.model_dump(exclude_none=True)}
+               for tool in body.tools or []],
+        top_p=params.top_p,
+        user=body.user,
+    )  # fmt: skip
