@@ -23,9 +23,10 @@ slow: $(VENV)/.dev         ## the tests that take more than a minute each
 # in a folder of their own, because their pins are not ours
 build/clients:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ \
-	  langchain-openai instructor "pydantic-ai-slim[openai]"
+	  langchain-openai instructor "pydantic-ai-slim[openai]" openai-agents anthropic
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lm-eval lm-eval
 
-clients: $(VENV)/.dev build/clients  ## the server's tests with LangChain, pydantic-ai and instructor themselves
+clients: $(VENV)/.dev build/clients  ## the server's tests with clients of others themselves, such as LangChain
 	$(BIN)/python -m pytest -q -m clients
 
 check: $(VENV)/.dev        ## lint, format, types, and the native module's stub

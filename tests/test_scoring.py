@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: transformers' own in float64, whatever runs beside them and whatever was read before."""
+"""Log-probabilities of prompts: transformers' own in float64, whatever runs beside them, whatever was read before."""
 
 import copy
 from pathlib import Path

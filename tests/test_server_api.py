@@ -342,6 +342,8 @@ def test_the_description_is_true_of_this_server(live: Live) -> None:
     described = live.client.get("/openapi.json").json()
     assert set(described["paths"]) == {
         COMPLETIONS, CHAT, "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize", "/tokenizer_info",
+        "/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/v1/messages",
+        "/v1/messages/count_tokens",
         "/health", "/health/live",
         "/health/ready", "/metrics",
     }  # fmt: skip

@@ -13,6 +13,7 @@ from live_server import SECONDS, Live, serving, wait_for
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from table_models import table_pair
 
 from gemma_mtp.engine.pair import load_pair
 
@@ -22,12 +23,16 @@ LIMITS: dict[str, Any] = {"max_output_tokens": 6, "max_choices": 2}
 CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "12"))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 MANY = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
-POSTED = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+POSTED = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
+    "/detokenize",
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(load_pair(), **LIMITS) as live:
+@pytest.fixture(scope="module", params=["bundled", "table"])
+def live(request: pytest.FixtureRequest) -> Iterator[Live]:
+    """A model that completes text, and one that knows tools and thoughts."""
+    with serving(load_pair() if request.param == "bundled" else table_pair(), **LIMITS) as live:
         yield live
 
 

@@ -167,13 +167,15 @@ def test_the_answer_goes_on_with_the_assistants_message(live: Live) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
-    ({"max_tokens": None}, 400, "max_tokens"), ({"max_tokens": 0}, 400, "max_tokens"), ({"n": 2}, 400, "n is not a field"),
+    ({"max_tokens": None}, 400, "max_tokens"), ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"n": 2}, 400, "n is not a field"),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "tools"), ({"messages": []}, 400, "messages"),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, 400, "no tool of this name"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 400, "no images"),
     ({"model": "claude"}, 404, "there is no model"), ({"mcp_servers": [{}]}, 400, "call the tools"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "maximum context length"),
-    ({"stop_sequences": ["x"] * 17}, 400, "stop_sequences: 17"), ({"output_format": {"type": "json_schema"}}, 400, "chat"),
+    ({"stop_sequences": ["x"] * 17}, 400, "stop_sequences: 17"),
+    ({"output_format": {"type": "json_schema"}}, 400, "chat"),
 ]  # fmt: skip
 
 

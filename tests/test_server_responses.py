@@ -76,8 +76,8 @@ def test_text(client: openai.OpenAI) -> None:
 
 
 def test_events_are_in_order_and_make_the_whole(live: Live) -> None:
-    for key, tools in (("TEXT", None), ("THINK", None), ("PLAN", None), ("BOTH", [WEATHER, {**WEATHER, "name": "get_time",
-                       "strict": False}])):  # fmt: skip
+    both = [WEATHER, {"type": "function", "name": "get_time"}]
+    for key, tools in (("TEXT", None), ("THINK", None), ("PLAN", None), ("BOTH", both)):
         events = stream(live, input=key, tools=tools)
         whole = create(live, input=key, tools=tools)
         assert comparable(events[-1]["response"]) == comparable(whole)
@@ -190,14 +190,16 @@ def test_cancel() -> None:
         async def cancelled() -> list[dict[str, Any]]:
             body = {"input": "import", "max_output_tokens": 1900, "stream": True, "draft_tokens": 0}
             events: list[dict[str, Any]] = []
-            async with httpx.AsyncClient(base_url=live.url, timeout=SECONDS) as client:
-                async with client.stream("POST", PATH, json=body) as answer:
-                    async for line in answer.aiter_lines():
-                        if line.startswith("data: "):
-                            events.append(json.loads(line.removeprefix("data: ")))
-                            if len(events) == 8:
-                                made = await client.post(f"{PATH}/{events[0]['response']['id']}/cancel")
-                                assert made.json()["status"] == "cancelled"
+            async with (
+                httpx.AsyncClient(base_url=live.url, timeout=SECONDS) as client,
+                client.stream("POST", PATH, json=body) as answer,
+            ):
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: "):
+                        events.append(json.loads(line.removeprefix("data: ")))
+                        if len(events) == 8:
+                            made = await client.post(f"{PATH}/{events[0]['response']['id']}/cancel")
+                            assert made.json()["status"] == "cancelled"
             return events
 
         if live.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}).status_code != 200:
@@ -209,16 +211,21 @@ def test_cancel() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"n": 2}, "n", "not a field"), ({"stop": "x"}, "stop", "not a field"), ({"logit_bias": {}}, "logit_bias", "not a f"),
+    ({"n": 2}, "n", "not a field"), ({"stop": "x"}, "stop", "not a field"),
+    ({"logit_bias": {}}, "logit_bias", "not a f"),
     ({"conversation": "c"}, "conversation", "previous_response_id"), ({"background": True}, "background", "False"),
     ({"truncation": "auto"}, "truncation", "disabled"), ({"top_logprobs": 3}, "top_logprobs", "/v1/chat"),
-    ({"include": ["message.output_text.logprobs"]}, "include", "not offered"), ({"prompt": {"id": "p"}}, "prompt", "input"),
-    ({"tools": [{"type": "web_search"}]}, "tools", "function"), ({"tools": [WEATHER, WEATHER]}, "tools", "several tools"),
+    ({"include": ["message.output_text.logprobs"]}, "include", "not offered"),
+    ({"prompt": {"id": "p"}}, "prompt", "input"),
+    ({"tools": [{"type": "web_search"}]}, "tools", "function"),
+    ({"tools": [WEATHER, WEATHER]}, "tools", "several tools"),
     ({"input": []}, "input", "1 or more"), ({"input": [{"type": "computer_call"}]}, "input", "must be one of"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "no images"),
-    ({"input": "word " * 5000}, "input", "maximum context length"), ({"max_output_tokens": 0}, "max_output_tokens", "1 or"),
+    ({"input": "word " * 5000}, "input", "maximum context length"),
+    ({"max_output_tokens": 0}, "max_output_tokens", "1 or"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format", "not"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "no such item"), ({"model": "x"}, "model", "no model"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "no such item"),
+    ({"model": "x"}, "model", "no model"),
     ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name", "another form"),
 ]  # fmt: skip
 

@@ -40,6 +40,9 @@ _REMARKS = {
     "$schema", "$id", "$defs", "definitions", "format", "nullable",
 }  # fmt: skip
 _COMMA = '","'
+#: rules that refer to each other: of properties one after the other, too
+MAX_RULES_DEEP = 1000
+_NAME, _TEXTS = re.compile(r"\b(?:r|ref)[0-9]+\b"), re.compile(r'"(?:\\.|[^"\\])*"')
 
 
 def call_lark(tools: Sequence[Mapping[str, Any]], quote_id: int, end_id: int) -> str:
@@ -79,6 +82,7 @@ class _Rules:
             "pair: key any", 'array: "[" (any ("," any)*)? "]"',
         ]  # fmt: skip
         self._count = 0
+        self._depths: dict[str, int] = {}  # of rules that refer to others
         self._named: dict[str, str] = {}  # rules of what a $ref points at
         self._root: Mapping[str, Any] = {}
 
@@ -96,7 +100,13 @@ class _Rules:
 
     def _rule(self, body: str, prefix: str = "r") -> str:
         self._count += 1
-        name = f"{prefix}{self._count}"
+        return self._define(f"{prefix}{self._count}", body)
+
+    def _define(self, name: str, body: str) -> str:
+        depth = 1 + max((self._depths.get(word, 0) for word in _NAME.findall(_TEXTS.sub("", body))), default=0)
+        if depth > MAX_RULES_DEEP:  # which llguidance goes down by recursion
+            raise _UnsupportedError("there are too many properties or items of one value, or it is nested too deeply")
+        self._depths[name] = depth
         self.lines.append(f"{name}: {body}")
         return name
 
@@ -146,7 +156,7 @@ class _Rules:
                 self._count += 1
                 self._named[reference] = name = f"ref{self._count}"
                 body = self._value(self._pointed(reference))
-                self.lines.append(f"{name}: {body}")
+                self._define(name, body)
             return self._named[reference]
         schema = self._resolved(schema)
         for word in REFUSED:

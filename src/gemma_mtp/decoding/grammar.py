@@ -27,6 +27,7 @@ from gemma_mtp.chat.calls import NAME
 from gemma_mtp.chat.marks import TurnMarks
 from gemma_mtp.decoding.call_grammar import call_lark
 from gemma_mtp.decoding.schema import largest_multiple, without_annotations
+from gemma_mtp.decoding.schema_depth import check_depth
 from gemma_mtp.errors import SamplingError, missing_extra
 from gemma_mtp.text import is_text
 
@@ -144,6 +145,7 @@ def _check_schema(source: str, name: str) -> None:
         multiple = largest_multiple(schema)
     except RecursionError:
         raise SamplingError(f"the {name} is nested too deeply; flatten it.") from None
+    check_depth(schema, name)
     if not whole:
         raise SamplingError(f"the {name} has half a surrogate pair, which is not text; remove it.")
     if multiple > MAX_MULTIPLE:

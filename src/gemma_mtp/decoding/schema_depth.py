@@ -1,0 +1,89 @@
+"""How deep a JSON schema nests, its references followed. llguidance goes down by recursion and does not look at the end
+of its stack, so that a schema that is too deep would end the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+from gemma_mtp.errors import SamplingError
+
+#: objects and lists inside each other; a tenth of what ends a process with a stack of 8 MB
+MAX_DEPTH = 300
+#: of one object: what more of them cost to compile is seconds
+MAX_PROPERTIES = 1000
+
+
+def check_depth(schema: dict[str, Any], name: str) -> None:
+    """Raise SamplingError where a schema nests too deep, or an object has too many properties.
+
+    Where a reference is no path from the root (`$anchor`, `$id`), all that there is counts as one way down.
+    """
+    if _named_references(schema) and sum(1 for _ in _containers(schema)) > MAX_DEPTH:
+        raise SamplingError(f"the {name} is too large for references by name; use paths, such as #/$defs/a.")
+    if _Heights(schema, name).of(schema, 0) > MAX_DEPTH:
+        raise _too_deep(name)
+
+
+class _Heights:
+    """Heights of the parts of one schema; what a reference points at is looked at once."""
+
+    def __init__(self, root: dict[str, Any], name: str) -> None:
+        self._root, self._name = root, name
+        self._known: dict[str, int] = {}
+
+    def of(self, node: Any, level: int) -> int:
+        """How many containers are inside each other from this one on. `level`: how many are around it."""
+        if level > MAX_DEPTH:
+            raise _too_deep(self._name)
+        if isinstance(node, list):
+            return 1 + max((self.of(child, level + 1) for child in node if isinstance(child, dict | list)), default=0)
+        if not isinstance(node, dict):
+            return 0
+        properties = node.get("properties")
+        if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+            raise SamplingError(
+                f"the {self._name} has {len(properties)} properties of one object, but may have {MAX_PROPERTIES}."
+            )
+        inner = max((self.of(child, level + 1) for child in node.values() if isinstance(child, dict | list)), default=0)
+        reference = node.get("$ref")
+        return 1 + max(inner, self._pointed(reference, level + 1) if isinstance(reference, str) else 0)
+
+    def _pointed(self, reference: str, level: int) -> int:
+        if reference not in self._known:
+            self._known[reference] = 0  # of a reference into itself, which is not gone down twice
+            self._known[reference] = self.of(_at(self._root, reference), level)
+        return self._known[reference]
+
+
+def _at(root: Any, reference: str) -> Any:
+    node = root
+    for part in unquote(reference).removeprefix("#").split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        else:
+            return None
+    return node
+
+
+def _containers(node: Any) -> Iterator[Any]:
+    left = [node]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict | list):
+            yield each
+            left += each.values() if isinstance(each, dict) else each
+
+
+def _named_references(schema: dict[str, Any]) -> bool:
+    references = (node.get("$ref") for node in _containers(schema) if isinstance(node, dict))
+    inner = any("$id" in node for node in _containers(schema) if isinstance(node, dict) and node is not schema)
+    return inner or any(isinstance(each, str) and each != "#" and not each.startswith("#/") for each in references)
+
+
+def _too_deep(name: str) -> SamplingError:
+    return SamplingError(f"the {name} is nested too deeply, references followed; flatten it.")
