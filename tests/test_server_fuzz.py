@@ -24,8 +24,8 @@ CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "12"))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 MANY = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 POSTED = (
-    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
-    "/detokenize",
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
+    "/tokenize", "/detokenize",
 )  # fmt: skip
 
 

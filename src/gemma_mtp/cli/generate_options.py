@@ -49,9 +49,7 @@ class PromptOptions:
             return read_text(self.file, "prompt file", PromptError)
         if self.prompt is not None:
             return check_text(self.prompt, "the prompt", PromptError)
-        if sys.stdin.isatty():
-            raise PromptError("there is no prompt; give it as an argument, with --file, or on standard input.")
-        return _standard_input()
+        return standard_input()
 
 
 @group(DRAFTING)
@@ -134,8 +132,10 @@ class OutputOptions:
             raise OptionError("--json and --show-drafts exclude each other; give one of them.")
 
 
-def _standard_input() -> str:
-    """All of it, without a byte order mark."""
+def standard_input() -> str:
+    """All of it, without a byte order mark. Raises PromptError where nobody writes to it."""
+    if sys.stdin.isatty():
+        raise PromptError("there is no prompt; give it as an argument, with --file, or on standard input.")
     try:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:

@@ -1,0 +1,32 @@
+"""What `gemma-mtp score` scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_mtp.cli.generate_options import INPUT, standard_input
+from gemma_mtp.cli.option_groups import argument, group, option
+from gemma_mtp.errors import PromptError
+from gemma_mtp.text import check_text, read_text
+
+
+@group(INPUT)
+class TextOptions:
+    """Where the text comes from."""
+
+    text: str | None = argument(None, "Text to score; without it, --file or standard input.")
+    file: Path | None = option(None, "Read the text from a file.", "-f")
+    continuation: str | None = option(None, "Score this text after the other one, and not the other one.")
+
+    def read(self) -> tuple[str, str | None]:
+        """The text from the one place it was given, and its continuation. Raises PromptError."""
+        if self.text is not None and self.file is not None:
+            raise PromptError("the text was given twice (TEXT and --file); give it once.")
+        continuation = self.continuation
+        if continuation is not None:
+            check_text(continuation, "--continuation", PromptError)
+        if self.file is not None:
+            return read_text(self.file, "text file", PromptError), continuation
+        if self.text is not None:
+            return check_text(self.text, "the text", PromptError), continuation
+        return standard_input(), continuation
