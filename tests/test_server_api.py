@@ -377,6 +377,9 @@ def test_metrics_count_what_happened(pair: Pair) -> None:
         expected = pair.generate(PROMPT, SamplingParams(max_tokens=30), draft_tokens=3)
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     details = usage["completion_tokens_details"]
+    labels = ',?(engine="0"|model_name="gemma-mtp-bundled")'
+    assert all("model_name=" in name and "engine=" in name for name in values if name.startswith("gemma_mtp:"))
+    values = {re.sub(r"\{,?", "{", re.sub(labels, "", name)).replace("{}", ""): value for name, value in values.items()}
     name = "gemma_mtp:"
     accepted = details["accepted_prediction_tokens"]
     assert values[name + "spec_decode_num_accepted_tokens_total"] == accepted
@@ -397,7 +400,19 @@ def test_metrics_count_what_happened(pair: Pair) -> None:
     assert values[name + 'request_success_total{finished_reason="length"}'] == 1
     assert values[name + "time_to_first_token_seconds_count"] == 1
     assert values[name + "time_per_output_token_seconds_count"] == 1
-    assert values[name + "e2e_request_latency_seconds_count"] == 1
+    for each in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time"):
+        assert values[f"{name}{each}_seconds_count"] == 1
+    parts = sum(values[f"{name}request_{part}_time_seconds_sum"] for part in ("queue", "prefill"))
+    assert parts == pytest.approx(values[name + "time_to_first_token_seconds_sum"])
+    assert values[name + "inter_token_latency_seconds_count"] == len(expected.decode_rounds)
+    assert values[name + "request_max_num_generation_tokens_sum"] == 30
     assert values[name + 'http_requests_total{route="/v1/completions",status="200"}'] == 1
     assert values[name + 'http_requests_total{route="/v1/completions",status="400"}'] == 1
     assert values[name + "num_requests_running"] == values[name + "http_requests_in_flight"] == 0
+
+
+def test_metrics_under_another_prefix(pair: Pair) -> None:
+    with serving(pair, metrics_prefix="vllm:") as live:
+        text = live.client.get("/metrics").text
+    assert 'vllm:num_requests_running{engine="0",model_name="gemma-mtp-bundled"} 0.0' in text
+    assert "gemma_mtp:" not in text and "process_cpu_seconds_total " in text

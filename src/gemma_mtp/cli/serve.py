@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class ListeningOptions:
     api_key_file: Path | None = option(None, f"Keys that are let in, one a line; or set {KEYS_VARIABLE}.")
     no_auth: bool = option(False, "Serve everybody who reaches the address, without a key.")
     public_metrics: bool = option(False, "Let /metrics be read without a key.")
+    metrics_prefix: str = option("gemma_mtp:", "Before the names of metrics; vLLM's dashboards want vllm: there.")
     allow_origin: list[str] | None = option(None, "Let pages of this origin call the server; may be repeated.")
 
 
@@ -117,7 +119,8 @@ def serve(
         )
     settings = ServerSettings(
         model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
-        api_keys=keys, public_metrics=listening.public_metrics, loopback_names_only=not keys and not no_auth,
+        api_keys=keys, public_metrics=listening.public_metrics, metrics_prefix=_prefix(listening.metrics_prefix),
+        loopback_names_only=not keys and not no_auth,
         allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
         draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
     )  # fmt: skip
@@ -146,6 +149,12 @@ def _default_name(target: Path | None) -> str:
     if target is None or (str(target) == BUNDLED and not target.exists()):
         return "gemma-mtp-bundled"
     return str(target) if is_hub_name(str(target)) and not target.exists() else target.resolve().name
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", text):
+        raise ServerError(f"--metrics-prefix is {text!r}, but must be letters, digits and _, and end in : or _.")
+    return text
 
 
 def _check_positive(**values: float | None) -> None:

@@ -272,7 +272,7 @@ class Engine:
             return
         if not entry.admitted:
             entry.admitted = True
-            job.generation.cached_tokens = entry.reused
+            job.generation.admit(entry.reused)
             with self._stats as stats:
                 stats.prompt_tokens += len(entry.tokens)
                 stats.prefix_hit_tokens += entry.reused

@@ -66,15 +66,18 @@ class Generation:
     """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs.
 
     `cached_tokens`: how many of the prompt's tokens were taken from an earlier request's blocks.
+    `admitted_seconds`: how
+    long it had waited when it was first run.
     """
 
     def __init__(self, request: Request, result: GenerationResult, cancel: Callable[[Generation], None]) -> None:
         self.request = request
         self.result = result
         self.cached_tokens = 0
+        self.admitted_seconds = 0.0
         self._cancel = cancel
         self._text = result.text_reader()
-        self._last_update = time.perf_counter()
+        self._came = self._last_update = time.perf_counter()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._failure: Exception | None = None
@@ -146,6 +149,10 @@ class Generation:
         """From the engine's thread: what a round brought. Its text is made by who reads it, not by who others wait
         for."""
         self._push((time.perf_counter(), token_ids, stats, logprobs, finish_reason), finish_reason is not None)
+
+    def admit(self, cached_tokens: int) -> None:
+        """From the engine's thread: it runs for the first time."""
+        self.cached_tokens, self.admitted_seconds = cached_tokens, time.perf_counter() - self._came
 
     def fail(self, error: Exception) -> None:
         """From the engine's thread: the error that ends the request."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -20,9 +20,13 @@ TOKENS = tuple(2**power for power in range(18))
 
 
 class Metrics:
-    """All metrics of one server, in a registry of its own."""
+    """All metrics of one server, in a registry of its own. Those that are not the process's have `labels` on every
+    sample, and `prefix` in place of ours."""
 
-    def __init__(self, engine: EngineThread) -> None:
+    def __init__(
+        self, engine: EngineThread, labels: Mapping[str, str] | None = None, prefix: str = PREFIX
+    ) -> None:  # fmt: skip
+        self._labels, self._prefix = dict(labels or {}), prefix
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         ProcessCollector(registry=self.registry)
@@ -41,18 +45,55 @@ class Metrics:
         self.whole = self._histogram(
             "e2e_request_latency_seconds", "From a choice's queueing to its last token.", WHOLE
         )
+        self.between_tokens = self._histogram(
+            "inter_token_latency_seconds", "Between a choice's tokens after the first, each round's mean.", EACH_TOKEN
+        )
+        self.queued = self._histogram("request_queue_time_seconds", "From a choice's queueing to its admission.", WHOLE)
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds", "From a choice's admission to its first token.", WHOLE
+        )
+        self.decode = self._histogram("request_decode_time_seconds", "From a choice's first token to its last.", WHOLE)
+        self.wanted_tokens = self._histogram(
+            "request_max_num_generation_tokens", "Output tokens that a choice may have at most.", TOKENS
+        )
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request's choice.", TOKENS)
         self.output_tokens = self._histogram("request_generation_tokens", "Output tokens of a choice.", TOKENS)
 
     def text(self) -> bytes:
         """What /metrics answers."""
-        return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        registry.register(_Labelled(self.registry, self._labels, self._prefix))
+        return generate_latest(registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, help, labels, registry=self.registry)
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, help, buckets=buckets, registry=self.registry)
+
+
+class _Labelled(Collector):
+    """The metrics of a registry under another prefix, with labels on every sample."""
+
+    def __init__(self, inner: CollectorRegistry, labels: Mapping[str, str], prefix: str) -> None:
+        self._inner, self._labels, self._prefix = inner, labels, prefix
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._inner.collect():
+            if not family.name.startswith(PREFIX):
+                yield family
+                continue
+            made = Metric(self._renamed(family.name), family.documentation, family.type)
+            for sample in family.samples:
+                labels = {**self._labels, **sample.labels}
+                made.add_sample(self._renamed(sample.name), labels, sample.value, sample.timestamp, sample.exemplar)
+            yield made
+
+    def _renamed(self, name: str) -> str:
+        return self._prefix + name.removeprefix(PREFIX)
 
 
 class _EngineCollector(Collector):

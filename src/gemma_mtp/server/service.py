@@ -55,7 +55,8 @@ class Service(InWork):
         self.engine = engine
         self.settings = settings
         self.tokenizer = engine.pair.tokenizer
-        self.metrics = Metrics(engine)
+        labels = {"model_name": settings.model_name, "engine": "0"}
+        self.metrics = Metrics(engine, labels, settings.metrics_prefix)
         super().__init__(self.metrics.in_flight)
         self.created = int(time.time())
         self.draining = False
@@ -196,6 +197,11 @@ class Batch:
             member.first = self.started + update.seconds
             self.metrics.first_token.observe(update.seconds)
             self.first_token_seconds = self.first_token_seconds or update.seconds
+            admitted = member.generation.admitted_seconds
+            self.metrics.queued.observe(admitted)
+            self.metrics.prefill.observe(max(0.0, update.seconds - admitted))
+        elif update.token_ids:
+            self.metrics.between_tokens.observe(update.seconds / len(update.token_ids))
         if update.finish_reason is not None:
             self._end(member, update.finish_reason)
             self._count(member, time.perf_counter())
@@ -210,5 +216,8 @@ class Batch:
         metrics.whole.observe(now - self.started)
         metrics.prompt_tokens.observe(len(result.prompt_token_ids))
         metrics.output_tokens.observe(tokens)
+        metrics.wanted_tokens.observe(member.generation.request.params.max_tokens)
+        if tokens:
+            metrics.decode.observe(now - member.first)
         if tokens > 1:
             metrics.each_token.observe((now - member.first) / (tokens - 1))
