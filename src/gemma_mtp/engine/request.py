@@ -66,8 +66,7 @@ class Generation:
     """A request under way. Its updates are read once, by iterating or by `updates`; `result` grows while it runs.
 
     `cached_tokens`: how many of the prompt's tokens were taken from an earlier request's blocks.
-    `admitted_seconds`: how
-    long it had waited when it was first run.
+    `admitted_seconds`: how long it had waited when it was first run.
     """
 
     def __init__(self, request: Request, result: GenerationResult, cancel: Callable[[Generation], None]) -> None:
