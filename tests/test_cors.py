@@ -54,6 +54,7 @@ def site() -> Iterator[str]:
 
 
 def test_pages_of_allowed_origins_may_send_any_header() -> None:
+    responses = {"input": "TEXT", "temperature": 0}
     message = {"messages": [{"role": "user", "content": "TEXT"}], "max_tokens": 20, "temperature": 0}
     with (
         site() as ours,
@@ -68,8 +69,9 @@ def test_pages_of_allowed_origins_may_send_any_header() -> None:
         def call(path: str, method: str = "POST", body: Any = None) -> Any:
             return page.evaluate(CALL, [live.url + path, method, HEADERS, body])
 
-        for path, body in (("/v1/chat/completions", message), ("/v1/responses", {"input": "TEXT", "temperature": 0}),
-                           ("/v1/messages", message), ("/v1/chat/completions", {**message, "stream": True})):  # fmt: skip
+        for path, body in (("/v1/chat/completions", message), ("/v1/responses", responses),
+                           ("/v1/messages", message),
+                           ("/v1/chat/completions", {**message, "stream": True})):  # fmt: skip
             status, text, request_id = call(path, body=body)
             assert status == 200 and "world" in text and request_id
         asked = live.post("/v1/responses", {"input": "TEXT"}, headers={"x-api-key": "page-key"})
