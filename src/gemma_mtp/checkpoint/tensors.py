@@ -47,6 +47,10 @@ def nobody(done: int, of: int) -> None:
     """An `OnBytes` for work that nobody watches."""
 
 
+#: values that are compared at once with what they became
+COUNTED_VALUES = 1 << 20
+
+
 @dataclass
 class Int4Changes:
     """How many values became int4, and how many of them are not what they were, rounded to the dtype they were in."""
@@ -57,7 +61,11 @@ class Int4Changes:
     def count(self, before: Tensor, after: Weight) -> None:
         if after.format == "int4":
             self.values += before.numel()
-            self.changed += int((after.values().to(before.dtype) != before.to(after.device)).sum())
+            rows = max(1, COUNTED_VALUES // max(1, before[0].numel())) if before.dim() > 1 else len(before)
+            for first in range(0, len(before), rows):  # a few rows at a time: a second copy of a piece would be felt
+                part = slice(first, min(first + rows, len(before)))
+                made = after[part].values().to(before.dtype)
+                self.changed += int((made != before[part].to(after.device)).sum())
 
     def __str__(self) -> str:
         return f"{self.changed:,} of {self.values:,} values changed in becoming int4"

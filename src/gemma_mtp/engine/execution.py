@@ -56,7 +56,7 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Step
     outcomes: list[Outcome] = [*whole, *rest.outcomes[len(others) :]]
     for i, outcome in zip(others, rest.outcomes, strict=False):
         outcomes[i] = outcome
-    return StepResult(outcomes, rest.drafting_seconds)
+    return StepResult(outcomes, rest.drafting_seconds, rest.scores)
 
 
 def _run_call(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> StepResult:
