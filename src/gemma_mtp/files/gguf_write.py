@@ -7,10 +7,10 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gemma_mtp.files.gguf import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, NUMBERS, STRING, TYPES, Value, nbytes_of
+from gemma_mtp.files.pieces import PieceWriter
 
 _TENSOR_TYPES = {name: number for number, (name, _, _) in TYPES.items()}
 _NUMBER_TYPES = {code: number for number, code in NUMBERS.items()}
@@ -19,7 +19,7 @@ WHOLE, FRACTION = "I", "f"
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 
 
-class GgufWriter:
+class GgufWriter(PieceWriter):
     """Writes a file whose tensors' types and shapes are known before their values are, in pieces and in any order.
 
     Metadata is as `read_header` gives it: a whole number is written as 32 bits without a sign, a fraction as float32,
@@ -28,35 +28,17 @@ class GgufWriter:
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], layout: Layout) -> None:
         """Raises ValueError for a tensor whose rows are no whole number of blocks."""
-        self._sizes = {name: _size(name, dtype, shape) for name, (dtype, shape) in layout.items()}
-        self._missing = dict(self._sizes)
-        self._offsets: dict[str, int] = {}
+        sizes = {name: _size(name, dtype, shape) for name, (dtype, shape) in layout.items()}
+        offsets: dict[str, int] = {}
         end = 0
-        for name, size in self._sizes.items():
-            self._offsets[name] = end
+        for name, size in sizes.items():
+            offsets[name] = end
             end += _padded(size)
         with path.open("wb") as file:
-            file.write(_header(metadata, layout, self._offsets))
-            self._data = file.tell()
-            file.truncate(self._data + end)
-        self._file = path.open("r+b", buffering=0)
-
-    def write(self, name: str, values: memoryview, first_byte: int = 0) -> None:
-        """Write some of a tensor's bytes, from `first_byte` of it on. Each is to be written once."""
-        self._missing[name] -= len(values)
-        assert self._missing[name] >= 0 and first_byte + len(values) <= self._sizes[name]
-        self._file.seek(self._data + self._offsets[name] + first_byte)
-        while values:
-            values = values[self._file.write(values) :]
-
-    def __enter__(self) -> GgufWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        assert error is not None or not any(self._missing.values()), "tensors are not written whole"
+            file.write(_header(metadata, layout, offsets))
+            data = file.tell()
+            file.truncate(data + end)
+        super().__init__(path, {name: (data + offsets[name], size) for name, size in sizes.items()})
 
 
 def _size(name: str, dtype: str, shape: Sequence[int]) -> int:

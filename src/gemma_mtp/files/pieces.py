@@ -1,9 +1,11 @@
-"""A file read a piece at a time, in no more memory than the piece takes, however large the file is."""
+"""A file read or written a piece at a time, in no more memory than the piece takes, however large the file is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from gemma_mtp.errors import CheckpointError
 
@@ -47,10 +49,38 @@ class PieceFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> PieceFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class PieceWriter:
+    """Writes tensors into a file that has room for them all, in pieces and in any order."""
+
+    def __init__(self, path: Path, places: Mapping[str, tuple[int, int]]) -> None:
+        """`places`: where each tensor begins in the file, and how many bytes it has."""
+        self._places = places
+        self._missing = {name: nbytes for name, (_, nbytes) in places.items()}
+        self._file = path.open("r+b", buffering=0)
+
+    def write(self, name: str, values: memoryview, first_byte: int = 0) -> None:
+        """Write some of a tensor's bytes, from `first_byte` of it on. Each is to be written once."""
+        offset, nbytes = self._places[name]
+        self._missing[name] -= len(values)
+        assert self._missing[name] >= 0 and first_byte + len(values) <= nbytes
+        self._file.seek(offset + first_byte)
+        while values:
+            values = values[self._file.write(values) :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        assert error is not None or not any(self._missing.values()), "tensors are not written whole"

@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeGuard
 
 from gemma_mtp.errors import CheckpointError
-from gemma_mtp.files.pieces import PieceFile
+from gemma_mtp.files.pieces import PieceFile, PieceWriter
 
 #: bits of an element by the name of its dtype, in the order of safetensors' own list: by alignment
 BITS = {
@@ -165,30 +164,12 @@ def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str] | None = Non
     return {name: _entry(name, raw[name], data) for name in names}
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(PieceWriter):
     """Writes a file whose tensors' dtypes and shapes are known before their values are, in pieces and in any order."""
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
-        self._entries = lay_out(path, layout, metadata)
-        self._missing = {name: entry.nbytes for name, entry in self._entries.items()}
-        self._file = path.open("r+b", buffering=0)
-
-    def write(self, name: str, values: memoryview, first_byte: int = 0) -> None:
-        """Write some of a tensor's bytes, from `first_byte` of it on. Each is to be written once."""
-        self._missing[name] -= len(values)
-        assert self._missing[name] >= 0 and first_byte + len(values) <= self._entries[name].nbytes
-        self._file.seek(self._entries[name].offset + first_byte)
-        while values:
-            values = values[self._file.write(values) :]
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        assert error is not None or not any(self._missing.values()), "tensors are not written whole"
+        entries = lay_out(path, layout, metadata)
+        super().__init__(path, {name: (entry.offset, entry.nbytes) for name, entry in entries.items()})
 
 
 def shards(layout: Layout, limit: int) -> Iterator[dict[str, tuple[str, Sequence[int]]]]:
