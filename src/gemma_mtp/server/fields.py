@@ -15,7 +15,8 @@ _TEMPLATE = "the checkpoint's own template is used"
 _SAMPLING = "use temperature, top_k, top_p or min_p"
 
 #: field -> (values that change nothing, what to do instead)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+REFUSED: Refused = {
     "add_special_tokens": ((True,), "prompts begin as the tokenizer's files say; give token ids for another beginning"),
     "allowed_token_ids": (([],), "use logit_bias"),
     "audio": ((), "this model writes text only"),
@@ -47,9 +48,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def check_others(
-    fields: Mapping[str, Any] | None, also: Mapping[str, tuple[tuple[Any, ...], str]] | None = None
-) -> None:
+def check_others(fields: Mapping[str, Any] | None, also: Refused | None = None) -> None:
     """Raise ApiError where fields that no model of a request has ask for what is not offered; `also`: of one route."""
     refused = {**REFUSED, **(also or {})}
     for name, value in (fields or {}).items():

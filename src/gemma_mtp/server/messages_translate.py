@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gemma_mtp.server.conversation import TextPart
-from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.fields import check_others
+from gemma_mtp.server.fields import Refused
 from gemma_mtp.server.messages_protocol import (
     AnswerBlock,
     CallBlock,
@@ -19,15 +18,14 @@ from gemma_mtp.server.messages_protocol import (
     ThinkingOn,
     ThoughtBlock,
 )
-from gemma_mtp.server.one_turn import Names
-from gemma_mtp.server.protocol import ChatCompletionRequest
+from gemma_mtp.server.one_turn import Names, check_extra
 
 NAMES = Names({
     "prompt": "messages", "max_completion_tokens": "max_tokens", "stop": "stop_sequences",
     "reasoning_effort": "thinking", "max_thinking_tokens": "thinking.budget_tokens",
 })  # fmt: skip
 #: fields of Anthropic's that are not offered
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: Refused = {
     "container": ((), "nothing is run here"),
     "context_management": ((), "shorten the messages yourself"),
     "mcp_servers": (([],), "call the tools yourself"),
@@ -38,12 +36,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def check_fields(body: CountRequest) -> None:
     """Raise ApiError for a field that would change the output and is not offered here."""
-    extra = body.model_extra or {}
-    check_others(extra, REFUSED)
-    others = ChatCompletionRequest.model_fields.keys() - MessagesRequest.model_fields.keys()
-    for name, value in extra.items():
-        if value is not None and name in others:
-            raise ApiError(400, f"{name} is not a field of messages; use /v1/chat/completions.", param=name)
+    check_extra(body.model_extra or {}, REFUSED, "messages", MessagesRequest.model_fields)
 
 
 def chat_fields(body: CountRequest) -> dict[str, Any]:

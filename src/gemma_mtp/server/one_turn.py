@@ -11,6 +11,7 @@ from gemma_mtp.chat.turn import Event
 from gemma_mtp.engine.request import merged
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.server.errors import ApiError, from_validation
+from gemma_mtp.server.fields import Refused, check_others
 from gemma_mtp.server.protocol import ChatCompletionRequest
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import ChatPlan, chat_requests
@@ -56,6 +57,15 @@ class Names(NamedTuple):
         if message.startswith(f"{param}:"):
             message = f"{renamed}{message[len(param) :]}"
         return ApiError(error.status_code, message, param=renamed, code=error.code, headers=error.headers)
+
+
+def check_extra(extra: Mapping[str, Any], refused: Refused, route: str, own: Collection[str]) -> None:
+    """Raise ApiError where fields beside a route's `own` would change the output: those that are `refused` there or
+    everywhere, and those of chat."""
+    check_others(extra, refused)
+    for name, value in extra.items():
+        if value is not None and name in ChatCompletionRequest.model_fields and name not in own:
+            raise ApiError(400, f"{name} is not a field of {route}; use /v1/chat/completions.", param=name)
 
 
 async def planned(fields: Mapping[str, Any], service: Service, names: Names) -> tuple[ChatCompletionRequest, ChatPlan]:

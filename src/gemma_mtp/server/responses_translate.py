@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.fields import check_others
-from gemma_mtp.server.one_turn import Names
-from gemma_mtp.server.protocol import ChatCompletionRequest, TextFormat
+from gemma_mtp.server.fields import Refused
+from gemma_mtp.server.one_turn import Names, check_extra
+from gemma_mtp.server.protocol import TextFormat
 from gemma_mtp.server.response_store import ResponseStore
 from gemma_mtp.server.responses_protocol import (
     FunctionCallItem,
@@ -29,7 +29,7 @@ NAMES = Names({
     "reasoning_effort": "reasoning.effort", "response_format": "text.format",
 })  # fmt: skip
 #: fields of OpenAI's that are not offered
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: Refused = {
     "context_management": (([],), "shorten the input yourself"),
     "conversation": ((), "use previous_response_id"),
     "max_tool_calls": ((), "nothing is called here; call the tools yourself"),
@@ -46,10 +46,7 @@ def check_fields(body: ResponsesRequest) -> None:
     if isinstance(include, list) and LOGPROBS in include:
         raise ApiError(400, f"include: {LOGPROBS} is not offered; use /v1/chat/completions.", param="include")
     extra.pop("stream_options", None)  # obfuscation, of which there is none
-    check_others(extra, REFUSED)
-    for name, value in extra.items():
-        if value is not None and name in ChatCompletionRequest.model_fields:
-            raise ApiError(400, f"{name} is not a field of responses; use /v1/chat/completions.", param=name)
+    check_extra(extra, REFUSED, "responses", ResponsesRequest.model_fields)
 
 
 def items_of(body: ResponsesRequest, store: ResponseStore) -> list[Item]:
