@@ -43,15 +43,10 @@ class ComparedPair:
 
     def load(self, drafter: Path | None) -> Pair:
         """Returns the target with this drafter. Raises what `load_pair` does."""
-        from gemma_mtp.engine.pair import load_pair
-        from gemma_mtp.progress import loading
-
-        with loading() as told:
-            pair = load_pair(
-                self.target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
-                quantize=self.quantize, strict=self.strict, on_bytes=told,
-            )  # fmt: skip
-        return options.named(pair)
+        return options.load_shown(
+            self.target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device, quantize=self.quantize,
+            strict=self.strict,
+        )  # fmt: skip
 
 
 @group(DATA)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,15 +90,23 @@ class PairOptions:
 
     def load(self) -> Pair:
         """Returns the pair. Raises what `load_pair` does."""
-        from gemma_mtp.engine.pair import load_pair
-        from gemma_mtp.progress import loading
+        return load_shown(
+            self.target, self.drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
+            use_drafter=not self.no_drafter, quantize=self.quantize, strict=self.strict,
+        )  # fmt: skip
 
-        with loading() as told:
-            pair = load_pair(
-                self.target, self.drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
-                use_drafter=not self.no_drafter, quantize=self.quantize, strict=self.strict, on_bytes=told,
-            )  # fmt: skip
-        return named(pair)
+
+def load_shown(target: Path | None, drafter: Path | None, **how: Any) -> Pair:
+    """Returns the pair of `load_pair`, to which `how` goes, and shows meanwhile how far it is. Standard error says
+    which drafter was found for it."""
+    from gemma_mtp.engine.pair import load_pair
+    from gemma_mtp.progress import loading
+
+    with loading() as told:
+        pair = load_pair(target, drafter, on_bytes=told, **how)
+    if pair.found_drafter is not None:
+        print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
+    return pair
 
 
 def check_exclusive(drafter: Path | str | None, no_drafter: bool) -> None:
@@ -116,13 +124,6 @@ def check_drafter(needed_by: str, target: Path | None, drafter: Path | None) -> 
 
 def no_drafter(needed_by: str) -> PromptError:
     return PromptError(f"{needed_by} needs a drafter; give --drafter, or no --target for the bundled pair.")
-
-
-def named(pair: Pair) -> Pair:
-    """Returns the pair, once standard error says which drafter was found for it."""
-    if pair.found_drafter is not None:
-        print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
-    return pair
 
 
 @group(DATA)
