@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp.training.origin import origin_of
+from gemma_mtp.checkpoint.origin import origin_of
 
 
 def target(directory: Path, **config: object) -> Path:

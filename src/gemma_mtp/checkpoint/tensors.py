@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.blocks import READ, dequantised
 from gemma_mtp.checkpoint.kept import holds_blocks, take_blocks
 from gemma_mtp.checkpoint.pieces import NAMES
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Piece, Source, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Source, StoredTensor
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.dense import Dense
 
@@ -164,17 +164,19 @@ def _ranges(header: StoredTensor) -> list[slice | None]:
 
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, number by number, whatever they are stored as."""
-    if one.shape != other.shape:
-        return False
+    return one.shape == other.shape and all(_equal(a, b) for a, b in values_of_both(source, one, source, other))
+
+
+def values_of_both(
+    source: Source, one: StoredTensor, other_source: Source, other: StoredTensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the values of two stored tensors of one shape, the same rows of both at a time."""
     finer = max(_ranges(one), _ranges(other), key=len)
-    values = source.read(_in_turn(one, other, finer))
-    return all(_equal(_value(one, a), _value(other, b)) for a, b in zip(values, values, strict=True))
-
-
-def _in_turn(one: StoredTensor, other: StoredTensor, ranges: Iterable[slice | None]) -> Iterator[Piece]:
-    for rows in ranges:
-        yield one, rows
-        yield other, rows
+    both = zip(
+        source.read((one, rows) for rows in finer), other_source.read((other, rows) for rows in finer), strict=True
+    )
+    for a, b in both:
+        yield _value(one, a), _value(other, b)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -8,37 +8,64 @@ from typing import Annotated
 
 import typer
 
-from gemma_mtp.cli.progress import progress
+from gemma_mtp.cli import options
 
 
 class Format(StrEnum):
-    """What is exported to."""
+    """What is exported to, and the types of matrices in it, the first one being the default."""
 
     GGUF = "gguf"
+    SAFETENSORS = "safetensors"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    MLX = "mlx"
+
+
+DEFAULTS = {Format.COMPRESSED_TENSORS: "W4A16", Format.MLX: "4BIT"}
 
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file or the new directory to write.")],
     to: Annotated[Format, typer.Option("--to", help="The format.")] = Format.GGUF,
     kind: Annotated[
-        str, typer.Option("--type", help="What matrices are written as: F32, F16, BF16, Q8_0 or Q4_0.", metavar="TYPE")
-    ] = "BF16",
+        str | None,
+        typer.Option(
+            "--type",
+            help="What matrices are written as. gguf: BF16 (default), F32, F16, Q8_0, Q4_0; safetensors: BF16"
+            " (default), F16, F32; compressed-tensors: W4A16 (default), W8A16, FP8; mlx: 4BIT (default), 8BIT, BF16,"
+            " F16, F32.",
+            metavar="TYPE",
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A checkpoint whose tokenizer goes along, for a drafter that has none.")
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to write where anything is lost.")] = False,
 ) -> None:
-    """Write a target or a drafter as one file for other programs: GGUF for llama.cpp and what is built on it.
+    """Write a target or a drafter for other programs, with a model card.
 
-    Tokenizer, chat template, special tokens and sampling defaults go along. What the file does not hold as it was is
-    said. The file is read again before it has its name.
+    gguf is one file for llama.cpp and what is built on it. The others are directories: safetensors for transformers and
+    all that read its layout, compressed-tensors for vLLM and SGLang, mlx for mlx-lm. Tokenizer, chat template and
+    sampling defaults go along. What is not held as it was is said. All is read again before it has its name.
     """
     from gemma_mtp.checkpoint import open_source
-    from gemma_mtp.interop.gguf import export_gguf
+    from gemma_mtp.progress import Display
 
-    with progress("exporting"):
-        words = {} if tokenizer is None else {"tokenizer": open_source(tokenizer).tokenizer()}
-        made = export_gguf(checkpoint, out, kind.upper(), **words, strict=strict)
-    types = ", ".join(f"{count} tensors of {dtype}" for dtype, count in sorted(made.types.items()))
-    print(f"{out}: {to.value}, {types}, {made.nbytes / 1e6:.1f} MB")
+    source, chosen = open_source(checkpoint, adapter=adapter), (kind or DEFAULTS.get(to, "BF16")).upper()
+    with Display("exporting") as display:
+        if to is Format.GGUF:
+            from gemma_mtp.interop.gguf import export_gguf
+
+            words = {} if tokenizer is None else {"tokenizer": open_source(tokenizer).tokenizer()}
+            file = export_gguf(source, out, chosen, **words, strict=strict)
+            held = ", ".join(f"{count} tensors of {dtype}" for dtype, count in sorted(file.types.items()))
+            nbytes = file.nbytes
+        else:
+            from gemma_mtp.interop.directory import export_directory
+
+            made = export_directory(
+                source, out, to.value, chosen, tokenizer=tokenizer, strict=strict, on_bytes=display.show_bytes
+            )
+            held, nbytes = f"{made.packed} matrices as {chosen}, {made.floats} other tensors", made.nbytes
+    print(f"{out}: {to.value}, {held}, {nbytes / 1e6:.1f} MB")

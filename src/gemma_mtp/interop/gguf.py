@@ -22,6 +22,7 @@ from gemma_mtp.checkpoint.gguf import OWN_GENERATION, SAMPLING, SAMPLING_FIELDS,
 from gemma_mtp.checkpoint.gguf_names import ROPE_FACTORS, gguf_name
 from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.open import open_source
+from gemma_mtp.checkpoint.origin import origin_of
 from gemma_mtp.checkpoint.pieces import bytes_of
 from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, read_generation_config, report
 from gemma_mtp.checkpoint.source import Location, Source
@@ -34,6 +35,7 @@ from gemma_mtp.families.known import family_of
 from gemma_mtp.files.gguf import nbytes_of
 from gemma_mtp.files.gguf_write import GgufWriter
 from gemma_mtp.files.replace import replace_file
+from gemma_mtp.interop.card import write_card
 from gemma_mtp.interop.gguf_tokenizer import tokenizer_metadata
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.tokenizer.gguf import HF_JSON, MODEL
@@ -68,9 +70,10 @@ def export_gguf(
     """Write a target's text model, or a drafter, to the file `out`, its matrices as `kind`, one of `FILE_TYPES`.
 
     Vectors are float32, and so are matrices that the type's blocks do not fit. The generation config goes along, and
-    the checkpoint's own tokenizer, another one or none. What was written is read again before the file has its
-    name. Weights are read and written piece by piece, and never in memory as a whole. `strict` refuses what is lost.
-    Raises CheckpointError, ConfigError, QuantisationError or TokenizerError.
+    the checkpoint's own tokenizer, another one or none. What was written is read again before the file has its name; a
+    model card is written beside it, under its name with the suffix `.md`. Weights are read and written piece by piece,
+    and never in memory as a whole. `strict` refuses what is lost. Raises CheckpointError, ConfigError,
+    QuantisationError or TokenizerError.
     """
     if kind not in FILE_TYPES:
         raise QuantisationError(f"type {kind!r} can not be written to GGUF; use one of {', '.join(FILE_TYPES)}.")
@@ -90,6 +93,8 @@ def export_gguf(
     report(location, losses, strict)
     path = Path(out)
     replace_file(path, lambda partial: _write(partial, metadata, layout, source, contents, weights))
+    of_target = isinstance(contents.config, TargetConfig)
+    write_card(path.parent, origin_of(source.path), "gguf", kind, of_target, losses, f"{path.stem}.md")
     return Exported(dict(Counter(dtype for dtype, _ in layout.values())), path.stat().st_size, losses)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.checkpoint import open_source, read_generation_config, save_drafter
+from gemma_mtp.checkpoint.origin import Origin
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.files.replace import replace_file
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
 from gemma_mtp.training.gate import Reports, Verdict, setting
-from gemma_mtp.training.origin import Origin
 
 GENERATION_CONFIG, CARD = "generation_config.json", "MODEL_CARD.md"
 

@@ -13,6 +13,7 @@ import torch
 
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.checkpoint.origin import origin_of
 from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
@@ -37,7 +38,6 @@ from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import Material, gather, hold_out
 from gemma_mtp.training.memory import memory_reported
 from gemma_mtp.training.optim import choose_dtype
-from gemma_mtp.training.origin import origin_of
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.settings import RunSettings, check_output, check_settings, check_unquantised
 from gemma_mtp.training.shapes import initialise, new_drafter_config

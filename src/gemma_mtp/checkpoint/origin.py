@@ -1,4 +1,4 @@
-"""Where a target comes from: what the card of a drafter for it names as its base, and under which licence."""
+"""Where a checkpoint comes from: what the cards of what is made of it name as its base, and under which licence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_mtp.checkpoint import open_source
+from gemma_mtp.checkpoint.open import open_source
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: a directory of the Hugging Face cache: models--owner--name/snapshots/revision
