@@ -23,6 +23,7 @@ from gemma_mtp.errors import CheckpointError
 from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import family_of
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.layers import cast_
 from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, parse_quantization_config
 from gemma_mtp.weights.base import SCALES
@@ -144,7 +145,7 @@ def empty_model(
     """Returns the model without memory, quantised so, for the names, shapes and dtypes of its tensors."""
     with torch.device("meta"):
         model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
-    model = model.to(dtype)
+    model = cast_(model, dtype, config.text.options)
     model.quantise_(types)
     return model
 
