@@ -66,7 +66,11 @@ def root(file: Path, theirs: Gemma3ForCausalLM, tmp_path_factory: pytest.TempPat
     (root / "copy").mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, root / "copy" / "model.safetensors")
-    config = {name: value for name, value in theirs.config.to_dict().items() if name != "quantization_config"}
+    config = {
+        name: value
+        for name, value in theirs.config.to_dict().items()
+        if name != "quantization_config" and name[0] != "_"
+    }
     (root / "copy" / "config.json").write_text(json.dumps(config))
     open_source(file).copy_companions(root / "copy")
     of_drafter = new_drafter_config(read_target_config(file), DrafterShape(hidden=64, heads=4))
@@ -135,7 +139,7 @@ def test_the_text_is_right(file: Path) -> None:
     """A base model goes on as everybody would."""
     pair = load_pair(file, use_drafter=False, device="cpu")
     params = SamplingParams(max_tokens=8)
-    assert "Paris" in pair.generate("The capital of France is", params).text
+    assert pair.generate("Monday, Tuesday, Wednesday,", params).text.startswith(" Thursday, Friday")
     assert pair.generate("1, 2, 3, 4, 5, 6,", params).text.startswith(" 7, 8")
 
 
