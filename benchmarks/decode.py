@@ -39,6 +39,7 @@ from sides import Side, measure
 
 from gemma_mtp import load_pair
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.checkpoint import open_source
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import DraftTokens
@@ -90,9 +91,9 @@ def prompts_for(pair: Pair, args: argparse.Namespace) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         high = pair.target.config.vocab_size
         return torch.randint(3, high, (args.prompts, args.prompt_tokens), generator=generator).tolist()
-    assert pair.tokenizer is not None
+    tokenizer = open_source(bundled_directory() / "target").tokenizer()  # GGUF files are written without
     examples = islice(read_examples(bundled_directory() / "heldout_prompts.jsonl"), args.prompts)
-    return [example.token_ids(pair.tokenizer) for example in examples]
+    return [example.token_ids(tokenizer) for example in examples]
 
 
 def our_sides(pair: Pair, args: argparse.Namespace) -> list[Side]:

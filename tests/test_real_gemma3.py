@@ -19,7 +19,7 @@ import torch
 from quality import loss
 from real_weights import gemma3_270m
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.checkpoint import load_target, open_source, read_target_config, save_drafter
@@ -66,11 +66,8 @@ def root(file: Path, theirs: Gemma3ForCausalLM, tmp_path_factory: pytest.TempPat
     (root / "copy").mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, root / "copy" / "model.safetensors")
-    config = {
-        name: value
-        for name, value in theirs.config.to_dict().items()
-        if name != "quantization_config" and name[0] != "_"
-    }
+    known = Gemma3TextConfig().to_dict()
+    config = {name: value for name, value in theirs.config.to_dict().items() if name in known}
     (root / "copy" / "config.json").write_text(json.dumps(config))
     open_source(file).copy_companions(root / "copy")
     of_drafter = new_drafter_config(read_target_config(file), DrafterShape(hidden=64, heads=4))
