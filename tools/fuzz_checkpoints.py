@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ from gemma_mtp.training.shapes import initialise
 #: returns a whole number from the first to the second, both included
 Choose = Callable[[int, int], int]
 VOCAB = 64
+#: before the names of files that are not changed
+BASE = "base-"
 NUMBERS = (0, 1, 2, 3, 7, 31, 32, 64, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63,
            2**64 - 1)  # fmt: skip
 VALUES: tuple[Any, ...] = (
@@ -101,6 +103,11 @@ class Seeds:
         self._adapt(root / "adapter")
         self.files = {directory.name: {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
                       for directory in sorted(root.iterdir())}  # fmt: skip
+
+    def whole(self, kind: str) -> dict[str, bytes]:
+        """The files of a kind, and those of the target that an adapter is for."""
+        base = self.files["target"] if kind == "adapter" else {}
+        return {**self.files[kind], **{BASE + name: content for name, content in base.items()}}
 
     def _save(self, config: TextConfig, model_type: str, directory: Path) -> None:
         model = Target(config)
@@ -285,26 +292,27 @@ def write_input(seeds: Seeds, directory: Path, choose: Choose) -> str:
     """Write one damaged checkpoint, and return its kind."""
     kinds = [*seeds.files]
     kind = kinds[choose(0, len(kinds) - 1)]
-    files = dict(seeds.files[kind])
-    if kind == "adapter":
-        base = {f"base-{name}": content for name, content in seeds.files["target"].items()}
-        files = {**files, **base}
+    files = seeds.whole(kind)
     if "config.json" in files and not choose(0, 3):
         raw = json.loads(files["config.json"])
         raw["quantization_config"] = QUANTISATIONS[choose(0, len(QUANTISATIONS) - 1)]
         files["config.json"] = json.dumps(raw).encode()
-    own = [name for name in files if not name.startswith("base-")]
+    own = [name for name in files if not name.startswith(BASE)]
     for _ in range(choose(1, 2)):
         name = own[choose(0, len(own) - 1)]
         files[name] = CHANGES[Path(name).suffix](files[name], choose)
     if kind == "split" and not choose(0, 3):  # parts that say that they are each other
         first, second = own
         files[first], files[second] = files[second], files[first]
+    _put(files, directory, kind)
+    return kind
+
+
+def _put(files: Mapping[str, bytes], directory: Path, kind: str) -> None:
     for name, content in files.items():
-        path = directory / ("base" if name.startswith("base-") else kind) / name.removeprefix("base-")
+        path = directory / ("base" if name.startswith(BASE) else kind) / name.removeprefix(BASE)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-    return kind
 
 
 # -- what is held
@@ -355,9 +363,7 @@ class Fuzzer:
             made.append(choose(least, most))
             return made[-1]
 
-        work = self.place / "input"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        work = self._emptied()
         kind = write_input(self.seeds, work, noted)
         last = self.out / "last.json"  # of an input that ends the process
         last.write_text(json.dumps(made))
@@ -377,6 +383,21 @@ class Fuzzer:
                     f"{kind}\n{traceback.format_exc()}", errors="backslashreplace"
                 )
                 print(f"finding {number}: {name}: {str(error)[:200]}", flush=True)
+
+    def sound(self) -> dict[str, str]:
+        """What comes of each kind as it is."""
+        found = {}
+        for kind in self.seeds.files:
+            work = self._emptied()
+            _put(self.seeds.whole(kind), work, kind)
+            found[kind] = consume(work, kind)
+        return found
+
+    def _emptied(self) -> Path:
+        work = self.place / "input"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        return work
 
     def close(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
