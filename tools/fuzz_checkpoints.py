@@ -420,15 +420,18 @@ def run_guided(fuzzer: Fuzzer, seconds: float, seed: int) -> None:
     """By atheris, which ends the process."""
     import atheris
 
+    end = time.monotonic() + seconds
+
     def test(data: bytes) -> None:
         provider = atheris.FuzzedDataProvider(data)
         fuzzer.one(lambda least, most: provider.ConsumeIntInRange(least, most))
+        if time.monotonic() > end:  # atheris ends the process without Python's own end
+            print(fuzzer.report(), flush=True)
+            fuzzer.close()
+            os._exit(1 if fuzzer.findings else 0)
 
-    import atexit
-
-    atexit.register(lambda: print(fuzzer.report(), flush=True))
-    arguments = [sys.argv[0], f"-max_total_time={int(seconds)}", f"-seed={seed or 1}", "-max_len=256", "-len_control=0",
-                 "-print_final_stats=1", "-rss_limit_mb=0", "-timeout=60", "-verbosity=0"]  # fmt: skip
+    arguments = [sys.argv[0], f"-seed={seed or 1}", "-max_len=256", "-len_control=0", "-rss_limit_mb=0", "-timeout=600",
+                 "-verbosity=0"]  # fmt: skip
     atheris.Setup(arguments, test)
     atheris.Fuzz()
 

@@ -38,8 +38,9 @@ inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, Ne
         if (next.scales) __builtin_prefetch(next.scales + b * NR * S, 0, 3);  // rows' scales lie in one piece
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
+            // line by line, not row by row as they are multiplied: so the processor's own prefetching goes along
             if (next.data && b * block_bytes % LINE == 0)
-                __builtin_prefetch(next.data + n * bytes + b * block_bytes, 0, 3);
+                __builtin_prefetch(next.data + (b * block_bytes / LINE * NR + n) * LINE, 0, 3);
             wv[n] = block<T>(wb);
             ws[n] = spread<T>(scales + (n * blocks + b) * S);
         }
