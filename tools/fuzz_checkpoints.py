@@ -13,6 +13,7 @@ from __future__ import annotations
 import gemma_mtp.cli.environment  # noqa: F401  isort: skip  (before PyTorch)
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -246,9 +247,9 @@ def changed_json(content: bytes, choose: Choose) -> bytes:
         elif what == 2:
             other, name = places[choose(0, len(places) - 1)]
             with suppress(KeyError, IndexError):
-                holder[key] = json.loads(json.dumps(other[name]))
+                holder[key] = copy.deepcopy(other[name])
         else:
-            holder[key] = VALUES[choose(0, len(VALUES) - 1)]
+            holder[key] = copy.deepcopy(VALUES[choose(0, len(VALUES) - 1)])
     text = json.dumps(raw)
     if not choose(0, 9):
         nested = choose(0, 1)
