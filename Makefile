@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: help demo test slow clients check sanitize arm docs stub format pair example bench peers clean
+.PHONY: help demo test slow clients real check sanitize arm docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --temperature 0.3 --seed 10 --compare --show-drafts
@@ -28,6 +28,9 @@ build/clients:
 
 clients: $(VENV)/.dev build/clients  ## the server's tests with clients of others themselves, such as LangChain
 	$(BIN)/python -m pytest -q -m clients
+
+real: $(VENV)/.dev         ## real pretrained weights of 270 M parameters, downloaded once (240 MB, Gemma's terms), against transformers
+	$(BIN)/python -m pytest -q -m real
 
 check: $(VENV)/.dev        ## lint, format, types, and the native module's stub
 	$(BIN)/ruff check .

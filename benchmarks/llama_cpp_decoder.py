@@ -100,7 +100,9 @@ class Drafter(Context):
         return drafts
 
 
-def generate(target: Target, drafter: Drafter, prompt: list[int], max_tokens: int, draft_tokens: int) -> dict[str, Any]:
+def generate(
+    target: Target, drafter: Drafter | None, prompt: list[int], max_tokens: int, draft_tokens: int
+) -> dict[str, Any]:
     # plain decoding does not pay for the states that drafting needs
     extension.llama_set_embeddings_nextn(target.context, draft_tokens > 0, False)
     target.keep(0)
@@ -109,7 +111,7 @@ def generate(target: Target, drafter: Drafter, prompt: list[int], max_tokens: in
     tokens, rounds = [target.best(row)], []
     while len(tokens) < max_tokens:
         drafts: list[int] = []
-        if count := min(draft_tokens, max_tokens - len(tokens) - 1):
+        if (count := min(draft_tokens, max_tokens - len(tokens) - 1)) and drafter is not None:
             drafts = drafter.draft(tokens[-1], target.hidden(row), length, count)
         target.decode([tokens[-1], *drafts], length)
         committed = verified(target, drafts)
@@ -135,14 +137,14 @@ def verified(target: Target, drafts: list[int]) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--drafter", help="none decodes plainly")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
     llama.llama_log_set(_log, None)
     llama.llama_backend_init()
     target = Target(args.model, args.threads, args.context)
-    drafter = Drafter(args.drafter, args.threads, args.context, target)
+    drafter = None if args.drafter is None else Drafter(args.drafter, args.threads, args.context, target)
     about = {"version": llama.__version__, "system": llama.llama_print_system_info().decode()}
     answer_requests(about, functools.partial(generate, target, drafter))
 

@@ -16,6 +16,7 @@ from gemma_mtp.decoding.noise import STREAM_ACCEPT, uniform
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.weights.matrix import matrices
 
 
 def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
@@ -29,9 +30,14 @@ def our_side(pair: Pair, draft_tokens: DraftTokens, max_tokens: int) -> Side:
         return result.token_ids
 
     side = Side("plain" if draft_tokens == 0 else f"drafted, K = {draft_tokens}", run)
-    assert pair.drafter is not None
-    side.step_bytes = target_bytes(pair.target), drafter_bytes(pair.drafter)
+    if pair.drafter is not None and not holds_blocks(pair.target):
+        side.step_bytes = target_bytes(pair.target), drafter_bytes(pair.drafter)
     return side
+
+
+def holds_blocks(target: Target) -> bool:
+    """Whether matrices are kept as the blocks of a file, whose bytes are not counted here."""
+    return not target.weight_types and any(matrix.stored.quantised for matrix in matrices(target))
 
 
 def unreliable(pair: Pair, acceptance: float, seed: int = 0) -> Pair:

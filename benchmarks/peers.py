@@ -107,9 +107,11 @@ def transformers_peer(target: Path, drafter: Path, dtype: str, threads: int, pro
 
 
 def llama_cpp_peer(
-    files: tuple[Path, Path], kind: str, threads: int, prompts: Sequence[list[int]], max_tokens: int
+    files: tuple[Path, Path | None], kind: str, threads: int, prompts: Sequence[list[int]], max_tokens: int
 ) -> Peer:
-    """llama.cpp, plain and with its own Gemma 4 drafter, on GGUF files of type `kind`."""
+    """llama.cpp, plain and with its own Gemma 4 drafter, if there is one, on GGUF files of type `kind`."""
     context = max(map(len, prompts)) + max_tokens + 64
-    options = {"--model": files[0], "--drafter": files[1], "--threads": threads, "--context": context}
+    options = {"--model": files[0], "--threads": threads, "--context": context}
+    if files[1] is not None:
+        options["--drafter"] = files[1]
     return start(f"llama.cpp {kind}", "llama_cpp_decoder.py", options, prompts[0])

@@ -98,9 +98,10 @@ def _footer(content: dict[str, Any]) -> str:
         f" OMP_WAIT_POLICY {content['omp_wait_policy']}",
         f"pair {content['pair']}, weights {content['weights']}, {content['prompts']} prompts of"
         f" {content['max_tokens']} new tokens, median of {content['repeats']}; speeds with prefill, decode without",
-        f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s; reading a step's weights once allows"
-        f" {first['floor_tokens_per_second']:.1f} tokens/s plain",
+        f"memory reads at {content['read_gigabytes_per_second']:.1f} GB/s",
     ]
+    if first["floor_tokens_per_second"] is not None:
+        lines[-1] += f"; reading a step's weights once allows {first['floor_tokens_per_second']:.1f} tokens/s plain"
     if content["cpu_share_elsewhere"] is not None:
         lines.append(f"other processes took {content['cpu_share_elsewhere']:.0%} of the cores' time meanwhile")
     for name, about in content["peers"].items():

@@ -252,7 +252,11 @@ def test_any_configuration_is_read_or_refused(changes: Any) -> None:
         config = parse_adapter_config(raw)
     except GemmaMtpError:
         return
-    assert abs(config.scale_of("model.layers.0.self_attn.q_proj")) < 1e30
+    try:
+        scales = config.of_modules(["model.layers.0.self_attn.q_proj"]).scales
+    except CheckpointError:
+        return
+    assert abs(scales["model.layers.0.self_attn.q_proj"]) < 1e30
 
 
 def test_an_adapter_is_for_a_target_alone(plain: Path, tmp_path: Path) -> None:
@@ -260,4 +264,41 @@ def test_an_adapter_is_for_a_target_alone(plain: Path, tmp_path: Path) -> None:
     save_pair(tmp_path, random_target(), random_drafter())
     with pytest.raises(CheckpointError, match="shape"):
         load_target(open_source(tmp_path / "target", adapter=plain / "adapter"), torch.float32)
-    assert Adapter(plain / "adapter").config.scale_of("anything") == 1.5
+    assert Adapter(plain / "adapter").config.of_modules(["anything"]).scales == {"anything": 1.5}
+
+
+#: a name of a module as it stands in an adapter, and one that lets patterns go astray
+NAMES = ["model.layers.11.self_attn.q_proj", "model.layers.1.mlp." + "a" * 60]
+EXPLODING = (
+    "(a+)+b", "(a|a)*b", "(.*a){25}b", "((a*)*)*b", "(a?){60}a{60}b", "(a|aa)+$b", "(?:(?:a+)?)+b",
+    "(.*.*.*.*.*.*.*)*b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", EXPLODING)
+def test_patterns_that_explode_are_refused_soon(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, within a second of processor time, here a twentieth; PEFT would match for years."""
+    monkeypatch.setattr("gemma_mtp.checkpoint.module_patterns.LIMIT_SECONDS", 0.05)
+    raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA", "rank_pattern": {"q_proj": 2, pattern: 3}}
+    with pytest.raises(CheckpointError, match="takes more than"):
+        parse_adapter_config(raw).of_modules(NAMES)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["q_proj", r"layers\.11\..*", r"layers\.(1|2)\.mlp.*", r"self_attn\.(q|k)_proj", "roj", "(?:model.)?layers.+", "",
+     "mlp.a*", r"layers\.1\.mlp\..*"],
+)  # fmt: skip
+def test_patterns_match_as_pefts_do(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    config = parse_adapter_config({**vars(LoraConfig(r=4)), "peft_type": "LORA", "rank_pattern": {pattern: 3}})
+    expected = {name: 3 if get_pattern_key([pattern], name) == pattern else 4 for name in NAMES}
+    assert config.of_modules(NAMES).ranks == expected
+
+
+def test_patterns_that_are_malformed_are_refused(plain: Path) -> None:
+    raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA"}
+    for pattern, reason in (("a" * 3000, "3000 characters"), ("(", "no regular"), ("(?i)a", "no regular")):
+        with pytest.raises(CheckpointError, match=reason):
+            parse_adapter_config({**raw, "alpha_pattern": {pattern: 3}})

@@ -331,7 +331,7 @@ def test_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     config.write_text(json.dumps({**good, "intermediate_size": 40}))
     assert "mlp.gate_proj.weight of shape [48, 32], but config.json calls for [40, 32]" in refused(capsys, command)
     config.write_text(json.dumps({**good, "model_type": "llama"}))
-    assert "model_type 'llama', which is not a Gemma 4 target" in refused(capsys, command)
+    assert "model_type 'llama', which is not a Gemma 4 or Gemma 3 target" in refused(capsys, command)
     config.write_text('{"model_type": "gemma4_text",\n  oops}')
     assert "is not valid JSON: " in refused(capsys, command)
     config.write_text(json.dumps(good))

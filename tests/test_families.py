@@ -1,4 +1,4 @@
-"""A family is a table: Gemma 3, given one, loads as transformers loads it; without one it is refused."""
+"""A family is a table: Gemma 3 loads, decodes and is written by its own, as transformers has it."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from gemma3 import GEMMA3
 from models import TINY, random_target, same_weights
 from oracle import F, S, randomise
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from gemma_mtp.config.fields import config_notes
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families import known
 from gemma_mtp.families.base import Family
+from gemma_mtp.families.gemma3 import GEMMA3
 from gemma_mtp.families.gemma4 import GEMMA4
 from gemma_mtp.measure.memory import inspect_checkpoint
 
@@ -45,11 +45,6 @@ def theirs() -> Gemma3ForCausalLM:
     return randomise(Gemma3ForCausalLM(config), 0)
 
 
-@pytest.fixture
-def gemma3(monkeypatch: pytest.MonkeyPatch) -> None:
-    known_with(GEMMA3, monkeypatch)
-
-
 def known_with(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "FAMILIES", (GEMMA4, family))
 
@@ -61,7 +56,6 @@ def saved(theirs: Gemma3ForCausalLM, directory: Path, **changes: Any) -> Path:
     return directory
 
 
-@pytest.mark.usefixtures("gemma3")
 @pytest.mark.parametrize("changes", [{}, OLDER], ids=["new", "older"])
 @torch.inference_mode()
 def test_a_checkpoint_loads_by_its_table(theirs: Gemma3ForCausalLM, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -74,7 +68,6 @@ def test_a_checkpoint_loads_by_its_table(theirs: Gemma3ForCausalLM, changes: dic
     assert inspect_checkpoint(directory).parameters == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.usefixtures("gemma3")
 def test_its_engine_decodes_what_transformers_does(theirs: Gemma3ForCausalLM, tmp_path: Path) -> None:
     pair = load_pair(saved(theirs, tmp_path / "gemma3"), dtype="float32", device="cpu", strict=True)
     ours = pair.generate(IDS.tolist(), SamplingParams(max_tokens=12, ignore_eos=True))
@@ -93,7 +86,6 @@ def test_norms_without_their_offset_are_others(
         assert torch.equal(tensor, plain[name] + 1 if "norm" in name else plain[name])
 
 
-@pytest.mark.usefixtures("gemma3")
 def test_what_a_table_can_not_translate_is_refused_or_named(theirs: Gemma3ForCausalLM, tmp_path: Path) -> None:
     raw = json.loads((saved(theirs, tmp_path / "gemma3") / "config.json").read_text())
     assert config_notes(raw) == []
@@ -102,15 +94,23 @@ def test_what_a_table_can_not_translate_is_refused_or_named(theirs: Gemma3ForCau
         parse_target_config({**raw, "attn_logit_softcapping": 50.0})
     nested = parse_target_config({"model_type": "gemma3", "text_config": raw})
     assert nested.text == parse_target_config(raw).text
-    target = load_target(tmp_path / "gemma3", torch.float32)
+
+
+def test_a_family_that_nobody_has_a_table_of_is_refused(theirs: Gemma3ForCausalLM, tmp_path: Path) -> None:
+    directory = saved(theirs, tmp_path / "gemma2", model_type="gemma2")
+    with pytest.raises(ConfigError, match="'gemma2', which is not a Gemma 4 or Gemma 3 target"):
+        load_target(directory, torch.float32)
+
+
+def test_a_table_without_architectures_is_read_only(
+    theirs: Gemma3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_with(dataclasses.replace(GEMMA3, architectures={}), monkeypatch)
+    directory = saved(theirs, tmp_path / "gemma3")
+    target = load_target(directory, torch.float32)
     with pytest.raises(ConfigError, match="'gemma3_text' can not be written"):
-        save_target(target, read_target_config(tmp_path / "gemma3"), tmp_path / "out")
+        save_target(target, read_target_config(directory), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_without_a_table_it_is_refused(theirs: Gemma3ForCausalLM, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'gemma3_text', which is not a Gemma 4 target"):
-        load_target(saved(theirs, tmp_path / "gemma3"), torch.float32)
 
 
 def test_a_table_renames_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"gemma4.attention.head_count": [4, 4, 4, 4, 4, 2]}, "but one number for all layers"),
     "widths": ({"gemma4.feed_forward_length": [128, 64, 128, 128, 128, 128]}, "one width, doubled at most"),
     "another model": ({"general.architecture": "llama"}, "architecture 'llama', which can not be read; supported are"),
-    "billions of layers": ({"gemma4.block_count": 2**32 - 1}, "a flag for each of 4294967295 layers"),
+    "billions of layers": ({"gemma4.block_count": 2**32 - 1}, "4294967295, but a number above 0 and no more than"),
     "no epsilon": ({"gemma4.attention.layer_norm_rms_epsilon": float("nan")}, "but a number was expected"),
 }  # fmt: skip
 

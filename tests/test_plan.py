@@ -73,7 +73,7 @@ def test_weights_are_those_of_the_models(kinds: str, dtype: torch.dtype) -> None
     small = [TargetConfig(config) for config in (TINY, *WIDE.values())]
     drafters = [random_drafter(TINY, centroids=True).config, wide_drafter(WIDE["ple"]).config]
     for config in (*PRESETS.values(), *small, *drafters):
-        model = empty_model(config, WeightTypes()).to(dtype)
+        model = empty_model(config, WeightTypes(), dtype)
         model.quantise_(types)
         tensors = stored_tensors(model.checkpoint_tensors()).values()
         assert weight_bytes(config, types, dtype.itemsize) == sum(tensor.nbytes for tensor in tensors), (

@@ -21,7 +21,11 @@ Each message is one sentence: what was wrong, what was expected, what to do. The
 
 
 class GemmaMtpError(Exception):
-    """Base of every error this package raises for bad input."""
+    """Base of every error this package raises for bad input. What can not be printed in its message, such as a line
+    break in a tensor's name, is escaped: files have any names, and a message is one line."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(GemmaMtpError):
@@ -87,3 +91,9 @@ class TrainingError(GemmaMtpError):
 def missing_extra(needed_by: str, package: str | None, extra: str) -> str:
     """Returns the message where what `needed_by` names needs a package that only an extra of ours installs."""
     return f"{needed_by} needs {package}, which is not installed; run: pip install 'gemma-mtp[{extra}]'."
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

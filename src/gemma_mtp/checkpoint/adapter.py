@@ -36,6 +36,8 @@ ROLES = {
 }  # fmt: skip
 #: the roles that a module's tensors may have together, but for a saved weight that they adapt
 KINDS = ({"A", "B"}, {"A", "B", "lengths"}, {"table A", "table B"}, set[str]())
+#: of a tensor; patterns are matched with it
+LONGEST_NAME = 1000
 #: the part of a name that says which tensor of the text model it is
 _TEXT = re.compile(
     r"(?:^|\.)(layers\.\d+\..+|(?:norm|lm_head|embed_tokens\w*|per_layer_model_projection\w*)(?:\..+)?)$"
@@ -66,6 +68,7 @@ class Adapter:
         stored = headers_of(self.file, read_header(self.file).entries)
         self.outside = sorted(name for name in stored if OUTSIDE_TEXT & set(name.split(".")))
         self.modules = _modules(self.file, [stored[name] for name in stored if name not in set(self.outside)])
+        self.scales = self.config.of_modules({module.name for module in self.modules.values()})
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -155,6 +158,10 @@ def _modules(file: Path, stored: Sequence[StoredTensor]) -> dict[str, Module]:
     """An adapter's modules by the official name of the weight that each changes."""
     modules: dict[str, Module] = {}
     for tensor in stored:
+        if len(tensor.name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"{file} has a tensor whose name is {len(tensor.name)} characters long; it is damaged."
+            )
         end = max((end for end in ROLES if tensor.name.endswith(end)), key=len, default=None)
         name = tensor.name.removesuffix(end or "").removeprefix(PEFT)
         found = _TEXT.search(name)
@@ -198,7 +205,7 @@ def _merged(name: str, base: StoredTensor, module: Module, adapter: Adapter) -> 
     if len(base.shape) != 2:
         raise CheckpointError(f"{file} adapts {module.name}, which is no matrix and can not be merged.")
     out, columns = base.shape
-    scale, rank = config.scale_of(module.name), config.rank_of(module.name)
+    scale, rank = adapter.scales.scales[module.name], adapter.scales.ranks[module.name]
     if "table A" in roles:
         _check_shape(file, roles["table A"], (rank, out))
         _check_shape(file, roles["table B"], (columns, rank))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_mtp.checkpoint.module_patterns import first_matches, wrapped
 from gemma_mtp.errors import CheckpointError
 
 FILE = "adapter_config.json"
@@ -22,6 +23,8 @@ HONOURED = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "bias", "fan_in_fan_out",
 })  # fmt: skip
+#: a longer pattern is refused before it is compiled
+LONGEST_PATTERN = 2000
 #: ways to begin that leave the base model's weights as they are
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -38,14 +41,22 @@ class AdapterConfig:
     dora: bool
     notes: tuple[str, ...] = ()
 
-    def rank_of(self, module: str) -> int:
-        """Returns the rank of a module; its name is as in the model that was adapted."""
-        return self.ranks.get(_key(self.ranks, module), self.rank)
+    def of_modules(self, modules: Collection[str]) -> ModuleScales:
+        """Ranks and scales of modules, by their names in the model that was adapted. Raises CheckpointError where a
+        pattern takes too long to decide."""
+        found_ranks, found_alphas = (first_matches(list(each), modules) for each in (self.ranks, self.alphas))
+        ranks = {name: self.ranks[found_ranks[name]] if name in found_ranks else self.rank for name in modules}
+        alphas = {name: self.alphas[found_alphas[name]] if name in found_alphas else self.alpha for name in modules}
+        scales = {name: alphas[name] / (math.sqrt(ranks[name]) if self.rslora else ranks[name]) for name in modules}
+        return ModuleScales(ranks, scales)
 
-    def scale_of(self, module: str) -> float:
-        """Returns what a module's product of matrices is multiplied by."""
-        rank = self.rank_of(module)
-        return self.alphas.get(_key(self.alphas, module), self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+@dataclass(frozen=True)
+class ModuleScales:
+    """Of each module of an adapter its rank, and what its product of matrices is multiplied by."""
+
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
 
 
 def parse_adapter_config(raw: Any) -> AdapterConfig:
@@ -85,19 +96,17 @@ def parse_adapter_config(raw: Any) -> AdapterConfig:
     )
 
 
-def _key(patterns: Mapping[str, object], module: str) -> str:
-    """The first pattern that the end of a module's name matches, as PEFT decides."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
-
-
 def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{FILE} has {name} {value!r}, but an object of patterns was expected.")
     for key in value:
+        if len(key) > LONGEST_PATTERN:
+            raise CheckpointError(f"{FILE} has {name} with a pattern of {len(key)} characters, but {LONGEST_PATTERN} at"
+                                  " most were expected.")  # fmt: skip
         try:
-            re.compile(key)
-        except re.error as error:
+            re.compile(wrapped(key))
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{FILE} has {name} with {key!r}, which is no regular expression: {error}.") from None
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_mtp.checkpoint.blocks import READ
-from gemma_mtp.checkpoint.gguf_config import DRAFTERS, architecture_of, config_of, unknown_keys
+from gemma_mtp.checkpoint.blocks import READ, dequantised
+from gemma_mtp.checkpoint.derived import Part, derived, read_derived
+from gemma_mtp.checkpoint.gguf_config import ARCHITECTURE, DRAFTERS, architecture_of, config_of, unknown_keys
+from gemma_mtp.checkpoint.gguf_config import GEMMA3 as GEMMA3_ARCHITECTURE
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.checkpoint.gguf_names import FUSED_QKV, GATE_UP_EXPERTS, ROPE_FACTORS, SPLIT_EXPERTS, official_name
 from gemma_mtp.checkpoint.pieces import read_pieces
-from gemma_mtp.checkpoint.source import Piece, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece, StoredTensor
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.families.gemma3 import GEMMA3
 from gemma_mtp.files.gguf import Entry, Header, part_of_split, read_header
 from gemma_mtp.files.replace import replace_file
 from gemma_mtp.json_files import write_json
@@ -118,7 +121,7 @@ class GgufSource:
             if name.endswith(".weight") and ".attn_qkv." in name:
                 tensors |= self._fused(name, entry)
             elif name not in self._joined_from:
-                tensors[official or name] = _stored(official or name, entry)
+                tensors[official or name] = self._whole(official or name, entry)
         for official, parts in self._joined.items():
             first = parts[0]
             experts, rows, columns = first.shape
@@ -126,6 +129,23 @@ class GgufSource:
                 first, name=official, shape=(experts, 2 * rows, columns), nbytes=2 * first.nbytes
             )
         return tensors
+
+    def _whole(self, name: str, entry: Entry) -> StoredTensor:
+        """A tensor as Hugging Face's files have it: without what the format adds to a family's norms."""
+        stored, added = _stored(name, entry), GEMMA3.added(name) if self._is_gemma3 else 0.0
+        if not added or entry.dtype not in (*FLOAT_DTYPES, *READ):
+            return stored
+        blocks = entry.dtype in READ
+
+        def decode(parts: Sequence[Tensor], rows: range) -> Tensor:
+            values = dequantised(entry.dtype, parts[0]) if blocks else parts[0].float()
+            return values[rows.start : rows.stop] - added
+
+        return derived(name, entry.shape, "F32" if blocks else entry.dtype, [Part(stored, 0)], decode)
+
+    @property
+    def _is_gemma3(self) -> bool:
+        return self._header.metadata.get(ARCHITECTURE) == GEMMA3_ARCHITECTURE
 
     @functools.cached_property
     def _joined(self) -> dict[str, tuple[StoredTensor, StoredTensor]]:
@@ -181,7 +201,7 @@ class GgufSource:
     def read(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         for tensor, rows in pieces:
             parts = self._joined.get(tensor.name, (tensor,))
-            values = list(read_pieces((part, rows) for part in parts))
+            values = list(read_derived(((part, rows) for part in parts), read_pieces))
             yield values[0] if len(values) == 1 else torch.cat(values, 1)
 
     def notes(self) -> list[str]:

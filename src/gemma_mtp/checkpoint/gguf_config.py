@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from gemma_mtp.checkpoint.gguf_gemma3 import gemma3_config
+from gemma_mtp.checkpoint.gguf_layers import FULL, SLIDING, layer_count, layer_types_of, matrix_shape, same_of_layers
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.checkpoint.source import StoredTensor
-from gemma_mtp.errors import CheckpointError, ConfigError
+from gemma_mtp.errors import ConfigError
 
 ARCHITECTURE = "general.architecture"
 #: names of the architectures: llama.cpp's, and for drafters those of older files
-TARGETS = ("gemma4",)
+GEMMA3, GEMMA4 = "gemma3", "gemma4"
+TARGETS = (GEMMA4, GEMMA3)
 DRAFTERS = ("gemma4-assistant", "gemma4_assistant", "gemma4_mtp")
-SLIDING, FULL = "sliding_attention", "full_attention"
 #: llama.cpp's where a target's file does not say; a drafter has none
 DEFAULT_SOFTCAP = 30.0
 #: a rotary frequency divided by so much or more is taken for none
@@ -27,7 +29,7 @@ KNOWN = frozenset({
     "attention.value_length", "attention.key_length_swa", "attention.value_length_swa", "attention.sliding_window",
     "attention.sliding_window_pattern", "attention.shared_kv_layers", "embedding_length_per_layer_input",
     "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.dimension_count_swa", "rope.scaling.type",
-    "rope.scaling.factor", "final_logit_softcapping", "expert_count", "expert_used_count",
+    "rope.scaling.factor", "rope.scale_linear", "final_logit_softcapping", "expert_count", "expert_used_count",
     "expert_feed_forward_length", "nextn_predict_layers",
 })  # fmt: skip
 
@@ -49,11 +51,13 @@ def config_of(metadata: Metadata, tensors: Mapping[str, StoredTensor], rope_fact
     Raises ConfigError for what is missing, of the wrong kind, or can not be decoded with.
     """
     architecture = architecture_of(metadata)
+    if architecture == GEMMA3:
+        return gemma3_config(metadata, tensors)
     drafter = architecture in DRAFTERS
     text = _text_config(metadata, f"{architecture}.", tensors, rope_factors, drafter)
     if not drafter:
         return {"architectures": ["Gemma4ForCausalLM"], **text}
-    _, backbone = _shape(metadata, tensors, "pre_projection.weight")
+    _, backbone = matrix_shape(metadata, tensors, "pre_projection.weight")
     given = metadata.integer(f"{architecture}.embedding_length_out", backbone // 2)
     if 2 * given != backbone:
         raise metadata.wrong(f"{architecture}.embedding_length_out", f"{backbone // 2}, as pre_projection has it,")
@@ -80,9 +84,9 @@ def _text_config(
     def integer(name: str, default: int | None = None) -> int:
         return metadata.integer(prefix + name, default)
 
-    layers = integer("block_count")
-    vocab, _ = _shape(metadata, tensors, "model.embed_tokens.weight")
-    layer_types = _layer_types(metadata, f"{prefix}attention.sliding_window_pattern", layers)
+    layers = layer_count(metadata, f"{prefix}block_count", tensors)
+    vocab, _ = matrix_shape(metadata, tensors, "model.embed_tokens.weight")
+    layer_types = layer_types_of(metadata, f"{prefix}attention.sliding_window_pattern", layers)
     shared = integer("attention.shared_kv_layers", layers if drafter else 0)
     wide = _feed_forward(metadata, f"{prefix}feed_forward_length", layers, shared)
     full_dim, head_dim = _head_dims(metadata, prefix)
@@ -95,7 +99,7 @@ def _text_config(
         "hidden_size": integer("embedding_length"),
         **wide,
         "num_hidden_layers": layers,
-        "num_attention_heads": _same(metadata, f"{prefix}attention.head_count", layers),
+        "num_attention_heads": same_of_layers(metadata, f"{prefix}attention.head_count", layers),
         **_key_value_heads(metadata, prefix, layer_types, shared, tensors, full_dim),
         "head_dim": head_dim,
         "global_head_dim": full_dim,
@@ -103,11 +107,15 @@ def _text_config(
         "sliding_window": integer("attention.sliding_window"),
         "num_kv_shared_layers": shared,
         "hidden_size_per_layer_input": ple,
-        "vocab_size_per_layer_input": _shape(metadata, tensors, "model.embed_tokens_per_layer.weight")[0] if ple else 0,
+        "vocab_size_per_layer_input": matrix_shape(metadata, tensors, "model.embed_tokens_per_layer.weight")[0]
+        if ple
+        else 0,
         "enable_moe_block": experts > 0,
         "num_experts": experts or None,
         "top_k_experts": integer("expert_used_count") if experts else None,
-        "moe_intermediate_size": _same(metadata, f"{prefix}expert_feed_forward_length", layers) if experts else None,
+        "moe_intermediate_size": same_of_layers(metadata, f"{prefix}expert_feed_forward_length", layers)
+        if experts
+        else None,
         "final_logit_softcapping": softcap or None,
         "rms_norm_eps": metadata.real(f"{prefix}attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": integer("context_length"),
@@ -118,31 +126,6 @@ def _text_config(
         "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
         "hidden_activation": "gelu_pytorch_tanh",
     }
-
-
-def _shape(metadata: Metadata, tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
-    """Returns rows and columns of a matrix that the model needs."""
-    if name not in tensors or len(tensors[name].shape) != 2:
-        raise CheckpointError(f"{metadata.path} has no matrix {name}; convert the model again.")
-    return tensors[name].shape
-
-
-def _layer_types(metadata: Metadata, key: str, layers: int) -> list[str]:
-    """Of a flag for each layer; of a number n, every n-th layer is a full one."""
-    pattern = metadata.values.get(key)
-    if type(pattern) is int and pattern > 0:
-        pattern = [(i + 1) % pattern != 0 for i in range(layers)]
-    if not isinstance(pattern, list) or len(pattern) != layers or not all(isinstance(flag, bool) for flag in pattern):
-        raise metadata.wrong(key, f"a flag for each of {layers} layers")
-    return [SLIDING if flag else FULL for flag in pattern]
-
-
-def _same(metadata: Metadata, key: str, layers: int) -> int:
-    """Returns the number that is the same for all layers."""
-    values = metadata.of_layers(key, layers)
-    if len(set(values)) != 1:
-        raise metadata.wrong(key, "one number for all layers")
-    return values[0]
 
 
 def _feed_forward(metadata: Metadata, key: str, layers: int, shared: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemma_mtp.checkpoint.load import additions, planned_model
+from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, report, stored_dtypes
 from gemma_mtp.checkpoint.save import stored_name, write_shards
@@ -71,14 +71,14 @@ def _write_weights(
     on_bytes: OnBytes,
     changes: Int4Changes,
 ) -> None:
-    """Write what loading would keep in memory, under the official names."""
+    """Write what loading would keep in memory, under the official names, without what it adds to norms."""
     weights = model.checkpoint_tensors()
     views = stored_views(weights, contents.headers)
     layout = {
         stored_name(name, contents.config): (tensor.dtype, tensor.shape)
         for name, tensor in stored_tensors(weights).items()
     }
-    values = converted_tensors(source, views, contents.headers, additions(contents, views), on_bytes, changes)
+    values = converted_tensors(source, views, contents.headers, {}, on_bytes, changes)
     named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
     write_shards(directory, layout, named)
 

@@ -19,10 +19,11 @@ from gemma_mtp.checkpoint.tensors import allowed_dtypes, same_values, stored_ten
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig, parse_drafter_config, parse_target_config
 from gemma_mtp.config.fields import config_notes
 from gemma_mtp.config.generation import GenerationDefaults, parse_generation_config
-from gemma_mtp.errors import CheckpointError
+from gemma_mtp.errors import CheckpointError, ConfigError
 from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import family_of
 from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.layers import cast_
 from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, parse_quantization_config
 from gemma_mtp.weights.base import SCALES
@@ -141,10 +142,18 @@ def read_contents(location: Location, config: _Config) -> Contents[_Config]:
 def empty_model(
     config: TargetConfig | DrafterConfig, types: WeightTypes, dtype: torch.dtype = torch.float32
 ) -> Target | Drafter:
-    """Returns the model without memory, quantised so, for the names, shapes and dtypes of its tensors."""
-    with torch.device("meta"):
-        model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
-    model = model.to(dtype)
+    """Returns the model without memory, quantised so, for the names, shapes and dtypes of its tensors.
+
+    Raises ConfigError where they are larger than can be counted.
+    """
+    try:
+        with torch.device("meta"):
+            model = Target(config.text) if isinstance(config, TargetConfig) else Drafter(config)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"config.json describes a model that no memory holds ({str(error).splitlines()[0]})."
+        ) from None
+    model = cast_(model, dtype, config.text.options)
     model.quantise_(types)
     return model
 

@@ -97,6 +97,11 @@ class SafetensorsSource:
                 shutil.copyfile(path, kept)
 
 
+def _is_file_name(name: object) -> bool:
+    """Whether it is one that a file in the same directory can have."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name.encode()) < 256
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """The single file if there is one, as in transformers, else the shards that the index names."""
     if (directory / ADAPTER_FILE).is_file():  # transformers would add the adapter to the weights beside it
@@ -112,7 +117,10 @@ def _weight_files(directory: Path) -> list[Path]:
         names = raw.get("weight_map") if isinstance(raw, dict) else None
         if not isinstance(names, dict) or not names:
             raise CheckpointError(f"{index} has no 'weight_map' object; restore it from the source.")
-        files = [directory / name for name in sorted(set(map(str, names.values())))]
+        odd = [name for name in names.values() if not _is_file_name(name)]
+        if odd:
+            raise CheckpointError(f"{index} names the shard {str(odd[0])[:80]!r}, but a file beside it was expected.")
+        files = [directory / name for name in sorted(set(names.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{directory} lacks the shard {missing[0]} named in {INDEX_FILE}; copy it there.")

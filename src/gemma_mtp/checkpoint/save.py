@@ -42,7 +42,11 @@ def save_target(
     Raises CheckpointError where the model is not what the configuration and its weight types say.
     """
     config = replace(config, text=_tied_as(config.text, model))
-    named = {stored_name(name, config): tensor for name, tensor in _tensors_of(model, config).items()}
+    added = family_table(config).added
+    named = {
+        stored_name(name, config): tensor.float() - added(name) if added(name) else tensor
+        for name, tensor in _tensors_of(model, config).items()
+    }
     _save(named, target_config_to_hf(config), model.weight_types, directory, dtype)
 
 

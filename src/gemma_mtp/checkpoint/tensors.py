@@ -159,7 +159,9 @@ def _value(header: StoredTensor, stored: Tensor, added: float | None = None) -> 
 
 def _ranges(header: StoredTensor) -> list[slice | None]:
     """The whole of a stored tensor (None), or ranges of its rows, whose values fit into `PIECE_BYTES`."""
-    return pieces(header.shape, 4 * math.prod(header.shape) if header.dtype in READ else header.piece_bytes)
+    if header.dtype not in READ:
+        return pieces(header.shape, header.piece_bytes)
+    return [None] if len(header.shape) < 2 else pieces(header.shape, 4 * math.prod(header.shape))
 
 
 def same_values(source: Source, one: StoredTensor, other: StoredTensor) -> bool:

@@ -42,7 +42,8 @@ IRRELEVANT = frozenset({
     "tie_encoder_decoder", "tie_word_embeddings", "unsloth_version", "unsloth_fixed", "vision_config", "audio_config",
     "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", "boa_token_id", "eoa_token_id",
     "eoa_token_index", "audio_token_id", "boi_token_index", "eoi_token_index", "boa_token_index", "image_token_index",
-    "audio_token_index", "video_token_index", "vision_soft_tokens_per_image", "pad_token_id", "bos_token_id",
+    "audio_token_index", "video_token_index", "vision_soft_tokens_per_image", "mm_tokens_per_image",
+    "cache_implementation", "pad_token_id", "bos_token_id",
     "eos_token_id",
 })  # fmt: skip
 #: how to sample, which older tools wrote here: transformers takes it from generation_config.json alone, and so do we

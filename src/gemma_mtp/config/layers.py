@@ -10,9 +10,14 @@ from gemma_mtp.config.values import field_value
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
 
+#: far more than any model has: each layer is built before its tensors are looked for
+MAX_LAYERS = 1024
+
 
 def parse_layer_types(raw: Mapping[str, Any], layers: int, family: Family) -> tuple[LayerType, ...]:
     """Returns the type of each layer. Raises ConfigError where those given do not fit."""
+    if not 0 < layers <= MAX_LAYERS:
+        raise ConfigError(f"config.json has num_hidden_layers = {layers}, but 1 to {MAX_LAYERS} were expected.")
     given = raw.get("layer_types")
     if given is None:  # every sixth layer is full, and Gemma 4's last always (Gemma4TextConfig.__post_init__)
         last = layers - 1 if family.ends_full else layers

@@ -71,7 +71,7 @@ def _model_type(raw: Any) -> str:
         raise ConfigError(f"config.json must hold a JSON object, but holds a {type(raw).__name__}.")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
-        raise ConfigError("config.json has no 'model_type'; it should say which Gemma 4 model the checkpoint holds.")
+        raise ConfigError("config.json has no 'model_type'; it should say which model the checkpoint holds.")
     return model_type
 
 

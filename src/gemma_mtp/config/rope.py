@@ -55,7 +55,7 @@ def parse_ropes(raw: Mapping[str, Any], used: Sequence[str]) -> dict[str, RopeCo
     missing = [kind for kind in DEFAULT_ROPES if kind in used and kind not in ropes]
     if missing:
         raise ConfigError(
-            f"config.json has {name} without an object for {missing[0]}; Gemma 4 needs one for each type of layer:"
+            f"config.json has {name} without an object for {missing[0]}; one is needed for each type of layer:"
             f" {', '.join(DEFAULT_ROPES)}."
         )
     return {**DEFAULT_ROPES, **ropes}
@@ -118,8 +118,8 @@ def _parse_entry(entry: Any, kind: str, name: str, raw: Mapping[str, Any]) -> Ro
         raise ConfigError(f"config.json has partial_rotary_factor = {share}, but it must lie above 0 and at most 1.")
     if chosen == "linear" and share != 1:
         raise ConfigError(
-            f"config.json has partial_rotary_factor = {share} with rope_type 'linear' for {kind}, which Gemma 4 can not"
-            " have; its rope_type 'proportional' rotates a part of the dimensions."
+            f"config.json has partial_rotary_factor = {share} with rope_type 'linear' for {kind}, which can not be"
+            " decoded with; rope_type 'proportional' rotates a part of the dimensions."
         )
     return RopeConfig(theta, chosen, share, factor)
 

@@ -11,7 +11,7 @@ from gemma_mtp.config.rope import rope_to_hf
 from gemma_mtp.config.text import FULL, SLIDING, TextConfig
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
-from gemma_mtp.families.known import family_of
+from gemma_mtp.families.known import family_of, names
 
 
 def target_config_to_hf(config: TargetConfig) -> dict[str, Any]:
@@ -50,14 +50,12 @@ def _written_family(model_type: str) -> Family:
     """Returns the family, which must be one that is written. Raises ConfigError."""
     family = family_of(model_type)
     if family is None or model_type not in family.architectures:
-        raise ConfigError(f"a model of model_type {model_type!r} can not be written; only Gemma 4 is.")
+        raise ConfigError(f"a model of model_type {model_type!r} can not be written; only {names()} is.")
     return family
 
 
 def _text_config_to_hf(config: TextConfig, family: Family) -> dict[str, Any]:
     raw = dataclasses.asdict(config)
-    if config.options != family.options(raw):
-        raise ConfigError(f"a model whose layers differ from {family.name}'s (LayerOptions) can not be written as one.")
     check_last_layer(config.layer_types, family)
     del raw["options"]
     raw["layer_types"] = list(config.layer_types)
@@ -72,4 +70,7 @@ def _text_config_to_hf(config: TextConfig, family: Family) -> dict[str, Any]:
     for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         raw[name] = raw[name] or None
     raw["hidden_activation"] = "gelu_pytorch_tanh"
-    return raw
+    written = family.written(raw, config.options)
+    if config.options != family.options(written):
+        raise ConfigError(f"a model whose layers differ from {family.name}'s (LayerOptions) can not be written as one.")
+    return written

@@ -19,12 +19,14 @@ class LayerOptions:
     """What families of this skeleton do differently in a decoder layer. The defaults are Gemma 4's.
 
     `value_norm`: values are normalised. `score_scale`: attention scores are multiplied by it. `layer_scalar`: a stored
-    number multiplies the layer's output.
+    number multiplies the layer's output. `float32_norms`: the norms' weights are float32 whatever the rest is, and
+    multiply before the result is rounded.
     """
 
     value_norm: bool = True
     score_scale: float = 1.0
     layer_scalar: bool = True
+    float32_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Family:
     leaves out. `translated` returns a text configuration with the family's own fields turned into the skeleton's; it
     raises ConfigError for what can not be. `options` reads the layers' options from the untranslated text
     configuration. `ends_full` says that the last layer is a full one. `architectures` are what written files name for
-    each model_type; a family without them is read only.
+    each model_type; a family without them is read only. `written` is the inverse of `translated` and `options`.
 
     Of tensors:
     `renames` maps parts of official names, between dots, to the family's own. A norm multiplies by its stored weight
@@ -54,6 +56,7 @@ class Family:
     options: Callable[[Mapping[str, Any]], LayerOptions] = lambda raw: LayerOptions()
     ends_full: bool = True
     architectures: Mapping[str, str] = field(default_factory=dict)
+    written: Callable[[dict[str, Any], LayerOptions], dict[str, Any]] = lambda raw, options: raw
     renames: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
 

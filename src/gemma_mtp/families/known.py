@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gemma_mtp.families.base import Family
+from gemma_mtp.families.gemma3 import GEMMA3
 from gemma_mtp.families.gemma4 import GEMMA4
 
-FAMILIES: tuple[Family, ...] = (GEMMA4,)
+FAMILIES: tuple[Family, ...] = (GEMMA4, GEMMA3)
 
 
 def family_of(model_type: str) -> Family | None:

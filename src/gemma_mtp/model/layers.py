@@ -1,4 +1,4 @@
-"""A Gemma 4 decoder layer (transformers 5.22.2, models/gemma4/modeling_gemma4.py).
+"""A Gemma decoder layer (transformers 5.22.2, models/gemma4/modeling_gemma4.py; for others see `LayerOptions`).
 
 Shape suffixes: B batch, T rows of this call, S cached rows, D hidden, H query heads, G key-value heads, d head size,
 P per-layer embedding size, E experts, I expert width.
@@ -9,12 +9,12 @@ Projections that read the same input are stored fused; `checkpoint_tensors` give
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gemma_mtp.config import LayerType, TextConfig
+from gemma_mtp.config import LayerOptions, LayerType, TextConfig
 from gemma_mtp.ops import reference as ops
 from gemma_mtp.weight_types import Quantisation
 from gemma_mtp.weights.base import Weight
@@ -24,6 +24,7 @@ from gemma_mtp.weights.matrix import Chooser, Linear, Matrix
 #: (cos, signed sin), each [T, d], for one layer type; see `ops.reference.rope_tables`
 Rope = tuple[Tensor, Tensor]
 NamedWeights = Iterator[tuple[str, Weight]]
+Castable = TypeVar("Castable", bound=nn.Module)
 #: rows that experts are gathered for, row by row; of more, an expert's rows are multiplied together
 GATHERED_ROWS = 16
 
@@ -76,10 +77,10 @@ class Attention(nn.Module):
             q = self._scaled(ops.rotate(self.q_norm(heads), *rope))
             return self.o_proj(kv.attend(self.layer, q, None, None))
         # one norm for all heads: queries and keys then take their own weights, values have none
-        normed = ops.rms_norm(heads, None, self.eps)
         weights = torch.cat((self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(G, -1)))
-        qk = ops.rotate(normed[:, :, : H + G] * weights, *rope)
-        values = normed if self.options.value_norm else heads
+        normed = ops.rms_norm(heads.to(weights.dtype), None, self.eps)
+        qk = ops.rotate((normed[:, :, : H + G] * weights).to(heads.dtype), *rope)
+        values = normed.to(heads.dtype) if self.options.value_norm else heads
         v = values[:, :, H:] if self.key_is_value else values[:, :, H + G :]
         return self.o_proj(kv.attend(self.layer, self._scaled(qk[:, :, :H]), qk[:, :, H:], v))
 
@@ -270,6 +271,15 @@ def rope_for(config: TextConfig, positions_T: Tensor, dtype: torch.dtype) -> dic
                 dtype,
             )  # fmt: skip
     return tables
+
+
+def cast_(model: Castable, dtype: torch.dtype, options: LayerOptions) -> Castable:
+    """Bring a model's numbers into a dtype, but for norms that its family keeps in float32."""
+    model = model.to(dtype)
+    for module in model.modules():
+        if options.float32_norms and isinstance(module, RMSNorm):
+            module.float()
+    return model
 
 
 def quantise_matrices(modules: Iterable[nn.Module | None], kind: Quantisation | None) -> None:

@@ -11,8 +11,12 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, times `weight` (plain, not 1 + weight) if given."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    """Root-mean-square norm over the last dimension, times `weight` (plain, not 1 + weight) if given.
+
+    A weight of another dtype is multiplied with in that one, before the result is rounded to the dtype of x.
+    """
+    wide = x if weight is None else x.to(weight.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight, eps).to(x.dtype)
 
 
 def rotate(x_BTHd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from gemma_mtp.weight_types import BITS, GROUPS, WeightTypes
 #: a matrix is quantised where its part is and where its columns are whole blocks
 QUANTISED_BLOCK = 64
 SCALE_BYTES, TOKEN_ID_BYTES = 4, 8
-#: `matrix`: multiplied with every row, or looked up; `chooser`: never quantised; `vector`: norms and scalars; `ids`
-Kind = Literal["matrix", "chooser", "vector", "ids"]
+#: `matrix`: multiplied with every row, or looked up; `chooser`: never quantised; `vector`: norms and scalars; `wide`:
+#: the same, always float32; `ids`
+Kind = Literal["matrix", "chooser", "vector", "wide", "ids"]
+WIDE_BYTES = 4
 #: what reads it: every call, rows that are looked up in it, or rows whose expert was chosen
 Read = Literal["whole", "rows", "experts"]
 
@@ -37,6 +39,8 @@ class WeightShape:
         """Returns its bytes where dense numbers take `dense_bytes` each."""
         if self.kind == "ids":
             return self.numel * TOKEN_ID_BYTES
+        if self.kind == "wide":
+            return self.numel * WIDE_BYTES
         quantised = types.parts[self.part] if self.kind == "matrix" else None
         if quantised is None or self.columns % QUANTISED_BLOCK:
             return self.numel * dense_bytes
@@ -55,9 +59,9 @@ def target_shapes(config: TargetConfig) -> list[WeightShape]:
     if P:
         shapes += [
             WeightShape("embeddings", "matrix", text.vocab_size_per_layer_input, L * P, read="rows"),
-            WeightShape("target", "matrix", L * P, D), _vector("target", P),
+            WeightShape("target", "matrix", L * P, D), _norms(text, "target", P),
         ]  # fmt: skip
-    return [*shapes, _vector("target", D)]
+    return [*shapes, _norms(text, "target", D)]
 
 
 def drafter_shapes(config: DrafterConfig) -> list[WeightShape]:
@@ -73,7 +77,7 @@ def drafter_shapes(config: DrafterConfig) -> list[WeightShape]:
     if centroids:
         shapes.append(WeightShape("drafter", "chooser", config.num_centroids, h))
         shapes.append(WeightShape("drafter", "ids", V, 1, read="rows"))
-    return [*shapes, _vector("drafter", h)]
+    return [*shapes, _norms(text, "drafter", h)]
 
 
 def shapes_of(config: TargetConfig | DrafterConfig) -> list[WeightShape]:
@@ -124,20 +128,27 @@ def _layer(text: TextConfig, layer: int, part: str) -> Iterator[WeightShape]:
     width = text.layer_intermediate_size(layer)
     yield WeightShape(part, "matrix", (H + kv_heads + values) * d, D)
     yield WeightShape(part, "matrix", D, H * d)
-    yield _vector(part, 2 * d if kv_heads else d)
+    yield _norms(text, part, 2 * d if kv_heads else d)
     yield WeightShape(part, "matrix", 2 * width, D)
     yield WeightShape(part, "matrix", D, width)
-    yield _vector(part, 4 * D + bool(text.options.layer_scalar))
+    yield _norms(text, part, 4 * D)
+    if text.options.layer_scalar:
+        yield _vector(part, 1)
     if text.enable_moe_block:
         E, I = text.num_experts, text.moe_intermediate_size  # noqa: E741
         yield WeightShape(part, "chooser", E, D)
-        yield _vector(part, D + E + 3 * D)
+        yield _vector(part, D + E)
+        yield _norms(text, part, 3 * D)
         yield WeightShape(part, "matrix", 2 * I, D, E, "experts")
         yield WeightShape(part, "matrix", D, I, E, "experts")
     if P := text.hidden_size_per_layer_input:
         yield WeightShape(part, "matrix", P, D)
         yield WeightShape(part, "matrix", D, P)
-        yield _vector(part, D)
+        yield _norms(text, part, D)
+
+
+def _norms(text: TextConfig, part: str, size: int) -> WeightShape:
+    return WeightShape(part, "wide" if text.options.float32_norms else "vector", 1, size)
 
 
 def _vector(part: str, size: int) -> WeightShape:

@@ -175,13 +175,23 @@ def _add(raw: RawTokenizer, listed: list[AddedToken], special: list[AddedToken])
 def _added(entry: object, where: str) -> AddedToken:
     """A token as the files write it: its text, or an object with its `content` and flags."""
     if isinstance(entry, str):
-        return AddedToken(entry, special=True)
+        return AddedToken(_text(entry, where), special=True)
     if not isinstance(entry, dict) or "content" not in entry:
         raise _malformed(where, "a token's text, or an object with its content")
     fields = {name: entry[name] for name in _ADDED_FIELDS if name in entry}
     if not all(isinstance(value, _ADDED_FIELDS[name]) for name, value in fields.items()):
         raise _malformed(where, "a token with the fields " + ", ".join(_ADDED_FIELDS))
+    _text(fields["content"], where)
     return AddedToken(**{"special": where != "added_tokens_decoder", **fields})
+
+
+def _text(content: str, where: str) -> str:
+    """Returns a text that can be one. Raises TokenizerError for halves of characters, which JSON can have."""
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise _malformed(where, "a token's text of whole characters") from None
+    return content
 
 
 def _malformed(where: str, expected: str) -> TokenizerError:
@@ -193,7 +203,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long, nested too deep
         raise TokenizerError(f"{path} is not valid JSON ({error}); copy it again.") from None
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")

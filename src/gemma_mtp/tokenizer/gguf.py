@@ -31,7 +31,7 @@ SPECIAL_IDS = {
 }  # fmt: skip
 #: of these, tokens that end a model's turn; llama.cpp ends one at these texts as well
 ENDS = ("eos_token", "eot_token", "eom_token")
-END_TEXTS = ("<eos>", "<turn|>", "<|tool_response>")
+END_TEXTS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")
 #: SentencePiece's byte-pair encoding: `gemma4` has its merges in the file, `llama` by scores
 GEMMA_MODELS = ("gemma4", "llama")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

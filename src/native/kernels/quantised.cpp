@@ -14,10 +14,15 @@ constexpr int MAX_ROWS = 4;
 constexpr int columns_for(int rows) { return rows <= 2 ? 4 : 2; }
 #endif
 
-// Multiplies MR rows from m0 on with NR weight rows from n0 on. `next` is what to prefetch meanwhile; it may be null.
+// What to prefetch while a tile is multiplied: as much data as the tile has, and their scales. Both may be null.
+struct Next {
+    const uint8_t* data = nullptr;
+    const float* scales = nullptr;
+};
+
+// Multiplies MR rows from m0 on with NR weight rows from n0 on.
 template <WeightType T, int MR, int NR>
-inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, const uint8_t* next, float* y,
-                 size_t ldy) {
+inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, Next next, float* y, size_t ldy) {
     constexpr size_t S = SCALES<T>;
     const size_t K = w.cols, blocks = K / QUANTISED_BLOCK, bytes = w.row_bytes(), block_bytes = bytes / blocks;
     const uint8_t* data = (const uint8_t*)w.data + n0 * bytes;
@@ -30,9 +35,12 @@ inline void tile(const Weight& w, size_t n0, const Activations& x, size_t m0, co
     for (size_t b = 0; b < blocks; b++, values += MR * QUANTISED_BLOCK, x_scales += MR * S, starts += MR * S) {
         Block wv[NR];
         V ws[NR];
+        if (next.scales) __builtin_prefetch(next.scales + b * NR * S, 0, 3);  // rows' scales lie in one piece
         UNROLL for (int n = 0; n < NR; n++) {
             const uint8_t* wb = data + n * bytes + b * block_bytes;
-            if (next && b * block_bytes % LINE == 0) __builtin_prefetch(next + n * bytes + b * block_bytes, 0, 3);
+            // line by line, not row by row as they are multiplied: so the processor's own prefetching goes along
+            if (next.data && b * block_bytes % LINE == 0)
+                __builtin_prefetch(next.data + (b * block_bytes / LINE * NR + n) * LINE, 0, 3);
             wv[n] = block<T>(wb);
             ws[n] = spread<T>(scales + (n * blocks + b) * S);
         }
@@ -52,12 +60,18 @@ void row_tile(const Weight& w, const Activations& x, size_t m0, size_t n0, size_
               float* y, size_t ldy) {
     constexpr int NR = columns_for(MR);
     const size_t bytes = w.row_bytes(), begin = (fetch.begin - (const uint8_t*)w.data) / bytes;
+    const size_t row_scales = w.cols / GROUP<T>, end = begin + fetch.size / bytes;
     size_t n = n0;
     for (; n + NR <= n1; n += NR) {
-        const uint8_t* next = m0 == 0 ? fetch((n - begin) * bytes, NR * bytes) : nullptr;
+        Next next;
+        if (m0 == 0) {
+            next.data = fetch((n - begin) * bytes, NR * bytes);
+            // of what is read after the share, where the scales are is not known
+            if (const size_t row = n + fetch.ahead / bytes; row < end) next.scales = w.scales + row * row_scales;
+        }
         tile<T, MR, NR>(w, n, x, m0, next, y + m0 * ldy + (n - n0), ldy);
     }
-    for (; n < n1; n++) tile<T, MR, 1>(w, n, x, m0, nullptr, y + m0 * ldy + (n - n0), ldy);
+    for (; n < n1; n++) tile<T, MR, 1>(w, n, x, m0, {}, y + m0 * ldy + (n - n0), ldy);
 }
 
 // Returns the place in a block of two groups of its column k.
