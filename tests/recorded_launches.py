@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gemma_mtp.backend.base import DraftRows, Rows
 from gemma_mtp.backend.cuda.backend import CudaBackend
+from gemma_mtp.backend.cuda.draws import draws_on
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.config.presets import PRESETS
+from gemma_mtp.decoding.sampling import Filters
 from gemma_mtp.kv.blocks import blocks_of
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
@@ -21,6 +23,8 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import UNIFORM
 
 META = torch.device("meta")
+#: temperatures and filters of each kind of choice
+CHOICES = ((0.0, Filters()), (1.0, Filters()), (1.0, Filters(64, 0.95, 0.1)))
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 #: as Triton names them
 POINTERS = {
@@ -127,15 +131,15 @@ def recorded(size: str, weights: str) -> set[Kernel]:
     for lengths, rows in (([1000], 1), ([3000], 5), ([900] * 16, 3), ([40], 512)):
         hidden = backend.forward([Rows(cache, [1] * rows, 1) for cache in caches(backend, lengths)])
         backend.logits(hidden)
-        for temperature in (0.0, 1.0):
-            tokens = torch.zeros(len(hidden), dtype=torch.int32, device=META)
-            backend.on_device.choose(
-                record, hidden, tokens, backend.draws([temperature] * len(hidden), [0] * len(hidden))
-            )
+        R = len(hidden)
+        for temperature, filters in CHOICES:
+            tokens = torch.zeros(R, dtype=torch.int32, device=META)
+            draws = draws_on(META, [temperature] * R, [0] * R, [filters] * R)
+            backend.on_device.choose(record, hidden, tokens, draws)
     assert backend.drafts is not None
     for lengths in ([1000], [900] * 16):
-        for temperature in (0.0, 1.0):
-            calls = [DraftRows(c, 1, 1, temperature, [0], None) for c in caches(backend, lengths)]
+        for temperature, filters in CHOICES:
+            calls = [DraftRows(c, 1, 1, temperature, [0], None, filters) for c in caches(backend, lengths)]
             backend.drafts_on_device(calls)
         tokens, D = torch.zeros(len(lengths), dtype=torch.int64, device=META), backend.target.config.hidden_size
         states = torch.zeros(len(lengths), D, dtype=torch.bfloat16, device=META)

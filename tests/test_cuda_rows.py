@@ -15,17 +15,18 @@ from tensor_core_model import ADA, HOPPER
 from test_cuda_kernels import KINDS, pool_of, randn, weight_of
 from torch import Tensor
 
-from gemma_mtp.backend.cuda import attention, choice, experts
+from gemma_mtp.backend.cuda import attention, choice, experts, filters
 from gemma_mtp.backend.cuda.attention import Seen, Stacks
 from gemma_mtp.backend.cuda.batch import Part, make_batch, stacks_of
 from gemma_mtp.backend.cuda.dots import chain
+from gemma_mtp.backend.cuda.draws import Draws, draws_on
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.linear import gate_up, linear
 from gemma_mtp.backend.cuda.rows import added
 from gemma_mtp.backend.cuda.tiles import part_count
 from gemma_mtp.backend.cuda.weights import DeviceWeight
-from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, signed
-from gemma_mtp.decoding.sampling import Candidates, SamplingParams
+from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
+from gemma_mtp.decoding.sampling import Candidates, SamplingParams, process
 from gemma_mtp.decoding.sampling import choose as general_choice
 from gemma_mtp.kv.pool import KVPool
 
@@ -173,23 +174,72 @@ def test_choices_are_the_general_ones(temperatures: list[float], R: int) -> None
     for row in range(R):
         temperature = temperatures[row % len(temperatures)]
         params = SamplingParams(temperature=temperature, seed=seed)
-        of_row.append((params.temperature, signed(row_key(seed, row, STREAM_CHOICE))))
+        of_row.append((params.temperature, row_key(seed, row, STREAM_CHOICE)))
         candidates = Candidates(logits[row : row + 1], None, params.temperature or 1.0)
         wanted.append(int(general_choice(candidates, params, torch.tensor([row]))))
     rows = torch.arange(R, dtype=torch.int32)
-    draws = None
-    if any(temperatures):
-        draws = choice.Draws(
-            torch.tensor([t for t, _ in of_row], dtype=torch.float64), torch.tensor([k for _, k in of_row])
-        )
+    draws = draws_on(torch.device("cpu"), [t for t, _ in of_row], [k for _, k in of_row], [])
     assert choice.choose(run, hidden, weight, 30.0, rows, draws).tolist() == wanted
     assert choice.best_of(run, logits, None, draws).tolist() == wanted
     shuffled = torch.randperm(V, generator=torch.Generator().manual_seed(1))
     ids = shuffled.expand(R, V).contiguous()
     assert choice.best_of(run, logits[:, shuffled].contiguous(), ids, draws).tolist() == wanted
     some = torch.tensor([R - 1, 0], dtype=torch.int32)
-    of_some: Any = None if draws is None else choice.Draws(*(tensor[some.long()] for tensor in draws))
+    of_some = None if draws is None else Draws(draws.temperatures_R[some.long()], draws.keys_R[some.long()])
     assert choice.choose(run, hidden, weight, 30.0, some, of_some).tolist() == [wanted[-1], wanted[0]]
+
+
+FILTERED: list[dict[str, Any]] = [
+    {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 40, "top_p": 0.95, "min_p": 0.01}, {"temperature": 0.0}, {},
+    {"top_k": 1000, "top_p": 0.01}, {"min_p": 1.0}, {"top_k": 1}, {"top_k": 9, "temperature": 1e-5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [None, pytest.param(32, marks=pytest.mark.slow)])
+def test_filtered_choices_are_the_general_ones(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most logits have equals, some across slices, and the k-th and the last of a mass of top_p among them."""
+    V, run, seed = 150, Interpreter(), 11
+    monkeypatch.setattr(filters, "SLICE", size or filters.SLICE)
+    monkeypatch.setattr(filters, "READ", min(64, filters.SLICE))
+    rows = FILTERED[:6] if size is None else FILTERED * 6
+    logits = (2 * randn(len(rows), V)).round() / 2
+    logits[:, ::9] = -0.0
+    params = [SamplingParams(**{"temperature": 0.4 + 0.3 * (i % 5), "seed": seed} | row) for i, row in enumerate(rows)]
+    wanted = [
+        int(general_choice(process(logits[i : i + 1], one), one, torch.tensor([i]))) for i, one in enumerate(params)
+    ]
+    keys = [row_key(seed, i, STREAM_CHOICE) for i in range(len(rows))]
+    assert len({one.choice for one in params}) == 3
+
+    def chosen(picked: list[int], shuffled: bool) -> list[int]:
+        draws = draws_on(
+            torch.device("cpu"), [params[i].temperature for i in picked], [keys[i] for i in picked],
+            [params[i].filters for i in picked],
+        )  # fmt: skip
+        assert draws is not None and draws.filters is not None
+        order = torch.randperm(V, generator=torch.Generator().manual_seed(1)) if shuffled else torch.arange(V)
+        ids = order.expand(len(picked), V).contiguous() if shuffled else None
+        return choice.best_of(run, logits[picked][:, order].contiguous(), ids, draws).tolist()
+
+    assert chosen(list(range(len(rows))), shuffled=False) == wanted
+    assert chosen([3, 1], shuffled=True) == [wanted[3], wanted[1]]
+    tied = [int((logits[i] == logits[i, token]).sum()) for i, token in enumerate(wanted)]
+    assert sum(count > 1 for count in tied) > len(tied) / 2
+
+
+def test_a_head_chooses_filtered() -> None:
+    """Of rows in another order, from logits of its own; and a row of NaN gets a token that there is."""
+    run, params = Interpreter(), SamplingParams(temperature=0.9, top_k=5, seed=3)
+    hidden, weight = scores_with_ties(4, 130)
+    hidden[3] = torch.nan
+    logits = choice.logits(run, hidden, weight, 30.0)
+    keys = [row_key(3, row, STREAM_CHOICE) for row in (2, 0, 3)]
+    draws = draws_on(torch.device("cpu"), [0.9] * 3, keys, [params.filters] * 3)
+    found = choice.choose(run, hidden, weight, 30.0, torch.tensor([2, 0, 3], dtype=torch.int32), draws).tolist()
+    places = torch.tensor([2, 0])
+    assert found[:2] == general_choice(process(logits[[2, 0]], params), params, places).tolist()
+    assert 0 <= found[2] < 130
+    assert 0 <= choice.best_of(run, logits, None, None).tolist()[3] < 130
 
 
 def test_logits_of_a_row_are_those_of_the_call() -> None:
