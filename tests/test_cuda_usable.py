@@ -80,7 +80,7 @@ def test_weights_of_another_type_are_refused_by_name() -> None:
 
     from gemma_mtp.backend.cuda.backend import CudaBackend
 
-    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, int8 and int4"):
+    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, int8, int4 and q8_0"):
         CudaBackend(random_target(5, WIDE["ple"]), None, Interpreter())
 
 

@@ -34,7 +34,7 @@ from gemma_mtp.weights.panels import Panels
 native: Any = module()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
 ISAS: list[str] = [] if native is None else native.isas()
-GROUPED = [form for form in FORMATS.values() if issubclass(form, Grouped)]
+GROUPED = [form for form in FORMATS.values() if issubclass(form, Grouped) and form.native_type]
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from gemma_mtp.weights.base import SCALES, NativeLayout, Weight
 BLOCK = 64
 #: elements of a matrix that are quantised, or made float32 again, at once: bounds what that takes beside the matrix
 PIECE_ELEMENTS = 1 << 18
+#: the same elsewhere than on a CPU, where each operator is a launch and no cache is to be kept
+DEVICE_PIECE_ELEMENTS = 1 << 23
 
 
 class Grouped(Weight):
@@ -137,10 +139,11 @@ class Grouped(Weight):
 
     @property
     def _piece_rows(self) -> int:
-        return max(1, PIECE_ELEMENTS // self.shape[-1])
+        most = PIECE_ELEMENTS if self.data.device.type == "cpu" else DEVICE_PIECE_ELEMENTS
+        return max(1, most // self.shape[-1])
 
     def _pieces(self) -> list[Self]:
-        """Ranges of the rows of [N, K], of at most `PIECE_ELEMENTS` each."""
+        """Ranges of the rows of [N, K], of at most so many elements each."""
         step = self._piece_rows
         return [self[i : i + step] for i in range(0, max(1, len(self.data)), step)]
 
