@@ -49,8 +49,8 @@ def load_target(
     `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks of
     a kind that the operators multiply too. What is not as it should be but can be loaded is logged, or refused with
     `strict`. Peak memory: the weights as they are kept, plus a piece of 32 MB as it is stored and as much again where
-    it is quantised; on a card, where both happen, twice 64 MB of the host's beside. `on_bytes` is told how many stored bytes are loaded, and of how many. Raises CheckpointError,
-    ConfigError or QuantisationError.
+    it is quantised; on a card, where both happen, twice 64 MB of the host's beside. `on_bytes` is told how many stored
+    bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
     contents = read_contents(source, read_target_config(source))

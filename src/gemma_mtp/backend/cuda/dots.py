@@ -66,11 +66,11 @@ def chain(
     else:
         for k in range(begin, end, 128):
             dot = tl.zeros((M, N), tl.float32)
-            for start in range(k, k + 128, 64):  # 128 at once would not fit every card
-                at = start + tl.arange(0, 64)
+            for start in range(k, k + 128, 32):  # 128 at once would not fit every card
+                at = start + tl.arange(0, 32)
                 places = w + columns[:, None] * K + at[None, :]
                 stored = tl.load(places, mask=column_mask[:, None] & (at < K)[None, :], other=0)
-                dot = tl.dot(inputs(x, rows, row_mask, start, K, 64), tl.trans(e4m3(stored).to(tl.bfloat16)), dot)
+                dot = tl.dot(inputs(x, rows, row_mask, start, K, 32), tl.trans(e4m3(stored).to(tl.bfloat16)), dot)
             scale = tl.load(scales + columns * tl.cdiv(K, GROUP) + k // GROUP, mask=column_mask, other=0.0)
             acc = tl.fma(dot, tl.broadcast_to(scale[None, :], (M, N)), acc)
     return acc

@@ -52,8 +52,8 @@ def device_weight(weight: Weight) -> DeviceWeight:
         return DeviceWeight(KINDS[type(weight)], data, scales, rows, columns, weight.group)
     found = str(weight.dtype)[6:] if isinstance(weight, Dense) else weight.format
     raise DeviceError(
-        f"the weights are {found}, but the GPU kernels multiply bfloat16, int8, int4 and q8_0; load them as bfloat16, or"
-        " use the reference backend."
+        f"the weights are {found}, but the GPU kernels multiply bfloat16, int8, int4 and q8_0; load them as bfloat16,"
+        " or use the reference backend."
     )
 
 
