@@ -15,7 +15,8 @@ from tensor_core_model import ADA, HOPPER
 from test_cuda_kernels import KINDS, pool_of, randn, weight_of
 from torch import Tensor
 
-from gemma_mtp.backend.cuda import attention, choice, experts, filters
+from gemma_mtp.backend.cuda import attention, centroids, choice, experts, filters, heads
+from gemma_mtp.backend.cuda import rows as row_kernels
 from gemma_mtp.backend.cuda.attention import Seen, Stacks
 from gemma_mtp.backend.cuda.batch import Part, make_batch, stacks_of
 from gemma_mtp.backend.cuda.dots import chain
@@ -67,10 +68,11 @@ def test_products(kind: str, core: str) -> None:
     assert part_count(40, 576) > 1
     whole = added(run, linear(run, x, weight))
     fused = gate_up(run, x[:, :64].contiguous(), weight_of(kind, 40, 64)[0])
-    for call in CALLS:
+    pair = weight_of(kind, 40, 64)[0]
+    for number, call in enumerate(CALLS):
         assert torch.equal(added(run, linear(run, x[call], weight)), whole[call])
-        if kind in ("bf16", "int4"):
-            assert torch.equal(gate_up(run, x[call][:, :64].contiguous(), weight_of(kind, 40, 64)[0]), fused[call])
+        if kind in ("bf16", "int4") or number % 4 == 1:
+            assert torch.equal(gate_up(run, x[call][:, :64].contiguous(), pair), fused[call])
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -137,10 +139,12 @@ def test_attention(core: str, window: int, behind: int, monkeypatch: pytest.Monk
         assert torch.equal(attend_rows(run, call, window, behind), whole[call])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_experts(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "core"), [("bf16", "Hopper"), ("bf16", "Ada"), ("int8", "Ada"), ("int4", "Hopper"), ("fp8", "Ada")]
+)
+def test_experts(kind: str, core: str) -> None:
     """Whichever rows share an expert's tile, and in whichever tile."""
-    E, D, I, k, run = 5, 64, 64, 2, Interpreter()  # noqa: E741
+    E, D, I, k, run = 5, 64, 64, 2, Interpreter(CORES[core])  # noqa: E741
     gate, down = weight_of(kind, E * 2 * I, D)[0], weight_of(kind, E * D, I)[0]
     vectors = [1 + 0.2 * randn(n, seed=s) for s, n in enumerate([D, E, D, D, D])]
     moe = experts.DeviceExperts(randn(E, D).bfloat16(), vectors[0], vectors[1], gate, down, k, *vectors[2:])
@@ -242,8 +246,59 @@ def test_a_head_chooses_filtered() -> None:
     assert 0 <= choice.best_of(run, logits, None, None).tolist()[3] < 130
 
 
-def test_logits_of_a_row_are_those_of_the_call() -> None:
-    run = Interpreter()
+ROW_CALLS: list[list[int]] = [[0], [6], [5, 2], [6, 5, 4, 3, 2, 1, 0], [4, 4, 4]]
+
+
+def test_what_happens_to_a_row_between_products() -> None:
+    """Embeddings, norms, the residual stream, per-layer inputs and a layer's heads: alone, permuted and repeated."""
+    run, D, L, P, R = Interpreter(), 48, 2, 16, 7
+    table, _ = weight_of("bf16", 23, D)
+    ple_table, _ = weight_of("bf16", 23, L * P)
+    tokens = torch.arange(3, 3 + 2 * R, 2, dtype=torch.int32)
+    branch, residual, projected = randn(3, R, D), randn(R, D), randn(2, R, L * P)
+    shape, parts = heads.Heads(2, 1, 16, False, True, 1.0), randn(2, R, 4 * 16)
+    keys, values, tables = pool_of(1, 16, [70, 40])
+    positions, owners = torch.tensor([69, 33, 5, 68, 7, 39, 0]), torch.tensor([0, 1, 1, 0, 0, 1, 1])
+    angles = torch.arange(70)[:, None] / 7 * torch.arange(1, 9)
+
+    def played(call: list[int]) -> list[Tensor]:
+        raw, moved = torch.empty(len(call), D, dtype=torch.bfloat16), residual[call].clone()
+        embedded = row_kernels.embed(run, tokens[call], table, 7.0, raw)
+        out = row_kernels.add_normed(run, branch[:, call].contiguous(), moved, randn(D), 1e-6, randn(D, seed=2))
+        queries = heads.finish_heads(
+            run, parts[:, call].contiguous(), shape, randn(16), randn(16, seed=4), (angles.cos(), angles.sin()),
+            positions[call].int(), owners[call].int(), tables, keys, values, 1e-6,
+        )  # fmt: skip
+        blocks, places = tables[owners[call], positions[call] // 32].long(), positions[call] % 32
+        inputs = row_kernels.per_layer_inputs(
+            run, tokens[call], projected[:, call].contiguous(), ple_table, randn(P), 4.0, 0.1, 1e-6
+        )
+        gated = row_kernels.ple_gated(run, projected[:, call, :P].contiguous(), inputs[0])
+        return [
+            embedded, raw, moved, out, row_kernels.norm(run, moved, randn(D), 1e-6), queries, keys[0, blocks, places],
+            values[0, blocks, places], inputs.transpose(0, 1), gated,
+        ]  # fmt: skip
+
+    whole = played(list(range(R)))
+    for call in ROW_CALLS:
+        assert all(torch.equal(one, other[call]) for one, other in zip(played(call), whole, strict=True))
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_a_centroid_head_scores_rows_apart(core: str) -> None:
+    run = Interpreter(CORES[core])
+    scores, table = weight_of("bf16", 9, 64)[0], weight_of("int8", 9 * 20, 64, seed=4)[0]
+    head = centroids.DeviceCentroids(scores, table, torch.randperm(180), 3)
+    hidden = randn(7, 64).bfloat16()
+    whole = centroids.candidates(run, hidden, head)
+    for call in ROW_CALLS[:4]:
+        found = centroids.candidates(run, hidden[call], head)
+        assert all(torch.equal(one, other[call]) for one, other in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_logits_of_a_row_are_those_of_the_call(core: str) -> None:
+    run = Interpreter(CORES[core])
     hidden, weight = scores_with_ties(MOST, 130)
     whole = choice.logits(run, hidden, weight, 30.0)
     for call in ([0], [16, 2], list(range(9))):
