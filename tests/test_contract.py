@@ -17,6 +17,7 @@ from models import PLE, VOCAB, F, S, backends, letters, open_caches, opened, ran
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
+from gemma_mtp.checkpoint import stored_tensors
 from gemma_mtp.config import LayerOptions, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.config.rope import RopeConfig
@@ -28,6 +29,10 @@ from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.errors import DeviceError
+from gemma_mtp.model.drafter import Drafter
+from gemma_mtp.model.target import Target
+from gemma_mtp.weight_types import UNIFORM
+from gemma_mtp.weights.matrix import matrices
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TOKENS = [(7 * i * i + i) % VOCAB for i in range(9)]
@@ -190,3 +195,27 @@ def test_an_option_that_the_kernels_do_not_know_is_refused_by_name() -> None:
         CudaBackend(random_target(5, config).bfloat16(), None, print)  # type: ignore[arg-type]
     known = dataclasses.replace(DENSE, options=Strange())
     assert CudaBackend(random_target(5, known).bfloat16(), None, print)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the extra gpu-test is not installed")
+@pytest.mark.parametrize("kind", ["int4", "q8_0"])
+def test_a_card_holds_each_weight_once_and_saves_it_as_it_was(kind: str) -> None:
+    """In the kernels' order, in place of the files'."""
+    from gemma_mtp.backend.cuda.backend import CudaBackend
+
+    target, drafter = random_target(5, FAMILIES["26B"]).bfloat16(), wide_drafter(FAMILIES["26B"]).bfloat16()
+    models: tuple[Target | Drafter, ...] = (target, drafter)
+    for model in models:
+        model.quantise_(UNIFORM[kind])
+    before = [{n: t.clone() for n, t in stored_tensors(m.checkpoint_tensors()).items()} for m in models]
+    backend = CudaBackend(target, drafter, print)  # type: ignore[arg-type]
+    stored = [matrix.stored for model in models for matrix in matrices(model)]
+    held = {tensor.data_ptr() for weight in stored for tensor in weight.kept().values()}
+    assert backend.drafts is not None and backend.on_device.layers[0].experts is not None
+    for layer in (*backend.on_device.layers, *backend.drafts.layers):
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            assert {weight.data.data_ptr(), weight.scales.data_ptr()} <= held
+    assert backend.on_device.layers[0].experts.down.data.data_ptr() in held
+    for model, expected in zip(models, before, strict=True):
+        found = stored_tensors(model.checkpoint_tensors())
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from gemma_mtp.backend.cuda.heads import Heads, finish_heads
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.linear import gate_up, linear
 from gemma_mtp.backend.cuda.rows import add_normed, norm, ple_gated
+from gemma_mtp.backend.cuda.usable import unknown_option
 from gemma_mtp.backend.cuda.weights import DeviceWeight, of_module
-from gemma_mtp.config import LayerOptions, LayerType, TextConfig
+from gemma_mtp.config import LayerType, TextConfig
 from gemma_mtp.errors import DeviceError
 from gemma_mtp.kv.pool import LayerRows
 from gemma_mtp.model.layers import DecoderLayer, MoE, PerLayerInput
@@ -51,19 +52,6 @@ class DeviceLayer:
     scalar: Tensor | None
     experts: DeviceExperts | None
     ple: DevicePerLayer | None
-
-
-#: options of layers that the kernels honour; norms multiply in float32 whatever their weights are kept as
-HONOURED = {"value_norm", "score_scale", "layer_scalar", "float32_norms"}
-
-
-def unknown_option(options: LayerOptions) -> str | None:
-    """Returns an option that says something else than Gemma 4's and that the kernels do not know, as `name = value`."""
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name not in HONOURED and value != field.default:
-            return f"{field.name} = {value!r}"
-    return None
 
 
 def device_layer(layer: DecoderLayer, config: TextConfig, index: int, kv: int) -> DeviceLayer:
