@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from gpu_run import Run
+from gpu_run import Line, Run
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
 from gemma_mtp.backend.cuda.batch import Batch, Part, make_batch
@@ -157,18 +157,26 @@ def batch_of(config: TextConfig, rows: int, sequences: int, context: int, device
 def measure_models(run: Run) -> Iterator[Measured]:
     """Target calls, then plain and drafted rounds, of every size and kind of weights, until time is spent."""
     for weights in WEIGHTS:
-        for name, (whole, drafter_config) in run.scale.models.items():
+        for name, (text, drafter) in run.scale.models.items():
             if run.spent():
                 return
-            text = shortened(whole, SHARE * run.memory())
-            layers, of = text.num_hidden_layers, whole.num_hidden_layers
-            note = "" if text is whole else f"{layers} of {of} layers: the whole does not fit"
-            target, drafter = random_target(text, weights, run.device), random_drafter(drafter_config, run.device)
-            backend = CudaBackend(target, drafter, run.launch, None, run.replays())
-            yield from measure_calls(run, f"{name} {weights}", backend, note)
-            yield from measure_rounds(run, f"{name} {weights}", backend, note)
-            del target, drafter, backend
+            try:
+                yield from _measure_model(run, f"{name} {weights}", weights, text, drafter)
+            except torch.OutOfMemoryError:
+                run.lines.append(Line(5, f"{name} {weights}: what is missing did not fit"))
             run.free()
+
+
+def _measure_model(
+    run: Run, name: str, weights: str, whole: TextConfig, drafter_config: DrafterConfig
+) -> Iterator[Measured]:
+    text = shortened(whole, SHARE * run.memory())
+    layers, of = text.num_hidden_layers, whole.num_hidden_layers
+    note = "" if text is whole else f"{layers} of {of} layers: the whole does not fit"
+    target, drafter = random_target(text, weights, run.device), random_drafter(drafter_config, run.device)
+    backend = CudaBackend(target, drafter, run.launch, None, run.replays())
+    yield from measure_calls(run, name, backend, note)
+    yield from measure_rounds(run, name, backend, note)
 
 
 def measure_calls(run: Run, name: str, backend: CudaBackend, note: str) -> Iterator[Measured]:

@@ -73,7 +73,7 @@ def test_what_is_saved_is_whole(form: type[Weight]) -> None:
     assert "w" in saved and saved.keys() <= {"w", "w" + SCALES}
     assert all(len(tensor) == 144 and tensor.numel() for tensor in saved.values())
     of_files = form.source if issubclass(form, Reordered) else form
-    again = of_files(*saved.values()) if weight.quantised else Dense(*saved.values())  # type: ignore[call-arg]
+    again = of_files(*saved.values()) if weight.quantised else Dense(*saved.values())
     assert torch.equal(again.values(), weight.values())
 
 

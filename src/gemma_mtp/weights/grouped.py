@@ -93,7 +93,7 @@ class Grouped(Weight):
     def saved(self, name: str) -> dict[str, Tensor]:
         return {name: self.data, name + SCALES: self.scales}
 
-    def native(self) -> NativeLayout:
+    def native(self) -> NativeLayout | None:
         return NativeLayout(self.native_type, self.data, self.scales)
 
     def __getitem__(self, index: Any) -> Self:
