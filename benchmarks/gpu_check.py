@@ -3,6 +3,7 @@
     python benchmarks/gpu_check.py                 # under ten minutes; a table at the end
     python benchmarks/gpu_check.py --parts 1 2     # some parts only
     python benchmarks/gpu_check.py --json out.json
+    python benchmarks/gpu_check.py --interpret     # without a card, at tiny sizes: that the check itself runs
 
 Weights are random and made on the card; nothing is downloaded. Each part has a budget of seconds and stops where it is
 spent, saying so. The exit code is 1 for any mismatch and 0 otherwise, whatever the speed; 2 where there is no card.
@@ -12,13 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+if __name__ == "__main__" and "--interpret" in sys.argv:  # before kernels are defined
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
 import torch
+from gpu_run import Line, Run
+from gpu_scale import full, tiny
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,56 +34,25 @@ from torch import Tensor
 from gemma_mtp.backend.cuda import attention
 from gemma_mtp.backend.cuda.attention import Seen, Stacks, attend, rows_of_stack
 from gemma_mtp.backend.cuda.batch import stacks_of
-from gemma_mtp.backend.cuda.launch import Launch, on_device
-from gemma_mtp.backend.cuda.linear import linear
+from gemma_mtp.backend.cuda.choice import choose
+from gemma_mtp.backend.cuda.launch import on_device
+from gemma_mtp.backend.cuda.linear import gate_up, linear
 from gemma_mtp.backend.cuda.rows import added
-from gemma_mtp.backend.cuda.weights import DeviceWeight, device_weight
+from gemma_mtp.backend.cuda.usable import why_not_on
+from gemma_mtp.backend.cuda.weights import DeviceWeight, device_weight, fp8_weight
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 from gemma_mtp.weights.dense import Dense
 from gemma_mtp.weights.formats import FORMATS
 
-#: seconds of each part
+#: seconds of each part: with what a part may take beyond, under ten minutes
 BUDGETS = {1: 30.0, 2: 120.0, 3: 60.0, 4: 120.0, 5: 180.0}
 KINDS = ("bf16", "int8", "int4")
-#: N, K of the five sizes' products (attention's, both of the MLP's; the head has 262,144 rows)
-SHAPES = {
-    "E2B": [(2560, 1536), (1536, 2048), (1536, 6144)],
-    "E4B": [(3072, 2560), (2560, 2048), (2560, 10240)],
-    "12B": [(8192, 3840), (3840, 4096), (3840, 15360)],
-    "26B-A4B": [(8192, 2816), (2816, 4096), (2816, 2112)],
-    "31B": [(16384, 5376), (5376, 8192), (5376, 21504)],
-}
-ROWS = (1, 2, 3, 5, 9, 16, 17, 64, 144, 512)
+#: whose bits are compared at one size only
+FEW_KINDS = ("q8_0", "fp8")
 #: weights that are read in turn, so that none is in a cache
 WORKING_SET_BYTES = 1 << 30
-
-
-@dataclass
-class Line:
-    """A line of the table. `differing` of `compared` numbers have other bits; `share` is of the copy bandwidth."""
-
-    part: int
-    what: str
-    compared: int = 0
-    differing: int = 0
-    milliseconds: float | None = None
-    gb_per_second: float | None = None
-    share: float | None = None
-    note: str = ""
-
-
-@dataclass
-class Run:
-    """What a run knows: where, how kernels are launched, until when, and what was found."""
-
-    device: torch.device
-    launch: Launch
-    copy_bandwidth: float = 0.0
-    until: float = float("inf")
-    lines: list[Line] = field(default_factory=list)
-
-    def spent(self) -> bool:
-        return time.monotonic() > self.until
+#: what makes a product of one call
+Product = Callable[[Tensor, DeviceWeight], Tensor]
 
 
 def differing(found: Tensor, expected: Tensor) -> int:
@@ -86,8 +63,11 @@ def differing(found: Tensor, expected: Tensor) -> int:
 
 def random_weight(kind: str, N: int, K: int, device: torch.device) -> DeviceWeight:
     """A weight whose products are of the size of its inputs."""
-    values = Dense(torch.randn(N, K, device=device).bfloat16() / K**0.5)
-    return device_weight(values if kind == "bf16" else FORMATS[kind].of(values))
+    values = torch.randn(N, K, device=device).bfloat16() / K**0.5
+    if kind == "fp8":
+        scales = torch.full((N, -(-K // 128)), K**-0.5 / 8, device=device)
+        return fp8_weight((8 * K**0.5 * values).to(torch.float8_e4m3fn), scales)
+    return device_weight(Dense(values) if kind == "bf16" else FORMATS[kind].of(Dense(values)))
 
 
 def weight_bytes(weight: DeviceWeight) -> int:
@@ -108,14 +88,22 @@ def same_rows(run: Run, part: int, what: str, call: Callable[[list[int]], Tensor
     run.lines.append(Line(part, what, compared, wrong))
 
 
-def check_linear(run: Run, kind: str, N: int, K: int, rows: Sequence[int], part: int = 2, name: str = "") -> None:
+def products_of(run: Run) -> dict[str, tuple[int, Product]]:
+    """The products with weights by name: how many weight rows each result has, and a call."""
+    return {
+        "": (1, lambda x, w: added(run.launch, linear(run.launch, x, w))),
+        "gate and up": (2, lambda x, w: gate_up(run.launch, x, w)),
+        "head": (1, lambda x, w: choose(run.launch, x, w, 30.0, _ints(range(len(x)), run.device), None)[:, None]),
+    }
+
+
+def check_product(
+    run: Run, kind: str, N: int, K: int, rows: Sequence[int], part: int = 2, name: str = "", product: str = ""
+) -> None:
     """The bits of a product's rows in calls of so many rows."""
-    weight, x = random_weight(kind, N, K, run.device), torch.randn(max(rows), K, device=run.device).bfloat16()
-
-    def call(picked: list[int]) -> Tensor:
-        return added(run.launch, linear(run.launch, x[picked], weight))
-
-    same_rows(run, part, f"{name} {kind} {N} x {K}", call, rows)
+    wide, call = products_of(run)[product]
+    weight, x = random_weight(kind, wide * N, K, run.device), torch.randn(max(rows), K, device=run.device).bfloat16()
+    same_rows(run, part, f"{name} {product} {kind} {N} x {K}", lambda picked: call(x[picked], weight), rows)
 
 
 def check_instructions(run: Run, N: int, K: int) -> None:
@@ -145,131 +133,118 @@ def check_model(run: Run, core: str, columns: int = 64, K: int = 256) -> None:
     run.lines.append(Line(1, f"the NumPy model of {core}", note=f"{wrong} of {found.numel()} differ"))
 
 
-def check_attention(run: Run, H: int, G: int, d: int, window: int, contexts: Sequence[int]) -> None:
-    """Rows at the ends of contexts, alone, among their neighbours, with another sequence, and joined in one program."""
-    for context in contexts:
-        rows = min(9, context)
-        blocks = -(-context // BLOCK_ROWS)
-        keys, values = (torch.randn(G, 2 * blocks, BLOCK_ROWS, d, device=run.device).bfloat16() for _ in range(2))
-        tables = torch.randperm(2 * blocks, device=run.device).int().view(2, blocks)
-        queries = torch.randn(2 * rows, H, d, device=run.device).bfloat16() * d**-0.5
+def check_attention(run: Run, H: int, G: int, d: int, window: int, context: int) -> None:
+    """Rows at the end of a context, alone, in chunks, beside other sequences, and joined in one program."""
+    sequences, chunks = run.scale.sequences, [rows for rows in run.scale.chunks if rows <= context]
+    rows, blocks = max(chunks), -(-context // BLOCK_ROWS)
+    keys, values = (torch.randn(G, 2 * blocks, BLOCK_ROWS, d, device=run.device).bfloat16() for _ in range(2))
+    # every other sequence shares its blocks with the first or the second
+    tables = torch.randperm(2 * blocks, device=run.device).int().view(2, blocks).repeat(sequences // 2, 1)
+    queries = torch.randn(rows + sequences - 1, H, d, device=run.device).bfloat16() * d**-0.5
 
-        def call(
-            picked: list[int], rows: int = rows, context: int = context, keys: Tensor = keys, values: Tensor = values,
-            tables: Tensor = tables, queries: Tensor = queries,
-        ) -> Tensor:  # fmt: skip
-            owners = [row // rows for row in picked]
-            places = [context - rows + row % rows for row in picked]
-            counts = [owners.count(owner) for owner in sorted(set(owners))]
-            stacks = Stacks(*(_ints(one, run.device) for one in stacks_of(counts, rows_of_stack(H, G)[0])))
-            seen = Seen(_ints(places, run.device), _ints(owners, run.device), tables, window, 0)
-            return attend(run.launch, queries[picked], keys, values, stacks, seen, context)
+    def call(picked: Sequence[int]) -> Tensor:
+        """Rows below `rows` are the first sequence's last ones; each one after is the last row of a sequence."""
+        owners = [max(0, row - rows + 1) for row in picked]
+        places = [context - 1 if row >= rows else context - rows + row for row in picked]
+        counts = [owners.count(owner) for owner in dict.fromkeys(owners)]
+        stacks = Stacks(*(_ints(one, run.device) for one in stacks_of(counts, rows_of_stack(H, G)[0])))
+        seen = Seen(_ints(places, run.device), _ints(owners, run.device), tables, window, 0)
+        return attend(run.launch, queries[list(picked)], keys, values, stacks, seen, context)
 
-        what = f"attention {H}/{G} heads of {d}, window {window or 'none'}, {context} rows"
-        same_rows(run, 3, what, call, sorted({1, min(2, rows), rows, 2 * rows}))
-        several, attention.MOST_SCRATCH = attention.MOST_SCRATCH, 0
-        joined = call(list(range(2 * rows)))
-        attention.MOST_SCRATCH = several
-        run.lines.append(Line(3, f"{what}, joined", joined.numel(), differing(joined, call(list(range(2 * rows))))))
+    what = f"attention {H}/{G} heads of {d}, window {window or 'none'}, {context} rows"
+    everyone = list(range(rows + sequences - 1))
+    whole = call(everyone)
+    compared = wrong = 0
+    for chunk in chunks:
+        for begin in {0, rows - chunk}:
+            found = call(range(begin, begin + chunk))
+            compared += found.numel()
+            wrong += differing(found, whole[begin : begin + chunk])
+    alone = call([everyone[-1]])
+    run.lines.append(Line(3, what, compared + alone.numel(), wrong + differing(alone, whole[-1:])))
+    several, attention.MOST_SCRATCH = attention.MOST_SCRATCH, 0
+    joined = call(everyone)
+    attention.MOST_SCRATCH = several
+    run.lines.append(Line(3, f"{what}, joined", joined.numel(), differing(joined, whole)))
 
 
 def _ints(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(numbers), dtype=torch.int32, device=device)
 
 
-def milliseconds(call: Callable[[int], object], times: int) -> float:
-    """Of one call in a replayed graph of `times` of them, which are given their numbers; the median of five."""
-    for i in range(2):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(times):
-            call(i)
-    found = []
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / times)
-    return sorted(found[1:])[2]
-
-
 def measure_copy(run: Run) -> None:
     """Bytes read and written by a copy, a second."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=run.device)
+    source = torch.empty(1 << (30 if run.on_card else 20), dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
-    ms = milliseconds(lambda i: target.copy_(source), 4)
+    ms = run.milliseconds(lambda i: target.copy_(source), 4)
     run.copy_bandwidth = 2 * source.nbytes / ms / 1e6
     run.lines.append(Line(1, "copy", milliseconds=ms, gb_per_second=run.copy_bandwidth))
 
 
-def measure_linear(run: Run, name: str, kind: str, N: int, K: int) -> None:
+def measure_product(run: Run, name: str, kind: str, N: int, K: int, product: str = "") -> None:
     """One row and nine, over weights in turn, beside cuBLAS for bf16."""
-    one = random_weight(kind, N, K, run.device)
-    copies = max(2, min(64, WORKING_SET_BYTES // weight_bytes(one)))
-    weights = [one, *(DeviceWeight(one.kind, one.data.clone(), one.scales.clone() if kind != "bf16" else one.data, N, K,
-                                   one.group) for _ in range(copies - 1))]  # fmt: skip
+    wide, call = products_of(run)[product]
+    one = random_weight(kind, wide * N, K, run.device)
+    copies = max(2, min(64, WORKING_SET_BYTES // weight_bytes(one))) if run.on_card else 1
+    weights = [one, *(DeviceWeight(one.kind, one.data.clone(), one.scales.clone() if kind != "bf16" else one.data,
+                                   one.rows, K, one.group) for _ in range(copies - 1))]  # fmt: skip
     for rows in (1, 9):
         x = torch.randn(rows, K, device=run.device).bfloat16()
-        ms = milliseconds(lambda i, x=x: linear(run.launch, x, weights[i % copies]), copies)  # type: ignore[misc]
-        speed = weight_bytes(one) / ms / 1e6
+        ms = run.milliseconds(lambda i, x=x: call(x, weights[i % copies]), copies)  # type: ignore[misc]
         note = ""
         if kind == "bf16":
-            theirs = milliseconds(lambda i, x=x: torch.mm(x, weights[i % copies].data.T), copies)  # type: ignore[misc]
-            note = f"cuBLAS {theirs:.4f} ms"
-        what = f"{name} {kind} {N} x {K}, rows {rows}"
-        run.lines.append(
-            Line(2, what, milliseconds=ms, gb_per_second=speed, share=speed / run.copy_bandwidth, note=note)
-        )
+            theirs = run.milliseconds(lambda i, x=x: torch.mm(x, weights[i % copies].data.T), copies)  # type: ignore[misc]
+            note = f"PyTorch's product {theirs:.4f} ms"
+        what = f"{name} {product} {kind} {N} x {K}, rows {rows}"
+        run.timed(2, what, ms, weight_bytes(one), note)
 
 
 def part_1(run: Run) -> None:
     measure_copy(run)
-    check_instructions(run, 8192, 5376)
-    major, _ = torch.cuda.get_device_capability(run.device)
+    check_instructions(run, *run.scale.instructions)
+    major = torch.cuda.get_device_capability(run.device)[0] if run.on_card else 9
     check_model(run, "Hopper" if major >= 9 else "Ada")
 
 
 def part_2(run: Run) -> None:
-    for kind in KINDS:
-        for name, shapes in reversed(SHAPES.items()):
-            for N, K in shapes:
-                if run.spent():
-                    return
-                check_linear(run, kind, N, K, ROWS, name=name)
-                measure_linear(run, name, kind, N, K)
+    scale = run.scale
+    products = {"": scale.products, "gate and up": scale.gated, "head": scale.heads}
+    for kind in (*KINDS, *FEW_KINDS):
+        for product, by_name in products.items():
+            for name, shapes in reversed(by_name.items()):
+                for N, K in shapes if kind in KINDS else shapes[:1]:
+                    if run.spent():
+                        return
+                    check_product(run, kind, N, K, scale.rows, name=name, product=product)
+                    if kind in KINDS:
+                        measure_product(run, name, kind, N, K, product)
+                if kind not in KINDS:
+                    break
 
 
 def part_3(run: Run) -> None:
-    for H, G, d, window in ((32, 16, 256, 1024), (32, 4, 512, 0), (8, 1, 256, 512), (16, 1, 512, 0)):
-        contexts = [1, 31, 32, 33, 255, 256, 257, window - 1, window, window + 1, 4096, 32768]
-        for context in contexts:
+    for H, G, d, window in run.scale.attention:
+        edges = [window - 1, window, window + 1] if window else []
+        for context in (*run.scale.contexts, *edges):
             if run.spent():
                 return
-            if context > 0:
-                check_attention(run, H, G, d, window, [context])
+            check_attention(run, H, G, d, window, context)
 
 
 def part_4(run: Run) -> None:
-    """The bundled pair: its logits beside float32's, and generations plain, drafted and in batches."""
+    """A pair: its logits beside float32's, and generations plain, drafted and in batches."""
     from gpu_generations import check_generations
 
-    for what, compared, wrong, note in check_generations(run.launch, run.device, run.spent):
+    for what, compared, wrong, note in check_generations(run):
         run.lines.append(Line(4, what, compared, wrong, note=note))
 
 
 def part_5(run: Run) -> None:
-    """Target calls of the five sizes in replayed graphs."""
-    from gpu_calls import measure_calls
+    """Target calls and whole rounds of the five sizes."""
+    from gpu_calls import measure_models
 
-    for what, ms, floor_bytes, note in measure_calls(run.launch, run.device, run.spent, milliseconds):
-        speed = floor_bytes / ms / 1e6
-        run.lines.append(
-            Line(5, what, milliseconds=ms, gb_per_second=speed, share=speed / run.copy_bandwidth, note=note)
-        )
+    for found in measure_models(run):
+        run.timed(5, *found)
 
 
 PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 5: part_5}
@@ -290,32 +265,67 @@ def _shown(line: Line) -> Iterator[str]:
         yield "" if value is None else f"{value:.{digits}f}"
 
 
+def play(run: Run, parts: Sequence[int]) -> None:
+    """Run these parts, each until its budget is spent. A part that has no room left on the card says so."""
+    torch.manual_seed(1)
+    if 1 not in parts:
+        measure_copy(run)
+    with torch.inference_mode():
+        for number in parts:
+            run.until = time.monotonic() + BUDGETS[number]
+            try:
+                PARTS[number](run)
+            except torch.OutOfMemoryError as error:
+                run.lines.append(Line(number, f"the rest did not fit: {str(error).splitlines()[0]}"))
+            run.free()
+            if run.spent():
+                run.lines.append(Line(number, "the budget was spent: what is left of the part did not run"))
+
+
+def _run(interpret: bool) -> Run | str:
+    """Returns a run, or why there can be none."""
+    if interpret:
+        from tensor_core import Interpreter
+
+        return Run(torch.device("cpu"), Interpreter(), tiny())
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA card that PyTorch sees; run it where one is"
+    reason = why_not_on(torch.device("cuda"))
+    return f"the kernels can not run, because {reason}" if reason else Run(torch.device("cuda"), on_device, full())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path, help="write the lines here, too")
+    parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, at tiny sizes")
     options = parser.parse_args(arguments)
     console = Console()
-    if not torch.cuda.is_available():
-        print("gpu_check: there is no NVIDIA card that PyTorch sees; run it where one is.", file=sys.stderr)
+    run = _run(options.interpret)
+    if isinstance(run, str):
+        print(f"gpu_check: {run}.", file=sys.stderr)
         return 2
-    run = Run(torch.device("cuda"), on_device)
-    console.print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}")
-    torch.manual_seed(1)
-    if 1 not in options.parts:
-        measure_copy(run)
-    with torch.inference_mode():
-        for number in options.parts:
-            run.until = time.monotonic() + BUDGETS[number]
-            PARTS[number](run)
-            if run.spent():
-                run.lines.append(Line(number, "the budget was spent: what is left of the part did not run"))
+    where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if run.on_card else "Triton's interpreter"
+    console.print(f"{where}, PyTorch {torch.__version__}, {driver(run)}")
+    play(run, options.parts)
     console.print(table(run.lines))
     if options.json:
         options.json.write_text(json.dumps([asdict(line) for line in run.lines], indent=1) + "\n", encoding="utf-8")
     wrong = sum(line.differing for line in run.lines)
     console.print(f"{wrong} of {sum(line.compared for line in run.lines)} numbers differ")
     return 1 if wrong else 0
+
+
+def driver(run: Run) -> str:
+    """The versions that bits may depend on."""
+    import triton
+
+    if not run.on_card:
+        return f"Triton {triton.__version__}"
+    major, minor = torch.cuda.get_device_capability(run.device)
+    version = Path("/proc/driver/nvidia/version")
+    found = version.read_text(encoding="utf-8").splitlines()[0] if version.is_file() else "driver unknown"
+    return f"Triton {triton.__version__}, sm_{major}{minor}, {found}"
 
 
 if __name__ == "__main__":

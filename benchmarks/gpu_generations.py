@@ -4,13 +4,12 @@ log-probabilities."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
+from gpu_run import Run
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
-from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -23,9 +22,6 @@ from gemma_mtp.engine.thread import EngineThread
 Found = tuple[str, int, int, str]
 KINDS = {"greedy": {}, "drawn": {"temperature": 0.9}, "top-k": {"temperature": 1.0, "top_k": 64, "top_p": 0.95}}
 DRAFTS = (1, 2, 4, 8)
-#: so that 200 generations and more are compared with plain ones: drafted alone, and in two batches
-PROMPTS = -(-200 // (len(KINDS) * (len(DRAFTS) + 2)))
-TOKENS = 48
 
 
 def requests_of(kind: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[Request]:
@@ -75,25 +71,31 @@ def compare(
         yield f"{kind}, batch, {K} drafts", len(plain), wrong, note
 
 
-def prompts_of(pair: Pair, count: int) -> list[list[int]]:
+def prompts_of(pair: Pair, count: int, longest: int) -> list[list[int]]:
     """Prompts that often begin alike."""
     rng, vocab = random.Random(1), min(2000, pair.target.config.vocab_size)
-    beginnings = [[rng.randrange(3, vocab) for _ in range(160)] for _ in range(3)]
-    return [[*beginnings[i % 3][: rng.randint(20, 160)], rng.randrange(3, vocab)] for i in range(count)]
+    beginnings = [[rng.randrange(3, vocab) for _ in range(longest)] for _ in range(3)]
+    return [
+        [*beginnings[i % 3][: rng.randint(longest // 8 + 1, longest)], rng.randrange(3, vocab)] for i in range(count)
+    ]
 
 
-def check_generations(launch: Launch, device: torch.device, spent: Callable[[], bool]) -> Iterator[Found]:
-    """The bundled pair in bfloat16 on the card."""
-    loaded = load_pair(dtype="bfloat16", device=device)
+def check_generations(run: Run) -> Iterator[Found]:
+    """A pair in bfloat16 on the card: the bundled one."""
+    scale = run.scale
+    loaded = scale.pair(run.device)
     assert loaded.drafter is not None
-    pair = replace(loaded, backend=CudaBackend(loaded.target, loaded.drafter, launch))
-    prompts = prompts_of(pair, PROMPTS)
-    yield logits_beside(pair, prompts[0])
-    settings = EngineSettings(max_running=16, max_tokens=400, kv_memory_mb=6)
+    backend = CudaBackend(loaded.target, loaded.drafter, run.launch, None, run.replays())
+    pair = replace(loaded, backend=backend)
+    prompts = prompts_of(pair, scale.prompts, scale.prompt_tokens)
+    if run.on_card:
+        yield logits_beside(pair, prompts[0])
+    drafts = DRAFTS if run.on_card else scale.drafts
+    settings = EngineSettings(max_running=scale.sequences, max_tokens=400 if run.on_card else 40, kv_memory_mb=6)
     for kind in KINDS:
-        for found in compare(pair, kind, prompts, TOKENS, DRAFTS, settings):
+        for found in compare(pair, kind, prompts, scale.tokens, drafts, settings):
             yield found
-            if spent():
+            if run.spent():
                 return
 
 

@@ -12,15 +12,21 @@ from torch import Tensor
 
 from gemma_mtp.backend.base import DraftRows, Rows
 from gemma_mtp.backend.cuda.backend import CudaBackend
+from gemma_mtp.backend.cuda.dots import FP8
+from gemma_mtp.backend.cuda.draws import draws_on
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.config.presets import PRESETS
+from gemma_mtp.decoding.sampling import Filters
 from gemma_mtp.kv.blocks import blocks_of
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
-from gemma_mtp.weight_types import UNIFORM
+from gemma_mtp.weight_types import UNIFORM, WeightTypes
 
 META = torch.device("meta")
+#: temperatures and filters of each kind of choice
+CHOICES = ((0.0, Filters()), (1.0, Filters()), (1.0, Filters(64, 0.95, 0.1)))
+TYPES = UNIFORM | {"all int4": WeightTypes("int4", "int4", "int4", "int4")}
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 #: as Triton names them
 POINTERS = {
@@ -101,8 +107,8 @@ def pair_of(size: str, weights: str) -> tuple[Target, Drafter]:
     with META:
         target = Target(shortened(target_config).text).bfloat16().requires_grad_(False)
         drafter = Drafter(drafter_config).bfloat16().requires_grad_(False)
-    target.quantise_(UNIFORM[weights])
-    drafter.quantise_(UNIFORM[weights])
+    target.quantise_(TYPES[weights])
+    drafter.quantise_(TYPES[weights])
     return target, drafter
 
 
@@ -124,20 +130,30 @@ def recorded(size: str, weights: str) -> set[Kernel]:
     """The kernels that decoding, drafting and prefill of one size launch."""
     record = Recorder()
     backend = CudaBackend(*pair_of(size, weights), record)
-    for lengths, rows in (([1000], 1), ([3000], 5), ([900] * 16, 3), ([40], 512)):
-        hidden = backend.forward([Rows(cache, [1] * rows, 1) for cache in caches(backend, lengths)])
+    for lengths, rows, keep in (([1000], 1, 1), ([3000], 5, 5), ([900] * 16, 3, 3), ([40], 512, 1)):
+        hidden = backend.forward([Rows(cache, [1] * rows, keep) for cache in caches(backend, lengths)])
         backend.logits(hidden)
-        for temperature in (0.0, 1.0):
-            tokens = torch.zeros(len(hidden), dtype=torch.int32, device=META)
-            backend.on_device.choose(
-                record, hidden, tokens, backend.draws([temperature] * len(hidden), [0] * len(hidden))
-            )
+        R = len(hidden)
+        for temperature, filters in CHOICES:
+            tokens = torch.zeros(R, dtype=torch.int32, device=META)
+            draws = draws_on(META, [temperature] * R, [0] * R, [filters] * R)
+            backend.on_device.choose(record, hidden, tokens, draws)
     assert backend.drafts is not None
     for lengths in ([1000], [900] * 16):
-        for temperature in (0.0, 1.0):
-            calls = [DraftRows(c, 1, 1, temperature, [0], None) for c in caches(backend, lengths)]
+        for temperature, filters in CHOICES:
+            calls = [DraftRows(c, 1, 1, temperature, [0], None, filters) for c in caches(backend, lengths)]
             backend.drafts_on_device(calls)
         tokens, D = torch.zeros(len(lengths), dtype=torch.int64, device=META), backend.target.config.hidden_size
         states = torch.zeros(len(lengths), D, dtype=torch.bfloat16, device=META)
         backend.draft_step(caches(backend, lengths), tokens, states)
     return record.kernels
+
+
+def in_fp8(kernel: Kernel) -> Kernel:
+    """The same product with dense weights in e4m3, which no checkpoint loads into yet."""
+    types = {"w": "*u8", "scales": "*fp32"}
+    constants = dict(kernel.constants) | {"KIND": FP8, "GROUP": 128}
+    return kernel._replace(
+        types=tuple((name, types.get(name, kind)) for name, kind in kernel.types),
+        constants=tuple(sorted(constants.items())),
+    )

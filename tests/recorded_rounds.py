@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
 from gemma_mtp.backend.cuda.batch import Batch
-from gemma_mtp.backend.cuda.choice import Draws
+from gemma_mtp.backend.cuda.draws import DeviceFilters, Draws
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.config import FULL, SLIDING, LayerType
 from gemma_mtp.decoding.noise import keyed_gumbel
@@ -190,9 +190,25 @@ def best(logits_RV: Tensor, draws: Draws | None) -> Tensor:
     if draws is None:
         return logits_RV.argmax(-1)
     drawn = draws.temperatures_R > 0
-    scores = logits_RV.double() / torch.where(drawn, draws.temperatures_R, 1.0)[:, None]
+    temperatures_R1 = torch.where(drawn, draws.temperatures_R, 1.0)[:, None]
+    if draws.filters is not None:
+        logits_RV = kept(logits_RV, temperatures_R1.float(), draws.filters)
+    scores = logits_RV.double() / temperatures_R1
     noise = keyed_gumbel(draws.keys_R, torch.arange(logits_RV.shape[1]))
     return torch.where(drawn[:, None], scores + noise, scores).argmax(-1)
+
+
+def kept(logits_RV: Tensor, temperatures_R1: Tensor, filters: DeviceFilters) -> Tensor:
+    """What each row's filters leave, by a sorted row; all else is -inf. Sums are those of `sampling`."""
+    top_k_R1, top_p_R1, least_R1 = (one[:, None] for one in filters)
+    places = logits_RV.sort(dim=1, descending=True, stable=True).indices
+    shares = ((logits_RV - logits_RV.amax(1, keepdim=True)) / temperatures_R1).gather(1, places)
+    left = (top_k_R1 == 0) | (torch.arange(shares.shape[1]) < top_k_R1)
+    masses = torch.where(left, (shares.exp() * 2.0**40).long(), 0)
+    before = masses.cumsum(1) - masses
+    left &= (top_p_R1 == 1) | (before.double() < top_p_R1 * masses.sum(1, keepdim=True).double())
+    left &= shares >= least_R1.float()
+    return torch.where(torch.zeros_like(left).scatter(1, places, left), logits_RV, -torch.inf)
 
 
 def plain_backend(recorder: Recorder | None) -> CudaBackend:

@@ -62,11 +62,8 @@ BACKENDS = {
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     BACKENDS |= {f"cuda, {family}, bfloat16": interpreted(family) for family in FAMILIES}
-#: the interpreter takes half a second a call: one family by default, and all with `-m slow`
-NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") and "ple" not in name else name
-    for name in BACKENDS
-]
+#: the interpreter takes half a second a call: by default it runs the smaller models of `test_contract`
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") else name for name in BACKENDS]
 
 
 def sized(name: str, rows: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_launches import SIZES, Kernel, recorded
+from recorded_launches import SIZES, TYPES, Kernel, in_fp8, recorded
 
 from gemma_mtp.backend.cuda.dots import DENSE
 
@@ -26,10 +26,14 @@ LARGE = {90: "wgmma", 100: "tcgen05"}
 PRODUCTS = {"linear_kernel", "gate_up_kernel", "head_kernel", "expert_kernel", "cluster_logits_kernel", "attend_kernel"}
 #: one of each idea, which the default tests compile
 REPRESENTATIVE = {"31B": "none", "E2B": "int4"}
+#: all kinds of weights that load
+WEIGHTS = tuple(TYPES)
 
 
 def kernels(sizes: Iterable[tuple[str, str]]) -> list[Kernel]:
+    """What is launched, and for dense weights the same in fp8."""
     found = {kernel for size, weights in sizes for kernel in recorded(size, weights)}
+    found |= {in_fp8(one) for one in found if one.name in PRODUCTS and dict(one.constants).get("KIND") == DENSE}
     return sorted(found, key=str)
 
 
@@ -60,13 +64,18 @@ def check(found: dict[str, Any]) -> None:
 
 
 def one_of_each(found: list[Kernel]) -> list[Kernel]:
-    """The first of each kernel with each set of switches: flags and kinds of weights, not sizes."""
-    sizes = ("BLOCK", "BLOCK_N", "BLOCK_K", "GROUP", "E", "BLOCK_E", "PARTS", "SLOTS", "PER_ROW", "COUNT", "READ")
+    """Of each kernel with each kind of weights and of tile the one with most switches on."""
     chosen: dict[Any, Kernel] = {}
     for kernel in found:
-        switches = tuple(item for item in kernel.constants if item[0] not in sizes)
-        chosen.setdefault((kernel.name, switches), kernel)
+        constants = dict(kernel.constants)
+        key = kernel.name, constants.get("KIND"), constants.get("BLOCK_M")
+        if key not in chosen or switches(kernel) > switches(chosen[key]):
+            chosen[key] = kernel
     return list(chosen.values())
+
+
+def switches(kernel: Kernel) -> int:
+    return sum(value is True for _, value in kernel.constants)
 
 
 def test_a_share_compiles() -> None:
@@ -90,7 +99,7 @@ def test_a_compiler_that_fuses_is_seen() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", SHARED)
 def test_everything_compiles(card: int) -> None:
-    found = kernels((size, weights) for size in SIZES for weights in ("none", "int8", "int4"))
+    found = kernels((size, weights) for size in SIZES for weights in WEIGHTS)
     results = compiled([(kernel, card) for kernel in found], os.cpu_count() or 1)
     assert len(results) == len(found)
     for result in results:

@@ -118,9 +118,9 @@ def test_residual_stream(D: int, parts: int, scaled: bool) -> None:
     close(rows.added(RUN, branch), branch.double().sum(0))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "q8_0"])
 def test_per_layer_inputs(kind: str) -> None:
-    L, P, R = 4, 48, 3
+    L, P, R = 4, 48, 3  # 192 columns: a row of a layer ends inside of a group
     table, values = weight_of(kind, 11, L * P)
     projected, weight, tokens = randn(2, R, L * P), randn(P), torch.tensor([10, 0, 4], dtype=torch.int32)
     own = values[tokens.long()].unflatten(1, (L, P)) * 6
@@ -213,7 +213,7 @@ def test_attention(
     assert (found[10] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_logits(kind: str, cap: float | None) -> None:
     weight, values = weight_of(kind, 150, 64)
@@ -222,7 +222,7 @@ def test_logits(kind: str, cap: float | None) -> None:
     close(choice.logits(RUN, hidden, weight, cap), expected if cap is None else (expected / cap).tanh() * cap)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_centroid_head(kind: str) -> None:
     clusters, size, D = 13, 70, 64
     scores, score_values = weight_of("bf16", clusters, D)
@@ -237,8 +237,9 @@ def test_centroid_head(kind: str) -> None:
     close(logits, (hidden.double() @ values.T).gather(1, places))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("R", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("kind", "R"), [("bf16", 1), ("bf16", 40), ("int8", 5), ("int4", 40), ("q8_0", 5), ("fp8", 5), ("fp8 by row", 1)]
+)
 def test_experts(kind: str, R: int) -> None:
     E, D, I, k = 6, 64, 64, 2  # noqa: E741
     gate_up, gate_up_values = weight_of(kind, E * 2 * I, D)

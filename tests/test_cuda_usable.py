@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from types import SimpleNamespace
@@ -13,14 +14,24 @@ from models import WIDE, random_target, wide_drafter
 
 from gemma_mtp.backend.cuda.usable import asked_for, usable, why_not
 from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.config import LayerOptions
 from gemma_mtp.errors import DeviceError
 
 CARD = torch.device("cuda", 0)
 
 
-def model(dtype: torch.dtype = torch.bfloat16, device: torch.device = CARD) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Strange(LayerOptions):
+    """Options of a family that nobody has met."""
+
+    parallel_branches: bool = False
+
+
+def model(dtype: torch.dtype = torch.bfloat16, device: torch.device = CARD, options: LayerOptions | None = None) -> Any:
     """What is looked at of a model, on a card that is not there."""
-    return SimpleNamespace(embed_tokens=SimpleNamespace(device=device, dtype=dtype))
+    options = options or LayerOptions(value_norm=False, score_scale=0.1, layer_scalar=False)
+    config = SimpleNamespace(options=options, text=SimpleNamespace(options=options))
+    return SimpleNamespace(embed_tokens=SimpleNamespace(device=device, dtype=dtype), config=config)
 
 
 @pytest.fixture
@@ -62,6 +73,12 @@ def test_what_is_missing_is_one_warning(card: pytest.MonkeyPatch, name: str, rep
 def test_models_that_do_not_fit_are_named(card: pytest.MonkeyPatch) -> None:
     assert "float32 and not bfloat16" in str(why_not(model(torch.float32), None))
     assert "float16 and not bfloat16" in str(why_not(model(), model(torch.float16)))
+    assert why_not(model(options=Strange()), None) is None
+    for pair in (
+        (model(options=Strange(parallel_branches=True)), None),
+        (model(), model(options=Strange(True, 1, True, True))),
+    ):
+        assert "do not know the layers' option parallel_branches = True" in str(why_not(*pair))
     assert "cuda:1 and not beside its target" in str(why_not(model(), model(device=torch.device("cuda", 1))))
 
 
@@ -80,7 +97,7 @@ def test_weights_of_another_type_are_refused_by_name() -> None:
 
     from gemma_mtp.backend.cuda.backend import CudaBackend
 
-    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, int8 and int4"):
+    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, int8, int4 and q8_0"):
         CudaBackend(random_target(5, WIDE["ple"]), None, Interpreter())
 
 

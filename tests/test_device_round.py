@@ -18,7 +18,7 @@ from gemma_mtp.backend.cuda.device_round import COUNTS, LEAST_REACH
 from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, row_keys, signed, stream_key
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.execution import run_step
 from gemma_mtp.engine.pair import Pair
@@ -36,26 +36,31 @@ def pair_of(recorder: Recorder | None, eos: tuple[int, ...] = ()) -> Pair:
     return Pair(plain_backend(recorder), None, GenerationDefaults(eos_token_ids=eos))
 
 
-def sequences(backend: CudaBackend, temperatures: list[float], end: int) -> list[Sequence]:
+FILTERS: list[dict[str, Any]] = [{"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.1}, {}, {"top_k": 20, "top_p": 0.9}]
+
+
+def sequences(backend: CudaBackend, temperatures: list[float], end: int, filtered: bool = False) -> list[Sequence]:
     """Sequences of prompts of several lengths, which begin side by side in a pool."""
     caches = open_caches(backend, len(temperatures), ROOM)
     found = []
     for i, (cache, temperature) in enumerate(zip(caches, temperatures, strict=True)):
         prompt = TOKENS[i : 30 + 3 * i]
-        params = SamplingParams(temperature=temperature, seed=i + 5)
+        params = SamplingParams(temperature=temperature, seed=i + 5, **FILTERS[i] if filtered else {})
         found.append(open_sequence(backend, cache, params, prompt, end=end))
         prefill(backend, found[-1], prompt)
     return found
 
 
 @pytest.mark.parametrize("temperatures", [[0.0], [0.0, 0.8, 0.0], [1.3, 0.2, 0.7, 1.0, 0.0]])
+@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
 @torch.inference_mode()
-def test_replays_are_the_rounds_that_the_host_plays(temperatures: list[float], ahead: bool) -> None:
+def test_replays_are_the_rounds_that_the_host_plays(temperatures: list[float], filtered: bool, ahead: bool) -> None:
     """Of lengths that change from round to round: the same tokens, the same acceptances, and one host wait a round."""
     recorder, rng = Recorder(), random.Random(3)
     ours, theirs = plain_backend(recorder), plain_backend(None)
-    recorded, eager = (sequences(backend, temperatures, ROOM * ahead) for backend in (ours, theirs))
+    theirs.chooses = frozenset({"argmax", "drawn"})  # so that filtered choices are those of every backend
+    recorded, eager = (sequences(backend, temperatures, ROOM * ahead, filtered) for backend in (ours, theirs))
     accepted: set[int] = set()
     under_way: list[int] | None = None
     for _ in range(20):
@@ -118,10 +123,10 @@ def test_an_engine_gives_each_request_what_it_gives_alone(reuse: bool) -> None:
 
 @torch.inference_mode()
 def test_what_the_device_does_not_play_whole_stays_with_the_host() -> None:
-    """Filters, penalties, log-probabilities, other verification and drafts beyond the longest, in one step."""
+    """Bias, penalties, log-probabilities, other verification and drafts beyond the longest, in one step."""
     recorder = Recorder()
     backend = plain_backend(recorder)
-    kinds: list[Any] = [{"temperature": 0.7, "top_k": 5}, {"repetition_penalty": 1.2}, {"logprobs": 2}, {}, {}]
+    kinds: list[Any] = [{"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.2}, {"logprobs": 2}, {}, {}]
     caches = open_caches(backend, len(kinds), ROOM)
     turns = []
     for kind, cache in zip(kinds, caches, strict=True):
@@ -180,8 +185,8 @@ class _Reading:
 
 
 @pytest.mark.parametrize("family", ["ple", "moe", "untied", "odd"])
-@pytest.mark.parametrize("drawn", [False, True])
-def test_no_round_reads_the_device(family: str, drawn: bool) -> None:
+@pytest.mark.parametrize("choice", ["argmax", "drawn", "filtered"])
+def test_no_round_reads_the_device(family: str, choice: ChoiceKind) -> None:
     """The kernels' own calls, on tensors that have no values to read. A control that reads them fails."""
     target, drafter = random_target(5, WIDE[family]).bfloat16(), wide_drafter(WIDE[family], family == "ple").bfloat16()
     launches: list[str] = []
@@ -194,10 +199,11 @@ def test_no_round_reads_the_device(family: str, drawn: bool) -> None:
     calls = backend.rounds.models_for(LEAST_REACH)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         pool = backend.make_pool({"sliding_attention": 8, "full_attention": 8}, 4)
-        shape = Shape(3, 2, drawn, LEAST_REACH)
+        shape = Shape(3, 2, choice, LEAST_REACH)
         buffers = Buffers(shape, target.config, drafter.config.text, backend.device)
         state = SlotState(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
         play_round(calls, buffers, state, pool)
+        assert launches.count("draw_kernel") == (4 if choice == "filtered" else 0)
         assert launches.count("heads_kernel") == 3 * len(backend.drafts.layers) + len(target.layers)
         assert buffers.tables_NBW.shape[2] == LEAST_REACH // BLOCK_ROWS
         with pytest.raises((RuntimeError, DynamicOutputShapeException)):

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.sampling import ChoiceKind, Filters, SamplingParams
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+
+NO_FILTERS = Filters()
+#: what no backend chooses itself
+PROCESSED: ChoiceKind = "processed"
 
 
 class Rows(NamedTuple):
@@ -36,7 +40,7 @@ class DraftRows(NamedTuple):
     """A sequence to draft for: at most `most` tokens, chosen by logits and noise alone.
 
     `keys`: the noise key of each draft (`noise.row_key`); not looked at where the temperature is 0. `stop` may end the
-    drafts earlier.
+    drafts earlier. `filters`: only of backends that choose filtered.
     """
 
     cache: KVCache
@@ -45,13 +49,14 @@ class DraftRows(NamedTuple):
     temperature: float
     keys: list[int]
     stop: StopRule | None
+    filters: Filters = NO_FILTERS
 
 
 class RoundRows(NamedTuple):
     """A sequence's part in a whole round: at most `most` drafts after its last token, by logits and noise alone.
 
     `stream_key`: of its noise (`noise.stream_key`). `room`: how many tokens it may still commit, or 0 where that is not
-    known.
+    known. `filters`: as in `DraftRows`.
     """
 
     cache: KVCache
@@ -60,6 +65,7 @@ class RoundRows(NamedTuple):
     temperature: float
     stream_key: int
     room: int
+    filters: Filters = NO_FILTERS
 
 
 class Committed(NamedTuple):
@@ -172,11 +178,14 @@ class Backend(Protocol):
         ...
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
-    ) -> list[int]:
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        filters: Sequence[Filters] = (),
+    ) -> list[int]:  # fmt: skip
         """Returns the token of each of these rows of `hidden_RD`, the lowest id among equals.
 
-        At temperature 0 it is the arg max of the logits; else of logits / temperature plus Gumbel noise of that key.
+        At temperature 0 it is the arg max of the logits; else of logits / temperature plus Gumbel noise of that key, of
+        what the row's filters keep. No `filters` are none for any row; a backend that does not choose filtered is given
+        none.
         """
         ...
 
@@ -187,3 +196,9 @@ class Backend(Protocol):
     def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
         """Run one step of the drafter for each sequence, from its last token (or draft) and the state behind it."""
         ...
+
+
+def choice_of(backend: Backend, params: SamplingParams) -> ChoiceKind:
+    """Returns how rounds with these parameters choose on a backend: what it does not choose itself is processed."""
+    kind = params.choice
+    return kind if kind in backend.chooses else PROCESSED

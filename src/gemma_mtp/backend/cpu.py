@@ -21,7 +21,7 @@ from gemma_mtp.backend.native import Memory, floats, floats_in, floats_of_row, i
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.sampling import ChoiceKind, Filters
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import DecoderLayer, MoE, Rope, rope_for
@@ -83,8 +83,10 @@ class CpuBackend:
         return self._stack.logits(hidden_RD)
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
-    ) -> list[int]:
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        filters: Sequence[Filters] = (),
+    ) -> list[int]:  # fmt: skip
+        assert not any(one.active for one in filters), "filtered choices are made elsewhere"
         return self._stack.choose(hidden_RD, rows, temperatures, keys)
 
     def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:

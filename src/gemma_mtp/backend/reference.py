@@ -23,7 +23,7 @@ from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import chance
 from gemma_mtp.decoding.noise import keyed_gumbel
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.sampling import ChoiceKind, Filters
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
@@ -76,8 +76,10 @@ class ReferenceBackend:
         return torch.cat([self.target.logits(row_1D.clone()) for row_1D in hidden_RD.split(1)])
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
-    ) -> list[int]:
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        filters: Sequence[Filters] = (),
+    ) -> list[int]:  # fmt: skip
+        assert not any(one.active for one in filters), "filtered choices are made elsewhere"
         scores = [
             _noisy(self.target.logits(hidden_RD[row : row + 1].clone()), temperature, key)
             for row, temperature, key in zip(rows, temperatures, keys, strict=True)

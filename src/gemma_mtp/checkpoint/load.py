@@ -23,6 +23,7 @@ from gemma_mtp.checkpoint.read import (
 )
 from gemma_mtp.checkpoint.source import Location, OnBytes, Source
 from gemma_mtp.checkpoint.tensors import copy_tensors, nobody, stored_tensors, stored_views
+from gemma_mtp.checkpoint.upload import uploads_to
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
@@ -48,8 +49,8 @@ def load_target(
     `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks of
     a kind that the operators multiply too. What is not as it should be but can be loaded is logged, or refused with
     `strict`. Peak memory: the weights as they are kept, plus a piece of 32 MB as it is stored and as much again where
-    it is quantised. `on_bytes` is told how many stored bytes are loaded, and of how many. Raises CheckpointError,
-    ConfigError or QuantisationError.
+    it is quantised; on a card, where both happen, twice 64 MB of the host's beside. `on_bytes` is told how many stored
+    bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
     contents = read_contents(source, read_target_config(source))
@@ -145,7 +146,8 @@ def _load(
         ) from None
     views = stored_views(model.checkpoint_tensors(), contents.headers)
     with torch.no_grad():
-        changes = copy_tensors(source, views, contents.headers, additions(contents, views), on_bytes)
+        added, upload = additions(contents, views), uploads_to(torch.device(device))
+        changes = copy_tensors(source, views, contents.headers, added, on_bytes, upload)
     if changes.values:
         logger.info("%s", changes)
     return model.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from gemma_mtp.checkpoint.blocks import READ, dequantised
 from gemma_mtp.checkpoint.kept import holds_blocks, take_blocks
 from gemma_mtp.checkpoint.pieces import NAMES
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Source, StoredTensor
+from gemma_mtp.checkpoint.upload import Upload, as_it_is
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.dense import Dense
 
@@ -77,11 +78,14 @@ def copy_tensors(
     headers: Mapping[str, StoredTensor],
     added: Mapping[str, float],
     on_bytes: OnBytes = nobody,
+    upload: Upload = as_it_is,
 ) -> Int4Changes:
     """Copy every stored tensor into the view of the same name, piece by piece: converted to its dtype, quantised, or
-    blocks as they are."""
+    blocks as they are. All of that happens where `upload` brings a piece."""
     changes = Int4Changes()
-    for name, rows, stored in _read_stored(source, views, headers, on_bytes):
+    for name, rows, read in _read_stored(source, views, headers, on_bytes):
+        stored = upload(read)
+        del read
         view = views[name] if rows is None else views[name][rows]
         if holds_blocks(view, headers[name]):
             take_blocks(view, headers[name], stored)

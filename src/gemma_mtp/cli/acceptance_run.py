@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+from gemma_mtp.backend.base import choice_of
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.chat.prompt import THINKING_VARIABLES, thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
@@ -99,9 +100,8 @@ class Measurement:
                 on_prompt=functools.partial(tell, ", speed"),
             )  # fmt: skip
         self.say(f"{setting.label}: costs of rounds")
-        return shown.Measured(
-            setting.label, setting.thinking, own, self.costs(setting.params.choice), speedup, comparison
-        )
+        costs = self.costs(choice_of(self.pair.backend, setting.params))
+        return shown.Measured(setting.label, setting.thinking, own, costs, speedup, comparison)
 
 
 def thinking_given(pair: Pair, thinking: bool | None) -> dict[str, bool]:

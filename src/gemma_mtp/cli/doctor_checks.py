@@ -118,10 +118,10 @@ def _gpu_backend_check(number: int) -> Check:
     if reason is not None:
         return Check(name, f"PyTorch's, which are slower: the Triton kernels can not run, because {reason}", "note")
     if os.environ.get(ASKED_BY) == "1":
-        return Check(name, f"Triton kernels for bfloat16 weights, as {ASKED_BY}=1 asks; PyTorch's for other weights")
+        return Check(name, f"Triton kernels for bfloat16 and quantised weights, as {ASKED_BY}=1 asks; else PyTorch's")
     return Check(
         name, "PyTorch's: the Triton kernels could run, but must be asked for: they are not yet measured", "note",
-        f"set {ASKED_BY}=1 to try them with bfloat16 weights",
+        f"set {ASKED_BY}=1 to try them with --dtype bfloat16",
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,19 @@ MAX_LOGPROBS = 20
 LOWEST_TEMPERATURE = 1e-5
 #: a higher one gives the same even distribution, and float32 has no numbers for it from 1e39 on
 HIGHEST_TEMPERATURE = 1e30
-ChoiceKind = Literal["argmax", "drawn", "processed"]
+ChoiceKind = Literal["argmax", "drawn", "filtered", "processed"]
+
+
+class Filters(NamedTuple):
+    """Which candidates may be drawn, as `SamplingParams` has them; the defaults keep all."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self != Filters()
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -178,12 +190,19 @@ class SamplingParams:
 
     @functools.cached_property
     def choice(self) -> ChoiceKind:
-        """By what a token is chosen: logits alone, logits and noise alone, or more, or where logits are reported."""
+        """By what a token is chosen: logits alone, logits and noise, these and filters, or more, or where logits are
+        reported."""
         shifted = self.uses_history or bool(self.logit_bias) or self.grammar is not None
-        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        if shifted or self.logprobs is not None or (filtered and not self.greedy):
+        if shifted or self.logprobs is not None:
             return "processed"
-        return "argmax" if self.greedy else "drawn"
+        if self.greedy:
+            return "argmax"
+        return "filtered" if self.filters.active else "drawn"
+
+    @property
+    def filters(self) -> Filters:
+        """What draws are filtered by; nothing where the choice is greedy, which no filter changes."""
+        return Filters() if self.greedy else Filters(self.top_k, float(self.top_p), float(self.min_p))
 
     @property
     def forbids(self) -> bool:

@@ -31,7 +31,8 @@ MOST_ELSEWHERE = 0.1
 #: what stands for all parameters that choose in one way
 CHOICES: dict[ChoiceKind, SamplingParams] = {
     "argmax": SamplingParams(), "drawn": SamplingParams(temperature=1.0),
-    "processed": SamplingParams(temperature=1.0, top_p=0.95),
+    "filtered": SamplingParams(temperature=1.0, top_k=64, top_p=0.95),
+    "processed": SamplingParams(temperature=1.0, top_p=0.95, logit_bias={0: 0.0}),
 }  # fmt: skip
 
 

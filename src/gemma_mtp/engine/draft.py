@@ -60,8 +60,8 @@ def propose(backend: Backend, turns: Items[Turn]) -> list[Drafts]:
 
 def _draft_rows(turn: Turn) -> DraftRows:
     sequence, count = turn.sequence, turn.draft_tokens
-    temperature = sequence.params.temperature
-    return DraftRows(sequence.cache, sequence.last_token, count, temperature, sequence.keys(count), turn.stop)
+    params, keys = sequence.params, sequence.keys(count)
+    return DraftRows(sequence.cache, sequence.last_token, count, params.temperature, keys, turn.stop, params.filters)
 
 
 class _StepwiseDraft:

@@ -15,10 +15,11 @@ import logging
 import threading
 import time
 from collections.abc import Sequence as Items
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
+from gemma_mtp.backend.base import PROCESSED, choice_of
 from gemma_mtp.backend.device_memory import free_for_pool
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import ChoiceKind
@@ -73,7 +74,7 @@ class Engine:
     def warm_up(self) -> None:
         """Measure what rounds of every number of sequences cost, which the first requests would wait for."""
         if self.pair.drafter is not None:
-            for choice in get_args(ChoiceKind):
+            for choice in (*sorted(self.pair.backend.chooses), PROCESSED):
                 for count in {batch_size(n) for n in range(1, self.settings.max_running + 1)}:
                     self.pair.round_costs(choice, count)
 
@@ -180,7 +181,7 @@ class Engine:
         self.policy.begin_step(self.scheduler.ran_lately)
         for job in running:
             if not job.entry.reading:
-                choice = job.request.params.choice
+                choice = choice_of(self.pair.backend, job.request.params)
                 job.plan = job.fixed_plan or self.policy.plan(choice, job.policies)
         with self._lock:
             schedule = self.scheduler.schedule(self._drafts_of)
@@ -253,7 +254,8 @@ class Engine:
         planned: dict[ChoiceKind, list[RoundOutput]] = {}
         for job, outcome in zip(step.jobs, rounds, strict=False):
             if isinstance(outcome, RoundOutput) and job.result.draft_tokens == "auto":
-                planned.setdefault(job.request.params.choice, []).append(outcome)
+                choice = choice_of(self.pair.backend, job.request.params)
+                planned.setdefault(choice, []).append(outcome)
         for choice, outputs in planned.items():
             alone = len(outputs) == len(step.jobs)  # nobody else took part in the step
             self.policy.learn(choice, outputs, *((seconds, drafting) if alone else (0.0, 0.0)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
-from gemma_mtp.decoding.sampling import TopLogprobs, choose, probabilities, process, top_logprobs
+from gemma_mtp.decoding.sampling import Filters, TopLogprobs, choose, probabilities, process, top_logprobs
 from gemma_mtp.decoding.verify import Verified, agreeing, verify_block, verify_exact, verify_rejection
 from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
 from gemma_mtp.engine.sequence import Sequence, Turn
@@ -113,12 +113,14 @@ def _choose_plain(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) ->
     rows: list[int] = []
     temperatures: list[float] = []
     keys: list[int] = []
+    filters: list[Filters] = []
     for turn, drafts, begin in scored:
         count = len(drafts.token_ids) + 1
         rows += range(begin, begin + count)
         temperatures += [turn.sequence.params.temperature] * count
         keys += turn.sequence.keys(count)
-    tokens = backend.choose(hidden_RD, rows, temperatures, keys)
+        filters += [turn.sequence.params.filters] * count
+    tokens = backend.choose(hidden_RD, rows, temperatures, keys, filters)
     committed, at = [], 0
     for _, drafts, _ in scored:
         count = len(drafts.token_ids) + 1

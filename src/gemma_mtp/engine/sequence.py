@@ -49,8 +49,8 @@ class Turn(NamedTuple):
     stop: StopRule | None = None
 
     def backend_chooses(self, backend: Backend, drafts: int) -> bool:
-        """Returns whether the backend makes the choices of this turn itself: by logits, and by noise of their
-        positions."""
+        """Returns whether the backend makes the choices of this turn itself: by logits, by noise of their
+        positions, and by filters."""
         choice = self.sequence.params.choice
         return choice == "argmax" or (choice in backend.chooses and (self.verification == "exact" or not drafts))
 

@@ -1,4 +1,5 @@
-"""Rounds that a backend plays as a whole, where it can: those of `exact` verification by logits and noise alone."""
+"""Rounds that a backend plays as a whole, where it can: those of `exact` verification by logits, noise and what
+filters it does itself."""
 
 from __future__ import annotations
 
@@ -45,5 +46,5 @@ def _round_rows(backend: Backend, turn: Turn) -> RoundRows:
     drafts = turn.draft_tokens if backend.drafter is not None else 0
     return RoundRows(
         sequence.cache, sequence.last_token, drafts, params.temperature, stream_key(params.seed, STREAM_CHOICE),
-        max(0, sequence.end - sequence.length),
+        max(0, sequence.end - sequence.length), params.filters,
     )  # fmt: skip

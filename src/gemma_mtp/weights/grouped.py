@@ -22,6 +22,8 @@ from gemma_mtp.weights.base import SCALES, NativeLayout, Weight
 BLOCK = 64
 #: elements of a matrix that are quantised, or made float32 again, at once: bounds what that takes beside the matrix
 PIECE_ELEMENTS = 1 << 18
+#: the same elsewhere than on a CPU, where each operator is a launch and no cache is to be kept
+DEVICE_PIECE_ELEMENTS = 1 << 23
 
 
 class Grouped(Weight):
@@ -91,7 +93,7 @@ class Grouped(Weight):
     def saved(self, name: str) -> dict[str, Tensor]:
         return {name: self.data, name + SCALES: self.scales}
 
-    def native(self) -> NativeLayout:
+    def native(self) -> NativeLayout | None:
         return NativeLayout(self.native_type, self.data, self.scales)
 
     def __getitem__(self, index: Any) -> Self:
@@ -137,10 +139,11 @@ class Grouped(Weight):
 
     @property
     def _piece_rows(self) -> int:
-        return max(1, PIECE_ELEMENTS // self.shape[-1])
+        most = PIECE_ELEMENTS if self.data.device.type == "cpu" else DEVICE_PIECE_ELEMENTS
+        return max(1, most // self.shape[-1])
 
     def _pieces(self) -> list[Self]:
-        """Ranges of the rows of [N, K], of at most `PIECE_ELEMENTS` each."""
+        """Ranges of the rows of [N, K], of at most so many elements each."""
         step = self._piece_rows
         return [self[i : i + step] for i in range(0, max(1, len(self.data)), step)]
 

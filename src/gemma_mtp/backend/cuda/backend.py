@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
 from gemma_mtp.backend.cuda.batch import Part, make_batch
-from gemma_mtp.backend.cuda.choice import Draws
 from gemma_mtp.backend.cuda.device_round import DeviceRounds
+from gemma_mtp.backend.cuda.draws import draws_on
 from gemma_mtp.backend.cuda.launch import Launch, on_device
 from gemma_mtp.backend.cuda.models import DeviceDrafter, DeviceTarget, PairCalls, RopeTables
 from gemma_mtp.backend.cuda.replay import CudaReplays, Replays
@@ -20,8 +20,7 @@ from gemma_mtp.backend.cuda.usable import why_not
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
-from gemma_mtp.decoding.noise import signed
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.sampling import ChoiceKind, Filters
 from gemma_mtp.errors import DeviceError
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
@@ -37,7 +36,7 @@ class CudaBackend:
     kv_dtype = torch.bfloat16
     chunk_rows = CHUNK_ROWS
     watches_drafts = False
-    chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn"})
+    chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn", "filtered"})
 
     def __init__(
         self, target: Target, drafter: Drafter | None = None, launch: Launch = on_device,
@@ -99,10 +98,12 @@ class CudaBackend:
         return self.on_device.logits(self.launch, hidden_RD)
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
-    ) -> list[int]:
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        filters: Sequence[Filters] = (),
+    ) -> list[int]:  # fmt: skip
         picked = torch.tensor(list(rows), dtype=torch.int32).to(self.device)
-        found = self.on_device.choose(self.launch, hidden_RD.contiguous(), picked, self.draws(temperatures, keys))
+        draws = draws_on(self.device, temperatures, keys, filters)
+        found = self.on_device.choose(self.launch, hidden_RD.contiguous(), picked, draws)
         tokens: list[int] = found.tolist()
         return tokens
 
@@ -134,11 +135,12 @@ class CudaBackend:
         caches = [call.cache for call in calls]
         tokens = torch.tensor([call.last_token for call in calls]).to(self.device)
         hidden = torch.stack([cache.state for cache in caches])
-        made = []
+        made, temperatures = [], [call.temperature for call in calls]
         for step in range(max(call.most for call in calls)):
             state, hidden = self._step(caches, tokens, hidden)
             keys = [call.keys[step] if step < len(call.keys) else 0 for call in calls]
-            tokens = self.drafts.choose(self.launch, state, self.draws([call.temperature for call in calls], keys))
+            draws = draws_on(self.device, temperatures, keys, [call.filters for call in calls])
+            tokens = self.drafts.choose(self.launch, state, draws)
             made.append(tokens)
         return torch.stack(made, 1)
 
@@ -152,7 +154,8 @@ class CudaBackend:
             state, hidden = self._step([call.cache], token, hidden)
             logits, ids = self.drafts.candidates(self.launch, state)
             # as without a rule: a choice does not depend on whether it is watched
-            token = self.drafts.choose(self.launch, state, self.draws([call.temperature], [call.keys[len(tokens)]]))
+            draws = draws_on(self.device, [call.temperature], [call.keys[len(tokens)]], [call.filters])
+            token = self.drafts.choose(self.launch, state, draws)
             probs_C = (logits[0] / (call.temperature or 1.0)).softmax(-1)
             confidences.append(float(probs_C[token if ids is None else ids[0] == token]))
             tokens.append(int(token))
@@ -167,13 +170,6 @@ class CudaBackend:
         batch = batch.with_tokens(token_ids_R)
         ropes = self.ropes.reaching(batch.most_rows)
         return self.drafts.step(self.launch, batch, caches[0].pool, hidden_RD, ropes)
-
-    def draws(self, temperatures: Sequence[float], keys: Sequence[int]) -> Draws | None:
-        """Returns how rows are drawn, on the device; None where none is."""
-        if not any(temperatures):
-            return None
-        words = torch.tensor([signed(key) for key in keys], dtype=torch.int64)
-        return Draws(torch.tensor(temperatures, dtype=torch.float64).to(self.device), words.to(self.device))
 
 
 def _goes_on(stop: StopRule, made: int, reach: float) -> bool:

@@ -1,13 +1,7 @@
-"""The choice of a token: the largest of logits, or of logits / temperature plus counter-based Gumbel noise, and the
-lowest id among equals: what `decoding.sampling.choose` gives (rule R6).
-
-The noise is that of `decoding.noise`: the hash runs on 64-bit integers and is equal everywhere; its two logarithms are
-float64, rounded to float32, and may differ from a CPU's in the last bit of float64.
-"""
+"""The choice of a token: the largest of logits, or of logits / temperature plus counter-based Gumbel noise, after the
+filters, and the lowest id among equals: what `decoding.sampling.choose` gives (rule R6)."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,46 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma_mtp.backend.cuda.dots import chain
+from gemma_mtp.backend.cuda.draws import Draws, noisy
+from gemma_mtp.backend.cuda.filters import filtered
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.tiles import TILES, tile
 from gemma_mtp.backend.cuda.weights import DeviceWeight
 
 #: numbers that a program reads at once
 READ = 1024
-NO_ID = 2147483647
-
-
-class Draws(NamedTuple):
-    """How each row is chosen: temperature float64 (0: the largest logit) and noise key int64."""
-
-    temperatures_R: Tensor
-    keys_R: Tensor
-
-
-@triton.jit
-def mixed(words):
-    """splitmix64's finaliser of uint64 words."""
-    words = (words ^ (words >> 30)) * 0xBF58476D1CE4E5B9
-    words = (words ^ (words >> 27)) * 0x94D049BB133111EB
-    return words ^ (words >> 31)
-
-
-@triton.jit
-def gumbel(keys, token_ids):
-    """Gumbel noise of row keys (int64) and token ids, float32 as `noise.keyed_gumbel`."""
-    golden = tl.full((1,), 0x9E3779B97F4A7C15, tl.uint64)
-    words = mixed(keys.to(tl.uint64, bitcast=True) + (token_ids + 1).to(tl.uint64) * golden)
-    odd = ((words >> 12) * 2 + 1).to(tl.int64, bitcast=True)
-    uniform = odd.to(tl.float64) * 1.1102230246251565e-16  # 2**-53
-    return (-tl.log(-tl.log(uniform))).to(tl.float32)
-
-
-@triton.jit
-def noisy(logits, token_ids, temperatures, keys):
-    """What is compared, float64."""
-    drawn = temperatures > 0.0
-    scores = logits.to(tl.float64) / tl.where(drawn, temperatures, 1.0)
-    return tl.where(drawn, scores + gumbel(keys, token_ids).to(tl.float64), scores)
 
 
 @triton.jit
@@ -93,7 +55,8 @@ def head_kernel(
             scores = noisy(logits, column[None, :], temperature[:, None], key[:, None])
         scores = tl.where(column_mask[None, :], scores, float("-inf"))
         best = tl.max(scores, 1)
-        first = tl.min(tl.where(scores == best[:, None], column[None, :], 2147483647), 1)
+        is_best = (scores == best[:, None]) & column_mask[None, :]
+        first = tl.min(tl.where(is_best, column[None, :], 2147483647), 1)
         place = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(out + place, best, mask=row_mask)
         tl.store(ids + place, first, mask=row_mask)
@@ -106,7 +69,8 @@ def head_kernel(
 def best_kernel(
     scores, ids, temperatures, keys, out, C, stride, DRAWN: tl.constexpr, NAMED: tl.constexpr, READ: tl.constexpr
 ):
-    """The id of a row's best score, int64 [R]; with DRAWN of its noisy logits. Ids are columns without NAMED."""
+    """The id of a row's best score, int64 [R]; with DRAWN of its noisy logits. Ids are columns without NAMED. A row of
+    NaN has id 0: a number that is no token would be looked up."""
     row = tl.program_id(0).to(tl.int64)
     if DRAWN:
         best_score = tl.full((), float("-inf"), tl.float64)
@@ -124,30 +88,35 @@ def best_kernel(
             found = noisy(found, named, tl.load(temperatures + row), tl.load(keys + row))
         found = tl.where(mask, found, float("-inf"))
         largest = tl.max(found, 0)
-        first = tl.min(tl.where(found == largest, named, 2147483647), 0)
+        first = tl.min(tl.where((found == largest) & mask, named, 2147483647), 0)
         best_id = tl.where(
             largest > best_score, first, tl.where(largest == best_score, tl.minimum(best_id, first), best_id)
         )
         best_score = tl.maximum(largest, best_score)
-    tl.store(out + row, best_id.to(tl.int64))
+    tl.store(out + row, tl.where(best_id == 2147483647, 0, best_id).to(tl.int64))
 
 
-def logits(launch: Launch, hidden_RD: Tensor, weight: DeviceWeight, cap: float | None) -> Tensor:
-    """Returns soft-capped logits of a head, float32 [R, V]. `hidden_RD`: bf16, contiguous."""
-    R = len(hidden_RD)
-    rows = torch.arange(R, dtype=torch.int32, device=hidden_RD.device)
-    out = torch.empty(R, weight.rows, dtype=torch.float32, device=hidden_RD.device)
-    _head(launch, hidden_RD, weight, cap, rows, out, None, None)
+def logits(
+    launch: Launch, hidden_RD: Tensor, weight: DeviceWeight, cap: float | None, picked_N: Tensor | None = None
+) -> Tensor:
+    """Returns soft-capped logits of a head, float32 [R, V], or of `picked_N` rows alone, int32. `hidden_RD`: bf16,
+    contiguous."""
+    if picked_N is None:
+        picked_N = torch.arange(len(hidden_RD), dtype=torch.int32, device=hidden_RD.device)
+    out = torch.empty(len(picked_N), weight.rows, dtype=torch.float32, device=hidden_RD.device)
+    _head(launch, hidden_RD, weight, cap, picked_N, out, None, None)
     return out
 
 
 def choose(
     launch: Launch, hidden_RD: Tensor, weight: DeviceWeight, cap: float | None, picked_N: Tensor, draws: Draws | None
 ) -> Tensor:
-    """Returns the token of each of these rows of `hidden_RD`, int64 [N]; no logits are stored.
+    """Returns the token of each of these rows of `hidden_RD`, int64 [N]; logits are stored for filters alone.
 
     `picked_N`: int32. `draws`: None where all temperatures are 0.
     """
+    if draws is not None and draws.filters is not None:
+        return best_of(launch, logits(launch, hidden_RD, weight, cap, picked_N), None, draws)
     N, device = len(picked_N), hidden_RD.device
     tiles = triton.cdiv(weight.rows, tile(N, HEAD_TILES).columns)
     best = torch.empty(N, tiles, dtype=torch.float32 if draws is None else torch.float64, device=device)
@@ -162,7 +131,7 @@ def _head(
 ) -> None:  # fmt: skip
     N, D = len(picked_N), hidden_RD.shape[1]
     used = tile(N, HEAD_TILES)
-    temperatures, keys = (picked_N, picked_N) if draws is None else draws
+    temperatures, keys = (picked_N, picked_N) if draws is None else draws[:2]
     launch(
         head_kernel, (triton.cdiv(weight.rows, used.columns), triton.cdiv(N, used.rows)), hidden_RD, weight.data,
         weight.scales, picked_N, temperatures, keys, out, out if ids is None else ids, N, weight.rows, D, cap or 1.0,
@@ -177,10 +146,14 @@ HEAD_TILES = TILES[:2]
 
 def best_of(launch: Launch, scores_RC: Tensor, ids_RC: Tensor | None, draws: Draws | None) -> Tensor:
     """Returns the id of each row's best score, int64 [R], the lowest among equals: of noisy scores where there are
-    `draws`. Ids (integers below 2**31) are the columns where there are none."""
+    `draws`, and of what their filters keep. Ids (integers below 2**31, or 2**24 with filters) are the columns where
+    there are none."""
+    if draws is not None and draws.filters is not None:
+        scores_RC, ids_RC = filtered(launch, scores_RC, ids_RC, draws)
+        draws = None
     R, C = scores_RC.shape
     out = torch.empty(R, dtype=torch.int64, device=scores_RC.device)
-    temperatures, keys = (out, out) if draws is None else draws
+    temperatures, keys = (out, out) if draws is None else draws[:2]
     launch(
         best_kernel, (R,), scores_RC, out if ids_RC is None else ids_RC, temperatures, keys, out, C,
         scores_RC.stride(0), DRAWN=draws is not None, NAMED=ids_RC is not None, READ=READ,

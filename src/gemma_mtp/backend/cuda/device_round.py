@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.backend.base import Committed, RoundRows
+from gemma_mtp.backend.cuda.draws import least_of
 from gemma_mtp.backend.cuda.replay import Replays
 from gemma_mtp.backend.cuda.round import (
     FIELDS,
     FRESH,
     LAST,
+    LEAST,
     LENGTH,
     LIMIT,
     NOISE,
     SLOT,
     TEMPERATURE,
+    TOP_K,
+    TOP_P,
     Buffers,
     RoundModels,
     Shape,
@@ -34,6 +38,7 @@ from gemma_mtp.backend.cuda.round import (
 )
 from gemma_mtp.config import LAYER_TYPES, TextConfig
 from gemma_mtp.decoding.noise import signed
+from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.kv.blocks import OutOfBlocksError
 from gemma_mtp.kv.pool import KVCache, KVPool
 
@@ -170,7 +175,7 @@ class _PoolRounds:
         return Shape(
             next(count for count in COUNTS if count >= most),
             min(1 << (len(calls) - 1).bit_length(), len(self.pool.states)),
-            any(call.temperature for call in calls),
+            _choice(calls),
             max(LEAST_REACH, 1 << (end - 1).bit_length()),
         )
 
@@ -204,7 +209,10 @@ class _PoolRounds:
             lines[LENGTH].append(call.cache.table.length)
             lines[LIMIT].append(call.most)
             lines[NOISE].append(signed(call.stream_key))
+            lines[TOP_K].append(call.filters.top_k)
         lines[TEMPERATURE] = _bits([call.temperature for call in calls])
+        lines[TOP_P] = _bits([call.filters.top_p for call in calls])
+        lines[LEAST] = _bits([least_of(call.filters.min_p) for call in calls])
         control_FB[:, :count] = torch.tensor(lines)
         width = staging.tables_NBW.shape[2]
         for kind, of_kind_BW in zip(LAYER_TYPES, staging.tables_NBW, strict=True):
@@ -216,6 +224,13 @@ class _PoolRounds:
 def _place(flights: Sequence[_Flight], cache: KVCache) -> tuple[int, int]:
     """Returns the flight that a sequence is in, by number, and its place there."""
     return next((i, place) for i, flight in enumerate(flights) if (place := flight.find(cache)) is not None)
+
+
+def _choice(calls: Sequence[RoundRows]) -> ChoiceKind:
+    """Returns what the most particular of some sequences needs."""
+    if any(call.filters.active for call in calls):
+        return "filtered"
+    return "drawn" if any(call.temperature for call in calls) else "argmax"
 
 
 def _bits(numbers: Sequence[float]) -> list[int]:

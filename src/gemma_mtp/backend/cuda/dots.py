@@ -54,19 +54,25 @@ def chain(
             dot = tl.dot(inputs(x, rows, row_mask, k + 16, K, 16), tl.trans(high), dot)
             scale = tl.load(scales + columns * (K // 32) + k // 32, mask=column_mask, other=0.0)
             acc = tl.fma(dot, tl.broadcast_to(scale[None, :], (M, N)), acc)
-    else:
-        STEP: tl.constexpr = GROUP if KIND == 1 else 128
-        for k in range(begin, end, STEP):
-            at = k + tl.arange(0, STEP)
-            a = inputs(x, rows, row_mask, k, K, STEP)
+    elif KIND == 1:
+        for k in range(begin, end, GROUP):
+            at = k + tl.arange(0, GROUP)
             places = w + columns[:, None] * K + at[None, :]
             stored = tl.load(places, mask=column_mask[:, None] & (at < K)[None, :], other=0)
-            if KIND == 1:  # noqa: SIM108
-                b = stored.to(tl.float32).to(tl.bfloat16)
-            else:
-                b = e4m3(stored).to(tl.bfloat16)
+            b = stored.to(tl.float32).to(tl.bfloat16)
+            dot = tl.dot(inputs(x, rows, row_mask, k, K, GROUP), tl.trans(b))
+            scale = tl.load(scales + columns * (K // GROUP) + k // GROUP, mask=column_mask, other=0.0)
+            acc = tl.fma(dot, tl.broadcast_to(scale[None, :], (M, N)), acc)
+    else:
+        for k in range(begin, end, 128):
+            dot = tl.zeros((M, N), tl.float32)
+            for start in range(k, k + 128, 32):  # 128 at once would not fit every card
+                at = start + tl.arange(0, 32)
+                places = w + columns[:, None] * K + at[None, :]
+                stored = tl.load(places, mask=column_mask[:, None] & (at < K)[None, :], other=0)
+                dot = tl.dot(inputs(x, rows, row_mask, start, K, 32), tl.trans(e4m3(stored).to(tl.bfloat16)), dot)
             scale = tl.load(scales + columns * tl.cdiv(K, GROUP) + k // GROUP, mask=column_mask, other=0.0)
-            acc = tl.fma(tl.dot(a, tl.trans(b)), tl.broadcast_to(scale[None, :], (M, N)), acc)
+            acc = tl.fma(dot, tl.broadcast_to(scale[None, :], (M, N)), acc)
     return acc
 
 

@@ -13,8 +13,10 @@ from gemma_mtp.backend.cuda.heads import Heads, finish_heads
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.linear import gate_up, linear
 from gemma_mtp.backend.cuda.rows import add_normed, norm, ple_gated
+from gemma_mtp.backend.cuda.usable import unknown_option
 from gemma_mtp.backend.cuda.weights import DeviceWeight, of_module
 from gemma_mtp.config import LayerType, TextConfig
+from gemma_mtp.errors import DeviceError
 from gemma_mtp.kv.pool import LayerRows
 from gemma_mtp.model.layers import DecoderLayer, MoE, PerLayerInput
 
@@ -54,6 +56,8 @@ class DeviceLayer:
 
 def device_layer(layer: DecoderLayer, config: TextConfig, index: int, kv: int) -> DeviceLayer:
     """Returns a layer's weights as the kernels read them. Raises DeviceError for what they can not."""
+    if (option := unknown_option(config.options)) is not None:
+        raise DeviceError(f"the GPU kernels do not know the layers' option {option}; use the reference backend.")
     attention, mlp, options = layer.self_attn, layer.mlp, config.options
     heads = Heads(
         attention.heads, attention.kv_heads, attention.head_dim, attention.key_is_value, options.value_norm,

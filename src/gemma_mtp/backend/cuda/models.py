@@ -12,7 +12,7 @@ from torch import Tensor
 from gemma_mtp.backend.cuda import choice
 from gemma_mtp.backend.cuda.batch import Batch
 from gemma_mtp.backend.cuda.centroids import DeviceCentroids, candidates
-from gemma_mtp.backend.cuda.choice import Draws
+from gemma_mtp.backend.cuda.draws import Draws
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.layer import device_layer, run_layer, vector
 from gemma_mtp.backend.cuda.linear import linear

@@ -17,24 +17,27 @@ from torch import Tensor
 
 from gemma_mtp.backend.cuda.attention import Seen, Stacks, rows_of_stack
 from gemma_mtp.backend.cuda.batch import Batch, heads_of, stacks_of
-from gemma_mtp.backend.cuda.choice import Draws
+from gemma_mtp.backend.cuda.draws import DeviceFilters, Draws
 from gemma_mtp.config import LAYER_TYPES, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.noise import row_keys
+from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.decoding.verify import verify_exact
 from gemma_mtp.kv.blocks import blocks_of
 from gemma_mtp.kv.pool import KVPool
 
 #: what the host says of each place, int64. `LIMIT`: drafts at most, -1 for a place without a sequence. `FRESH`: whether
-#: `LAST` and `LENGTH` hold, or what the round before left in the slot. `TEMPERATURE`: the bits of a float64
-SLOT, FRESH, LAST, LENGTH, LIMIT, NOISE, TEMPERATURE, FIELDS = range(8)
+#: `LAST` and `LENGTH` hold, or what the round before left in the slot. `TEMPERATURE`, `TOP_P`, and
+#: `LEAST`, the logarithm of min_p: the bits of a float64
+SLOT, FRESH, LAST, LENGTH, LIMIT, NOISE, TEMPERATURE, TOP_K, TOP_P, LEAST, FIELDS = range(11)
 
 
 class Shape(NamedTuple):
-    """What a recorded round is for. `reach`: no row lies at a position from there on; it decides no bits."""
+    """What a recorded round is for. `choice`: what the most particular of its sequences needs. `reach`: no row lies at
+    a position from there on; it decides no bits."""
 
     drafts: int
     places: int
-    drawn: bool
+    choice: ChoiceKind
     reach: int
 
 
@@ -108,7 +111,7 @@ def play_round(models: RoundModels, buffers: Buffers, state: SlotState, pool: KV
 
     A row beyond a place's limit is padding: it computes nothing that anyone reads, and stores no keys and values.
     """
-    (K, B, drawn, reach), control_FB = buffers.shape, buffers.control_FB
+    (K, B, choice, reach), control_FB = buffers.shape, buffers.control_FB
     T, device = K + 1, control_FB.device
     slot_B, limit_B = control_FB[SLOT], control_FB[LIMIT]
     fresh_B, active_B = control_FB[FRESH] > 0, limit_B >= 0
@@ -117,18 +120,17 @@ def play_round(models: RoundModels, buffers: Buffers, state: SlotState, pool: KV
     hidden_BD = pool.states.index_select(0, slot_B)
     steps_T = torch.arange(T, device=device)
     places_BT = length_B[:, None] + steps_T
-    keys_BT = row_keys(control_FB[NOISE][:, None], places_BT + 1) if drawn else None
-    temperature_B = control_FB[TEMPERATURE].clone().view(torch.float64)
+    draws_B = _draws(control_FB, choice, row_keys(control_FB[NOISE][:, None], places_BT + 1))
 
     drafts_BK = torch.zeros(B, 0, dtype=torch.int64, device=device)
     if K:
-        drafts_BK = _drafts(models, buffers, pool, last_B, length_B, hidden_BD, temperature_B, keys_BT)
+        drafts_BK = _drafts(models, buffers, pool, last_B, length_B, hidden_BD, draws_B)
     seen_BT = active_B[:, None] & (steps_T <= limit_B[:, None])
     positions_R = torch.where(seen_BT, places_BT, -1).int().flatten()
     tokens_R = torch.cat((last_B[:, None], drafts_BK), 1).int().flatten()
     hidden_RD = models.run(buffers.rows.batch(tokens_R, positions_R, buffers.tables, reach, 0), pool)
-    draws = None if keys_BT is None else Draws(temperature_B.repeat_interleave(T, output_size=B * T), keys_BT.flatten())
-    choices_BT = models.choose(hidden_RD, draws).view(B, T)
+    draws_R = None if draws_B is None else draws_B.repeated(T)._replace(keys_R=draws_B.keys_R.flatten())
+    choices_BT = models.choose(hidden_RD, draws_R).view(B, T)
 
     # a draft beyond the limit equals no choice
     within_BK = torch.where(seen_BT[:, 1:], drafts_BK, -1)
@@ -143,9 +145,18 @@ def play_round(models: RoundModels, buffers: Buffers, state: SlotState, pool: KV
     buffers.result_BT.copy_(torch.cat((count_B[:, None], choices_BT), 1))
 
 
+def _draws(control_FB: Tensor, choice: ChoiceKind, keys_BT: Tensor) -> Draws | None:
+    """Returns how each place is drawn, with the keys of all of its rows [B, T]; None where none is."""
+    if choice == "argmax":
+        return None
+    temperature_B, top_p_B, least_B = (control_FB[i].clone().view(torch.float64) for i in (TEMPERATURE, TOP_P, LEAST))
+    filters = DeviceFilters(control_FB[TOP_K].clone(), top_p_B, least_B) if choice == "filtered" else None
+    return Draws(temperature_B, keys_BT, filters)
+
+
 def _drafts(
     models: RoundModels, buffers: Buffers, pool: KVPool, last_B: Tensor, length_B: Tensor, hidden_BD: Tensor,
-    temperature_B: Tensor, keys_BT: Tensor | None,
+    draws_B: Draws | None,
 ) -> Tensor:  # fmt: skip
     """Returns K drafts of each place, int64 [B, K]; those beyond its limit are of no use."""
     assert buffers.drafts is not None
@@ -154,7 +165,7 @@ def _drafts(
     for step in range(shape.drafts):
         batch = buffers.drafts.batch(token_B, positions_B, buffers.tables, shape.reach, 1)
         state_BH, hidden_BD = models.draft(batch, pool, hidden_BD)
-        draws = None if keys_BT is None else Draws(temperature_B, keys_BT[:, step].clone())
+        draws = None if draws_B is None else draws_B._replace(keys_R=draws_B.keys_R[:, step].clone())
         token_B = models.choose_draft(state_BH, draws)
         made.append(token_B)
     return torch.stack(made, 1)

@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 import warnings
+from dataclasses import fields
 
 import torch
 
+from gemma_mtp.config import LayerOptions
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
@@ -16,6 +18,8 @@ from gemma_mtp.model.target import Target
 LEAST_CAPABILITY = (8, 0)
 #: asks for the kernels: they have been seen on no card yet, so nothing runs on them unasked
 ASKED_BY = "GEMMA_MTP_CUDA"
+#: options of layers that the kernels honour; norms multiply in float32 whatever their weights are kept as
+HONOURED = {"value_norm", "score_scale", "layer_scalar", "float32_norms"}
 
 
 def asked_for(target: Target) -> bool:
@@ -49,6 +53,17 @@ def why_not(target: Target, drafter: Drafter | None) -> str | None:
             return f"the weights are {str(weight.dtype)[6:]} and not bfloat16 (give --dtype bfloat16)"
         if weight is not None and weight.device != target.embed_tokens.device:
             return f"the drafter is on {weight.device} and not beside its target"
+    options = [target.config.options, *([] if drafter is None else [drafter.config.text.options])]
+    unknown = next(filter(None, map(unknown_option, options)), None)
+    return None if unknown is None else f"they do not know the layers' option {unknown}"
+
+
+def unknown_option(options: LayerOptions) -> str | None:
+    """Returns an option that says something else than Gemma 4's and that the kernels do not know, as `name = value`."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in HONOURED and value != field.default:
+            return f"{field.name} = {value!r}"
     return None
 
 
