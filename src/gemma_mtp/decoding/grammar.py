@@ -41,7 +41,7 @@ MAX_MULTIPLE = 1000
 #: white space between two tokens of JSON: what printers write, and an end to a model that would write nothing else
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
 _MAX_REASON_LENGTH = 200
-#: Gemma 4's, where a grammar of calls is looked at before there is a tokenizer
+#: Gemma 4's (`chat.marks` says from where), for a grammar of calls that is looked at before there is a tokenizer
 _MARKS = TurnMarks(call=(48, 49), quote=52)
 
 
