@@ -20,13 +20,19 @@ test: $(VENV)/.dev         ## the default tests; those of the server's page need
 slow: $(VENV)/.dev         ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
 
-# in a folder of their own, because their pins are not ours
-build/clients:
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ \
-	  langchain-openai instructor "pydantic-ai-slim[openai]" openai-agents anthropic
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lm-eval lm-eval
+# in folders of their own, because their pins are not ours
+build/clients: tests/clients/requirements.txt | $(VENV)/.dev
+	rm -rf $@ build/lm-eval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lm-eval lm-eval==0.4.13
+	@touch $@
 
-clients: $(VENV)/.dev build/clients  ## the server's tests with clients of others themselves, such as LangChain
+build/npm: tests/clients/package.json
+	mkdir -p $@ && cp $< $@
+	cd $@ && npm install --silent --no-audit --no-fund
+	@touch $@
+
+clients: $(VENV)/.dev build/clients build/npm  ## the server's tests with clients of others, such as LangChain (needs Node.js)
 	$(BIN)/python -m pytest -q -m clients
 
 check: $(VENV)/.dev        ## lint, format, types, and the native module's stub

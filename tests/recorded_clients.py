@@ -23,7 +23,7 @@ BUILD = Path(__file__).parents[1] / "build"
 MODEL, CALLED = "gemma-mtp-bundled", {"city": "Paris, France", "days": 3}
 #: longer bodies are those that no context has room for
 LONGEST_BODY = 20_000
-_WEATHER = ["<|tool_call>", "call:get_weather{", "city:", QUOTE, "Paris", ", France", QUOTE, ",days", ":3}",
+_WEATHER = ["<|tool_call>", "call:", "get_weather{", "city:", QUOTE, "Paris", ", France", QUOTE, ",days", ":3}",
             "<tool_call|>", "<|tool_response>"]  # fmt: skip
 
 
@@ -75,4 +75,5 @@ def recorded(live: Live, client: str) -> Iterator[None]:
     if os.environ.get("GEMMA_MTP_RECORD"):
         known = json.loads(REQUESTS.read_text(encoding="utf-8")) if REQUESTS.exists() else {}
         known[client] = recorder.requests
+        known = {name: requests for name, requests in known.items() if requests}
         REQUESTS.write_text(json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
