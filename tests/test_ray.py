@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import itertools
-import dataclasses
 import json
 import socket
 import threading
@@ -32,8 +32,6 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
 from gemma_mtp.backend.native import set_threads
-from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.cli.serve import (
     DraftingOptions,
     EngineOptions,
@@ -42,6 +40,8 @@ from gemma_mtp.cli.serve import (
     LogOptions,
     ServedPair,
 )
+from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
+from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread

@@ -118,7 +118,8 @@ def serve(
         )
     settings = ServerSettings(
         model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
-        api_keys=keys, public_metrics=listening.public_metrics, metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
+        api_keys=keys, public_metrics=listening.public_metrics,
+        metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
         loopback_names_only=not keys and not no_auth,
         allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
         draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),

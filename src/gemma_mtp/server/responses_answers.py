@@ -244,7 +244,7 @@ def _begun(body: ResponsesRequest, turn: OneTurn, service: Service) -> ModelResp
         model=service.settings.model_name,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
-        reasoning={"effort": reasoning.effort if reasoning else None, "summary": reasoning.summary if reasoning else None},
+        reasoning=reasoning.model_dump() if reasoning else {"effort": None, "summary": None},
         store=body.store is not False,
         temperature=params.temperature,
         text={"format": {"type": "text"}, **text},
