@@ -17,7 +17,7 @@ help:                      ## what each target does
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-slow: $(VENV)/.dev         ## the tests that take more than a minute each
+slow: $(VENV)/.dev build/json-schema-suite  ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
 
 # in folders of their own, because their pins are not ours
@@ -84,6 +84,13 @@ peers: $(VENV)/.bench      ## the same beside llama.cpp too, and a pair of 112 M
 build/axe-core:
 	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1
 	mkdir -p $@ && tar xzf build/axe-core-4.14.1.tgz -C $@
+
+# the official tests of JSON Schema, which the source of the package jsonschema carries
+build/json-schema-suite:
+	mkdir -p build/jsonschema && cd build/jsonschema && \
+	  ../../$(BIN)/python -m pip download --quiet --no-deps --no-binary jsonschema jsonschema==4.26.0
+	tar xzf build/jsonschema/jsonschema-4.26.0.tar.gz -C build/jsonschema
+	mv build/jsonschema/jsonschema-4.26.0/json $@
 
 clean:                     ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist

@@ -49,7 +49,7 @@ def schemas(node: Any, of_names: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def check_drafts(schema: dict[str, Any], name: str) -> None:
-    """Raise SamplingError where a schema says what drafts of the standard read differently, or what is not in it now."""
+    """Raise SamplingError where a schema says what drafts of the standard read differently, or have no more."""
     for part in schemas(schema):
         if isinstance(meta := part.get("$schema"), str) and not _META.match(meta):
             raise SamplingError(f"the {name} has a $schema that is none of the standard's own; leave it out.")
