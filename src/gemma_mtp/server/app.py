@@ -25,13 +25,9 @@ from gemma_mtp.server.limits import Intake
 from gemma_mtp.server.logs import RequestLog
 from gemma_mtp.server.messages_routes import messages_routes
 from gemma_mtp.server.openapi import BODY, describe, or_events, responses
-from gemma_mtp.server.protocol import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    Completion,
-    CompletionChunk,
-    CompletionRequest,
+from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest
+from gemma_mtp.server.protocol_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from gemma_mtp.server.protocol_others import (
     DetokenizeRequest,
     DetokenizeResponse,
     Health,

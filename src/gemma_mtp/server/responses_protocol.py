@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.server.conversation import Strict, ToolName, refuse_other_parts
-from gemma_mtp.server.protocol import SEEDS, JsonObjectFormat, JsonSchema, ReasoningEffort, TextFormat
+from gemma_mtp.server.formats import JsonObjectFormat, JsonSchema, TextFormat
+from gemma_mtp.server.protocol import SEEDS, ReasoningEffort
 
 
 class InputText(Strict):

@@ -7,8 +7,8 @@ from typing import Any
 
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.fields import Refused
+from gemma_mtp.server.formats import TextFormat
 from gemma_mtp.server.one_turn import Names, check_extra
-from gemma_mtp.server.protocol import TextFormat
 from gemma_mtp.server.response_store import ResponseStore
 from gemma_mtp.server.responses_protocol import (
     FunctionCallItem,
