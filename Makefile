@@ -17,16 +17,22 @@ help:                      ## what each target does
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-slow: $(VENV)/.dev         ## the tests that take more than a minute each
+slow: $(VENV)/.dev build/json-schema-suite  ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -m slow
 
-# in a folder of their own, because their pins are not ours
-build/clients:
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ \
-	  langchain-openai instructor "pydantic-ai-slim[openai]" openai-agents anthropic
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lm-eval lm-eval
+# in folders of their own, because their pins are not ours
+build/clients: tests/clients/requirements.txt | $(VENV)/.dev
+	rm -rf $@ build/lm-eval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lm-eval lm-eval==0.4.13
+	@touch $@
 
-clients: $(VENV)/.dev build/clients  ## the server's tests with clients of others themselves, such as LangChain
+build/npm: tests/clients/package.json
+	mkdir -p $@ && cp $< $@
+	cd $@ && npm install --silent --no-audit --no-fund
+	@touch $@
+
+clients: $(VENV)/.dev build/clients build/npm  ## the server's tests with clients of others, such as LangChain (needs Node.js)
 	$(BIN)/python -m pytest -q -m clients
 
 real: $(VENV)/.dev         ## real pretrained weights of 270 M parameters, downloaded once (240 MB, Gemma's terms), against transformers
@@ -81,6 +87,13 @@ peers: $(VENV)/.bench      ## the same beside llama.cpp too, and a pair of 112 M
 build/axe-core:
 	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1
 	mkdir -p $@ && tar xzf build/axe-core-4.14.1.tgz -C $@
+
+# the official tests of JSON Schema, which the source of the package jsonschema carries
+build/json-schema-suite:
+	mkdir -p build/jsonschema && cd build/jsonschema && \
+	  ../../$(BIN)/python -m pip download --quiet --no-deps --no-binary jsonschema jsonschema==4.26.0
+	tar xzf build/jsonschema/jsonschema-4.26.0.tar.gz -C build/jsonschema
+	mv build/jsonschema/jsonschema-4.26.0/json $@
 
 clean:                     ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist

@@ -145,7 +145,7 @@ def test_names_of_other_properties_are_others() -> None:
      ({"properties": {"a": {"allOf": [{}, {}]}}}, "allOf of several"),
      ({"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, "oneOf"),
      ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "not there"),
-     ({"properties": {"a": {"$ref": "http://x"}}}, "another"),
+     ({"properties": {"a": {"$ref": "http://x"}}}, "no path"), ({"properties": {"a": {"$ref": "#a"}}}, "no path"),
      ({"properties": {"a": {"type": "strange"}}}, "JSON Schema's types"), ({"$ref": "#"}, "itself"),
      ({"properties": {"a": {"anyOf": [{}], "type": "null"}}}, "anyOf beside type"),
      ({"properties": {"a": False}, "required": ["a"]}, "accepts nothing"),

@@ -3,31 +3,32 @@
 import asyncio
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import pytest
 from live_server import Live, serving
-from table_models import QUOTE, SCRIPTS, table_pair
+from recorded_clients import BUILD, CALLED, MODEL, recorded, table_server
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 pytestmark = pytest.mark.clients
-CLIENTS = Path(__file__).parents[1] / "build" / "clients"
-LM_EVAL = CLIENTS.with_name("lm-eval")  # without what it needs for its tasks
-MODEL, CALLED = "gemma-mtp-bundled", {"city": "Paris, France", "days": 3}
+CLIENTS, LM_EVAL = BUILD / "clients", BUILD / "lm-eval"  # the latter without what it needs for its tasks
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
+def server() -> Iterator[Live]:
     assert CLIENTS.is_dir(), "run `make clients`"
     sys.path.append(str(CLIENTS))  # after our own packages, which stay
-    script = ["<|tool_call>", "call:get_weather{", "city:", QUOTE, "Paris", ", France", QUOTE, ",days", ":3}",
-              "<tool_call|>", "<|tool_response>"]  # fmt: skip
-    scripts = {name: pieces for name, pieces in SCRIPTS.items() if name != "BOTH"}  # which begins a call otherwise
-    with serving(table_pair(scripts={**scripts, "WEATHER": script})) as live:
+    with table_server() as live:
         yield live
+
+
+@pytest.fixture
+def live(server: Live, request: pytest.FixtureRequest) -> Iterator[Live]:
+    with recorded(server, request.node.name.removeprefix("test_")):
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def pair() -> Pair:
 
 
 def test_langchain(live: Live) -> None:
-    tools: Any = pytest.importorskip("langchain_core.tools")
-    openai: Any = pytest.importorskip("langchain_openai")
+    tools: Any = import_module("langchain_core.tools")
+    openai: Any = import_module("langchain_openai")
 
     def get_weather(city: str, days: int) -> str:
         """The weather."""
@@ -58,9 +59,9 @@ def test_langchain(live: Live) -> None:
 
 
 def test_pydantic_ai(live: Live) -> None:
-    ai: Any = pytest.importorskip("pydantic_ai")
-    models: Any = pytest.importorskip("pydantic_ai.models.openai")
-    providers: Any = pytest.importorskip("pydantic_ai.providers.openai")
+    ai: Any = import_module("pydantic_ai")
+    models: Any = import_module("pydantic_ai.models.openai")
+    providers: Any = import_module("pydantic_ai.providers.openai")
     provider = providers.OpenAIProvider(base_url=f"{live.url}/v1", api_key="none")
     agent: Any = ai.Agent(models.OpenAIChatModel(MODEL, provider=provider), model_settings={"temperature": 0})
     called = []
@@ -75,9 +76,9 @@ def test_pydantic_ai(live: Live) -> None:
 
 
 def test_instructor(live: Live) -> None:
-    instructor: Any = pytest.importorskip("instructor")
-    openai: Any = pytest.importorskip("openai")
-    pydantic: Any = pytest.importorskip("pydantic")
+    instructor: Any = import_module("instructor")
+    openai: Any = import_module("openai")
+    pydantic: Any = import_module("pydantic")
     get_weather = pydantic.create_model("get_weather", city=(str, ...), days=(int, ...))
     client = instructor.from_openai(openai.OpenAI(base_url=f"{live.url}/v1", api_key="none"))
     made = client.chat.completions.create(
@@ -92,9 +93,9 @@ def get_weather(city: str, days: int) -> str:
 
 
 def test_pydantic_ai_by_responses(live: Live) -> None:
-    ai: Any = pytest.importorskip("pydantic_ai")
-    models: Any = pytest.importorskip("pydantic_ai.models.openai")
-    providers: Any = pytest.importorskip("pydantic_ai.providers.openai")
+    ai: Any = import_module("pydantic_ai")
+    models: Any = import_module("pydantic_ai.models.openai")
+    providers: Any = import_module("pydantic_ai.providers.openai")
     provider = providers.OpenAIProvider(base_url=f"{live.url}/v1", api_key="none")
     model = models.OpenAIResponsesModel(MODEL, provider=provider)
     agent: Any = ai.Agent(model, model_settings={"temperature": 0}, tools=[get_weather])
@@ -103,8 +104,8 @@ def test_pydantic_ai_by_responses(live: Live) -> None:
 
 def test_openai_agents(live: Live) -> None:
     """Its default, which is the route of responses, whole and streamed."""
-    agents: Any = pytest.importorskip("agents")
-    openai: Any = pytest.importorskip("openai")
+    agents: Any = import_module("agents")
+    openai: Any = import_module("openai")
     agents.set_tracing_disabled(True)
     client = openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none")
     model = agents.OpenAIResponsesModel(model=MODEL, openai_client=client)
@@ -125,7 +126,7 @@ def test_openai_agents(live: Live) -> None:
 
 
 def test_anthropic(live: Live) -> None:
-    anthropic: Any = pytest.importorskip("anthropic")
+    anthropic: Any = import_module("anthropic")
     client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
     tool = {"name": "get_weather", "input_schema": {"type": "object"}}
     body: dict[str, Any] = {"model": MODEL, "max_tokens": 2000, "extra_body": {"temperature": 0}}
@@ -149,8 +150,8 @@ def test_anthropic(live: Live) -> None:
 def test_lm_eval(pair: Pair) -> None:
     """Its own class for such servers, with the server's tokenizer: log-likelihoods are those of a direct run."""
     sys.path.append(str(LM_EVAL))
-    completions: Any = pytest.importorskip("lm_eval.models.openai_completions")
-    instances: Any = pytest.importorskip("lm_eval.api.instance")
+    completions: Any = import_module("lm_eval.models.openai_completions")
+    instances: Any = import_module("lm_eval.api.instance")
     with serving(pair) as live:
         model = completions.LocalCompletionsAPI(
             base_url=f"{live.url}/v1/completions", model=MODEL, tokenizer_backend="remote", tokenized_requests=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import json
@@ -31,6 +32,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ServeDeploySchema
 
 from gemma_mtp.backend.native import set_threads
+from gemma_mtp.cli.serve import (
+    DraftingOptions,
+    EngineOptions,
+    LimitOptions,
+    ListeningOptions,
+    LogOptions,
+    ServedPair,
+)
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -72,6 +81,28 @@ def test_as_many_replicas_as_told_do_not_scale() -> None:
     assert options["num_replicas"] == 3 and "autoscaling_config" not in options
 
 
+#: options of `gemma-mtp serve` that Serve has itself, and one whose argument says the opposite
+SERVES_OWN, OPPOSITE = {"host", "port"}, {"no_prefix_reuse": "prefix_reuse"}
+
+
+def test_there_is_an_argument_for_every_option_of_serve() -> None:
+    groups = (ListeningOptions, EngineOptions, LimitOptions, ServedPair, DraftingOptions, LogOptions)
+    names = {field.name for group in groups for field in dataclasses.fields(group)}
+    wanted = {OPPOSITE.get(name, name) for name in names - SERVES_OWN}
+    assert wanted <= set(RaySettings.model_fields)
+    for name in SERVES_OWN:
+        with pytest.raises(ServerError, match=f"there is no argument {name};"):
+            build({name: "1"})
+
+
+def test_metrics_and_pages_are_those_of_the_arguments() -> None:
+    settings = RaySettings.parse({"metrics_prefix": "vllm:", "allow_origin": "https://a.example, https://b.example"})
+    server = settings.server(())
+    assert server.metrics_prefix == "vllm:" and server.allow_origins == ("https://a.example", "https://b.example")
+    text = ask(Replicas(), path="/metrics", metrics_prefix="vllm:").text
+    assert 'vllm:ingress_retries_total{replica="ingress-1"} 0.0' in text
+
+
 def test_without_keys_only_localhost_is_answered() -> None:
     settings = RaySettings.parse({})
     assert settings.server(()).loopback_names_only and not settings.server(("key",)).loopback_names_only
@@ -90,6 +121,7 @@ def test_without_keys_only_localhost_is_answered() -> None:
         ({"max_queued_requests": "0"}, "max_queued_requests=0: "),
         ({"max_surge_percent": "101"}, "max_surge_percent=101: "),
         ({"request_seconds": "nan"}, "request_seconds=nan: "),
+        ({"metrics_prefix": "a b"}, "metrics_prefix is 'a b', but must be letters, digits and _"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], sentence: str) -> None:

@@ -4,7 +4,10 @@
     <|tool_call>call:NAME{key:<|"|>text<|"|>,n:4}<tool_call|>   a call
     <|tool_response> …                                  where a tool's answer begins, which the model leaves to others
 
-They are told by their ids, so that nobody can write them as text: the same characters in other tokens are text.
+They are told by their ids, so that nobody can write them as text: the same characters in other tokens are text. The ids
+are looked up in the checkpoint's tokenizer by these texts. In Gemma 4's they are 48 and 49 (a call), 50 and 51 (its
+answer), 52 (the quote), 100 and 101 (a thought): so says the vocabulary in vllm-mlx's `tests/test_output_router.py`.
+The syntax is that of `models/templates/gemma4.jinja` in llama.cpp, which is a copy of the checkpoints' own template.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError, missing_extra
 from gemma_mtp.locate import BUNDLED, is_hub_name
-from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, read_keys
+from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, metrics_prefix, read_keys
 from gemma_mtp.text import check_text
 
 LISTENING, ENGINE, LIMITS, LOGS = "Listening", "Engine", "Limits", "Logs"
@@ -119,7 +118,8 @@ def serve(
         )
     settings = ServerSettings(
         model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
-        api_keys=keys, public_metrics=listening.public_metrics, metrics_prefix=_prefix(listening.metrics_prefix),
+        api_keys=keys, public_metrics=listening.public_metrics,
+        metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
         loopback_names_only=not keys and not no_auth,
         allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
         draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
@@ -149,12 +149,6 @@ def _default_name(target: Path | None) -> str:
     if target is None or (str(target) == BUNDLED and not target.exists()):
         return "gemma-mtp-bundled"
     return str(target) if is_hub_name(str(target)) and not target.exists() else target.resolve().name
-
-
-def _prefix(text: str) -> str:
-    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", text):
-        raise ServerError(f"--metrics-prefix is {text!r}, but must be letters, digits and _, and end in : or _.")
-    return text
 
 
 def _check_positive(**values: float | None) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from gemma_mtp.chat.calls import NAME
 from gemma_mtp.chat.marks import TurnMarks
 from gemma_mtp.decoding.call_grammar import call_lark
-from gemma_mtp.decoding.schema import largest_multiple, without_annotations
+from gemma_mtp.decoding.schema import check_drafts, largest_multiple, without_annotations
 from gemma_mtp.decoding.schema_depth import check_depth
 from gemma_mtp.errors import SamplingError, missing_extra
 from gemma_mtp.text import is_text
@@ -41,7 +41,7 @@ MAX_MULTIPLE = 1000
 #: white space between two tokens of JSON: what printers write, and an end to a model that would write nothing else
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
 _MAX_REASON_LENGTH = 200
-#: Gemma 4's, where a grammar of calls is looked at before there is a tokenizer
+#: Gemma 4's (`chat.marks` says from where), for a grammar of calls that is looked at before there is a tokenizer
 _MARKS = TurnMarks(call=(48, 49), quote=52)
 
 
@@ -143,6 +143,7 @@ def _check_schema(source: str, name: str) -> None:
     try:
         whole = is_text(json.dumps(schema, ensure_ascii=False))
         multiple = largest_multiple(schema)
+        check_drafts(schema, name)
     except RecursionError:
         raise SamplingError(f"the {name} is nested too deeply; flatten it.") from None
     check_depth(schema, name)

@@ -9,14 +9,24 @@ value, such as `then` without `if` or `uniqueItems: false`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
+
+from gemma_mtp.errors import SamplingError
 
 #: keywords whose values are data, not schemas
 _DATA = {"const", "enum", "default", "examples", "example"}
 #: keywords whose values give a schema to each of several names
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+#: what keywords mean is said there; another place may say anything
+_META = re.compile(r"https?://json-schema\.org/")
+#: keywords of the standard's first drafts: types of their values, and what says the same now. llguidance does not know
+#: them, and what it does not know it takes for a remark
+_OLD: dict[str, tuple[tuple[type, ...], str]] = {
+    "disallow": ((str, list), "not"), "divisibleBy": ((int, float), "multipleOf"), "extends": ((dict, list), "allOf"),
+}  # fmt: skip
 #: longer names are no known format
 _LONGEST_FORMAT = 100
 
@@ -36,6 +46,18 @@ def schemas(node: Any, of_names: bool = False) -> Iterator[dict[str, Any]]:
         for key, value in node.items():
             if of_names or key not in _DATA:
                 yield from schemas(value, not of_names and key in _BY_NAME)
+
+
+def check_drafts(schema: dict[str, Any], name: str) -> None:
+    """Raise SamplingError where a schema says what drafts of the standard read differently, or have no more."""
+    for part in schemas(schema):
+        if isinstance(meta := part.get("$schema"), str) and not _META.match(meta):
+            raise SamplingError(f"the {name} has a $schema that is none of the standard's own; leave it out.")
+        for word, (types, instead) in _OLD.items():
+            if isinstance(part.get(word), types):
+                raise SamplingError(f"the {name} has {word}, which is of an early draft of JSON Schema; use {instead}.")
+        if isinstance(part.get("$ref"), str) and any(isinstance(part.get(word), str) for word in ("$id", "id")):
+            raise SamplingError(f"the {name} has $ref beside $id, which drafts read differently; leave the $id out.")
 
 
 def without_annotations(schema: dict[str, Any], is_known_format: Callable[[str], bool]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from gemma_mtp.chat.turn import TurnReader
 from gemma_mtp.engine.request import Generation, Update, merged
 from gemma_mtp.engine.result import GenerationResult, PromptLogprob, token_kinds
 from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.protocol import (
+from gemma_mtp.server.protocol import GenerationRequest
+from gemma_mtp.server.protocol_answers import (
     Answer,
     CallDelta,
     CompletionTokensDetails,
     FinishReason,
-    GenerationRequest,
     PromptTokenLogprob,
     PromptTokenLogprobs,
     PromptTokensDetails,

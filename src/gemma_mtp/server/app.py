@@ -12,13 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from gemma_mtp import __version__
 from gemma_mtp.server.answers import Answers
-from gemma_mtp.server.auth import Guard
+from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.chat_answers import ChatAnswers
 from gemma_mtp.server.completion_answers import CompletionAnswers
 from gemma_mtp.server.errors import ApiError, as_messages_error, from_validation, shutting_down
@@ -26,13 +25,9 @@ from gemma_mtp.server.limits import Intake
 from gemma_mtp.server.logs import RequestLog
 from gemma_mtp.server.messages_routes import messages_routes
 from gemma_mtp.server.openapi import BODY, describe, or_events, responses
-from gemma_mtp.server.protocol import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    Completion,
-    CompletionChunk,
-    CompletionRequest,
+from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest
+from gemma_mtp.server.protocol_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from gemma_mtp.server.protocol_others import (
     DetokenizeRequest,
     DetokenizeResponse,
     Health,
@@ -94,17 +89,10 @@ def create_app(service: Service) -> FastAPI:
 
 def _middleware(service: Service, settings: ServerSettings) -> list[Middleware]:
     """From the outside in."""
-    origins = [
-        Middleware(
-            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["*"],  # clients in pages send headers of their own, such as x-stainless-*
-            expose_headers=["X-Request-Id"],
-        )
-    ]  # fmt: skip
     return [
         Middleware(RequestLog, metrics=service.metrics),
         Middleware(Tidy),
-        *(origins if settings.allow_origins else []),
+        Middleware(for_pages, settings=settings),
         Middleware(Guard, settings=settings),
         Middleware(Intake, service=service),
     ]

@@ -1,10 +1,12 @@
-"""Who is let in: API keys, and names of this machine where there are none. Answers before a body is read."""
+"""Who is let in: API keys, names of this machine where there are none, and pages of other sites. Answers before a body
+is read."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gemma_mtp.server.errors import ApiError
@@ -56,6 +58,17 @@ class Guard:
         # all of them are compared, in full, so that the time taken tells nothing
         matches = [secrets.compare_digest(key.strip(), known) for known in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+def for_pages(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+    """The application for pages of the origins that are allowed, too, whose browsers ask before they send a request."""
+    if not settings.allow_origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=settings.allow_origins, allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],  # clients in pages send headers of their own, such as x-stainless-*
+        expose_headers=["X-Request-Id"],
+    )  # fmt: skip
 
 
 def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[bytes]:

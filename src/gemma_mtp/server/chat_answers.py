@@ -11,14 +11,14 @@ from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thou
 from gemma_mtp.engine.request import Update
 from gemma_mtp.engine.result import TokenLogprob
 from gemma_mtp.server.answers import Answers, Choice, Said, finish_reason, regions_of, token_text
-from gemma_mtp.server.protocol import (
+from gemma_mtp.server.protocol import ChatCompletionRequest
+from gemma_mtp.server.protocol_answers import (
     Answer,
     CallDelta,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChatLogprob,
     ChatLogprobs,
     ChatMessage,

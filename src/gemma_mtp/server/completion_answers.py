@@ -9,14 +9,8 @@ from gemma_mtp.chat.marks import Region
 from gemma_mtp.engine.request import Update
 from gemma_mtp.engine.result import TokenLogprob
 from gemma_mtp.server.answers import Answers, Choice, Said, finish_reason, token_text
-from gemma_mtp.server.protocol import (
-    Answer,
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from gemma_mtp.server.protocol import CompletionRequest
+from gemma_mtp.server.protocol_answers import Answer, Completion, CompletionChoice, CompletionChunk, CompletionLogprobs
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import Prompt
 

@@ -12,7 +12,8 @@ from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.protocol import GenerationRequest, JsonObjectFormat, JsonSchemaFormat
+from gemma_mtp.server.formats import JsonObjectFormat, JsonSchemaFormat
+from gemma_mtp.server.protocol import GenerationRequest
 from gemma_mtp.server.service import Service
 
 #: a field, the kind of grammar that it asks for, and its source

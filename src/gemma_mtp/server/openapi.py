@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from gemma_mtp.server.auth import is_public
-from gemma_mtp.server.protocol import ErrorResponse
+from gemma_mtp.server.protocol_others import ErrorResponse
 from gemma_mtp.server.service import Service
 
 MEANINGS = {

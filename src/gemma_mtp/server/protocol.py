@@ -1,4 +1,5 @@
-"""Requests and answers: OpenAI's fields, and ours beside them. The OpenAPI description is made from these models.
+"""Requests of completions and chat: OpenAI's fields, and ours beside them. The OpenAPI description is made from these
+models.
 
 Types are exact (no text for numbers), numbers finite, unknown fields ignored, null is the same as a field left out.
 """
@@ -7,32 +8,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
-from gemma_mtp.chat.marks import Region
 from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.sampling import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.result import TokenKind
 from gemma_mtp.server.conversation import Content, Message, Strict, Tool, ToolChoice
+from gemma_mtp.server.formats import Choices, ResponseFormat, StructuredOutputs
 
 #: a server may allow fewer
 MAX_LOGIT_BIAS = 4096
+
 #: numbers that 64 and 32 bits hold
 SEEDS, PRIORITIES = 2**63, 2**31
 
 #: -1: no limit but the server's
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
 #: lists end at their first fault, so that a large bad body makes no more errors than one
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-#: texts of which the output must be one
-Choices = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=1000)]
+
 StopText = Annotated[str, StringConstraints(min_length=1)]
+
 #: a token id as the key of a JSON object
 TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -43,42 +48,9 @@ class StreamOptions(Strict):
     )
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Strict):
-    type: Literal["json_object"]
-    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Extension: as of json_schema.")
-
-
-class JsonSchema(Strict):
-    name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(Strict):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
-
 class Prediction(Strict):
     type: Literal["content"]
     content: Content
-
-
-class StructuredOutputs(Strict):
-    """What the output must be, as vLLM's clients say it; one of these."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: Choices | None = None
-    json_object: bool | None = None
 
 
 class GenerationRequest(Strict):
@@ -202,264 +174,3 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool | None = Field(
         None, description="Extension: go on with the last message, which is the assistant's; begins no turn."
     )
-
-
-class TokenizeTextRequest(Strict):
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = Field(
-        None, description="Begin with the BOS token where the files say so; default."
-    )
-    return_token_strs: bool | None = None
-
-
-class TokenizeChatRequest(Strict):
-    """A conversation, rendered by the chat template first."""
-
-    model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    add_generation_prompt: bool | None = Field(None, description="Begin the model's turn; default.")
-    return_token_strs: bool | None = None
-
-
-TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
-
-
-class DetokenizeRequest(Strict):
-    model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    error: ErrorBody
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class CompletionTokensDetails(BaseModel):
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
-    reasoning_tokens: int = 0
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
-
-
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class RoundToken(BaseModel):
-    id: int
-    text: str
-    kind: TokenKind
-    part: Region = "text"
-
-
-class RoundReport(BaseModel):
-    """Extension: one round of one choice."""
-
-    drafted: int
-    accepted: int
-    tokens: list[RoundToken]
-    seconds: float
-
-
-class CompletionLogprobs(BaseModel):
-    """With `echo` those of the prompt come first; its first token has none."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class PromptTokenLogprob(BaseModel):
-    """Extension: of a token in a prompt's place. `rank`: 1 for the likeliest of all."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-#: of each token of a prompt, by token id: it and the likeliest ones; null for the first
-PromptTokenLogprobs = list[dict[str, PromptTokenLogprob] | None]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    prompt_logprobs: PromptTokenLogprobs | None = None
-
-
-class Answer(BaseModel):
-    """What every answer and every chunk begins with."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: Usage | None = None
-
-
-class Completion(Answer):
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-
-
-class CompletionChunk(Completion):
-    gemma_mtp: RoundReport | None = None
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ChatLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatLogprob]
-    refusal: None = None
-
-
-class MadeFunction(BaseModel):
-    name: str
-    arguments: str
-
-
-class MadeCall(BaseModel):
-    id: str
-    type: Literal["function"] = "function"
-    function: MadeFunction
-
-
-class ChatMessage(BaseModel):
-    """What is null of the last three is left out."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    refusal: None = None
-    tool_calls: list[MadeCall] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    prompt_logprobs: PromptTokenLogprobs | None = None
-
-
-class FunctionDelta(BaseModel):
-    name: str | None = None
-    arguments: str = ""
-
-
-class CallDelta(BaseModel):
-    """A call's beginning, with its id, type and name, or more of its arguments."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
-
-
-class Delta(BaseModel):
-    """What is null is left out."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[CallDelta] | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatCompletionChunk(Answer):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-    gemma_mtp: RoundReport | None = None
-
-
-class TokenizerInfo(BaseModel):
-    """Extension: what a client needs to know of the tokenizer, beside /tokenize and /detokenize."""
-
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    unk_token: str | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
-    unk_token_id: int | None
-    vocab_size: int
-    model_max_length: int
-    chat_template: str | None
-
-
-class ModelAbilities(BaseModel):
-    """Extension: whether the model can answer conversations, and whether there is a drafter for it."""
-
-    chat: bool
-    drafter: bool
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "gemma-mtp"
-    max_model_len: int
-    gemma_mtp: ModelAbilities
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    status: Literal["ok"] = "ok"

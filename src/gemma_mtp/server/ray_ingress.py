@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemma_mtp.server.auth import Guard
+from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.errors import ApiError, internal_error, retry_later
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.metrics import PREFIX
@@ -70,12 +70,13 @@ class Door(InWork):
     draining = False  # Serve sends nothing more to a process that is to end
 
     def __init__(self, settings: ServerSettings, replicas: DeploymentHandle[Any], name: str) -> None:
-        self.settings, self.metrics = settings, IngressMetrics()
+        self.settings, self.metrics = settings, IngressMetrics(settings.metrics_prefix)
         super().__init__(self.metrics.in_flight)
         self._name, self._all = name, replicas
         self._replicas = replicas.options(method_name="answer", stream=True)
         intake = Intake(self._pass_on, cast(Service, self))
-        self.app = Router(default=_with_state(Guard(intake, settings)))  # a router also answers `lifespan`
+        app = for_pages(Guard(intake, settings), settings)
+        self.app = Router(default=_with_state(app))  # a router also answers `lifespan`
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send a request whose body is read to a replica, and its answer to the client."""
@@ -215,18 +216,18 @@ def is_opening(event: bytes) -> bool:
 
 
 class IngressMetrics:
-    """Of one ingress process."""
+    """Of one ingress process; `prefix` begins their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = PREFIX) -> None:
         self.registry = CollectorRegistry()
         self.in_flight = Gauge(
-            f"{PREFIX}ingress_requests_in_flight", "Requests at the ingress.", registry=self.registry
+            f"{prefix}ingress_requests_in_flight", "Requests at the ingress.", registry=self.registry
         )
         self.retries = Counter(
-            f"{PREFIX}ingress_retries", "Requests sent to another replica: the first was lost.", registry=self.registry
+            f"{prefix}ingress_retries", "Requests sent to another replica: the first was lost.", registry=self.registry
         )
         self.broken = Counter(
-            f"{PREFIX}ingress_broken_answers", "Answers that ended with their replica.", registry=self.registry
+            f"{prefix}ingress_broken_answers", "Answers that ended with their replica.", registry=self.registry
         )
 
     def text(self) -> bytes:

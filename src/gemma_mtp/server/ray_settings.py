@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError
-from gemma_mtp.server.settings import ServerSettings
+from gemma_mtp.server.settings import ServerSettings, metrics_prefix
 
 Count = int | None
 
@@ -25,6 +25,7 @@ class RaySettings(BaseModel):
     The first block says what `gemma-mtp serve`'s options of the same names say, for each replica; paths are those of
     the machine that a replica runs on.
 
+    allow_origin           origins of pages, as text with commas between them or as a list
     api_key_file           keys, one a line, read where the processes run; None: those of GEMMA_MTP_API_KEYS
     no_auth                without keys, answer every name: else only requests to localhost are answered
     max_concurrent         requests that one ingress process holds at a time, waiting ones included
@@ -63,6 +64,8 @@ class RaySettings(BaseModel):
     api_key_file: Path | None = None
     no_auth: bool = False
     public_metrics: bool = False
+    metrics_prefix: str = ServerSettings.metrics_prefix
+    allow_origin: tuple[str, ...] = ()
     max_body_bytes: int = Field(ServerSettings.max_body_bytes, ge=1)
     max_prompt_tokens: Count = Field(None, ge=1)
     max_output_tokens: Count = Field(None, ge=1)
@@ -86,6 +89,19 @@ class RaySettings(BaseModel):
     max_surge_percent: int = Field(0, ge=0, le=100)
     health_seconds: float = Field(10.0, gt=0)
     stall_seconds: float = Field(60.0, gt=0)
+
+    @field_validator("allow_origin", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("metrics_prefix")
+    @classmethod
+    def _check_prefix(cls, text: str) -> str:
+        try:
+            return metrics_prefix(text, "metrics_prefix")
+        except ServerError as error:
+            raise ValueError(str(error).rstrip(".")) from None
 
     @model_validator(mode="after")
     def _check_together(self) -> RaySettings:
@@ -126,7 +142,8 @@ class RaySettings(BaseModel):
         """Of the ingress and of each replica: both hold to the same limits."""
         name = self.model_name or ("gemma-mtp-bundled" if self.target is None else self.target.name)
         return ServerSettings(
-            model_name=name, api_keys=keys, public_metrics=self.public_metrics,
+            model_name=name, api_keys=keys, public_metrics=self.public_metrics, metrics_prefix=self.metrics_prefix,
+            allow_origins=self.allow_origin,
             loopback_names_only=not keys and not self.no_auth, draft_tokens=self.draft_tokens,
             max_body_bytes=self.max_body_bytes, max_prompt_tokens=self.max_prompt_tokens,
             max_output_tokens=self.max_output_tokens, max_choices=self.max_choices, max_prompts=self.max_prompts,

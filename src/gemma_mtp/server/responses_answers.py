@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -25,6 +25,7 @@ from gemma_mtp.server.responses_protocol import (
     OutputItem,
     OutputMessage,
     OutputReasoning,
+    OutputSummary,
     OutputText,
     OutputThought,
     ResponseFailure,
@@ -35,7 +36,20 @@ from gemma_mtp.server.service import Service
 from gemma_mtp.server.translate import Prompt
 
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
-_TEXT, _THOUGHT, _CALL = "response.output_text", "response.reasoning_text", "response.function_call_arguments"
+_CALL = "response.function_call_arguments"
+
+
+class _Part(NamedTuple):
+    """What the events of an item's part are called, and its place among others."""
+
+    said: str
+    whole: str
+    index: str
+
+
+_TEXT = _Part("response.output_text", "response.content_part", "content_index")
+_THOUGHT = _Part("response.reasoning_text", "response.content_part", "content_index")
+_SUMMARY = _Part("response.reasoning_summary_text", "response.reasoning_summary_part", "summary_index")
 
 
 class ResponseAnswers:
@@ -50,6 +64,7 @@ class ResponseAnswers:
         self.stored = Stored(self.response, given, batch=turn.batch)
         if self.response.store:
             store.add(self.stored)
+        self._summarised = bool(body.reasoning and body.reasoning.summary)
         self._open: OutputItem | None = None
         self._count = 0
 
@@ -108,15 +123,20 @@ class ResponseAnswers:
         if not isinstance(self._open, kind):
             yield from self._begin(kind(id=_id("rs" if kind is OutputReasoning else "msg")))
             assert isinstance(self._open, OutputReasoning | OutputMessage)
-            part: Any = OutputThought() if kind is OutputReasoning else OutputText()
-            self._open.content = [part]
-            yield self._of_part("response.content_part.added", part=part.model_dump())
+            self._add_part(self._open)
+            yield self._of_part("added", self._open)
         assert isinstance(self._open, OutputReasoning | OutputMessage)
-        self._open.content[0].text += text
-        if kind is OutputReasoning:
-            yield self._of_part(f"{_THOUGHT}.delta", delta=text)
+        _said(self._open).text += text
+        yield self._of_text("delta", self._open, delta=text)
+
+    def _add_part(self, item: OutputReasoning | OutputMessage) -> None:
+        """The one part of a text or a thought; a client that has asked for a summary looks for the thought there."""
+        if isinstance(item, OutputMessage):
+            item.content = [OutputText()]
+        elif self._summarised:
+            item.summary = [OutputSummary()]
         else:
-            yield self._of_part(f"{_TEXT}.delta", delta=text, logprobs=[])
+            item.content = [OutputThought()]
 
     def _begin(self, item: OutputItem) -> Iterator[bytes]:
         yield from self._close("incomplete" if isinstance(self._open, OutputCall) else "completed")  # a broken call
@@ -133,12 +153,8 @@ class ResponseAnswers:
         if isinstance(item, OutputCall):
             yield self._of_item(f"{_CALL}.done", name=item.name, arguments=item.arguments)
         else:
-            (part,) = item.content
-            if isinstance(item, OutputReasoning):
-                yield self._of_part(f"{_THOUGHT}.done", text=part.text)
-            else:
-                yield self._of_part(f"{_TEXT}.done", text=part.text, logprobs=[])
-            yield self._of_part("response.content_part.done", part=part.model_dump())
+            yield self._of_text("done", item, text=_said(item).text)
+            yield self._of_part("done", item)
         yield self._event("response.output_item.done", output_index=self._index, item=item.model_dump())
         self._open = None
 
@@ -180,8 +196,14 @@ class ResponseAnswers:
     def _index(self) -> int:
         return len(self.response.output) - 1
 
-    def _of_part(self, kind: str, **fields: Any) -> bytes:
-        return self._of_item(kind, content_index=0, **fields)
+    def _of_part(self, kind: str, item: OutputReasoning | OutputMessage) -> bytes:
+        names = _part_of(item)
+        return self._of_item(f"{names.whole}.{kind}", **{names.index: 0}, part=_said(item).model_dump())
+
+    def _of_text(self, kind: str, item: OutputReasoning | OutputMessage, **fields: str) -> bytes:
+        names = _part_of(item)
+        logprobs: dict[str, Any] = {"logprobs": []} if names is _TEXT else {}
+        return self._of_item(f"{names.said}.{kind}", **{names.index: 0}, **fields, **logprobs)
 
     def _of_item(self, kind: str, **fields: Any) -> bytes:
         assert self._open is not None
@@ -190,6 +212,18 @@ class ResponseAnswers:
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._count = self._count, self._count + 1
         return sse(kind, json.dumps({"type": kind, "sequence_number": number, **fields}, ensure_ascii=False))
+
+
+def _said(item: OutputReasoning | OutputMessage) -> OutputText | OutputThought | OutputSummary:
+    """The one part of a text or a thought."""
+    (part,) = [*(item.summary if isinstance(item, OutputReasoning) else ()), *item.content]
+    return part
+
+
+def _part_of(item: OutputReasoning | OutputMessage) -> _Part:
+    if isinstance(item, OutputMessage):
+        return _TEXT
+    return _SUMMARY if item.summary else _THOUGHT
 
 
 def _id(prefix: str) -> str:
@@ -210,7 +244,7 @@ def _begun(body: ResponsesRequest, turn: OneTurn, service: Service) -> ModelResp
         model=service.settings.model_name,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
-        reasoning={"effort": reasoning.effort if reasoning else None, "summary": None},
+        reasoning=reasoning.model_dump() if reasoning else {"effort": None, "summary": None},
         store=body.store is not False,
         temperature=params.temperature,
         text={"format": {"type": "text"}, **text},

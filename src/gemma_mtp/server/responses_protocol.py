@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.server.conversation import Strict, ToolName, refuse_other_parts
-from gemma_mtp.server.protocol import SEEDS, JsonObjectFormat, JsonSchema, ReasoningEffort, TextFormat
+from gemma_mtp.server.formats import JsonObjectFormat, JsonSchema, TextFormat
+from gemma_mtp.server.protocol import SEEDS, ReasoningEffort
 
 
 class InputText(Strict):
@@ -51,9 +52,17 @@ class ReasoningText(Strict):
     text: str
 
 
+class ReasoningSummary(Strict):
+    type: Literal["summary_text"]
+    text: str
+
+
 class ReasoningItem(Strict):
+    """A thought; its summary counts where there is nothing else of it."""
+
     type: Literal["reasoning"]
     content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
+    summary: Annotated[list[ReasoningSummary], Field(fail_fast=True)] | None = None
 
 
 class ItemReference(Strict):
@@ -100,7 +109,9 @@ class TextOptions(Strict):
 
 class ReasoningOptions(Strict):
     effort: ReasoningEffort | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="Thoughts come whole instead.")
+    summary: Literal["auto", "detailed"] | None = Field(
+        None, description="The whole thought comes as the summary, not as content; a concise one is not offered."
+    )
 
 
 class ResponsesRequest(Strict):
@@ -156,11 +167,16 @@ class OutputThought(BaseModel):
     text: str = ""
 
 
+class OutputSummary(BaseModel):
+    type: Literal["summary_text"] = "summary_text"
+    text: str = ""
+
+
 class OutputReasoning(BaseModel):
     id: str
     type: Literal["reasoning"] = "reasoning"
     status: Status = "in_progress"
-    summary: list[str] = []
+    summary: list[OutputSummary] = []
     content: list[OutputThought] = []
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.fields import Refused
+from gemma_mtp.server.formats import TextFormat
 from gemma_mtp.server.one_turn import Names, check_extra
-from gemma_mtp.server.protocol import TextFormat
 from gemma_mtp.server.response_store import ResponseStore
 from gemma_mtp.server.responses_protocol import (
     FunctionCallItem,
@@ -101,7 +101,7 @@ def messages_of(items: Iterable[Item]) -> Iterable[dict[str, Any]]:
     for item in items:
         if isinstance(item, ReasoningItem):
             yield from _whole(turn, "content", "tool_calls")
-            turn["reasoning_content"] = "".join(part.text for part in item.content or ()) or None
+            turn["reasoning_content"] = "".join(part.text for part in item.content or item.summary or ()) or None
         elif isinstance(item, MessageItem) and item.role == "assistant":
             yield from _whole(turn, "content", "tool_calls")
             turn["content"] = _text(item.content)

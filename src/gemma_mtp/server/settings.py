@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,13 @@ class ServerSettings:
     max_stored_characters: int = 64 << 20
     metrics_prefix: str = "gemma_mtp:"
     log_text: bool = False
+
+
+def metrics_prefix(text: str, name: str) -> str:
+    """The text, if it can be before the names of metrics. Raises ServerError, which names the option by `name`."""
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*[:_]", text):
+        raise ServerError(f"{name} is {text!r}, but must be letters, digits and _, and end in : or _.")
+    return text
 
 
 def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import text_grammar
 from gemma_mtp.server.errors import ApiError, from_engine, too_long
 from gemma_mtp.server.fields import check_others
-from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, TokenizerInfo
+from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from gemma_mtp.server.protocol_others import TokenizerInfo
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
 from gemma_mtp.server.turns import callable_tools, render, thinking_of, with_turn
