@@ -265,7 +265,7 @@ def test_any_lines(
     monkeypatch.setattr(cli_options.PairOptions, "load", lambda options: pair)
     monkeypatch.chdir(tmp_path)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(LINES, max_size=6))
     @example(["/think on", "THINK", "/retry", "/edit TEXT", "/save a.json", "/reset", "/drop"])
     def check(lines: list[str]) -> None:

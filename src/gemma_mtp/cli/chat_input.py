@@ -109,7 +109,7 @@ class Editor:
         self._history = history
         self._session: Any = PromptSession(
             history=InMemoryHistory(history.lines), multiline=True, key_bindings=keys, prompt_continuation=MORE,
-            enable_open_in_editor=True,
+            enable_open_in_editor=True, reserve_space_for_menu=0,
         )  # fmt: skip
 
     def read(self, default: str = "") -> str | None:
