@@ -185,7 +185,12 @@ def test_chat_is_offered_where_there_is_a_template(page: Any, browser: Any, live
     template, pair.tokenizer.chat_template = pair.tokenizer.chat_template, None
     try:
         with opened(browser, live) as without:
-            expect(without.locator("#mode-field")).to_be_hidden()
+            expect(without.locator("#no-chat")).to_have_text("This model has no chat template: it completes text only.")
+            assert without.is_disabled('[value="chat"]') and without.is_disabled('[value="conversation"]')
+            without.goto(f"{live.url}/#mode=conversation")
+            without.reload()
+            expect(without.locator("#no-chat")).to_be_visible()
+            assert without.is_checked('[value="completion"]') and without.locator("#race").is_visible()
     finally:
         pair.tokenizer.chat_template = template
 
@@ -668,7 +673,7 @@ def test_axe_finds_nothing(browser: Any, live: Live, scheme: str) -> None:
 
 def test_the_api_says_what_the_page_must_know(live: Live, pair: Pair) -> None:
     (card,) = live.client.get("/v1/models").json()["data"]
-    assert card["gemma_mtp"] == {"chat": True, "drafter": True}
+    assert card["gemma_mtp"] == {"chat": True, "drafter": True, "thinking": False}
     expected = pair.generate(PROMPT, SamplingParams(max_tokens=12), draft_tokens=3)
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "draft_tokens": 3}
     events = live.events("/v1/completions", {**body, "stream_options": {"include_rounds": True}})

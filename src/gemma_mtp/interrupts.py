@@ -44,6 +44,28 @@ def interrupted_later() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C raises nothing; what is given tells whether it was pressed. A second one raises
+    KeyboardInterrupt."""
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield lambda: False
+        return
+    handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C raises KeyboardInterrupt. What is given tells whether it was pressed.
 

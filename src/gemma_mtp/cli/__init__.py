@@ -15,6 +15,7 @@ from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
 from gemma_mtp.cli.acceptance import acceptance
 from gemma_mtp.cli.bench_serve import bench_serve
+from gemma_mtp.cli.chat import chat
 from gemma_mtp.cli.console import print_anything
 from gemma_mtp.cli.doctor import doctor
 from gemma_mtp.cli.export import export
@@ -69,8 +70,8 @@ app = typer.Typer(
 
 
 for command in (
-    grouped(generate), grouped(score), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, export,
-    grouped(acceptance), grouped(serve), grouped(bench_serve),
+    grouped(generate), grouped(chat), grouped(score), inspect, grouped(plan), pull, grouped(doctor), grouped(train),
+    quantize, export, grouped(acceptance), grouped(serve), grouped(bench_serve),
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

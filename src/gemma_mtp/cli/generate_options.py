@@ -66,7 +66,9 @@ class DraftingOptions:
 class SamplingOptions:
     """How tokens are chosen, and when they end; the fields have SamplingParams' names."""
 
-    max_tokens: int | None = option(None, "At most so many tokens; default: 128.", "-n")
+    max_tokens: int | None = option(
+        None, "At most so many tokens; default: 128, for chat what the context holds.", "-n"
+    )
     temperature: float | None = option(None, "0 is greedy, the default.", "-t")
     top_k: int | None = option(None, "Keep the k likeliest tokens; 0: all.")
     top_p: float | None = option(None, "Keep the likeliest tokens up to this mass; 1: all.")

@@ -16,6 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from gemma_mtp import __version__
+from gemma_mtp.chat.prompt import thinking_variable
 from gemma_mtp.server.answers import Answers
 from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.chat_answers import ChatAnswers
@@ -203,7 +204,9 @@ def _card(service: Service) -> ModelCard:
         created=service.created,
         max_model_len=service.engine.max_tokens,
         gemma_mtp=ModelAbilities(
-            chat=service.tokenizer.chat_template is not None, drafter=service.engine.pair.drafter is not None
+            chat=service.tokenizer.chat_template is not None,
+            drafter=service.engine.pair.drafter is not None,
+            thinking=thinking_variable(service.tokenizer) is not None,
         ),
     )
 

@@ -75,10 +75,12 @@ class TokenizerInfo(BaseModel):
 
 
 class ModelAbilities(BaseModel):
-    """Extension: whether the model can answer conversations, and whether there is a drafter for it."""
+    """Extension: whether the model can answer conversations, whether there is a drafter for it, and whether its chat
+    template has a switch for thinking."""
 
     chat: bool
     drafter: bool
+    thinking: bool
 
 
 class ModelCard(BaseModel):

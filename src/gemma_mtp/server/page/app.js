@@ -6,6 +6,7 @@ import { apply, fragment } from "./link.js";
 import { headline, notes, outcome } from "./race.js";
 import { Curve, Replay, SLOWER, timeline } from "./replay.js";
 import { SAMPLES } from "./samples.js";
+import { Talk } from "./talk.js";
 
 const LONGEST_DRAFT = 16;
 /** Seconds of a replay that begins by itself. */
@@ -17,9 +18,14 @@ const form = element("controls");
 const curve = new Curve(element("curve"));
 let running = null; // the AbortController of what runs
 let replay = null; // of the race that is shown
+const talk = new Talk({ start: () => start(false), say, busy: () => running !== null });
 
 function choice(name) {
   return form.querySelector(`input[name="${name}"]:checked`)?.value;
+}
+
+function talking() {
+  return choice("mode") === "conversation";
 }
 
 function readOptions() {
@@ -27,6 +33,9 @@ function readOptions() {
   return {
     prompt: element("prompt").value,
     chat: choice("mode") === "chat",
+    conversation: talking(),
+    system: element("system").value.trim(),
+    thinking: talking() && element("thinking").checked && !element("thinking").disabled,
     maxTokens: element("max-tokens").valueAsNumber,
     temperature: element("temperature").valueAsNumber,
     seed: element("seed").valueAsNumber,
@@ -53,19 +62,19 @@ function setRunning(controller) {
 async function start(isRace) {
   if (running || !form.reportValidity()) return;
   const options = readOptions();
-  clear();
+  clear(options.conversation);
   if (isRace && options.draftTokens === 0) {
     element("empty").hidden = false;
     showError("A race needs drafts: choose a draft length other than 0.");
     element("draft-tokens").focus();
     return;
   }
-  if (matchMedia("(max-width: 60rem)").matches) element("results").scrollIntoView(); // it is below the options there
+  if (!options.conversation && matchMedia("(max-width: 60rem)").matches) element("results").scrollIntoView(); // it is below the options there
   history.replaceState(null, "", fragment(form));
   const controller = new AbortController();
   setRunning(controller);
   try {
-    await (isRace ? race(options, controller) : single(options, controller));
+    await kindOf(isRace, options)(options, controller);
   } catch (error) {
     await explain(error);
   } finally {
@@ -73,9 +82,25 @@ async function start(isRace) {
   }
 }
 
-/** Nothing of an earlier run is left, neither beside a new one nor beside an error. */
-function clear() {
+function kindOf(isRace, options) {
+  if (options.conversation) return answer;
+  return isRace ? race : single;
+}
+
+async function answer(options, controller) {
+  say("Running.");
+  const ending = (record) => ENDINGS[record.finishReason] ?? "ended";
+  say(await talk.send(options, ending, element("key").value, controller));
+}
+
+/** Nothing of an earlier run is left, neither beside a new one nor beside an error; a conversation leaves runs alone. */
+function clear(conversation) {
   replay?.end();
+  if (conversation) {
+    showError("");
+    say("");
+    return;
+  }
   replay = null;
   showError("");
   say("");
@@ -202,10 +227,14 @@ function askForKey() {
 async function showModel() {
   try {
     const model = await servedModel(element("key").value);
-    const { chat, drafter } = model.gemma_mtp;
+    const { chat, drafter, thinking } = model.gemma_mtp;
     element("model").textContent = model.id + (drafter ? "" : " (no drafter)");
     element("max-tokens").max = model.max_model_len;
-    element("mode-field").hidden = !chat;
+    element("no-chat").hidden = chat;
+    for (const input of form.querySelectorAll('[name="mode"]:not([value="completion"])')) input.disabled = !chat;
+    if (!chat) form.querySelector('[value="completion"]').checked = true;
+    element("thinking").disabled = !thinking;
+    showMode();
     for (const id of ["race", "draft-tokens"]) element(id).disabled = !drafter;
     showError("");
   } catch (error) {
@@ -215,7 +244,16 @@ async function showModel() {
 }
 
 function sampleText(sample) {
-  return choice("mode") === "chat" ? sample.chat : sample.completion;
+  return choice("mode") === "completion" ? sample.completion : sample.chat;
+}
+
+/** Show what belongs to the chosen mode. */
+function showMode() {
+  document.body.classList.toggle("talking", talking());
+  for (const part of document.querySelectorAll(".of-talk")) part.hidden = !talking();
+  element("prompt-label").textContent = talking() ? "Message" : "Prompt";
+  element("run").textContent = talking() ? "Send" : "Run";
+  element("run").classList.toggle("primary", talking());
 }
 
 /** A sample's prompt, and the seed and temperature that it is good with. */
@@ -227,13 +265,14 @@ function choose(sample) {
 }
 
 function renewLink() {
-  element("link").href = fragment(form);
+  for (const link of document.querySelectorAll(".link")) link.href = fragment(form);
 }
 
 function setUpLink() {
   form.addEventListener("input", renewLink);
   window.addEventListener("hashchange", () => {
     apply(form, location.hash);
+    showMode();
     renewLink();
   });
   renewLink();
@@ -252,6 +291,8 @@ function setUpSamples() {
   element("mode-field").addEventListener("change", () => {
     const shown = SAMPLES.find((sample) => [sample.chat, sample.completion].includes(prompt.value));
     if (shown) prompt.value = sampleText(shown);
+    stop();
+    showMode();
   });
 }
 
@@ -279,6 +320,7 @@ function setUpTheme() {
 /** End what runs, or the replay. */
 function stop() {
   if (running) running.abort();
+  else if (talk.giveUpEditing()) say("");
   else replay?.end();
 }
 
@@ -309,4 +351,5 @@ setUpDraftLengths();
 setUpSamples();
 setUpLink();
 setUpKeys();
+showMode();
 showModel();

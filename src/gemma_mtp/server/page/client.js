@@ -16,13 +16,18 @@ export async function servedModel(key) {
   return (await answer.json()).data[0];
 }
 
-/** The body of a streamed request. `options`: prompt, chat, maxTokens, temperature, seed, draftTokens, verification. */
+/**
+ * The body of a streamed request. `options`: prompt, chat, maxTokens, temperature, seed, draftTokens, verification, and of
+ * a conversation messages and thinking.
+ */
 export function requestBody(options) {
+  const messages = options.messages ?? [{ role: "user", content: options.prompt }];
   const asked = options.chat
-    ? { messages: [{ role: "user", content: options.prompt }], max_completion_tokens: options.maxTokens }
+    ? { messages, max_completion_tokens: options.maxTokens }
     : { prompt: options.prompt, max_tokens: options.maxTokens };
   return {
     ...asked,
+    ...(options.thinking && { reasoning_effort: "high" }),
     temperature: options.temperature,
     seed: options.seed,
     draft_tokens: options.draftTokens,

@@ -146,16 +146,20 @@ function formatMilliseconds(value) {
   return value >= 1000 ? `${(value / 1000).toFixed(2)} s` : `${Math.round(value)} ms`;
 }
 
-function make(tag, className, text = "") {
+export function make(tag, className, text = "") {
   const element = document.createElement(tag);
   element.className = className;
   element.textContent = text;
   return element;
 }
 
+export function tokenSpan({ kind, part, text }) {
+  return make("span", `token ${kind} part-${part}`, text);
+}
+
 function roundSpan(round, number) {
   const span = make("span", "round");
-  span.append(...round.tokens.map((token) => make("span", `token ${token.kind} part-${token.part}`, token.text)));
+  span.append(...round.tokens.map(tokenSpan));
   const kinds = round.tokens.map((token) => NAMES[token.kind] ?? token.kind).join(", ");
   const drafts = number ? `${round.drafted} drafted, ${round.accepted} accepted` : "the prompt";
   span.title = `Round ${number}: ${drafts}; ${formatMilliseconds(round.seconds * 1000)}\n${kinds}`;

@@ -8,6 +8,7 @@ export class Record {
   finishReason = null;
   /** Tokens of the prompt whose keys and values the server had from before. */
   cachedTokens = 0;
+  promptTokens = 0;
   /** For each draft position: in how many rounds it was reached, those before it accepted, and in how many accepted. */
   acceptance = [];
   #decodeTokens = 0;
@@ -22,6 +23,7 @@ export class Record {
       this.finishReason = choice.finish_reason ?? this.finishReason;
     }
     this.cachedTokens = chunk.usage?.prompt_tokens_details?.cached_tokens ?? this.cachedTokens;
+    this.promptTokens = chunk.usage?.prompt_tokens ?? this.promptTokens;
     const round = chunk.gemma_mtp ?? null;
     if (round) this.#addRound(round);
     return round;
@@ -56,6 +58,11 @@ export class Record {
   /** Drafts made in all decode rounds. */
   get drafted() {
     return this.rounds.slice(1).reduce((sum, round) => sum + round.drafted, 0);
+  }
+
+  /** How many of them the target accepted. */
+  get accepted() {
+    return this.rounds.slice(1).reduce((sum, round) => sum + round.accepted, 0);
   }
 
   /** Tokens a decode round, the target's own included; null without any. */
