@@ -19,7 +19,7 @@ LEVELS = {
     "families": 0, "text": 1, "chat": 1, "config": 1, "weight_types": 1, "tokenizer": 1, "ops": 1, "weights": 1,
     "datasets": 2, "model": 2, "kv": 2, "decoding": 2, "sizes": 2,
     "checkpoint": 3, "backend": 3, "interop": 4,
-    "engine": 4, "measure": 5, "training": 6, "server": 7, "cli": 8,
+    "engine": 4, "measure": 5, "recipes": 6, "training": 6, "server": 7, "cli": 8,
 }  # fmt: skip
 
 

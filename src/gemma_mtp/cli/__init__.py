@@ -25,6 +25,7 @@ from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.plan import plan
 from gemma_mtp.cli.pull import pull
 from gemma_mtp.cli.quantize import quantize
+from gemma_mtp.cli.recipe import recipe
 from gemma_mtp.cli.score import score
 from gemma_mtp.cli.serve import serve
 from gemma_mtp.cli.train import train
@@ -71,7 +72,7 @@ app = typer.Typer(
 
 for command in (
     grouped(generate), grouped(chat), grouped(score), inspect, grouped(plan), pull, grouped(doctor), grouped(train),
-    quantize, export, grouped(acceptance), grouped(serve), grouped(bench_serve),
+    quantize, export, grouped(recipe), grouped(acceptance), grouped(serve), grouped(bench_serve),
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

@@ -63,7 +63,7 @@ def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output
     pair = planned(models.model, models.drafter, models.no_drafter)
     context = _check(used, machine, pair)
     load = Load(used.sequences, context, used.draft_tokens)
-    memory, memory_from = _memory(machine)
+    memory, memory_from = memory_of(machine.memory, machine.device)
     rows = [
         _row(label, loaded, load, memory, machine.device == "cuda") for label, loaded in _choices(models, machine, pair)
     ]
@@ -151,12 +151,11 @@ def _row(label: str, loaded: Loaded, load: Load, memory: int | None, gpu: bool) 
     )  # fmt: skip
 
 
-def _memory(machine: MachineOptions) -> tuple[int | None, str]:
-    if machine.memory is not None:
-        return parse_bytes(machine.memory, "--memory"), "given"
-    if machine.device == "cuda":
-        return _gpu_memory(), "detected"
-    return total_memory(), "detected"
+def memory_of(given: str | None, device: str) -> tuple[int | None, str]:
+    """Returns the bytes that were given, or that the device has if that is known, and which of the two."""
+    if given is not None:
+        return parse_bytes(given, "--memory"), "given"
+    return _gpu_memory() if device == "cuda" else total_memory(), "detected"
 
 
 def _gpu_memory() -> int | None:

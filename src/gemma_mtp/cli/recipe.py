@@ -1,0 +1,20 @@
+"""`gemma-mtp recipe`."""
+
+from __future__ import annotations
+
+from gemma_mtp.cli.recipe_options import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions, RecipeOutput
+
+
+def recipe(
+    models: RecipeOptions, drafts: RecipeDrafts, used: RecipeLoad, machine: RecipeMachine, output: RecipeOutput
+) -> None:
+    """Print how another runtime decodes this pair on this hardware: commands, configuration, and what is lost.
+
+    Runs and downloads nothing. Says what was tried of it and with which versions, and what is not known.
+    """
+    drafts.check()
+    machine.check()
+
+    from gemma_mtp.cli import recipe_run
+
+    recipe_run.recipe(models, drafts, used, machine, output)

@@ -1,0 +1,66 @@
+"""Options of `gemma-mtp recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.option_groups import REQUIRED, argument, group, option
+from gemma_mtp.cli.options import DRAFTING, MODELS, OUTPUT
+from gemma_mtp.cli.plan_options import LOAD, MACHINE
+from gemma_mtp.errors import OptionError
+
+DEVICES = ("auto", "cpu", "cuda", "metal")
+
+
+@group(MODELS)
+class RecipeOptions:
+    """The runtime, and the pair."""
+
+    runtime: str = argument(
+        REQUIRED,
+        "vllm, sglang, tensorrt-llm, ray-serve-llm, transformers, mlx, llama.cpp, ollama, litert-lm or openvino.",
+    )
+    target: str = option(
+        "bundled", "A known name such as gemma-4-31B-it, a directory, a GGUF file, bundled, or a name on the hub."
+    )
+    drafter: str | None = option(None, options.DRAFTER)
+
+
+@group(DRAFTING)
+class RecipeDrafts:
+    """Drafts a round."""
+
+    draft_tokens: int | None = option(None, "Drafts a round (K); default: the report's, or a stated default.", "-k")
+    report: Path | None = option(None, "What `gemma-mtp acceptance --json` printed: K is what pays by it.")
+
+    def check(self) -> None:
+        if self.draft_tokens is not None and self.report is not None:
+            raise OptionError("--draft-tokens and --report both say how much to draft; give one of them.")
+
+
+@group(LOAD)
+class RecipeLoad:
+    """How the pair is used."""
+
+    sequences: int = option(4, "Sequences that decode together.", "-n")
+    context: int | None = option(None, "Tokens of each, prompt and output; default: 8192, or what there is.", "-c")
+
+
+@group(MACHINE)
+class RecipeMachine:
+    """What it is to run on."""
+
+    device: str = option("auto", "auto (this machine's), cpu, cuda or metal.")
+    memory: str | None = option(None, "Such as 24GB or 24GiB; default: this machine's, or its GPU's.")
+
+    def check(self) -> None:
+        if self.device not in DEVICES:
+            raise OptionError(f"--device is {self.device!r}, but must be {', '.join(DEVICES)}.")
+
+
+@group(OUTPUT)
+class RecipeOutput:
+    """How it is shown."""
+
+    as_json: bool = option(False, options.JSON, "--json")
