@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from models import agreeing_pair, letters, save_pair
 
-from gemma_mtp.cli import acceptance_run, app, bench_serve_run, main
+from gemma_mtp.cli import acceptance_run, application, bench_serve_run, main
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import ServerError
 from gemma_mtp.server import run as server_run
@@ -21,7 +21,7 @@ from gemma_mtp.training import run as training_run
 
 COMMANDS = {
     command.callback.__name__.replace("_", "-"): command.callback
-    for command in app.registered_commands
+    for command in application().registered_commands
     if command.callback is not None
 }
 #: what `main` says of its exit codes

@@ -12,11 +12,11 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from gemma_mtp.cli import app, main
+from gemma_mtp.cli import application, main
 from gemma_mtp.cli.option_groups import long_name
 from gemma_mtp.interrupts import INTERRUPTED, interruptible
 
-COMMANDS = [command.callback for command in app.registered_commands if command.callback is not None]
+COMMANDS = [command.callback for command in application().registered_commands if command.callback is not None]
 NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
 #: what takes from a tenth of a second to some to import
 HEAVY = ["torch", "numpy", "transformers", "tokenizers", "safetensors", "jinja2", "matplotlib", "httpx", "llguidance",
@@ -61,7 +61,8 @@ print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
     ("call", "without"),
     [
         ("main(['--version'])", ["rich.console", "rich.progress", "pydantic"]),
-        ("[main([name, '--help']) for name in ('train', 'serve')]", ["rich.progress", "pydantic"]),
+        ("main(['train', '--help'])", ["rich.progress", "pydantic", "gemma_mtp.cli.serve"]),
+        ("main(['-v', 'serve', '--help'])", ["rich.progress", "pydantic", "gemma_mtp.cli.train"]),
         ("complete('gemma-mtp train --dr')", ["rich.console", "rich.progress"]),
     ],
 )
@@ -108,7 +109,7 @@ runpy.run_module("gemma_mtp", run_name="__main__")
 
 @pytest.mark.parametrize(
     "where",
-    ["gemma_mtp.cli", "typer", "gemma_mtp.cli.train", "gemma_mtp.cli.generate_run", "torch", "torch._C", "numpy",
+    ["gemma_mtp.cli", "typer", "gemma_mtp.cli.generate", "gemma_mtp.cli.generate_run", "torch", "torch._C", "numpy",
      "torch.nn.functional", "tokenizers", "gemma_mtp.engine.engine", "gemma_mtp._native", "the end"],
 )  # fmt: skip
 def test_ctrl_c_at_any_moment_ends_with_130_and_no_traceback(where: str) -> None:

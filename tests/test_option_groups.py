@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gemma_mtp.cli import app
+from gemma_mtp.cli import application
 from gemma_mtp.cli.option_groups import REQUIRED, argument, group, grouped, option
 
 
@@ -100,7 +100,9 @@ def test_two_options_of_one_name_are_an_error() -> None:
 
 
 def test_no_command_has_many_parameters() -> None:
-    commands = [registered.callback for registered in app.registered_commands if registered.callback is not None]
+    commands = [
+        registered.callback for registered in application().registered_commands if registered.callback is not None
+    ]
     assert len(commands) >= 11
     for registered in commands:
         written = inspect.signature(inspect.unwrap(registered))

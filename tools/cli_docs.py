@@ -11,7 +11,7 @@ from unittest import mock
 
 from typer.main import get_command_name
 
-from gemma_mtp.cli import app, main
+from gemma_mtp.cli import application, main
 
 #: so that the page does not depend on the terminal
 TERMINAL = {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
@@ -32,7 +32,7 @@ on standard error that says what to do; 3 `train`'s gate refused the drafter; 4 
 @functools.cache
 def page() -> str:
     """The page's text: every command's help, without trailing blanks."""
-    callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
+    callbacks = [command.callback for command in application().registered_commands if command.callback is not None]
     commands = [get_command_name(callback.__name__) for callback in callbacks]
     parts = [INTRODUCTION]
     for command in commands:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,24 +14,15 @@ from typer.core import TyperCommand, TyperGroup
 
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
-from gemma_mtp.cli.acceptance import acceptance
-from gemma_mtp.cli.bench_serve import bench_serve
-from gemma_mtp.cli.chat import chat
 from gemma_mtp.cli.console import print_anything
-from gemma_mtp.cli.doctor import doctor
-from gemma_mtp.cli.export import export
-from gemma_mtp.cli.generate import generate
-from gemma_mtp.cli.inspect import inspect
-from gemma_mtp.cli.option_groups import grouped
-from gemma_mtp.cli.plan import plan
-from gemma_mtp.cli.pull import pull
-from gemma_mtp.cli.quantize import quantize
-from gemma_mtp.cli.recipe import recipe
-from gemma_mtp.cli.score import score
-from gemma_mtp.cli.serve import serve
-from gemma_mtp.cli.train import train
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.interrupts import INTERRUPTED, interruptible
+
+#: the commands: functions of modules that have their names
+COMMANDS = (
+    "generate", "chat", "score", "inspect", "plan", "pull", "doctor", "train", "quantize", "export", "recipe",
+    "acceptance", "serve", "bench-serve",
+)  # fmt: skip
 
 
 class Command(TyperCommand):
@@ -60,21 +52,21 @@ def _plain_flags(params: Any) -> Any:
     return params
 
 
-app = typer.Typer(
-    name="gemma-mtp",
-    cls=Commands,
-    help="Decode Gemma 4 models faster with Multi-Token-Prediction drafters, and with exactly the same output.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-for command in (
-    grouped(generate), grouped(chat), grouped(score), inspect, grouped(plan), pull, grouped(doctor), grouped(train),
-    quantize, export, grouped(recipe), grouped(acceptance), grouped(serve), grouped(bench_serve),
-):  # fmt: skip
-    app.command(cls=Command)(command)
+def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Returns the program with these commands, of which it imports the options."""
+    app = typer.Typer(
+        name="gemma-mtp",
+        cls=Commands,
+        help="Decode Gemma 4 models faster with Multi-Token-Prediction drafters, and with exactly the same output.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(common)
+    for name in commands:
+        module = name.replace("-", "_")
+        app.command(cls=Command)(getattr(importlib.import_module(f"{__name__}.{module}"), module))
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -83,7 +75,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is loaded and skipped.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version)] = False,
@@ -120,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    app = application([named] if named in COMMANDS else COMMANDS)  # the options of all take 0.05 seconds
     try:
         app(arguments, prog_name="gemma-mtp")
     except SystemExit as stop:

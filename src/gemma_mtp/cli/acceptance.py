@@ -10,8 +10,10 @@ from gemma_mtp.cli.acceptance_options import (
     PromptOptions,
     SamplingOptions,
 )
+from gemma_mtp.cli.option_groups import grouped
 
 
+@grouped
 def acceptance(
     models: ComparedPair,
     chosen: PromptOptions,

@@ -13,9 +13,11 @@ from gemma_mtp.cli.bench_serve_options import (
     ServerOptions,
     check_numbers,
 )
+from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.errors import ServerError, missing_extra
 
 
+@grouped
 def bench_serve(
     server: ServerOptions,
     load: LoadOptions,

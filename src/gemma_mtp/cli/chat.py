@@ -5,8 +5,10 @@ from __future__ import annotations
 from gemma_mtp.cli import options
 from gemma_mtp.cli.chat_options import TalkOptions
 from gemma_mtp.cli.generate_options import DraftingOptions, SamplingOptions
+from gemma_mtp.cli.option_groups import grouped
 
 
+@grouped
 def chat(talk: TalkOptions, models: options.PairOptions, drafting: DraftingOptions, sampling: SamplingOptions) -> None:
     """Talk with a model that has a chat template: /help lists what can be typed beside messages.
 

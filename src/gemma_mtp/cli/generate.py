@@ -10,9 +10,11 @@ from gemma_mtp.cli.generate_options import (
     PromptOptions,
     SamplingOptions,
 )
+from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.errors import PromptError
 
 
+@grouped
 def generate(
     source: PromptOptions,
     models: options.PairOptions,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from gemma_mtp.cli import options
+from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.plan_options import LoadOptions, MachineOptions, OutputOptions, PlannedPair
 
 
+@grouped
 def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output: OutputOptions) -> None:
     """Say what a pair takes, what fits into a memory, and what drafting would gain. Downloads nothing.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.recipe_options import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions, RecipeOutput
 
 
+@grouped
 def recipe(
     models: RecipeOptions, drafts: RecipeDrafts, used: RecipeLoad, machine: RecipeMachine, output: RecipeOutput
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import group, option
+from gemma_mtp.cli.option_groups import group, grouped, option
 from gemma_mtp.cli.options import OUTPUT, PairOptions
 from gemma_mtp.cli.score_text import TextOptions
 
@@ -16,6 +16,7 @@ class ScoreOutput:
     as_json: bool = option(False, options.JSON, "--json")
 
 
+@grouped
 def score(source: TextOptions, models: PairOptions, output: ScoreOutput) -> None:
     """Print how likely the target finds a text: each token's log-probability and rank, and the perplexity.
 

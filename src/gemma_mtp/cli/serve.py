@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import group, option
+from gemma_mtp.cli.option_groups import group, grouped, option
 from gemma_mtp.cli.options import DRAFTING, MODELS
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.settings import EngineSettings
@@ -91,6 +91,7 @@ class LogOptions:
     log_text: bool = option(False, "Log prompts and outputs, too.")
 
 
+@grouped
 def serve(
     models: ServedPair,
     drafting: DraftingOptions,

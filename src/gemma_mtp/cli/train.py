@@ -9,7 +9,7 @@ import typer
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
-from gemma_mtp.cli.option_groups import REQUIRED, group, option
+from gemma_mtp.cli.option_groups import REQUIRED, group, grouped, option
 from gemma_mtp.cli.options import DATA, MODELS, use_threads
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.locate import locate
@@ -140,6 +140,7 @@ class RunningOptions:
     tensorboard: bool = option(False, "Log to TensorBoard too (extra: train).")
 
 
+@grouped
 def train(
     models: ModelOptions,
     shape: ShapeOptions,
