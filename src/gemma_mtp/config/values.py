@@ -24,7 +24,7 @@ def field_value(raw: Mapping[str, Any], name: str, kind: type, default: Any = RE
         value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"config.json has {name} = {repr(value)[:80]}, but a {kind.__name__} was expected.")
-    if kind is int and abs(value) > LARGEST:
+    if type(value) is int and abs(value) > LARGEST:
         raise ConfigError(
             f"config.json has {name} = {str(value)[:80]}, but a number of {LARGEST} at most was expected."
         )
