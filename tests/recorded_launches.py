@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -126,6 +127,7 @@ def caches(backend: CudaBackend, lengths: Sequence[int]) -> list[KVCache]:
     return found
 
 
+@functools.cache
 def recorded(size: str, weights: str) -> set[Kernel]:
     """The kernels that decoding, drafting and prefill of one size launch."""
     record = Recorder()

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -446,7 +446,8 @@ def test_costs_follow_the_number_that_runs(pair: Pair, monkeypatch: pytest.Monke
     assert counts[0] > 1 and counts == sorted(counts, reverse=True) and counts[4:] == [1] * len(counts[4:])
     asked.clear()
     EngineThread(pair, EngineSettings(max_running=3, max_tokens=400)).warm_up()
-    assert set(asked) == {(choice, count) for choice in get_args(ChoiceKind) for count in (1, 2, 4)}
+    kinds = ("argmax", "drawn", "processed")  # what a backend does not choose itself has one kind of costs
+    assert set(asked) == {(choice, count) for choice in kinds for count in (1, 2, 4)}
 
 
 @native_only
