@@ -404,6 +404,22 @@ def test_the_ingress_refuses_before_it_asks() -> None:
     assert replicas.asked == []
 
 
+def test_errors_have_the_form_of_the_routes_clients() -> None:
+    body = ask(Replicas(), {"messages": []}, "/v1/messages", api_keys=("k",)).json()
+    assert body["type"] == "error" and body["error"]["type"] == "authentication_error"
+    stalls = Replicas([START, part(SAYS), None])
+    broken = ask(stalls, {"messages": []}, "/v1/messages", request_seconds=0.2).content
+    assert b'event: error\ndata: {"type": "error"' in broken
+
+
+def test_pages_of_allowed_origins_read_what_the_ingress_says() -> None:
+    headers = {"Origin": "https://a.example"}
+    answer = ask(Replicas(), {"prompt": "a"}, headers=headers, api_keys=("k",), allow_origins=("https://a.example",))
+    assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://a.example"
+    refused = ask(Replicas(), {"prompt": "a"}, headers=headers, api_keys=("k",))
+    assert "access-control-allow-origin" not in refused.headers
+
+
 def test_metrics_are_those_of_all_processes() -> None:
     text = ask(Replicas(), path="/metrics").text
     assert 'a_total{replica="r1"} 1.0' in text and 'a_total{replica="r2"} 2.0' in text

@@ -110,6 +110,27 @@ def test_thoughts(live: Live) -> None:
     assert message["content"][0]["text"] == "The answer STOP is 4"
 
 
+def test_thoughts_are_where_a_summary_is_asked_for(live: Live) -> None:
+    asked: dict[str, Any] = {"input": "THINK", "reasoning": {"effort": "high", "summary": "auto"}}
+    events = stream(live, **asked)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[2:5] == ["output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta"]
+    said = "".join(e["delta"] for e in events if e["type"] == "response.reasoning_summary_text.delta")
+    thought, message = events[-1]["response"]["output"]
+    assert thought["summary"] == [{"type": "summary_text", "text": said}] and thought["content"] == []
+    assert said == "Two and two STOP is four" and message["content"][0]["text"] == "The answer STOP is 4"
+    whole = create(live, **asked)
+    assert comparable(whole) == comparable(events[-1]["response"])
+    user = {"role": "user", "content": "THINK"}
+    tokens = [
+        create(live, input=[user, *items, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                            {"type": "function_call_output", "call_id": "c", "output": "x"}])["usage"]["input_tokens"]
+        for items in ([], [{**thought, "summary": []}], [thought], [{**thought, "content": [
+            {"type": "reasoning_text", "text": said}], "summary": []}])
+    ]  # fmt: skip
+    assert tokens[0] == tokens[1] < tokens[2] == tokens[3]  # a thought before a call is rendered, from either place
+
+
 def test_a_round_trip_of_a_tool_that_is_gone_on_with(client: openai.OpenAI) -> None:
     tools: Any = [{**WEATHER, "strict": False}]
     first = client.responses.create(model=MODEL, input="WEATHER", tools=tools, temperature=0)
@@ -219,6 +240,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": {"id": "p"}}, "prompt", "input"),
     ({"tools": [{"type": "web_search"}]}, "tools", "function"),
     ({"tools": [WEATHER, WEATHER]}, "tools", "several tools"),
+    ({"reasoning": {"summary": "concise"}}, "reasoning.summary", "auto"),
     ({"input": []}, "input", "1 or more"), ({"input": [{"type": "computer_call"}]}, "input", "must be one of"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "no images"),
     ({"input": "word " * 5000}, "input", "maximum context length"),

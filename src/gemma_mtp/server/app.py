@@ -21,7 +21,7 @@ from gemma_mtp.server.answers import Answers
 from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.chat_answers import ChatAnswers
 from gemma_mtp.server.completion_answers import CompletionAnswers
-from gemma_mtp.server.errors import ApiError, as_messages_error, from_validation, shutting_down
+from gemma_mtp.server.errors import ApiError, from_validation, shutting_down
 from gemma_mtp.server.limits import Intake
 from gemma_mtp.server.logs import RequestLog
 from gemma_mtp.server.messages_routes import messages_routes
@@ -227,9 +227,7 @@ async def _answer_validation_error(request: Request, error: Exception) -> JSONRe
 
 def _error_response(request: Request, error: ApiError) -> JSONResponse:
     """In the form of the route's clients."""
-    if not request.url.path.startswith("/v1/messages"):
-        return error.response()
-    return JSONResponse(as_messages_error(error), error.status_code, error.headers)
+    return error.response(request.url.path)
 
 
 async def _index(page: Path) -> FileResponse:

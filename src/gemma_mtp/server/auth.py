@@ -32,7 +32,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self.app if refusal is None else refusal.response())(scope, receive, send)
+        await (self.app if refusal is None else refusal.response(scope["path"]))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]

@@ -28,6 +28,8 @@ KINDS: dict[int, tuple[str, str]] = {
 }
 #: field errors that one message names, where a value fits none of several forms
 MAX_DETAILS = 3
+#: where Anthropic's clients ask
+MESSAGES = "/v1/messages"
 
 
 class ApiError(HTTPException):
@@ -52,8 +54,12 @@ class ApiError(HTTPException):
             "error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code or code},
         }
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status_code, self.headers)
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The body in the form of a route's clients."""
+        return as_messages_error(self) if path.startswith(MESSAGES) else self.body
+
+    def response(self, path: str = "") -> JSONResponse:
+        return JSONResponse(self.body_at(path), self.status_code, self.headers)
 
 
 def as_messages_error(error: ApiError) -> dict[str, Any]:

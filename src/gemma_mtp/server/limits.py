@@ -34,7 +34,7 @@ class Intake:
         try:
             self._admit()
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         with self.service.in_work():
             await self._serve(scope, receive, send)
@@ -50,7 +50,7 @@ class Intake:
         try:
             body = await self._read(scope, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         if body is None:
             note(scope, left=True)

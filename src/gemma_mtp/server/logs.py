@@ -117,7 +117,7 @@ class RequestLog:
         except Exception:
             self._write(logging.ERROR, "a request failed", {"request_id": request_id}, exc_info=True)
             if status == LEFT:
-                await internal_error().response()(scope, receive, send_with_id)
+                await internal_error().response(scope["path"])(scope, receive, send_with_id)
         finally:
             self._finish(scope, request_id, fields.pop("left", False), status, time.perf_counter() - started, fields)
 

@@ -21,7 +21,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_mtp.server.auth import Guard, for_pages
-from gemma_mtp.server.errors import ApiError, internal_error, retry_later
+from gemma_mtp.server.errors import MESSAGES, ApiError, internal_error, retry_later
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_routing import conversation_of
@@ -84,7 +84,7 @@ class Door(InWork):
             await send({"type": "websocket.close"})
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        sender = Sender(send)
+        sender = Sender(send, path)
         try:
             if path == "/metrics" and scope["method"] == "GET":
                 await self._answer_metrics(sender)
@@ -160,8 +160,8 @@ class Door(InWork):
 class Sender:
     """Sends an answer, but holds its beginning back until it says something, so that another replica may begin anew."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self._held, self._events = send, list[Message](), False
+    def __init__(self, send: Send, path: str) -> None:
+        self._send, self._path, self._held, self._events = send, path, list[Message](), False
         self.started = False
 
     async def send(self, message: Message) -> None:
@@ -197,11 +197,13 @@ class Sender:
 
         Raises the error where neither can be, and the server then cuts the connection.
         """
-        body = json.dumps(error.body).encode()
+        body = json.dumps(error.body_at(self._path)).encode()
         if not self.started:
             await self.answer(error.status_code, b"application/json", body, error.headers)
         elif self._events:
-            await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            name = b"event: error\n" if self._path.startswith(MESSAGES) else b""
+            event = name + b"data: " + body + b"\n\n"
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             raise error
 

@@ -6,7 +6,8 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -39,7 +40,8 @@ _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 _CALL = "response.function_call_arguments"
 
 
-class _Part(NamedTuple):
+@dataclass(frozen=True)
+class _Part:
     """What the events of an item's part are called, and its place among others."""
 
     said: str
@@ -216,8 +218,9 @@ class ResponseAnswers:
 
 def _said(item: OutputReasoning | OutputMessage) -> OutputText | OutputThought | OutputSummary:
     """The one part of a text or a thought."""
-    (part,) = [*(item.summary if isinstance(item, OutputReasoning) else ()), *item.content]
-    return part
+    if isinstance(item, OutputReasoning) and item.summary:
+        return item.summary[0]
+    return item.content[0]
 
 
 def _part_of(item: OutputReasoning | OutputMessage) -> _Part:
