@@ -70,10 +70,10 @@ def test_thoughts_are_no_part_of_the_output(talk: Talk) -> None:
 def test_a_drafted_conversation_is_the_plain_one(quality: Quality) -> None:
     """Over turns, dropped ones and repeated ones, every token and every message, greedy and drawn."""
 
+    pair = table_pair(quality)
+
     def conversation(drafts: DraftTokens, temperature: float) -> tuple[list[list[int]], list[dict[str, str]]]:
-        session = Session(
-            table_pair(quality), SamplingParams(max_tokens=24, temperature=temperature, seed=3), drafts, context=400
-        )
+        session = Session(pair, SamplingParams(max_tokens=16, temperature=temperature, seed=3), drafts, context=400)
         tokens = []
         for text in ("TEXT", "THINK", "hello there", "/drop", "TEXT TEXT", "/retry", "THINK"):
             if text == "/drop":
@@ -265,7 +265,7 @@ def test_any_lines(
     monkeypatch.setattr(cli_options.PairOptions, "load", lambda options: pair)
     monkeypatch.chdir(tmp_path)
 
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(LINES, max_size=6))
     @example(["/think on", "THINK", "/retry", "/edit TEXT", "/save a.json", "/reset", "/drop"])
     def check(lines: list[str]) -> None:

@@ -72,6 +72,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("fuzz")
     save_pair(root, *agreeing_pair(3))
     letters(root / "target")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (root / "target" / "chat_template.jinja").write_text(template)
     files = {"empty": b"", "latin": b"caf\xe9", "zeros": b"\0" * 64, "text": b"AB AB AB", "bom": b"\xef\xbb\xbfAB",
              "bad.jsonl": b'{"text": 3}\n', "good.jsonl": b'{"text": "ABABABAB"}\n',
              "half.jsonl": b'{"text": "\\ud83d"}', "deep.json": b"[" * 100_000,
@@ -110,10 +112,11 @@ def arguments(draw: st.DrawFn, command: str) -> list[str]:
     """Options of the command with values of all kinds, in any order."""
     base = {
         "generate": ["--target", "target", "-n", "3"], "acceptance": ["--target", "target", "--drafter", "drafter"],
-        "serve": ["--target", "target", "--port", "0"],
+        "chat": ["--target", "target", "-n", "3"], "serve": ["--target", "target", "--port", "0"],
         "train": ["--target", "target", "--out", "out", "--data", "text"],
     }.get(command, [])  # fmt: skip
-    drawn: list[str] = list(base) if draw(st.integers(0, 3)) else []
+    # the bundled pair's answers are as long as its context
+    drawn: list[str] = list(base) if draw(st.integers(0, 3)) or command == "chat" else []
     for _ in range(draw(st.integers(0, 4))):
         drawn += draw(st.tuples(st.sampled_from(names_of(command)), VALUES) | st.tuples(VALUES))
     return drawn

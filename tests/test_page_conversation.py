@@ -97,9 +97,18 @@ def test_thoughts_are_folded_and_no_part_of_what_goes_on(talk: Any) -> None:
     expect(thought).to_be_hidden()
     talk.click(".thought summary")
     expect(thought).to_have_text(THOUGHT)
+    inks = talk.locator(".thinking, .thinking .token").evaluate_all("all => all.map(e => getComputedStyle(e).color)")
+    assert len(inks) > 3 and len(set(inks)) == 1, "thoughts are dimmed, however their tokens came about"
     talk.uncheck("#thinking")
     send(talk, "THINK")
     assert "reasoning_effort" not in sent[1] and sent[1]["messages"][1]["content"] == ANSWER
+    talk.check("#thinking")
+    talk.fill("#max-tokens", "3")
+    talk.click("#new")
+    send(talk, "THINK")
+    assert outputs(talk) == [""] and "ended at the token limit" in talk.text_content(".lane-state")
+    send(talk, "THINK")  # goes on after an answer without text
+    assert sent[-1]["messages"][1] == {"role": "assistant", "content": ""}
 
 
 @browser_test
