@@ -311,8 +311,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x" * 9000], "but the target takes at most 2047"),
         (["x", "--no-drafter", "--compare"], "--compare needs a drafter"),
         (["x", "--no-drafter", "--drafter", "d"], "exclude each other"),
-        (["x", "--target", "/absent"], "checkpoint directory /absent does not exist"),
-        (["x", "--drafter", "/absent"], "checkpoint directory /absent does not exist"),
+        (["x", "--target", "/absent"], "checkpoint /absent does not exist"),
+        (["x", "--drafter", "/absent"], "checkpoint /absent does not exist"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,3 +287,11 @@ def test_pull_takes_names_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'gemma' is no name on the Hugging Face hub" in refused(capsys, ["pull", "gemma"])
     both = ["pull", NAME, "--drafter", NAME, "--no-drafter"]
     assert "--drafter and --no-drafter exclude each other" in refused(capsys, both)
+
+
+def test_a_wrong_path_names_every_kind_of_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "notes.txt"):
+        assert main(["inspect", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and "Hugging Face layout, or a GGUF file" in error and error.count("\n") == 1

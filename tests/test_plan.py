@@ -115,7 +115,7 @@ def test_what_native_operators_keep_beside_the_weights() -> None:
             if t.untyped_storage().data_ptr() not in own
         }
         scalars = 4 * config.text.num_hidden_layers  # a number each, which is no tensor
-        assert sum(kept.values()) == native_copies(config, WeightTypes(), 2) - scalars
+        assert sum(kept.values()) == native_copies(config, 2) - scalars
 
 
 @pytest.mark.parametrize(("sequences", "context"), [(1, 40), (3, 200), (8, 1000)])

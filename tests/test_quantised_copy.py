@@ -278,7 +278,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(("arguments", "message"), [
     (["generate", "x", "--quantize", "int5"], "quantize 'int5' is not known; use none, int8, int4, q8_0, or PART=KIND"),
     (["generate", "x", "--quantize", "head=int8"], "the parts are target, embeddings, drafter, drafter-head"),
-    (["quantize", "/absent", "--out", "y"], "checkpoint directory /absent does not exist"),
+    (["quantize", "/absent", "--out", "y"], "checkpoint /absent does not exist"),
 ])  # fmt: skip
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

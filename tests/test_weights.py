@@ -171,6 +171,48 @@ def test_a_change_of_dtype_leaves_what_is_held(form: type[Weight]) -> None:
     assert {name.split(".")[-1] for name in layer.state_dict()} == set(before)
 
 
+@pytest.mark.parametrize("form", ALL)
+@torch.inference_mode()
+def test_a_matrix_with_its_rows_in_another_order(form: type[Weight]) -> None:
+    """Whatever is asked of it is answered as before, and it takes no more memory; in every format, and back."""
+    table = Embedding(144, 128).bfloat16()
+    table.weight.copy_(randn(144, 128))
+    table.convert_(form)
+    before, order, x = table.stored, torch.randperm(144, generator=torch.Generator().manual_seed(3)), randn(3, 128)
+    table.order_rows_(order)
+    stored, ids, picked = table.stored, torch.tensor([[143, 0], [7, 7]]), torch.tensor([[1, 5], [2, 2], [143, 0]])
+    assert torch.equal(table.lying.dense(), before.dense()[order])
+    assert (stored.shape, stored.dtype, stored.quantised) == (before.shape, before.dtype, before.quantised)
+    assert stored.nbytes == before.nbytes == sum(tensor.nbytes for tensor in (*table.parameters(), *table.buffers()))
+    assert torch.equal(table(ids), before.rows(ids))
+    assert torch.equal(stored.dense(), before.dense()) and torch.equal(stored.values(), before.values())
+    assert all(torch.equal(tensor, before.saved("w")[name]) for name, tensor in stored.saved("w").items())
+    assert torch.equal(stored[ids].values(), before[ids].values())
+    assert torch.equal(stored[3:40].dense(), before[3:40].dense())
+    for one, other in zip(stored.split([100, 44]), before.split([100, 44]), strict=True):
+        assert torch.equal(one.dense(), other.dense())
+    x = x.to(before.values().dtype)
+    torch.testing.assert_close(stored.linear(x), before.linear(x))
+    assert torch.equal(stored.gathered_linear(x, picked), before.gathered_linear(x, picked))
+    lying = table.lying.kept()
+    table.order_rows_(order.clone())  # as another backend of the same model does
+    assert all(tensor.data_ptr() == lying[name].data_ptr() for name, tensor in table.lying.kept().items())
+    table.order_rows_(order.flip(0))
+    assert torch.equal(table.stored.dense(), before.dense())
+    stored.copy_(other := randn(144, 128, seed=2).bfloat16())
+    assert torch.equal(stored.dense(), form.of(Dense(other)).dense())
+
+
+@torch.inference_mode()
+def test_a_matrix_in_another_order_can_be_quantised() -> None:
+    table = Embedding(144, 128).bfloat16()
+    table.weight.copy_(randn(144, 128))
+    expected = Int8.of(table.stored).values()
+    table.order_rows_(torch.arange(144).flip(0))
+    table.quantise_("int8")
+    assert isinstance(table.stored, Int8) and torch.equal(table.stored.values(), expected)
+
+
 def test_matrices_finds_every_one() -> None:
     target = random_target(config=TINY)
     expected = [each for each in target.modules() if isinstance(each, Matrix)]

@@ -9,13 +9,16 @@ from typing import Any
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.replace import replace_file
 
+#: what a checkpoint may be
+EXPECTED = "a directory in the Hugging Face layout, or a GGUF file, whose name ends in .gguf"
+
 
 def existing(directory: str | Path) -> Path:
     """The directory as a path. Raises CheckpointError where it is none."""
     path = Path(directory)
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"checkpoint directory {path} {what}; give a directory in the Hugging Face layout.")
+        what = "is a file of another kind" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}; give {EXPECTED}.")
     return path
 
 
@@ -25,7 +28,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.parent} has no {path.name}; give a directory in the Hugging Face layout."
+            f"{path.parent} has no {path.name}; give"
+            f" {EXPECTED if path.name == 'config.json' else 'a directory in the Hugging Face layout'}."
         ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(

@@ -203,7 +203,7 @@ class DrafterStack:
             self._ordering = head.token_ordering.contiguous()
             centroids = memory.matrix(head.centroids.stored)
             draft.centroids = _native.Centroids(config.num_centroids, head.top_k, centroids, int64s(self._ordering))
-            stack.head = memory.matrix(drafter.head.stored[self._ordering])  # cluster by cluster: each is one block
+            stack.head = memory.ordered(drafter.head, self._ordering)  # cluster by cluster: each is one block
         layers = [_layer(memory, cast(DecoderLayer, layer), text, i, i) for i, layer in enumerate(drafter.layers)]
         draft.pre_projection = memory.multiplied(drafter.pre_projection)
         draft.post_projection = memory.multiplied(drafter.post_projection)

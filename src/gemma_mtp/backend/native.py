@@ -77,7 +77,7 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 def readable(model: nn.Module) -> bool:
     """Whether every matrix of a model is kept in a format that the module reads."""
-    return all(matrix.stored.native() is not None for matrix in matrices(model))
+    return all(matrix.lying.native() is not None for matrix in matrices(model))
 
 
 @dataclass
@@ -101,6 +101,11 @@ class Memory:
         """The weight of a linear layer or a head, which the model keeps in panels from now on where it fits."""
         matrix.convert_(Panels)
         return self.matrix(matrix.stored)
+
+    def ordered(self, matrix: Matrix, order_V: Tensor) -> _native.Weight:
+        """The weight with its rows in this order, which the model keeps them in from now on."""
+        matrix.order_rows_(order_V)
+        return self.matrix(matrix.lying)
 
     def vector(self, tensor: Tensor | None) -> Floats:
         """Address of a float32 vector; 0 for none."""

@@ -63,7 +63,7 @@ class Loaded:
         return self._copies(self.target)
 
     def _copies(self, config: TargetConfig | DrafterConfig) -> int:
-        return native_copies(config, self.types, self.dense_bytes) if self.operators == "native" else 0
+        return native_copies(config, self.dense_bytes) if self.operators == "native" else 0
 
     def tokenizer_bytes(self) -> int:
         return self.target.text.vocab_size * TOKENIZER_BYTES if self.tokenizer else 0

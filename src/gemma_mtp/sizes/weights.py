@@ -89,15 +89,10 @@ def weight_bytes(config: TargetConfig | DrafterConfig, types: WeightTypes, dense
     return sum(shape.nbytes(types, dense_bytes) for shape in shapes_of(config))
 
 
-def native_copies(config: TargetConfig | DrafterConfig, types: WeightTypes, dense_bytes: int) -> int:
-    """Returns what the native operators keep beside the weights: vectors as float32, and the head of a drafter with
-    centroids once more, cluster by cluster."""
-    shapes = shapes_of(config)
+def native_copies(config: TargetConfig | DrafterConfig, dense_bytes: int) -> int:
+    """Returns what the native operators keep beside the weights: vectors as float32."""
     wide = 0 if dense_bytes == 4 else 4
-    copied = sum(shape.numel * wide for shape in shapes if shape.kind == "vector")
-    if isinstance(config, DrafterConfig) and config.use_ordered_embeddings:
-        copied += next(shape for shape in shapes if shape.part == "drafter-head").nbytes(types, dense_bytes)
-    return copied
+    return sum(shape.numel * wide for shape in shapes_of(config) if shape.kind == "vector")
 
 
 def target_read_bytes(config: TargetConfig, types: WeightTypes, dense_bytes: int, rows: int) -> float:

@@ -32,7 +32,7 @@ class Weight(ABC):
     #: the format's name
     format: ClassVar[str]
     #: whether making the format rounds values
-    quantised: ClassVar[bool] = False
+    quantised: bool = False
 
     @classmethod
     @abstractmethod

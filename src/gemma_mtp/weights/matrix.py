@@ -12,6 +12,7 @@ from gemma_mtp.weight_types import Quantisation
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.dense import Dense
 from gemma_mtp.weights.formats import QUANTISED
+from gemma_mtp.weights.ordered import Ordered
 
 
 class Held(nn.Module):
@@ -46,10 +47,16 @@ class Matrix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         self.held: Held | None = None
+        self._order: Tensor | None = None
 
     @property
     def stored(self) -> Weight:
-        """The weight as it is kept in memory."""
+        """The weight, in whatever format and order it is kept."""
+        return self.lying if self._order is None else Ordered(self.lying, self._order)
+
+    @property
+    def lying(self) -> Weight:
+        """The weight as it lies in memory: in another order of rows after `order_rows_`."""
         return Dense(self.weight) if self.held is None else self.held.weight
 
     @property
@@ -66,8 +73,12 @@ class Matrix(nn.Module):
         after."""
         stored = self.stored
         if stored.format != form.format and form.fits(stored):
-            self.held = Held(form.of(stored))
-            self._parameters.pop("weight", None)
+            self._hold(form.of(stored))
+
+    def order_rows_(self, order_V: Tensor) -> None:
+        """Keep the rows in this order from now on: first row `order_V[0]`. It can not be trained after."""
+        if self._order is None or not torch.equal(self._order, order_V):
+            self._hold(self.stored[order_V], order_V)
 
     def quantise_(self, kind: Quantisation) -> None:
         """Quantise the weight where its columns allow; it can not be trained after. On "meta", only make room."""
@@ -76,8 +87,15 @@ class Matrix(nn.Module):
     def dequantise_(self) -> None:
         """Make the weight dense again: of the values that it is multiplied as, rounded to its dtype."""
         if self.held is not None:
-            self.weight = nn.Parameter(self.stored.dense(), requires_grad=False)
-            self.held = None
+            self._hold(Dense(self.stored.dense()))
+
+    def _hold(self, weight: Weight, order_V: Tensor | None = None) -> None:
+        self._parameters.pop("weight", None)
+        self.held, self._order = None, order_V
+        if isinstance(weight, Dense):
+            self.weight = nn.Parameter(weight.tensor.detach(), requires_grad=False)
+        else:
+            self.held = Held(weight)
 
 
 class Linear(Matrix):

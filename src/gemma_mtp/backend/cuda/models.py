@@ -196,10 +196,9 @@ class PairCalls:
 
 
 def _centroids(drafter: Drafter, head: CentroidHead) -> DeviceCentroids:
-    ordering = head.token_ordering
-    return DeviceCentroids(
-        of_module(head.centroids), device_weight(drafter.head.stored[ordering]), ordering.contiguous(), head.top_k
-    )
+    ordering = head.token_ordering.contiguous()
+    drafter.head.order_rows_(ordering)
+    return DeviceCentroids(of_module(head.centroids), device_weight(drafter.head.lying), ordering, head.top_k)
 
 
 def _rounded(value: float) -> float:
