@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
-from gemma_mtp.checkpoint.source import StoredTensor
 from gemma_mtp.errors import CheckpointError, ConfigError
+from gemma_mtp.files.headers import StoredTensor
 
 ARCHITECTURE = "general.architecture"
 #: names of the architectures: llama.cpp's, and for drafters those of older files
