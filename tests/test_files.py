@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gemma_mtp.checkpoint.pieces import TORCH_DTYPES, read_pieces
-from gemma_mtp.checkpoint.source import StoredTensor
-from gemma_mtp.checkpoint.tensor_files import headers_of, load_tensors, save_tensors
+from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.pieces import PieceFile
 from gemma_mtp.files.replace import new_directory, replace_file
 from gemma_mtp.files.safetensors import SafetensorsWriter, read_header, shards
@@ -64,7 +64,7 @@ def test_pieces_are_rows(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     path = tmp_path_factory.mktemp("rows") / "file"
     tensor = torch.randn(shape)
     save_tensors(path, {"other": torch.ones(3), "x": tensor, "y": torch.zeros(2)})
-    stored = headers_of(path, read_header(path).entries)["x"]
+    stored = read_header(path).tensors["x"]
     first = data.draw(st.integers(0, shape[0]))
     rows = slice(first, data.draw(st.integers(first, shape[0])))
     whole, some = read_pieces([(stored, None), (stored, rows)])
@@ -122,7 +122,7 @@ def read_by_the_library(path: Path) -> dict[str, Any] | None:
 
 def read_by_us(path: Path) -> dict[str, Any] | None:
     try:
-        return {name: (each.dtype, list(each.shape)) for name, each in read_header(path).entries.items()}
+        return {name: (each.dtype, list(each.shape)) for name, each in read_header(path).tensors.items()}
     except CheckpointError as error:
         message = str(error)
     assert message.startswith(f"{path} can not be read as safetensors (")
@@ -178,7 +178,7 @@ def test_damaged_headers_are_read_as_the_library_reads_them(tmp_path: Path) -> N
 
 def test_a_file_that_is_cut_off_after_it_was_opened(tmp_path: Path) -> None:
     save_tensors(tmp_path / "file", {"x": torch.ones(1000)})
-    stored = headers_of(tmp_path / "file", read_header(tmp_path / "file").entries)["x"]
+    stored = read_header(tmp_path / "file").tensors["x"]
     os.truncate(tmp_path / "file", 2000)
     with pytest.raises(CheckpointError, match=r"file ends at byte 2000, but 4000 bytes from \d+ on were expected"):
         list(read_pieces([(stored, None)]))
@@ -191,7 +191,7 @@ def test_a_file_that_is_cut_off_after_it_was_opened(tmp_path: Path) -> None:
 
 def test_a_dtype_that_pytorch_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(raw_file({"a": entry(0, 2, "F4", (4,))}, 2))
-    stored = headers_of(tmp_path / "file", read_header(tmp_path / "file").entries)["a"]
+    stored = read_header(tmp_path / "file").tensors["a"]
     with pytest.raises(CheckpointError, match="stores a as F4, which can not be read"):
         list(read_pieces([(stored, None)]))
 
@@ -200,7 +200,7 @@ def test_pieces_of_several_files_in_turn(tmp_path: Path) -> None:
     stored: list[StoredTensor] = []
     for i in range(2):
         save_tensors(tmp_path / str(i), {"x": torch.full((3,), float(i))})
-        stored.append(headers_of(tmp_path / str(i), read_header(tmp_path / str(i)).entries)["x"])
+        stored.append(read_header(tmp_path / str(i)).tensors["x"])
     values = list(read_pieces((stored[i % 2], None) for i in range(4)))
     assert [value.tolist() for value in values] == [[0.0] * 3, [1.0] * 3] * 2
 

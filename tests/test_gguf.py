@@ -49,11 +49,11 @@ def test_a_header_is_what_the_package_wrote(tmp_path: Path) -> None:
     header = read_header(tmp_path / "file.gguf")
     assert header.metadata == {"general.architecture": "gemma4", **METADATA}
     content = (tmp_path / "file.gguf").read_bytes()
-    assert list(header.entries) == list(tensors)
-    for name, entry in header.entries.items():
+    assert list(header.tensors) == list(tensors)
+    for name, entry in header.tensors.items():
         assert entry.shape == tensors[name].shape
         assert content[entry.offset : entry.offset + entry.nbytes] == tensors[name].tobytes()
-    assert {name: entry.dtype for name, entry in header.entries.items()} == {
+    assert {name: entry.dtype for name, entry in header.tensors.items()} == {
         "token_embd.weight": "F32", "b": "F32", "c.half": "F16", "d": "I32",
     }  # fmt: skip
 
@@ -106,8 +106,8 @@ def split(tmp_path: Path) -> list[Path]:
 def test_a_split_file_is_one(split: list[Path]) -> None:
     first, second = (read_header(file) for file in split)
     assert first == second
-    assert set(first.entries) == set(some_tensors())
-    assert {entry.file for entry in first.entries.values()} == set(split)
+    assert set(first.tensors) == set(some_tensors())
+    assert {entry.file for entry in first.tensors.values()} == set(split)
     assert first.metadata["a.text"] == METADATA["a.text"]
 
 
@@ -226,7 +226,7 @@ def test_crafted_files_are_sound_otherwise(tmp_path: Path) -> None:
         tensor("a"), tensor("b", (2, 0), offset=32), pairs=(text("general.alignment") + struct.pack("<II", 4, 32),)
     )
     (tmp_path / "file.gguf").write_bytes(content)
-    assert {name: entry.shape for name, entry in read_header(tmp_path / "file.gguf").entries.items()} == {
+    assert {name: entry.shape for name, entry in read_header(tmp_path / "file.gguf").tensors.items()} == {
         "a": (4,), "b": (0, 2),
     }  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_damage_gives_a_header_or_a_typed_error(
         header = read_header(path)
     except CheckpointError:
         return
-    assert all(entry.offset + entry.nbytes <= len(content) for entry in header.entries.values())
+    assert all(entry.offset + entry.nbytes <= len(content) for entry in header.tensors.values())
 
 
 # -- blocks

@@ -218,7 +218,7 @@ def test_fused_and_divided_tensors(tmp_path: Path) -> None:
         changed[f"blk.{layer}.ffn_up_exps.weight"] = np.ascontiguousarray(both[:, width:]), "F32"
         changed[f"blk.{layer}.ffn_gate_up_exps.weight"] = None
     rewritten(whole, other, changed)
-    names = read_header(other).entries
+    names = read_header(other).tensors
     assert "blk.0.attn_qkv.weight" in names
     assert "blk.0.attn_q.weight" not in names
     same_weights(load_target(other, torch.float32, strict=True).checkpoint_tensors(), moe.checkpoint_tensors())
@@ -253,7 +253,7 @@ def test_a_tensor_of_another_shape(wide: Path, tmp_path: Path) -> None:
 def test_damaged_files_give_typed_errors(wide: Path, data: st.DataObject) -> None:
     """Whatever bits are flipped before the tensors, and wherever the file is cut off."""
     content = bytearray((wide / "drafter.gguf").read_bytes())
-    end = min(entry.offset for entry in read_header(wide / "drafter.gguf").entries.values())
+    end = min(entry.offset for entry in read_header(wide / "drafter.gguf").tensors.values())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(24, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     cut = data.draw(st.one_of(st.none(), st.integers(0, len(content))))

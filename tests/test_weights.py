@@ -62,7 +62,7 @@ def test_a_weight_takes_values_where_it_lies(form: type[Weight]) -> None:
     places = [tensor.data_ptr() for tensor in weight.kept().values()]
     weight.copy_(other)
     assert [tensor.data_ptr() for tensor in weight.kept().values()] == places
-    assert torch.equal(weight.dense(), form.of(Dense(other)).dense())
+    assert torch.equal(weight.dense(), form.of(Dense(newer)).dense())
 
 
 @pytest.mark.parametrize("form", ALL)
@@ -199,8 +199,8 @@ def test_a_matrix_with_its_rows_in_another_order(form: type[Weight]) -> None:
     assert all(tensor.data_ptr() == lying[name].data_ptr() for name, tensor in table.lying.kept().items())
     table.order_rows_(order.flip(0))
     assert torch.equal(table.stored.dense(), before.dense())
-    stored.copy_(other := randn(144, 128, seed=2).bfloat16())
-    assert torch.equal(stored.dense(), form.of(Dense(other)).dense())
+    stored.copy_(newer := randn(144, 128, seed=2).bfloat16())
+    assert torch.equal(stored.dense(), form.of(Dense(newer)).dense())
 
 
 @torch.inference_mode()

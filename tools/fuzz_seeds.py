@@ -90,11 +90,11 @@ class Seeds:
         begin, old = 24, len(content[:24])
         rest = content[old:]
         end = read_header(file)
-        data = min(entry.offset for entry in end.entries.values())
+        data = min(entry.offset for entry in end.tensors.values())
         head = first + rest[: _header_bytes(content) - begin]
         padded = head + bytes(-len(head) % 32)
         (out / "model-00001-of-00002.gguf").write_bytes(padded + content[data:])
-        assert count == len(end.entries)
+        assert count == len(end.tensors)
         last = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + _number("split.no", 1) + _number("split.count", 2)
         (out / "model-00002-of-00002.gguf").write_bytes(last + bytes(-len(last) % 32))
 

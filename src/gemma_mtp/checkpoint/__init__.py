@@ -19,9 +19,10 @@ from gemma_mtp.checkpoint.read import (
 )
 from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
 from gemma_mtp.checkpoint.save import save_drafter, save_target
-from gemma_mtp.checkpoint.source import Location, Source, StoredTensor
+from gemma_mtp.checkpoint.source import Location, Source
 from gemma_mtp.checkpoint.tensors import stored_tensors
 from gemma_mtp.config.generation import GenerationDefaults
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.weights.base import SCALES
 
 __all__ = [

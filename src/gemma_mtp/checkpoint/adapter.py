@@ -20,10 +20,10 @@ from gemma_mtp.checkpoint.adapter_config import FILE, AdapterConfig, parse_adapt
 from gemma_mtp.checkpoint.derived import DerivedTensor, Part, alias, derived, read_derived
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, MODEL, OUTSIDE_TEXT, PEFT
 from gemma_mtp.checkpoint.pieces import read_pieces
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece, Source, StoredTensor
-from gemma_mtp.checkpoint.tensor_files import headers_of
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece, Source
 from gemma_mtp.checkpoint.wrapped import WrappedSource
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.json_files import existing, read_json
 
@@ -65,7 +65,7 @@ class Adapter:
         if not self.file.is_file():
             pickled = " (adapter_model.bin is pickled, and is never loaded)" if _pickled(self.path) else ""
             raise CheckpointError(f"{self.path} has no {WEIGHTS}{pickled}; save the adapter as safetensors.")
-        stored = headers_of(self.file, read_header(self.file).entries)
+        stored = read_header(self.file).tensors
         self.outside = sorted(name for name in stored if OUTSIDE_TEXT & set(name.split(".")))
         self.modules = _modules(self.file, [stored[name] for name in stored if name not in set(self.outside)])
         self.scales = self.config.of_modules({module.name for module in self.modules.values()})

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gemma_mtp.checkpoint.source import Piece, StoredTensor
+from gemma_mtp.checkpoint.source import Piece
+from gemma_mtp.files.headers import StoredTensor
 
 #: returns some rows of the values, given what its parts hold of them and which rows these are
 Decode = Callable[[Sequence[Tensor], range], Tensor]

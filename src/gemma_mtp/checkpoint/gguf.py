@@ -20,11 +20,12 @@ from gemma_mtp.checkpoint.gguf_config import GEMMA3 as GEMMA3_ARCHITECTURE
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.checkpoint.gguf_names import FUSED_QKV, GATE_UP_EXPERTS, ROPE_FACTORS, SPLIT_EXPERTS, official_name
 from gemma_mtp.checkpoint.pieces import read_pieces
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.families.gemma3 import GEMMA3
-from gemma_mtp.files.gguf import Entry, Header, part_of_split, read_header
+from gemma_mtp.files.gguf import part_of_split, read_header
+from gemma_mtp.files.headers import Header, StoredTensor
 from gemma_mtp.files.replace import replace_file
 from gemma_mtp.json_files import write_json
 from gemma_mtp.tokenizer import Tokenizer
@@ -70,12 +71,12 @@ class GgufSource:
     @functools.cached_property
     def _config(self) -> dict[str, Any]:
         architecture_of(self.metadata)
-        entry = self._header.entries.get(ROPE_FACTORS)
+        entry = self._header.tensors.get(ROPE_FACTORS)
         factors = None
         if entry is not None:
             if entry.dtype not in ("F32", "F16", "BF16"):
                 raise CheckpointError(f"{self._path} stores {ROPE_FACTORS} as {entry.dtype}, but F32 was expected.")
-            (factors,) = read_pieces([(_stored(ROPE_FACTORS, entry), None)])
+            (factors,) = read_pieces([(entry, None)])
         return config_of(self.metadata, self.tensors(), factors)
 
     def generation_config(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class GgufSource:
 
     @functools.cached_property
     def _tensors(self) -> dict[str, StoredTensor]:
-        entries = {name: entry for name, entry in self._header.entries.items() if name != ROPE_FACTORS}
+        entries = {name: entry for name, entry in self._header.tensors.items() if name != ROPE_FACTORS}
         tensors: dict[str, StoredTensor] = {}
         for name, entry in entries.items():
             official = official_name(name)
@@ -130,9 +131,9 @@ class GgufSource:
             )
         return tensors
 
-    def _whole(self, name: str, entry: Entry) -> StoredTensor:
+    def _whole(self, name: str, entry: StoredTensor) -> StoredTensor:
         """A tensor as Hugging Face's files have it: without what the format adds to a family's norms."""
-        stored, added = _stored(name, entry), GEMMA3.added(name) if self._is_gemma3 else 0.0
+        stored, added = replace(entry, name=name), GEMMA3.added(name) if self._is_gemma3 else 0.0
         if not added or entry.dtype not in (*FLOAT_DTYPES, *READ):
             return stored
         blocks = entry.dtype in READ
@@ -152,7 +153,7 @@ class GgufSource:
         """Gates and the rest of the experts' first products, which the model has in one tensor."""
         joined: dict[str, tuple[StoredTensor, StoredTensor]] = {}
         for layer in range(self._layers):
-            gate, up = (self._header.entries.get(name.format(layer=layer)) for name in SPLIT_EXPERTS)
+            gate, up = (self._header.tensors.get(name.format(layer=layer)) for name in SPLIT_EXPERTS)
             if gate is not None and up is not None:
                 if (gate.dtype, gate.shape) != (up.dtype, up.shape) or len(gate.shape) != 3:
                     raise CheckpointError(
@@ -160,7 +161,7 @@ class GgufSource:
                         f" {up.dtype} {list(up.shape)}, but two alike were expected; convert the model again."
                     )
                 official = GATE_UP_EXPERTS.format(layer=layer)
-                joined[official] = _stored(official, gate), _stored(official, up)
+                joined[official] = replace(gate, name=official), replace(up, name=official)
         return joined
 
     @functools.cached_property
@@ -171,12 +172,12 @@ class GgufSource:
     @property
     def _layers(self) -> int:
         """How many layers may have tensors: no more than there are tensors."""
-        return min(self.metadata.integer(f"{architecture_of(self.metadata)}.block_count"), len(self._header.entries))
+        return min(self.metadata.integer(f"{architecture_of(self.metadata)}.block_count"), len(self._header.tensors))
 
-    def _fused(self, name: str, entry: Entry) -> dict[str, StoredTensor]:
+    def _fused(self, name: str, entry: StoredTensor) -> dict[str, StoredTensor]:
         """Queries, keys and values of one tensor, whose rows lie in this order."""
         layer = int(name.split(".")[1]) if name.split(".")[1].isdigit() else -1
-        o_proj = self._header.entries.get(f"blk.{layer}.attn_output.weight")
+        o_proj = self._header.tensors.get(f"blk.{layer}.attn_output.weight")
         if name != FUSED_QKV.format(layer=layer) or o_proj is None or len(entry.shape) != 2:
             raise CheckpointError(f"{self._path} has {name} of shape {list(entry.shape)}, which can not be split.")
         queries = o_proj.shape[-1]
@@ -188,10 +189,10 @@ class GgufSource:
         first = 0
         for part, rows in (("q_proj", queries), ("k_proj", others), ("v_proj", others)):
             official = f"model.layers.{layer}.self_attn.{part}.weight"
-            stored = _stored(official, entry)
             parts[official] = replace(
-                stored, shape=(rows, entry.shape[1]), nbytes=rows * row_bytes, offset=entry.offset + first * row_bytes
-            )
+                entry, name=official, shape=(rows, entry.shape[1]), nbytes=rows * row_bytes,
+                offset=entry.offset + first * row_bytes,
+            )  # fmt: skip
             first += rows
         return parts
 
@@ -240,10 +241,6 @@ class GgufSource:
             templates = [{"name": name, "template": text} for name, text in templates.items()]
         written = {**tokenizer.special_tokens, **({} if templates is None else {"chat_template": templates})}
         write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **written})
-
-
-def _stored(name: str, entry: Entry) -> StoredTensor:
-    return StoredTensor(entry.file, name, entry.dtype, entry.shape, entry.nbytes, entry.offset)
 
 
 def gguf_in(directory: Path) -> Path | None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from gemma_mtp.checkpoint.gguf_gemma3 import gemma3_config
 from gemma_mtp.checkpoint.gguf_layers import FULL, SLIDING, layer_count, layer_types_of, matrix_shape, same_of_layers
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
-from gemma_mtp.checkpoint.source import StoredTensor
 from gemma_mtp.errors import ConfigError
+from gemma_mtp.files.headers import StoredTensor
 
 ARCHITECTURE = "general.architecture"
 #: names of the architectures: llama.cpp's, and for drafters those of older files

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_mtp.checkpoint.gguf_layers import FULL, SLIDING, layer_count, layer_types_of, matrix_shape, same_of_layers
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
-from gemma_mtp.checkpoint.source import StoredTensor
+from gemma_mtp.files.headers import StoredTensor
 
 PREFIX = "gemma3."
 PATTERN, DEFAULT_PATTERN = f"{PREFIX}attention.sliding_window_pattern", 6

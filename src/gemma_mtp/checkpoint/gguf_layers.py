@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
-from gemma_mtp.checkpoint.source import StoredTensor
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import StoredTensor
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gemma_mtp.checkpoint.source import StoredTensor
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.weights.base import Weight

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from gemma_mtp.checkpoint.source import Piece, StoredTensor
+from gemma_mtp.checkpoint.source import Piece
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.gguf import BLOCKS
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.pieces import PieceFile
 
 #: dtypes that PyTorch has, by the names that `StoredTensor` gives them

@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.blocks import READ
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, missing_tensor, unused_tensors
 from gemma_mtp.checkpoint.open import open_source
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Location, Source, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Location, Source
 from gemma_mtp.checkpoint.tensors import allowed_dtypes, same_values, stored_tensors
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig, parse_drafter_config, parse_target_config
 from gemma_mtp.config.fields import config_notes
@@ -22,6 +22,7 @@ from gemma_mtp.config.generation import GenerationDefaults, parse_generation_con
 from gemma_mtp.errors import CheckpointError, ConfigError
 from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import family_of
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import cast_
 from gemma_mtp.model.target import Target

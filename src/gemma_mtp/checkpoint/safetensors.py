@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.pieces import read_pieces
-from gemma_mtp.checkpoint.source import Piece, StoredTensor
-from gemma_mtp.checkpoint.tensor_files import headers_of
+from gemma_mtp.checkpoint.source import Piece
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.json_files import existing, read_json
 from gemma_mtp.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class SafetensorsSource:
     def _tensors(self) -> dict[str, StoredTensor]:
         headers: dict[str, StoredTensor] = {}
         for file in _weight_files(self.path):
-            for name, tensor in headers_of(file, read_header(file).entries).items():
+            for name, tensor in read_header(file).tensors.items():
                 if name in headers:
                     raise CheckpointError(
                         f"{self.path} holds {name} twice, in {headers[name].file.name} and in {file.name}; copy the"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -15,23 +15,6 @@ if TYPE_CHECKING:
 #: names of the dtypes we load, which are safetensors', and their size in bytes
 FLOAT_DTYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 INTEGER_DTYPES = {"I64": 8, "I32": 4}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """How one tensor is stored: the file it is in, its name there, dtype, shape, bytes, and where they begin."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-
-    @property
-    def piece_bytes(self) -> int:
-        """Bytes of all of it as it is read."""
-        return self.nbytes
 
 
 #: a tensor, or a range of its rows

@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from gemma_mtp.checkpoint.pieces import NAMES, bytes_of, read_pieces
-from gemma_mtp.checkpoint.source import StoredTensor
 from gemma_mtp.files.replace import replace_file
-from gemma_mtp.files.safetensors import Entry, SafetensorsWriter, read_header
+from gemma_mtp.files.safetensors import SafetensorsWriter, read_header
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -28,14 +27,5 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns a file's tensors and its metadata. Raises CheckpointError where it is missing or damaged."""
     header = read_header(path)
-    stored = headers_of(path, header.entries)
-    values = read_pieces((tensor, None) for tensor in stored.values())
-    return dict(zip(stored, values, strict=True)), header.metadata
-
-
-def headers_of(path: Path, entries: Mapping[str, Entry]) -> dict[str, StoredTensor]:
-    """Returns how the tensors of a file are stored."""
-    return {
-        name: StoredTensor(path, name, entry.dtype, entry.shape, entry.nbytes, entry.offset)
-        for name, entry in entries.items()
-    }
+    values = read_pieces((tensor, None) for tensor in header.tensors.values())
+    return dict(zip(header.tensors, values, strict=True)), header.metadata

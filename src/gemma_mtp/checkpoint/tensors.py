@@ -12,8 +12,9 @@ from torch import Tensor
 from gemma_mtp.checkpoint.blocks import READ, dequantised
 from gemma_mtp.checkpoint.kept import holds_blocks, take_blocks
 from gemma_mtp.checkpoint.pieces import NAMES
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Source, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Source
 from gemma_mtp.checkpoint.upload import Upload, as_it_is
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.dense import Dense
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import read_derived
-from gemma_mtp.checkpoint.source import Piece, Source, StoredTensor
+from gemma_mtp.checkpoint.source import Piece, Source
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.tokenizer import Tokenizer
 
 

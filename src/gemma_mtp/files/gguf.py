@@ -13,11 +13,11 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import Header, StoredTensor, UnsoundError, end_of_tensors, sound_header
 from gemma_mtp.files.pieces import PieceFile
 
 MAGIC = b"GGUF"
@@ -48,29 +48,6 @@ _PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 
 #: a value of metadata: a number, a flag, a text, or a sequence of one kind of these
 Value = Any
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor: the file it is in, its type, its shape, and where in the file its bytes are."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Metadata by key, and tensors by name, in the order of the file."""
-
-    metadata: dict[str, Value]
-    entries: dict[str, Entry]
-
-
-class _UnsoundError(ValueError):
-    """Why a header is not sound."""
 
 
 def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
@@ -114,7 +91,7 @@ def _joined(path: Path, stem: str, number: int, count: int) -> Header:
     if missing is not None:
         raise CheckpointError(f"{path.parent} lacks {missing.name}, one of {count} parts; copy it there.")
     metadata: dict[str, Value] = {}
-    entries: dict[str, Entry] = {}
+    tensors: dict[str, StoredTensor] = {}
     for i, file in enumerate(files):
         header = _read_file(file)
         place = header.metadata.get(SPLIT_NUMBER, 0), header.metadata.get(SPLIT_COUNT, 1)
@@ -124,26 +101,20 @@ def _joined(path: Path, stem: str, number: int, count: int) -> Header:
                 f" {place[1]}; copy the parts again."
             )
         metadata = metadata or header.metadata
-        twice = next((name for name in header.entries if name in entries), None)
+        twice = next((name for name in header.tensors if name in tensors), None)
         if twice is not None:
-            raise CheckpointError(f"{file} holds {twice}, as {entries[twice].file.name} does; copy the parts again.")
-        entries |= header.entries
-    total = metadata.get(SPLIT_TENSORS, len(entries))
-    if total != len(entries):
+            raise CheckpointError(f"{file} holds {twice}, as {tensors[twice].file.name} does; copy the parts again.")
+        tensors |= header.tensors
+    total = metadata.get(SPLIT_TENSORS, len(tensors))
+    if total != len(tensors):
         raise CheckpointError(
-            f"the {count} parts of {path} hold {len(entries)} tensors, but say that they are {total}; copy them again."
+            f"the {count} parts of {path} hold {len(tensors)} tensors, but say that they are {total}; copy them again."
         )
-    return Header(metadata, entries)
+    return Header(tensors, metadata)
 
 
 def _read_file(path: Path) -> Header:
-    with PieceFile(path) as file:
-        try:
-            return _parsed(_Cursor(file))
-        except _UnsoundError as reason:
-            raise CheckpointError(
-                f"{path} can not be read as GGUF ({reason}); it is truncated or damaged: copy it again."
-            ) from None
+    return sound_header(path, "GGUF", _parsed)
 
 
 class _Cursor:
@@ -156,12 +127,12 @@ class _Cursor:
         self._begin = 0
 
     def take(self, count: int) -> bytes:
-        """Returns the next bytes. Raises _UnsoundError where the file, or what a header may be, ends before."""
+        """Returns the next bytes. Raises UnsoundError where the file, or what a header may be, ends before."""
         begin, end = self.place, self.place + count
         if end > self.file.size:
-            raise _UnsoundError(f"its header goes on beyond its end, byte {self.file.size}")
+            raise UnsoundError(f"its header goes on beyond its end, byte {self.file.size}")
         if end > MAX_HEADER_BYTES:
-            raise _UnsoundError(f"its header has more than {MAX_HEADER_BYTES} bytes, which are never read")
+            raise UnsoundError(f"its header has more than {MAX_HEADER_BYTES} bytes, which are never read")
         if end > self._begin + len(self._chunk):
             self._begin = begin
             self._chunk = self.file.read(min(max(count, CHUNK_BYTES), self.file.size - begin), begin)
@@ -179,34 +150,35 @@ class _Cursor:
             return content.decode(errors="surrogateescape")
 
     def require(self, count: int, nbytes: int) -> None:
-        """Raises _UnsoundError where the rest of the file can not hold `count` things of `nbytes` at least."""
+        """Raises UnsoundError where the rest of the file can not hold `count` things of `nbytes` at least."""
         if count * nbytes > self.file.size - self.place:
-            raise _UnsoundError(f"it is to hold {count} things at byte {self.place}, but ends at {self.file.size}")
+            raise UnsoundError(f"it is to hold {count} things at byte {self.place}, but ends at {self.file.size}")
 
 
-def _parsed(cursor: _Cursor) -> Header:
-    if cursor.file.size < len(MAGIC) or cursor.take(4) != MAGIC:
-        raise _UnsoundError(f"it does not begin with {MAGIC.decode()}")
+def _parsed(file: PieceFile) -> Header:
+    cursor = _Cursor(file)
+    if file.size < len(MAGIC) or cursor.take(4) != MAGIC:
+        raise UnsoundError(f"it does not begin with {MAGIC.decode()}")
     version = cursor.number("I")
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-        raise _UnsoundError("it is big-endian" if swapped else f"it is of version {version}, but 2 or 3 was expected")
+        raise UnsoundError("it is big-endian" if swapped else f"it is of version {version}, but 2 or 3 was expected")
     tensors, pairs = cursor.number("Q"), cursor.number("Q")
     cursor.require(pairs, 8 + 4 + 1)
     metadata: dict[str, Value] = {}
     for _ in range(pairs):
         key = cursor.text()
         if key in metadata:
-            raise _UnsoundError(f"its metadata has {key!r} twice")
+            raise UnsoundError(f"its metadata has {key!r} twice")
         metadata[key] = _value(cursor, key, cursor.number("I"))
     cursor.require(tensors, 8 + 4 + 4 + 8)
     infos: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for _ in range(tensors):
         name = cursor.text()
         if name in infos:
-            raise _UnsoundError(f"it holds the tensor {name} twice")
+            raise UnsoundError(f"it holds the tensor {name} twice")
         infos[name] = _tensor_info(cursor, name)
-    return Header(metadata, _placed(infos, cursor, _alignment(metadata)))
+    return Header(_placed(infos, cursor, _alignment(metadata)), metadata)
 
 
 def _value(cursor: _Cursor, key: str, kind: int, depth: int = 0) -> Value:
@@ -217,9 +189,9 @@ def _value(cursor: _Cursor, key: str, kind: int, depth: int = 0) -> Value:
     if kind == STRING:
         return cursor.text()
     if kind != ARRAY:
-        raise _UnsoundError(f"{key!r} of its metadata is of type {kind}, which the format does not have")
+        raise UnsoundError(f"{key!r} of its metadata is of type {kind}, which the format does not have")
     if depth > 2:
-        raise _UnsoundError(f"{key!r} of its metadata has arrays inside of arrays")
+        raise UnsoundError(f"{key!r} of its metadata has arrays inside of arrays")
     inner, count = cursor.number("I"), cursor.number("Q")
     if inner in NUMBERS:
         return _numbers(cursor, NUMBERS[inner], count)
@@ -228,14 +200,14 @@ def _value(cursor: _Cursor, key: str, kind: int, depth: int = 0) -> Value:
         return _flags(cursor.take(count), key)
     cursor.require(count, 8)
     if count * 8 > MAX_HEADER_BYTES:
-        raise _UnsoundError(f"{key!r} of its metadata has {count} parts")
+        raise UnsoundError(f"{key!r} of its metadata has {count} parts")
     read: Callable[[], Value] = cursor.text if inner == STRING else lambda: _value(cursor, key, inner, depth + 1)
     return [read() for _ in range(count)]
 
 
 def _flags(content: bytes, key: str) -> list[bool]:
     if content.strip(b"\0\1"):
-        raise _UnsoundError(f"{key!r} of its metadata is no flag")
+        raise UnsoundError(f"{key!r} of its metadata is no flag")
     return [byte == 1 for byte in content]
 
 
@@ -264,39 +236,37 @@ def _tensor_info(cursor: _Cursor, name: str) -> tuple[str, tuple[int, ...], int]
     """Returns the type, the shape, and where the bytes begin, counted from the end of the header."""
     dimensions = cursor.number("I")
     if dimensions > MAX_DIMENSIONS:
-        raise _UnsoundError(f"{name} has {dimensions} dimensions, but {MAX_DIMENSIONS} at most were expected")
+        raise UnsoundError(f"{name} has {dimensions} dimensions, but {MAX_DIMENSIONS} at most were expected")
     shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
     if math.prod(max(size, 1) for size in shape) >= LARGEST:
-        raise _UnsoundError(f"{name} has the shape {list(shape)}")
+        raise UnsoundError(f"{name} has the shape {list(shape)}")
     kind = cursor.number("I")
     if kind not in TYPES:
-        raise _UnsoundError(f"{name} is of type {kind}, which is not known")
+        raise UnsoundError(f"{name} is of type {kind}, which is not known")
     return TYPES[kind][0], shape, cursor.number("Q")
 
 
 def _alignment(metadata: Mapping[str, Value]) -> int:
     alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment < 2**31 or alignment & (alignment - 1):
-        raise _UnsoundError(f"{ALIGNMENT_KEY} is {alignment!r}, but a power of two was expected")
+        raise UnsoundError(f"{ALIGNMENT_KEY} is {alignment!r}, but a power of two was expected")
     return alignment
 
 
-def _placed(infos: Mapping[str, tuple[str, tuple[int, ...], int]], cursor: _Cursor, alignment: int) -> dict[str, Entry]:
-    """The tensors with their places in the file. Raises _UnsoundError where they overlap, or lie beyond its end."""
+def _placed(
+    infos: Mapping[str, tuple[str, tuple[int, ...], int]], cursor: _Cursor, alignment: int
+) -> dict[str, StoredTensor]:
+    """The tensors with their places in the file. Raises UnsoundError where they overlap, or lie beyond its end."""
     data, path = -(-cursor.place // alignment) * alignment, cursor.file.path
-    entries: dict[str, Entry] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, (dtype, shape, offset) in infos.items():
         nbytes = nbytes_of(dtype, shape)
         if nbytes is None:
-            raise _UnsoundError(f"{name} of shape {list(shape)} has rows of no whole number of blocks of {dtype}")
+            raise UnsoundError(f"{name} of shape {list(shape)} has rows of no whole number of blocks of {dtype}")
         if offset % alignment:
-            raise _UnsoundError(f"{name} begins at byte {offset}, which is no multiple of {alignment}")
+            raise UnsoundError(f"{name} begins at byte {offset}, which is no multiple of {alignment}")
         if data + offset + nbytes > cursor.file.size:
-            raise _UnsoundError(f"{name} ends at byte {data + offset + nbytes}, but the file at {cursor.file.size}")
-        entries[name] = Entry(path, dtype, shape, data + offset, nbytes)
-    end, before = data, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset < end:
-            raise _UnsoundError(f"{name} overlaps {before}")
-        end, before = entry.offset + entry.nbytes, name
-    return entries
+            raise UnsoundError(f"{name} ends at byte {data + offset + nbytes}, but the file at {cursor.file.size}")
+        tensors[name] = StoredTensor(path, name, dtype, shape, nbytes, data + offset)
+    end_of_tensors(tensors, data, gaps=True)
+    return tensors

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gemma_mtp.errors import CheckpointError
+from gemma_mtp.files.headers import Header, StoredTensor, UnsoundError, end_of_tensors, sound_header
 from gemma_mtp.files.pieces import PieceFile, PieceWriter
 
 #: bits of an element by the name of its dtype, in the order of safetensors' own list: by alignment
@@ -29,70 +28,44 @@ METADATA = "__metadata__"
 LARGEST_DIMENSION = 2**63
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its dtype, its shape, and where in the file its bytes are."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The tensors of a file by name, and its metadata."""
-
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
-
-
-class _UnsoundError(ValueError):
-    """Why a header is not sound."""
-
-
 def read_header(path: Path) -> Header:
     """What a file holds, of which no more than its header is read.
 
     Raises CheckpointError where the file can not be read, or where its header is not sound: every tensor's bytes must
     lie in the file, be as many as dtype and shape say, and overlap no others.
     """
-    with PieceFile(path) as file:
-        try:
-            return _parsed(file)
-        except _UnsoundError as reason:
-            raise CheckpointError(
-                f"{path} can not be read as safetensors ({reason}); it is truncated or damaged: copy it again."
-            ) from None
+    return sound_header(path, "safetensors", _parsed)
 
 
 def _parsed(file: PieceFile) -> Header:
     if file.size < LENGTH_BYTES:
-        raise _UnsoundError(f"it has {file.size} bytes")
+        raise UnsoundError(f"it has {file.size} bytes")
     length = int.from_bytes(file.read(LENGTH_BYTES, 0), "little")
     if length > file.size - LENGTH_BYTES:
-        raise _UnsoundError(f"its header has {length} bytes, but the file {file.size}")
+        raise UnsoundError(f"its header has {length} bytes, but the file {file.size}")
     if length > MAX_HEADER_BYTES:
-        raise _UnsoundError(f"its header has {length} bytes, and more than {MAX_HEADER_BYTES} are never read")
+        raise UnsoundError(f"its header has {length} bytes, and more than {MAX_HEADER_BYTES} are never read")
     raw = _json(file.read(length, LENGTH_BYTES))
     metadata = raw.pop(METADATA, None) or {}
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise _UnsoundError("its metadata is no object of strings")
+        raise UnsoundError("its metadata is no object of strings")
     data = LENGTH_BYTES + length
-    entries = {name: _entry(name, entry, data) for name, entry in raw.items()}
-    _check_places(entries, data, file.size)
-    return Header(entries, metadata)
+    tensors = {name: _stored(file.path, name, entry, data) for name, entry in raw.items()}
+    end = end_of_tensors(tensors, data, gaps=False)
+    if end != file.size:
+        raise UnsoundError(f"its tensors end at byte {end}, but the file at {file.size}")
+    return Header(tensors, metadata)
 
 
 def _json(content: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(content.decode(), object_pairs_hook=_unique)
-    except _UnsoundError:
+    except UnsoundError:
         raise
     except (ValueError, RecursionError) as error:
-        raise _UnsoundError(f"its header is not valid JSON: {error}") from None
+        raise UnsoundError(f"its header is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise _UnsoundError("its header is no JSON object")
+        raise UnsoundError("its header is no JSON object")
     return raw
 
 
@@ -100,24 +73,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _UnsoundError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise UnsoundError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
 
 
-def _entry(name: str, raw: Any, data: int) -> Entry:
+def _stored(path: Path, name: str, raw: Any, data: int) -> StoredTensor:
     """Of a header's JSON. `data`: where the tensors' bytes begin in the file."""
     dtype, shape, places = (
         raw.get(key) if isinstance(raw, dict) else None for key in ("dtype", "shape", "data_offsets")
     )
     if not (isinstance(dtype, str) and dtype in BITS):
-        raise _UnsoundError(f"{name} is of dtype {dtype!r}, which the format does not have")
+        raise UnsoundError(f"{name} is of dtype {dtype!r}, which the format does not have")
     if not (_numbers(shape) and _numbers(places)) or len(places) != 2:
-        raise _UnsoundError(f"{name} has shape {shape!r} and data_offsets {places!r}")
+        raise UnsoundError(f"{name} has shape {shape!r} and data_offsets {places!r}")
     begin, end = places
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (end - begin):
-        raise _UnsoundError(f"{name} of {dtype} {shape} takes {bits / 8:g} bytes, but has those from {begin} to {end}")
-    return Entry(dtype, tuple(shape), data + begin, end - begin)
+        raise UnsoundError(f"{name} of {dtype} {shape} takes {bits / 8:g} bytes, but has those from {begin} to {end}")
+    return StoredTensor(path, name, dtype, tuple(shape), end - begin, data + begin)
 
 
 def _numbers(values: Any) -> TypeGuard[list[int]]:
@@ -125,23 +98,11 @@ def _numbers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < LARGEST_DIMENSION for value in values)
 
 
-def _check_places(entries: Mapping[str, Entry], data: int, size: int) -> None:
-    """Raises _UnsoundError where tensors overlap, leave bytes between them, or do not end where the file does."""
-    end, before = data, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset != end:
-            relation = "overlaps" if entry.offset < end else "leaves a gap after"
-            raise _UnsoundError(f"{name} {relation} {before}")
-        end, before = entry.offset + entry.nbytes, name
-    if end != size:
-        raise _UnsoundError(f"its tensors end at byte {end}, but the file at {size}")
-
-
 #: dtype and shape of each tensor that a file is to hold, by name
 Layout = Mapping[str, tuple[str, Sequence[int]]]
 
 
-def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> dict[str, Entry]:
+def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> dict[str, StoredTensor]:
     """Write a file's header, with room for all tensors, and return where they are to be.
 
     The order is that of the safetensors library: by dtype, so that every tensor is aligned, then by name.
@@ -161,15 +122,15 @@ def lay_out(path: Path, layout: Layout, metadata: Mapping[str, str] | None = Non
         file.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)
         data = file.tell()
         file.truncate(data + begin)
-    return {name: _entry(name, raw[name], data) for name in names}
+    return {name: _stored(path, name, raw[name], data) for name in names}
 
 
 class SafetensorsWriter(PieceWriter):
     """Writes a file whose tensors' dtypes and shapes are known before their values are, in pieces and in any order."""
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
-        entries = lay_out(path, layout, metadata)
-        super().__init__(path, {name: (entry.offset, entry.nbytes) for name, entry in entries.items()})
+        places = lay_out(path, layout, metadata)
+        super().__init__(path, {name: (place.offset, place.nbytes) for name, place in places.items()})
 
 
 def shards(layout: Layout, limit: int) -> Iterator[dict[str, tuple[str, Sequence[int]]]]:

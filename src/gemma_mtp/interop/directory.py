@@ -20,11 +20,12 @@ from gemma_mtp.checkpoint.origin import origin_of
 from gemma_mtp.checkpoint.pieces import TORCH_DTYPES
 from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, report
 from gemma_mtp.checkpoint.save import stored_name, write_shards
-from gemma_mtp.checkpoint.source import INTEGER_DTYPES, Location, OnBytes, Source, StoredTensor
+from gemma_mtp.checkpoint.source import INTEGER_DTYPES, Location, OnBytes, Source
 from gemma_mtp.checkpoint.tensors import nobody, read_values, values_of_both
 from gemma_mtp.config import TargetConfig, drafter_config_to_hf, target_config_to_hf
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError, QuantisationError
+from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.replace import new_directory
 from gemma_mtp.interop.card import write_card
 from gemma_mtp.interop.packings import PACKINGS, Floats, Packing

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Decode, Part, derived
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Source, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Source
 from gemma_mtp.errors import QuantisationError
+from gemma_mtp.files.headers import StoredTensor
 
 #: tensors that say how others are packed are small; a larger one is no such tensor
 FEW_BYTES = 1 << 16

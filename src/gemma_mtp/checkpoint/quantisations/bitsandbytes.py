@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.source import StoredTensor
+from gemma_mtp.files.headers import StoredTensor
 
 #: how it was made, and what activations are like; the stored states say what a weight is
 CONFIG = dict.fromkeys((

@@ -16,7 +16,8 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, grouped, unpacked
-from gemma_mtp.checkpoint.source import FLOAT_DTYPES, StoredTensor
+from gemma_mtp.checkpoint.source import FLOAT_DTYPES
+from gemma_mtp.files.headers import StoredTensor
 
 TOP: dict[str, Collection[Any] | None] = {
     "quant_method": None, "format": None, "config_groups": None, "ignore": None, "quantization_status": None,

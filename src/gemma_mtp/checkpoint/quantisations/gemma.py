@@ -16,7 +16,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import grouped, unpacked
-from gemma_mtp.checkpoint.source import StoredTensor
+from gemma_mtp.files.headers import StoredTensor
 
 CONFIG = {
     "quant_method": None, "num_bits": (2, 4, 8), "quantize_embeddings": (True, False), "module_quant_configs": None,

@@ -9,9 +9,10 @@ from typing import Any
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.known import FIELD, READERS, found_in
-from gemma_mtp.checkpoint.source import Source, StoredTensor
+from gemma_mtp.checkpoint.source import Source
 from gemma_mtp.checkpoint.wrapped import WrappedSource
 from gemma_mtp.errors import QuantisationError
+from gemma_mtp.files.headers import StoredTensor
 
 
 class QuantisedSource(WrappedSource):
