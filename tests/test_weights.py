@@ -62,7 +62,7 @@ def test_a_weight_takes_values_where_it_lies(form: type[Weight]) -> None:
     places = [tensor.data_ptr() for tensor in weight.kept().values()]
     weight.copy_(other)
     assert [tensor.data_ptr() for tensor in weight.kept().values()] == places
-    assert torch.equal(weight.dense(), form.of(Dense(newer)).dense())
+    assert torch.equal(weight.dense(), form.of(Dense(other)).dense())
 
 
 @pytest.mark.parametrize("form", ALL)
