@@ -19,6 +19,7 @@ from gemma_mtp.cli.console import print_anything
 from gemma_mtp.cli.doctor import doctor
 from gemma_mtp.cli.export import export
 from gemma_mtp.cli.generate import generate
+from gemma_mtp.cli.identity import identity
 from gemma_mtp.cli.inspect import inspect
 from gemma_mtp.cli.option_groups import grouped
 from gemma_mtp.cli.plan import plan
@@ -72,6 +73,7 @@ app = typer.Typer(
 for command in (
     grouped(generate), grouped(score), inspect, grouped(plan), pull, grouped(doctor), grouped(train), quantize, export,
     grouped(recipe), grouped(acceptance), grouped(serve), grouped(bench_serve),
+    grouped(identity),
 ):  # fmt: skip
     app.command(cls=Command)(command)
 
