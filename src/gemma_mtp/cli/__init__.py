@@ -21,7 +21,7 @@ from gemma_mtp.interrupts import INTERRUPTED, interruptible
 #: the commands: functions of modules that have their names
 COMMANDS = (
     "generate", "chat", "score", "inspect", "plan", "pull", "doctor", "train", "quantize", "export", "recipe",
-    "acceptance", "serve", "bench-serve",
+    "acceptance", "serve", "bench-serve", "identity",
 )  # fmt: skip
 
 

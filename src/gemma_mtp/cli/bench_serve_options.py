@@ -79,9 +79,9 @@ class LoadOptions:
         if self.rate is not None and self.clients is not None:
             raise SamplingError("--rate and --clients are loads of two kinds; give one of them.")
         if self.rate is not None:
-            return [OpenLoop(v, self.fixed_intervals) for v in _numbers("--rate", self.rate, float, "0.5,1,2")]
+            return [OpenLoop(v, self.fixed_intervals) for v in numbers("--rate", self.rate, float, "0.5,1,2")]
         clients = "1" if self.clients is None else self.clients
-        return [ClosedLoop(value) for value in _numbers("--clients", clients, int, "1,4,16")]
+        return [ClosedLoop(value) for value in numbers("--clients", clients, int, "1,4,16")]
 
     def extent(self) -> Extent:
         from gemma_mtp.measure.load import Extent
@@ -193,7 +193,8 @@ def check_numbers(**values: float | None) -> None:
             raise SamplingError(f"--{name.replace('_', '-')} is {value:g}, but must be {least}.")
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+def numbers(name: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+    """What an option with numbers, divided by commas, says. Raises SamplingError."""
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:

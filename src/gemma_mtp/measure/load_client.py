@@ -22,9 +22,9 @@ DELTAS = ("content", "reasoning_content", "reasoning")
 
 
 def connect(
-    url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+    url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None, option: str = "--url"
 ) -> httpx.AsyncClient:
-    """A client without limits of its own on connections or time.
+    """A client without limits of its own on connections or time. `option` is what errors call the address.
 
     Raises ServerError where `url` is no address, and for a key that no header can carry.
     """
@@ -37,7 +37,7 @@ def connect(
     except httpx.InvalidURL:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ServerError(f"--url is {url!r}, but must be a server's address, such as http://127.0.0.1:8000.")
+        raise ServerError(f"{option} is {url!r}, but must be a server's address, such as http://127.0.0.1:8000.")
     if transport is None:
         transport = AiohttpTransport(trust_env=False, limits=httpx.Limits(max_connections=0))  # 0: no limit
     return httpx.AsyncClient(base_url=parsed, headers=headers, timeout=None, transport=transport, trust_env=False)

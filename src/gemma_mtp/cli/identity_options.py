@@ -1,0 +1,91 @@
+"""Options of `gemma-mtp identity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gemma_mtp.cli import options
+from gemma_mtp.cli.bench_serve_options import SERVER, numbers
+from gemma_mtp.cli.option_groups import REQUIRED, argument, group, option
+from gemma_mtp.cli.options import DATA, OUTPUT, SAMPLING
+from gemma_mtp.errors import DataError, OptionError
+from gemma_mtp.measure.figure import check_plot
+
+
+@group(SERVER)
+class Servers:
+    """The servers, and how drafting is turned off and on."""
+
+    url: str = argument(REQUIRED, "A server with OpenAI's API, such as http://127.0.0.1:8000; of two, the plain one.")
+    second: str | None = argument(None, "Another server, which drafts; default: the same, with other requests.")
+    off: str | None = option(
+        None,
+        "Fields of the plain side's requests, as JSON; default: '{\"draft_tokens\": 0}', or none for two servers.",
+        metavar="JSON",
+    )
+    on: str = option("{}", "Fields of the drafted side's requests, as JSON.", metavar="JSON")
+    api_key: str | None = option(None, "Sent as a bearer token.", envvar="GEMMA_MTP_API_KEY")
+    model: str | None = option(None, "The model to ask for; default: each server's first.")
+
+    def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What requests of the plain and of the drafted side say beside each other's. Raises OptionError."""
+        default = "{}" if self.second is not None else '{"draft_tokens": 0}'
+        off, on = _object("--off", self.off or default), _object("--on", self.on)
+        if self.second is None and off == on:
+            raise OptionError(
+                "--off and --on are equal, and so would both sides be; give fields that turn drafting off."
+            )
+        return off, on
+
+
+@group(DATA)
+class IdentityPrompts(options.ExampleOptions):
+    """Which prompts are asked."""
+
+    data: list[Path] | None = option(
+        None,
+        "Prompts: JSON lines with text, prompt or messages, plain text, source files, or directories of them; may be"
+        " repeated. Default: the bundled pair's held-out Python.",
+    )
+    limit: int = option(20, options.LIMIT)
+    cut: str | None = option(None, "Texts cut to so many characters, one length after the other, such as 40,200,800.")
+
+    def lengths(self) -> list[int] | None:
+        return None if self.cut is None else numbers("--cut", self.cut, int, "40,200,800")
+
+
+@group(SAMPLING)
+class IdentityRequests:
+    """How prompts are asked."""
+
+    clients: str = option("1,4", "Requests at a time, one number after the other.")
+    repeats: int = option(2, "Times that each side is asked each prompt.")
+    max_tokens: int = option(64, "Tokens to ask for.", "-n")
+    temperature: float = option(0.0, "0 is greedy; above it, prompt i is sampled with seed i.", "-t")
+    timeout: float = option(600.0, "Seconds after which a request has failed.")
+
+    def levels(self) -> list[int]:
+        return numbers("--clients", self.clients, int, "1,4,16")
+
+
+@group(OUTPUT)
+class IdentityOutput:
+    """How it is shown."""
+
+    plot: Path | None = option(None, "Draw shares, partings and margins to this file, .png, .svg or .pdf.")
+    as_json: bool = option(False, options.JSON, "--json")
+
+    def check(self) -> None:
+        check_plot(self.plot)
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise DataError(f"{name} is {text!r}, but must be a JSON object, such as '{{\"draft_tokens\": 0}}'.")
+    return read
