@@ -77,15 +77,15 @@ async def _read(client: httpx.AsyncClient, method: str, path: str, body: Any = N
     except httpx.HTTPStatusError as error:
         raise ServerError(
             f"{address} answered with status {error.response.status_code};"
-            " check --url and --api-key, and whether the server has this route."
+            " check the address and --api-key, and whether the server has this route."
         ) from None
     except httpx.HTTPError as error:
         said = str(error) or type(error).__name__
-        raise ServerError(f"{address} can not be reached ({said}); start the server, or check --url.") from None
+        raise ServerError(f"{address} can not be reached ({said}); start the server, or check the address.") from None
     except ValueError:
-        raise ServerError(f"{address} did not answer with JSON; check --url.") from None
+        raise ServerError(f"{address} did not answer with JSON; check the address.") from None
     if not isinstance(content, dict):
-        raise ServerError(f"{address} did not answer with a JSON object; check --url.")
+        raise ServerError(f"{address} did not answer with a JSON object; check the address.")
     return content
 
 
