@@ -71,14 +71,14 @@ async def _ask(
         connect(servers.url, servers.api_key, option="URL") as plain,
         connect(servers.second or servers.url, servers.api_key, option="URL2") as drafted,
     ):
-        sides = [
+        without, drafting = [
             Side(client, await first_model(client) if servers.model is None else servers.model, fields)
             for client, fields in ((plain, off), (drafted, on))
         ]
-        mix = RequestMix(examples, sides[0].model, (asked.max_tokens, asked.max_tokens), settings, fresh=False)
+        mix = RequestMix(examples, without.model, (asked.max_tokens, asked.max_tokens), settings, fresh=False)
         found = []
         for clients in asked.levels():
-            found += await compare(*sides, mix, clients, asked.repeats, asked.timeout, say)
+            found += await compare(without, drafting, mix, clients, asked.repeats, asked.timeout, say)
         return found
 
 
