@@ -16,6 +16,7 @@ from test_cli import refused
 
 from gemma_mtp.cli import main
 from gemma_mtp.datasets import Example
+from gemma_mtp.decoding import verify
 from gemma_mtp.engine import round as engine_round
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.measure.identity import Compared, Output, ScoredToken, groups, parting
@@ -53,17 +54,16 @@ def test_our_server_says_the_same(live: Live, tmp_path: Path, capsys: pytest.Cap
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds keep one draft more than the target agrees with."""
-    right, right_rows = engine_round.agreeing, engine_round.verify_exact
 
     def agreeing(choices: Sequence[int], drafts: Sequence[int]) -> int:
-        return min(right(choices, drafts) + 1, len(drafts))
+        return min(verify.agreeing(choices, drafts) + 1, len(drafts))
 
-    def verify(choices: Any, drafts: Any) -> Any:
-        kept = right_rows(choices, drafts)
-        return engine_round.Verified((kept.n_accepted + 1).clamp(max=drafts.shape[-1]), kept.tokens)
+    def verify_exact(choices: Any, drafts: Any) -> verify.Verified:
+        kept = verify.verify_exact(choices, drafts)
+        return verify.Verified((kept.n_accepted + 1).clamp(max=drafts.shape[-1]), kept.tokens)
 
     monkeypatch.setattr(engine_round, "agreeing", agreeing)
-    monkeypatch.setattr(engine_round, "verify_exact", verify)
+    monkeypatch.setattr(engine_round, "verify_exact", verify_exact)
 
 
 @pytest.mark.usefixtures("fault")

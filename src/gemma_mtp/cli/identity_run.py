@@ -55,7 +55,7 @@ def _cut(examples: Sequence[Example], lengths: Sequence[int] | None) -> list[Exa
     """Texts at each length; what is shorter is taken once, and prompts and messages as they are."""
     found: dict[tuple[Any, ...], Example] = {}
     for example in examples:
-        for length in lengths or [None]:
+        for length in (None,) if lengths is None else lengths:
             cut = example.kind == "text" and length is not None
             one = replace(example, content=str(example.content)[:length]) if cut else example
             found.setdefault((example.origin, str(one.content)), one)
