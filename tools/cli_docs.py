@@ -21,11 +21,11 @@ INTRODUCTION = """# The command line
 
 Written by `make docs` from the commands' own help; do not edit.
 
-Exit codes: 0 done; 1 a comparison failed (`generate --compare` found different outputs under `exact` verification, or
-`inspect` a pair that does not fit), or more of `bench-serve`'s requests than its limit; 2 bad input, with one sentence
-on standard error that says what to do; 3 `train`'s gate refused the drafter; 4 the length limit cut an output of
-`generate` before the schema or expression that it was to fulfil; 130 interrupted. `python -m gemma_mtp` is the same as
-`gemma-mtp`.
+Exit codes: 0 done; 1 a comparison failed (`generate --compare` found different outputs under `exact` verification,
+`inspect` a pair that does not fit, `identity` outputs that differ), or more of `bench-serve`'s requests than its limit;
+2 bad input, with one sentence on standard error that says what to do; 3 `train`'s gate refused the drafter; 4 the limit
+cut an output of `generate` before the schema or expression that it was to fulfil; 130 interrupted.
+`python -m gemma_mtp` is the same as `gemma-mtp`.
 """
 
 

@@ -55,7 +55,7 @@ def _cut(examples: Sequence[Example], lengths: Sequence[int] | None) -> list[Exa
     """Texts at each length; what is shorter is taken once, and prompts and messages as they are."""
     found: dict[tuple[Any, ...], Example] = {}
     for example in examples:
-        for length in lengths or [None]:
+        for length in (None,) if lengths is None else lengths:
             cut = example.kind == "text" and length is not None
             one = replace(example, content=str(example.content)[:length]) if cut else example
             found.setdefault((example.origin, str(one.content)), one)
@@ -71,14 +71,14 @@ async def _ask(
         connect(servers.url, servers.api_key, option="URL") as plain,
         connect(servers.second or servers.url, servers.api_key, option="URL2") as drafted,
     ):
-        sides = [
+        without, drafting = [
             Side(client, await first_model(client) if servers.model is None else servers.model, fields)
             for client, fields in ((plain, off), (drafted, on))
         ]
-        mix = RequestMix(examples, sides[0].model, (asked.max_tokens, asked.max_tokens), settings, fresh=False)
+        mix = RequestMix(examples, without.model, (asked.max_tokens, asked.max_tokens), settings, fresh=False)
         found = []
         for clients in asked.levels():
-            found += await compare(*sides, mix, clients, asked.repeats, asked.timeout, say)
+            found += await compare(without, drafting, mix, clients, asked.repeats, asked.timeout, say)
         return found
 
 

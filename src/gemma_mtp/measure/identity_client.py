@@ -110,9 +110,8 @@ async def compare(
             outputs[which].append(await _all((plain, drafted)[which], asks, clients, timeout))
     found = []
     for number, ask in enumerate(asks):
-        sides = [tuple(of_repeat[number] for of_repeat in outputs[which]) for which in (0, 1)]
-        one = Compared(f"{number}", clients, *sides)
-        found.append(await _parted(one, plain, ask, timeout))
+        of_plain, of_drafted = (tuple(of_repeat[number] for of_repeat in outputs[which]) for which in (0, 1))
+        found.append(await _parted(Compared(f"{number}", clients, of_plain, of_drafted), plain, ask, timeout))
     return found
 
 

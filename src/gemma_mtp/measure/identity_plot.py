@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gemma_mtp.measure.figure import DRAFTED, PLAIN, SOFT, End, finish, label_ends, new_figure, save_figure
@@ -15,7 +15,7 @@ def plot_identity(compared: Sequence[Compared], path: Path, subtitle: str) -> No
     figure = new_figure(11.5, 4.8, "Outputs with drafting on and off", subtitle)
     left, right = figure.subplots(1, 2)
     clients = sorted({one.clients for one in compared})
-    lines = {
+    lines: dict[str, tuple[str, Callable[[Compared], bool]]] = {
         "plain, repeated": (PLAIN, lambda one: repeatable(one.plain)),
         "drafted, repeated": (DRAFTED[0], lambda one: repeatable(one.drafted)),
         "drafted to plain": (DRAFTED[1], lambda one: one.identical),
