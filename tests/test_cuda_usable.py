@@ -76,7 +76,7 @@ def test_models_that_do_not_fit_are_named(card: pytest.MonkeyPatch) -> None:
     assert why_not(model(options=Strange()), None) is None
     for pair in (
         (model(options=Strange(parallel_branches=True)), None),
-        (model(), model(options=Strange(True, 1, True, True))),
+        (model(), model(options=Strange(parallel_branches=True))),
     ):
         assert "do not know the layers' option parallel_branches = True" in str(why_not(*pair))
     assert "cuda:1 and not beside its target" in str(why_not(model(), model(device=torch.device("cuda", 1))))

@@ -60,8 +60,12 @@ class Seeds:
         self._split(root / "f32" / "model.gguf", root / "split")
         self._shard(target, root / "sharded")
         self._adapt(root / "adapter")
-        self.files = {directory.name: {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
-                      for directory in sorted(root.iterdir())}  # fmt: skip
+        self.files = {
+            directory.name: {
+                file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.suffix != ".md"
+            }
+            for directory in sorted(root.iterdir())
+        }
 
     def whole(self, kind: str) -> dict[str, bytes]:
         """The files of a kind, and those of the target that an adapter is for."""

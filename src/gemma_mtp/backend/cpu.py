@@ -17,7 +17,16 @@ from torch import Tensor
 
 from gemma_mtp import _native
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
-from gemma_mtp.backend.native import Memory, floats, floats_in, floats_of_row, int32s_in, int64s, int64s_in
+from gemma_mtp.backend.native import (
+    Memory,
+    floats,
+    floats_in,
+    floats_of_row,
+    int32s_in,
+    int64s,
+    int64s_in,
+    return_freed_memory,
+)
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
@@ -48,6 +57,7 @@ class CpuBackend:
         self._stack = stack or TargetStack(target)
         self._drafts = None if drafter is None else DrafterStack(drafter, self._stack)
         self._rope: tuple[int, Mapping[LayerType, Rope]] = 0, {}  # how many positions, and their tables
+        return_freed_memory()
 
     @property
     def identity(self) -> Mapping[str, str | int]:
@@ -130,6 +140,7 @@ class CpuBackend:
             known = max(rows, min(2 * rows, self.target.config.max_position_embeddings))
             tables = rope_for(self.target.config, torch.arange(known), self.kv_dtype)
             self._rope = known, tables
+            return_freed_memory()
         return tables
 
 

@@ -7,8 +7,10 @@ multiplied with: they are reordered into panels, one after another. Vectors are 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -114,6 +116,16 @@ class Memory:
     def _kept(self, tensor: Tensor) -> Tensor:
         self.tensors.append(tensor.contiguous())
         return self.tensors[-1]
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the C library holds on to of freed memory: what weights were before they were converted,
+    and what rotary tables were computed from, which is 46 MB of 1,073 for a pair of 112 M parameters.
+
+    Of effect with glibc only.
+    """
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 # Calls take some addresses each: what follows is kept short.
