@@ -119,7 +119,7 @@ class Memory:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what the C library holds on to of freed memory: what weights were before they were converted,
+    """Give the system back what the C library holds on to of freed memory: what weights were before their conversion,
     and what rotary tables were computed from, which is 46 MB of 1,073 for a pair of 112 M parameters.
 
     Of effect with glibc only.
