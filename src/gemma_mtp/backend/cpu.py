@@ -57,7 +57,6 @@ class CpuBackend:
         self._stack = stack or TargetStack(target)
         self._drafts = None if drafter is None else DrafterStack(drafter, self._stack)
         self._rope: tuple[int, Mapping[LayerType, Rope]] = 0, {}  # how many positions, and their tables
-        return_freed_memory()
 
     @property
     def identity(self) -> Mapping[str, str | int]:

@@ -12,7 +12,7 @@ from gemma_mtp.cli import options
 
 
 class Format(StrEnum):
-    """What is exported to, and the types of matrices in it, the first one being the default."""
+    """What is exported to."""
 
     GGUF = "gguf"
     SAFETENSORS = "safetensors"
@@ -20,6 +20,7 @@ class Format(StrEnum):
     MLX = "mlx"
 
 
+#: types of matrices where none is asked for; BF16 elsewhere
 DEFAULTS = {Format.COMPRESSED_TENSORS: "W4A16", Format.MLX: "4BIT"}
 
 
