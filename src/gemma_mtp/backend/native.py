@@ -119,7 +119,7 @@ class Memory:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what the C library holds on to of freed memory, such as what rotary tables were computed from:
+    """Give the system back freed memory that the C library holds on to, such as what rotary tables were computed from:
     46 MB of 1,073 for a pair of 112 M parameters.
 
     Of effect with glibc only.
