@@ -121,6 +121,17 @@ def backends(target: Target, drafter: Drafter | None = None) -> dict[str, Backen
     return found if isinstance(best, ReferenceBackend) else {**found, "native": best}
 
 
+class WithoutChoices:
+    """A backend that leaves all choices to others, who then draft step by step."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.chooses = frozenset[str]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,11 @@ from table_models import QUOTE, SCRIPTS, table_pair
 #: what each client sends, by its name
 REQUESTS = Path(__file__).parent / "client_requests.json"
 BUILD = Path(__file__).parents[1] / "build"
+#: clients in Python, installed by `make clients`
+CLIENTS = BUILD / "clients"
 MODEL, CALLED = "gemma-mtp-bundled", {"city": "Paris, France", "days": 3}
+#: what the server says
+SUNNY, THOUGHT, ANSWER = "It is sunny there.", "Two and two STOP is four", "The answer STOP is 4"
 #: longer bodies are those that no context has room for
 LONGEST_BODY = 20_000
 _WEATHER = ["<|tool_call>", "call:", "get_weather{", "city:", QUOTE, "Paris", ", France", QUOTE, ",days", ":3}",
@@ -60,6 +65,15 @@ def table_server() -> Iterator[Live]:
     scripts = {name: pieces for name, pieces in SCRIPTS.items() if name != "BOTH"}  # which begins a call otherwise
     pair = table_pair(scripts={**scripts, "WEATHER": _WEATHER})
     with serving(dataclasses.replace(pair, generation=dataclasses.replace(pair.generation, temperature=0.0))) as live:
+        yield live
+
+
+@contextmanager
+def python_clients_server() -> Iterator[Live]:
+    """The same, with the clients in Python ready to be imported."""
+    assert CLIENTS.is_dir(), "run `make clients`"
+    sys.path.append(str(CLIENTS))  # after our own packages, which stay
+    with table_server() as live:
         yield live
 
 

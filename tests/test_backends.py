@@ -11,7 +11,18 @@ from typing import cast
 import pytest
 import torch
 from mixed_load import lone, play, requests
-from models import TINY, VOCAB, WIDE, agreeing_pair, backends, opened, random_drafter, random_target, wide_drafter
+from models import (
+    TINY,
+    VOCAB,
+    WIDE,
+    WithoutChoices,
+    agreeing_pair,
+    backends,
+    opened,
+    random_drafter,
+    random_target,
+    wide_drafter,
+)
 
 from gemma_mtp.backend.base import Backend, DraftRows, Rows
 from gemma_mtp.backend.reference import BLOCK, ReferenceBackend
@@ -166,21 +177,10 @@ def test_drafts_are_those_of_single_steps(name: str, temperature: float, stop: S
     sequences = [opened(backend, TOKENS[:length], params)[0] for length in lengths]
     for sequence in sequences:
         (at_once,) = propose(backend, [Turn(sequence, most, "exact", stop)])
-        stepwise = propose(cast(Backend, _WithoutChoices(backend)), [Turn(sequence, most, "exact", stop)])[0]
+        stepwise = propose(cast(Backend, WithoutChoices(backend)), [Turn(sequence, most, "exact", stop)])[0]
         assert at_once.token_ids == stepwise.token_ids
         assert at_once.confidences == pytest.approx(stepwise.confidences, abs=1e-4)
         assert (len(at_once) == most) or stop is not None
-
-
-class _WithoutChoices:
-    """A backend that leaves all choices but the arg max to others, who then draft step by step."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.chooses = frozenset[str]()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._backend, name)
 
 
 @pytest.mark.parametrize("name", NAMES)

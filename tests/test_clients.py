@@ -8,20 +8,18 @@ from typing import Any
 
 import pytest
 from live_server import Live, serving
-from recorded_clients import BUILD, CALLED, MODEL, recorded, table_server
+from recorded_clients import BUILD, CALLED, MODEL, python_clients_server, recorded
 
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 pytestmark = pytest.mark.clients
-CLIENTS, LM_EVAL = BUILD / "clients", BUILD / "lm-eval"  # the latter without what it needs for its tasks
+LM_EVAL = BUILD / "lm-eval"  # without what it needs for its tasks
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    assert CLIENTS.is_dir(), "run `make clients`"
-    sys.path.append(str(CLIENTS))  # after our own packages, which stay
-    with table_server() as live:
+    with python_clients_server() as live:
         yield live
 
 

@@ -13,22 +13,18 @@ from typing import Any
 
 import pytest
 from live_server import SECONDS, Live
-from recorded_clients import BUILD, CALLED, MODEL, recorded, table_server
+from recorded_clients import ANSWER, CALLED, CLIENTS, MODEL, SUNNY, THOUGHT, python_clients_server, recorded
 
 pytestmark = pytest.mark.clients
-CLIENTS = BUILD / "clients"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
               "required": ["city", "days"]}  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather.",
                                          "parameters": PARAMETERS}}  # fmt: skip
-SUNNY, THOUGHT, ANSWER = "It is sunny there.", "Two and two STOP is four", "The answer STOP is 4"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    assert CLIENTS.is_dir(), "run `make clients`"
-    sys.path.append(str(CLIENTS))  # after our own packages, which stay
-    with table_server() as live:
+    with python_clients_server() as live:
         yield live
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from live_server import SECONDS, Live
-from recorded_clients import BUILD, CALLED, MODEL, recorded, table_server
+from recorded_clients import ANSWER, BUILD, CALLED, MODEL, SUNNY, THOUGHT, recorded, table_server
 
 pytestmark = pytest.mark.clients
 SCRIPTS = Path(__file__).parent / "clients"
-SUNNY, THOUGHT, ANSWER = "It is sunny there.", "Two and two STOP is four", "The answer STOP is 4"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLE, VOCAB, F, S, backends, letters, open_caches, opened, random_target, wide_drafter
+from models import PLE, VOCAB, F, S, WithoutChoices, backends, letters, open_caches, opened, random_target, wide_drafter
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
@@ -127,19 +127,8 @@ def test_drafts_are_those_of_single_steps(name: str, family: str) -> None:
         params = SamplingParams(seed=4, **way)
         sequence = opened(backend, TOKENS[:3], params)[0]
         (at_once,) = propose(backend, [Turn(sequence, 3)])
-        (stepwise,) = propose(_WithoutChoices(backend), [Turn(sequence, 3)])  # type: ignore[arg-type]
+        (stepwise,) = propose(WithoutChoices(backend), [Turn(sequence, 3)])  # type: ignore[arg-type]
         assert at_once.token_ids == stepwise.token_ids and len(at_once) == 3
-
-
-class _WithoutChoices:
-    """A backend that leaves all choices to others, who then draft step by step."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.chooses = frozenset[str]()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._backend, name)
 
 
 #: how requests choose, and how they are verified

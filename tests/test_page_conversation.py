@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from live_server import Live, serving, wait_for
 from table_models import SCRIPTS, table_pair
-from test_page import AXE, CHROMIUM, browser_test, expect, opened, sync_api
+from test_page import AXE, browser_test, expect, launched, opened
 
 #: beside the others, one that does not end
 SONG = {"SONG": ["left ", "right ", "left ", "right "]}
@@ -22,10 +22,8 @@ def live() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
