@@ -285,7 +285,7 @@ def run_guided(fuzzer: Fuzzer, seconds: float, seed: int) -> None:
             os._exit(1 if fuzzer.findings else 0)
 
     arguments = [sys.argv[0], f"-seed={seed or 1}", "-max_len=256", "-len_control=0", "-rss_limit_mb=0", "-timeout=600",
-                 "-verbosity=0"]  # fmt: skip
+                 "-verbosity=0", f"-artifact_prefix={fuzzer.out}/"]  # fmt: skip
     atheris.Setup(arguments, test)
     atheris.Fuzz()
 
