@@ -19,10 +19,21 @@ def test_cli_page_is_the_commands_own_help() -> None:
     assert cli_docs.DOCS.read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def anchors(path: Path) -> set[str]:
+    """What the headings of a page are linked by on GitHub: lower case, hyphens for spaces, no punctuation."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*NAMES, "CHANGELOG.md"])
 def test_links_lead_somewhere(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    """To a file and, where the link names one, to a heading in it."""
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            target = path.parent / link if link else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
 
 
 def test_the_index_names_every_page() -> None:
