@@ -79,7 +79,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") e
 
 def sized(name: str, rows: int) -> int:
     """So many rows, or few where each call takes long."""
-    return min(rows, 6) if name.startswith("cuda") else rows
+    return min(rows, 6) if name.startswith("cuda") else min(rows, 45) if name.startswith("reference, moe") else rows
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def states(backend: Backend, lengths: list[int], cuts: list[int], together: bool
 def test_a_row_has_the_same_bits_whatever_shares_its_call(name: str) -> None:
     backend, rng, most = BACKENDS[name], random.Random(1), sized(name, 70)
     (alone,) = states(backend, [most], list(range(1, most)))  # one row at a time
-    for _ in range(1 if name.startswith("cuda") else 3):
+    for _ in range(3 if name.startswith("native") else 1):
         lengths = [most, rng.randint(1, most), rng.randint(1, most + 20 * most // 70)]
         cuts = sorted(rng.sample(range(1, most), rng.randint(most // 60, most // 6)))
         for length, found in zip(lengths, states(backend, lengths, cuts), strict=True):
@@ -209,7 +209,7 @@ def reference_pair(dtype: torch.dtype, family: str) -> Pair:
     return Pair(backend, None, GenerationDefaults(eos_token_ids=()))
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(34, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(34, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["agreeing", "centroids", "moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_pytorch_is_exact(dtype: torch.dtype, family: str, count: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -303,11 +304,13 @@ def test_a_damaged_header_is_refused_or_harmless(
 
 @pytest.mark.parametrize(("kind", "load"), KINDS)
 def test_tensors_that_do_not_fit(kind: str, load: Load, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is refused before any weight is copied, wherever in the file it is."""
+    """One of each kind is refused before any weight is copied, wherever in the file it is."""
     monkeypatch.setattr("gemma_mtp.checkpoint.load.copy_tensors", lambda *_: pytest.fail("weights were read"))
     directory = pair / kind
     whole = load_file(directory / SINGLE)
-    for name, tensor in whole.items():
+    of_each_kind = {re.sub(r"\d+", "N", name): name for name in whole}
+    for name in of_each_kind.values():
+        tensor = whole[name]
         wrong = tensor[:-1].clone() if tensor.numel() > 1 else tensor.repeat(2)
         save_file({**whole, name: wrong}, directory / SINGLE)
         refused(load, directory, SINGLE, f" {name} ", str(list(wrong.shape)), str(list(tensor.shape)))
@@ -504,9 +507,9 @@ print(peak() - before, sum(tensor.nbytes for tensor in model.checkpoint_tensors(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of 620 MB in bf16, of which one tensor alone is larger than what may be mapped at once."""
+    """A target of 350 MB in bf16, of which one tensor alone is larger than what may be mapped at once."""
     config = dataclasses.replace(
-        TINY, vocab_size=250_000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=2,
+        TINY, vocab_size=120_000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=2,
         layer_types=TINY.layer_types[1:3],
         num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=0,
     )  # fmt: skip
@@ -517,7 +520,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in target.parameters():
         parameter.zero_()
     save_target(target, TargetConfig(config), directory)
-    assert (directory / SINGLE).stat().st_size > 500e6
+    assert (directory / SINGLE).stat().st_size > 300e6
     return directory
 
 

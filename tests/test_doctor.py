@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma_mtp.backend.native import module
-from gemma_mtp.backend.reference import ReferenceBackend
+from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cli import main
 from gemma_mtp.cli.doctor_checks import _gpu_checks, as_loaded, machine_checks, pair_checks
 from gemma_mtp.cli.doctor_options import ExaminedPair
@@ -88,7 +88,7 @@ def test_another_fine_tune_is_found(pair: Pair, prompts: list[Prompt]) -> None:
     head = Linear(table.shape[1], len(table))
     head.weight = torch.nn.Parameter(table[torch.where(moved, rows - rows % 3 + (rows % 3 + 1) % 2, rows)], False)
     target.lm_head = head
-    pair.backend = ReferenceBackend(target, pair.drafter)
+    pair.backend = make_backend(target, pair.drafter)
     findings = diagnose(pair, prompts, prompts)
     assert dict(found(findings))["the target's fine-tune"] == "cause", findings
     assert "another fine-tune" in findings[3].advice
@@ -101,7 +101,7 @@ def test_a_drafter_that_knows_nothing_is_found(pair: Pair, prompts: list[Prompt]
     for parameter in stranger.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    pair.backend = ReferenceBackend(pair.target, stranger)
+    pair.backend = make_backend(pair.target, stranger)
     findings = diagnose(pair, prompts, prompts)
     assert findings[0].verdict == "cause"
     assert "untrained, damaged or of another model" in findings[3].advice

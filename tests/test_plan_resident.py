@@ -17,7 +17,11 @@ TOLERANCE = 0.03
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize(
     ("case", "kinds"),
-    [("bundled", "none"), ("small", "none"), ("e2b", "int8"), pytest.param("e2b", "none", marks=pytest.mark.slow)],
+    [
+        ("bundled", "none"),
+        ("e2b", "int8"),
+        *(pytest.param(case, "none", marks=pytest.mark.slow) for case in ("small", "e2b")),
+    ],
 )
 def test_a_run_takes_what_was_planned(case: str, kinds: str) -> None:
     """The bundled pair, and two whose weights are zeros: one of 112 M parameters, and one of E2B's shape with fewer

@@ -150,9 +150,9 @@ def native_logits(target: Target, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
     """To a millionth where all activations are rounded alike; one that lies halfway may go either way, and then a row
-    and those after it differ by more. Of four rows of ten models, most have none."""
+    and those after it differ by more. Of four rows of six models, most have none."""
     alike = []
-    for seed in range(10):
+    for seed in range(6):
         target, tokens = quantised_target(WIDE[name], kinds, seed), TOKENS[:, 2 * seed : 2 * seed + 4]
         expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
         difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
@@ -200,7 +200,7 @@ def by_token(step: DraftStep) -> Tensor:
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.parametrize(("kinds", "backend_name"), [
-    (KINDS[0], "reference"), (KINDS[2], "reference"),
+    (KINDS[2], "reference"),
     *(pytest.param(kinds, "native", marks=native_only) for kinds in KINDS),
 ])  # fmt: skip
 def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: str) -> None:
@@ -209,7 +209,7 @@ def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: st
     drafter.quantise_(parse_weight_types(kinds))
     backend = backends(target, drafter)[backend_name]
     for temperature in (0.0, 1.0):
-        params = SamplingParams(max_tokens=40 if backend_name == "native" else 20, temperature=temperature, seed=3)
+        params = SamplingParams(max_tokens=40 if backend_name == "native" else 12, temperature=temperature, seed=3)
         plain = play(backend, [5, 6, 7], params, 0)
         for draft_tokens in (1, 4):
             drafted = play(backend, [5, 6, 7], params, draft_tokens)
@@ -221,8 +221,7 @@ def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: st
 # -- loading
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kinds", ["int8", "int4"])
+@pytest.mark.parametrize(("kinds", "family"), [*(("int8", family) for family in FAMILIES), ("int4", "e2b")])
 def test_quantised_while_loading_is_quantised_after(
     checkpoints: Checkpoints, family: str, kinds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,9 @@ def test_the_sdist_carries_just_our_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert names - {"PKG-INFO"} == ours()
 
 
-@pytest.mark.parametrize("settings", [None, {"wheel.cmake": "false", "wheel.py-api": "py3"}])
+@pytest.mark.parametrize(
+    "settings", [None, pytest.param({"wheel.cmake": "false", "wheel.py-api": "py3"}, marks=pytest.mark.slow)]
+)
 def test_without_a_compiler_there_is_a_wheel_for_every_machine(
     settings: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

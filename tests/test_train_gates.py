@@ -254,7 +254,7 @@ def test_sampled_acceptance_in_the_trainer_is_the_engines_on_average(shift: int)
     step = DraftStep(target, drafter, Objective("kl", steps=1), 64)
     backend = make_backend(*agreeing_pair())
     observed, chances = [], []
-    for seed in range(12):
+    for seed in range(6):
         params = SamplingParams(temperature=1.0, max_tokens=50, seed=seed)
         tokens, rounds = engine_rounds(backend, params, PROMPT, 1)
         for length, accepted in rounds:

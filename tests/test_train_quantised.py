@@ -168,7 +168,7 @@ def tensors(out: Path, name: str) -> dict[str, Tensor]:
     return load_file(out / "training" / name)
 
 
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kinds", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_drafter_is_trained_for_a_quantised_copy_and_the_same_with_quantize(
     tiny: Path, tmp_path: Path, kinds: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
