@@ -103,11 +103,11 @@ def test_an_engine_gives_each_request_what_it_gives_alone(reuse: bool) -> None:
     """Batches, preemption between rounds, cancellation, ends inside the drafts, and requests whose choices stay with
     the host, beside whole rounds."""
     recorder, eos = Recorder(), (3, 11)
-    load = requests([TOKENS, TOKENS[::-1]], 40, seed=4, longest=40)
+    load = requests([TOKENS, TOKENS[::-1]], 24, seed=4, longest=40)
     settings = EngineSettings(max_running=5, max_tokens=140, kv_memory_mb=0.08, prefix_reuse=reuse)
     loaded = play(pair_of(recorder), load, settings)
     assert loaded.mismatches == []
-    assert (reuse or loaded.stats.preemptions > 0) and loaded.completed > 20
+    assert (reuse or loaded.stats.preemptions > 0) and loaded.completed > 12
     assert recorder.replayed > 3 * recorder.captured
     recorded, eager = pair_of(recorder, eos), pair_of(None, eos)
     ended = 0

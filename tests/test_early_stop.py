@@ -76,10 +76,10 @@ def rule_of(need: float) -> StopRule:
 @pytest.mark.parametrize("name", sorted(PAIRS))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_exact_output_is_plain_decodings_whatever_the_rule(name: str, temperature: float) -> None:
-    params = SamplingParams(max_tokens=48, temperature=temperature, seed=5)
+    params = SamplingParams(max_tokens=32, temperature=temperature, seed=5)
     plain = play(PAIRS[name], [1, 2, 3], params, 0)
     lengths = set()
-    for need in (0.0, 0.05, 0.2, 0.6, 1.0):
+    for need in (0.0, 0.2, 1.0):
         played = play(PAIRS[name], [1, 2, 3], params, 8, stop=rule_of(need))
         assert played.tokens == plain.tokens
         lengths |= set(played.drafted)

@@ -175,8 +175,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(
     ("dtype", "top_p", "limit_mb"),
-    [(torch.float32, 1.0, 64), (torch.float32, 1.0, 200), (torch.float32, 0.9, 120), (torch.bfloat16, 1.0, 200),
-     (torch.bfloat16, 0.9, 60)],
+    [(torch.float32, 1.0, 64), (torch.float32, 1.0, 200), (torch.bfloat16, 0.9, 60)],
 )  # fmt: skip
 def test_a_step_of_a_large_vocabulary_stays_within_the_memory_given(
     dtype: torch.dtype, top_p: float, limit_mb: int

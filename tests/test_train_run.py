@@ -178,7 +178,7 @@ def calls_of_the_trainer(at: Callable[[int], object]) -> Iterator[None]:
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL at a random call of each part of the way; the weights are those of an unbroken run."""
-    options = ["--drafter", tiny / "drafter", "--steps", 40, "--lr", 3e-3, "--checkpoint-steps", 6, "--gate-steps", 15,
+    options = ["--drafter", tiny / "drafter", "--steps", 20, "--lr", 3e-3, "--checkpoint-steps", 4, "--gate-steps", 8,
                "--force", "--resume", "--threads", 1]  # fmt: skip
     calls: list[int] = []
     with calls_of_the_trainer(calls.append):
