@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import agreeing_pair, backends, play, random_drafter, random_target
+from models import agreeing_pair, backends, native_only, play, random_drafter, random_target
 from test_verify import VERIFIERS, Tables, Verify, all_drafts, length_law, make_tables, next_probs
 
 from gemma_mtp.backend.base import Backend
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.early_stop import BIAS, SLOPE, Calibration, StopRule, chance, log_odds
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.decoding.sampling import SamplingParams
@@ -103,18 +103,14 @@ def test_rounds_stop_where_the_rule_says(name: str, params: SamplingParams) -> N
     assert stopped.confidences[0] == every.confidences[0][: stopped.drafted[0]]
 
 
-@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+@native_only
 @pytest.mark.parametrize("name", ["native", "native, centroids"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_drafts_and_confidences_are_the_general_paths(name: str, threads: int) -> None:
     """A bias of nothing leaves the choice as it is, but takes the way through logits and the general choice."""
     general = SamplingParams(max_tokens=40, logit_bias={0: 0.0})
-    before = module().threads()
-    module().set_threads(threads)
-    try:
-        native = play(PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=40), 8, stop=rule_of(0.2))
-    finally:
-        module().set_threads(before)
+    set_threads(threads)
+    native = play(PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=40), 8, stop=rule_of(0.2))
     stepwise = play(PAIRS[name], [1, 2, 3], general, 8, stop=rule_of(0.2))
     assert native.drafted == stepwise.drafted and native.accepted == stepwise.accepted
     ours, theirs = (list(itertools.chain(*played.confidences)) for played in (native, stepwise))

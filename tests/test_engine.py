@@ -19,9 +19,9 @@ import pytest
 import torch
 from live_server import SECONDS
 from mixed_load import lone, play, requests
-from models import VOCAB, agreeing_pair, letters, random_drafter, random_target
+from models import VOCAB, agreeing_pair, letters, native_only, random_drafter, random_target
 
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.datasets import read_examples
@@ -40,7 +40,6 @@ from gemma_mtp.errors import EngineError, PromptError, QueueFullError, SamplingE
 from gemma_mtp.kv import blocks as blocks_module
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 
-native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
 NAMES = blocks_module.block_names
 LONG = [(7 * i * i + i) % VOCAB for i in range(300)]
 OTHER = [(5 * i + 3) % VOCAB for i in range(200)]
@@ -107,10 +106,10 @@ def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
 CONTROL = """
 from gemma_mtp.engine import costs
 from gemma_mtp.engine.pair import load_pair
-from gemma_mtp.backend.native import module
+from gemma_mtp import _native
 from mixed_load import play
 from test_engine import EngineSettings, bundled_load
-assert module().isa() == "control"
+assert _native.isa() == "control"
 costs.BUDGET_SECONDS = 0.05
 pair = load_pair()
 print(len(play(pair, bundled_load(pair, 8), EngineSettings(max_running=8, max_tokens=250)).mismatches))

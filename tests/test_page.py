@@ -40,17 +40,6 @@ KEY = "page-key"
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
-
-
-@pytest.fixture(scope="module")
-def live(pair: Pair) -> Iterator[Live]:
-    with serving(pair) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
 def guarded(pair: Pair) -> Iterator[Live]:
     """A server that wants a key and does one request at a time."""
     with serving(pair, api_keys=(KEY,), max_concurrent=1) as live:

@@ -15,6 +15,7 @@ from models import (
     WIDE,
     agreeing_pair,
     backends,
+    native_only,
     open_caches,
     opened,
     play,
@@ -31,7 +32,6 @@ from torch import Tensor
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.base import DraftStep
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
@@ -47,7 +47,6 @@ from gemma_mtp.weights.grouped import Grouped
 from gemma_mtp.weights.matrix import Chooser, Matrix, matrices
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
-native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
 KINDS = ["int8", "int4", "int4,embeddings=int4", "q8_0,embeddings=int8,drafter-head=int4"]
 
 

@@ -25,7 +25,7 @@ from live_server import LONG, SECONDS, Live, parse_events, serving, wait_for
 from gemma_mtp.cli import main
 from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.engine import Engine
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
@@ -38,11 +38,6 @@ from gemma_mtp.server.settings import ServerSettings, read_keys
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT: dict[str, Any] = {"prompt": "import", "max_tokens": 3, "temperature": 0}
 KEYS = ("first-key", "second-key-é")
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:

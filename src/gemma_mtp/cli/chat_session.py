@@ -57,7 +57,7 @@ class Session:
         self.tokenizer: Tokenizer = pair.tokenizer
         self._verification = cast(Verification, verification)
         pair.check(params, draft_tokens, self._verification)
-        self._pair, self._draft_tokens = pair, draft_tokens
+        self._draft_tokens = draft_tokens
         self._params = replace(params, apart=bool(self.tokenizer.marks.ids))
         self._engine = Engine(pair, EngineSettings(max_running=1, max_tokens=context))
         self.system: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_mtp import checkpoint
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.chat.turn import Event, TurnReader
 from gemma_mtp.checkpoint import Source
@@ -273,7 +273,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source)
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
         stored = checkpoint.stored_dtypes(source)
-        return torch.bfloat16 if stored == {"BF16"} and module() is not None else torch.float32
+        return torch.bfloat16 if stored == {"BF16"} and native_available() else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

@@ -18,8 +18,6 @@ from torch import Tensor
 from gemma_mtp.decoding.noise import signed
 from gemma_mtp.decoding.sampling import Filters
 
-NO_ID = 2147483647
-
 
 class DeviceFilters(NamedTuple):
     """Each row's filters: `top_k_R` int64, 0 for all; `top_p_R` float64, 1 for all; `least_R` float64: the logarithm of
