@@ -22,7 +22,9 @@ from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar_state import GrammarState
-from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
+from gemma_mtp.decoding.history import TokenHistory
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.round import RoundOutput, forward, prefill, verify_round

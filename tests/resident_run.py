@@ -23,7 +23,7 @@ from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import empty_model
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.pair import load_pair

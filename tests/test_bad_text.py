@@ -24,7 +24,7 @@ from tokenizers import models as word_models
 from gemma_mtp.cli import main
 from gemma_mtp.cli.console import console
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Request

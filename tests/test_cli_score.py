@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gemma_mtp.cli import main
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 

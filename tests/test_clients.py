@@ -10,7 +10,7 @@ import pytest
 from live_server import Live, serving
 from recorded_clients import BUILD, CALLED, MODEL, python_clients_server, recorded
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 
 pytestmark = pytest.mark.clients

@@ -21,8 +21,8 @@ from gemma_mtp.backend.native import native_available, set_threads
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cpu_clock import CpuClock
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.costs import measure_costs, round_costs

@@ -18,7 +18,7 @@ from gemma_mtp.backend.cuda.device_round import COUNTS, LEAST_REACH
 from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, row_keys, signed, stream_key
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.execution import run_step
 from gemma_mtp.engine.pair import Pair

@@ -14,8 +14,8 @@ from test_verify import VERIFIERS, Tables, Verify, all_drafts, length_law, make_
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.early_stop import BIAS, SLOPE, Calibration, StopRule, chance, log_odds
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.decoding.verify import block_weights, residual_probs, verify_block, verify_rejection
 
 probabilities = st.floats(0, 1)

@@ -26,8 +26,8 @@ from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, DraftLength
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine import execution as execution_module
 from gemma_mtp.engine import round as round_module

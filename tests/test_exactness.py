@@ -14,7 +14,7 @@ from gemma_mtp.backend.cpu import CpuBackend
 from gemma_mtp.backend.native import set_threads
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult
 

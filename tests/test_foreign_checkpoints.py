@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.measure.memory import inspect_checkpoint

@@ -23,7 +23,8 @@ from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
 from gemma_mtp.decoding.grammar_state import GrammarState
-from gemma_mtp.decoding.sampling import SamplingParams, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import process
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine import round as round_module

@@ -19,7 +19,8 @@ from gemma_mtp.backend.native import Memory, floats, native_available
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.kv.blocks import BLOCK_ROWS

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from live_server import LONG, SECONDS, Live, serving, wait_for
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright; it is not installed")

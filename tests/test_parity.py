@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.backend.native import native_available
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.model.drafter import DonorKeyValues
 from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target

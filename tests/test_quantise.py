@@ -36,7 +36,7 @@ from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
 from gemma_mtp.config import TargetConfig, TextConfig
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.model.drafter import Drafter

@@ -22,7 +22,7 @@ from models import (
 
 from gemma_mtp.backend.base import Backend, DraftedTokens, DraftRows, DraftStep
 from gemma_mtp.backend.reference import ReferenceBackend
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine.draft import draft_noise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ from oracle import VOCAB, build_target
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams, ranks
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import ranks
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request

@@ -8,7 +8,7 @@ import pytest
 from live_server import Live, serving, wait_for
 
 from gemma_mtp.cli.render import shown_kinds as rendered_kinds
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from live_server import COMPLETIONS, SECONDS, SHORT, error_of, long_stream, parse_events, serving, wait_for
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Request

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
 from table_models import QUOTE, SCRIPTS, table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 
 MODEL, KEY, PROMPT = "gemma-mtp-bundled", "a-key", "def add(a, b):\n"

@@ -6,7 +6,7 @@ import pytest
 from live_server import Live, serving
 from table_models import table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 

@@ -10,7 +10,7 @@ import pytest
 from live_server import SECONDS, Live, parse_events, serving
 from table_models import SCRIPTS, Quality, table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 CHAT = "/v1/chat/completions"

@@ -18,7 +18,7 @@ from gemma_mtp.backend.base import Backend
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config import SLIDING, LayerType
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter

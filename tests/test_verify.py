@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gemma_mtp.decoding import verify
 from gemma_mtp.decoding.noise import STREAM_ACCEPT, STREAM_DRAFT, round_counters, uniform
-from gemma_mtp.decoding.sampling import Candidates, SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import Candidates, choose, process
 from gemma_mtp.decoding.verify import (
     Verified,
     agreeing,

@@ -15,7 +15,7 @@ from gemma_mtp.chat.conversation import Conversation
 from gemma_mtp.chat.prompt import chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Event, Thought
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair

@@ -117,7 +117,7 @@ def serve(
             " --no-auth to serve them all."
         )
     settings = _settings(keys, models, drafting, listening, limits, logging)
-    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.decoding.params import SamplingParams
     from gemma_mtp.engine.thread import EngineThread
 
     with run.listen(listening.host, listening.port) as listener:

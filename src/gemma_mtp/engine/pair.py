@@ -18,7 +18,7 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair

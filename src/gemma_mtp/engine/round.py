@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
-from gemma_mtp.decoding.sampling import Filters, TopLogprobs, choose, probabilities, process, top_logprobs
+from gemma_mtp.decoding.params import Filters
+from gemma_mtp.decoding.sampling import TopLogprobs, choose, probabilities, process, top_logprobs
 from gemma_mtp.decoding.verify import Verified, agreeing, verify_block, verify_exact, verify_rejection
 from gemma_mtp.engine.draft import NO_DRAFTS, Drafts
 from gemma_mtp.engine.sequence import Sequence, Turn

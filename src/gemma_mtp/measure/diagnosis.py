@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.config import LAYER_TYPES, SLIDING, DrafterConfig, LayerType
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import Prompt
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
