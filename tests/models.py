@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -70,6 +73,16 @@ def random_target(seed: int = 0, config: TextConfig = TINY) -> Target:
     return _randomise(Target(config), seed).eval().requires_grad_(False)
 
 
+def zero_target(config: TextConfig) -> Target:
+    """In bf16; large ones are made faster than at random."""
+    with torch.device("meta"):
+        target = Target(config)
+    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for parameter in target.parameters():
+        parameter.zero_()
+    return target
+
+
 def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = False) -> Drafter:
     text = dataclasses.replace(
         target, hidden_size=16, intermediate_size=32, num_hidden_layers=4, layer_types=(S, S, S, F),
@@ -126,6 +139,13 @@ def backends(target: Target, drafter: Drafter | None = None) -> dict[str, Backen
     found: dict[str, Backend] = {"reference": ReferenceBackend(target, drafter)}
     best = make_backend(target, drafter)
     return found if isinstance(best, ReferenceBackend) else {**found, "native": best}
+
+
+def with_other_sums(script: str) -> str:
+    """Returns what a script prints whose native operators sum several rows in another order than one."""
+    environment = {**os.environ, "GEMMA_MTP_ISA": "control", "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
 
 
 class WithoutChoices:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TINY, random_drafter, random_target, same_weights
+from models import TINY, random_drafter, random_target, same_weights, zero_target
 from oracle import FAMILIES, build_drafter, build_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -513,12 +513,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=0,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("large")
-    with torch.device("meta"):
-        target = Target(config)
-    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in target.parameters():
-        parameter.zero_()
-    save_target(target, TargetConfig(config), directory)
+    save_target(zero_target(config), TargetConfig(config), directory)
     assert (directory / SINGLE).stat().st_size > 500e6
     return directory
 

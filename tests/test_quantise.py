@@ -25,6 +25,7 @@ from models import (
     same_weights,
     save_pair,
     wide_drafter,
+    zero_target,
 )
 from oracle import FAMILIES, build_target
 from torch import Tensor
@@ -282,12 +283,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size_per_layer_input=256,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("large")
-    with torch.device("meta"):
-        target = Target(config)
-    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in target.parameters():
-        parameter.zero_()
-    checkpoint.save_target(target, TargetConfig(config), directory)
+    checkpoint.save_target(zero_target(config), TargetConfig(config), directory)
     assert (directory / SINGLE_FILE).stat().st_size > 240e6
     return directory
 
