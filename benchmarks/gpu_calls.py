@@ -18,7 +18,7 @@ from gemma_mtp.backend.cuda.layer import DeviceLayer
 from gemma_mtp.backend.cuda.models import DeviceDrafter, DeviceTarget, ropes_of
 from gemma_mtp.backend.cuda.weights import DeviceWeight
 from gemma_mtp.config import DrafterConfig, TextConfig
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
 from gemma_mtp.engine.whole_rounds import play_whole
 from gemma_mtp.kv.blocks import block_counts, blocks_of

@@ -11,7 +11,7 @@ from gpu_run import Run
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
 from gemma_mtp.backend.reference import ReferenceBackend
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import GenerationResult

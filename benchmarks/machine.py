@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemma_mtp.backend import processor as processors
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 
 BANDWIDTH_BYTES = 512 << 20
 
@@ -21,7 +21,11 @@ def processor() -> str:
 
 def instruction_set() -> str:
     """The native operators' own, chosen by the machine or GEMMA_MTP_ISA."""
-    return "none (PyTorch's operators)" if module() is None else module().isa()
+    if not native_available():
+        return "none (PyTorch's operators)"
+    from gemma_mtp import _native
+
+    return _native.isa()
 
 
 def describe() -> dict[str, Any]:

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gemma_mtp.backend.native import Memory, module
+from gemma_mtp import _native
+from gemma_mtp.backend.native import Memory, floats
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.dense import Dense
 from gemma_mtp.weights.formats import FORMATS
@@ -59,7 +60,7 @@ def native_operator(isa: str, name: str, weight_NK: Weight) -> Operator:
 
     def call(i: int, x_MK: Tensor) -> Tensor:
         out = torch.empty(x_MK.shape[0], rows)
-        module().linear(isa, weights[i], x_MK.data_ptr(), x_MK.shape[0], out.data_ptr())
+        _native.linear(isa, weights[i], floats(x_MK), x_MK.shape[0], floats(out))
         return out
 
     return Operator(f"native {isa} {name}", weight_NK.nbytes, call, count, memory)
@@ -111,10 +112,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 5, 8, 16])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", nargs="+", default=[module().isa()], help=f"of {', '.join(module().isas())}")
+    parser.add_argument("--isa", nargs="+", default=[_native.isa()], help=f"of {', '.join(_native.isas())}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    module().set_threads(args.threads)
+    _native.set_threads(args.threads)
     weight = torch.randn(*args.shape)
     operators: list[Operator] = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import instruction_set
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.backend.base import Backend, Rows
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.checkpoint import read_generation_config, stored_tensors
 from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
 from gemma_mtp.engine.round import forward
@@ -130,10 +131,9 @@ def show(measured: Sequence[Quality], text: Text, args: argparse.Namespace) -> N
         )  # fmt: skip
     console = Console(width=150)
     console.print(table)
-    operators = "PyTorch's operators" if module() is None else f"native operators ({module().isa()})"
     console.print(
-        f"{operators}; loss on {text.rows_NT.numel()} held-out tokens; tokens a round at {DRAFT_TOKENS} drafts,"
-        f" {args.prompts} prompts of {args.max_tokens} new tokens",
+        f"native operators: {instruction_set()}; loss on {text.rows_NT.numel()} held-out tokens; tokens a round at"
+        f" {DRAFT_TOKENS} drafts, {args.prompts} prompts of {args.max_tokens} new tokens",
         highlight=False,
         soft_wrap=True,
     )

@@ -43,10 +43,10 @@ from gemma_mtp.checkpoint import load_drafter, load_target, save_drafter, save_t
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, bundled_directory
+from gemma_mtp.freed_memory import keep_freed_memory
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.tokenizer import Tokenizer
-from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExample
 from gemma_mtp.training.losses import choice_at, wanted
 from gemma_mtp.training.memory import MEGABYTE, plan_blocks

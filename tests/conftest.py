@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import gemma_mtp.cli.environment  # isort: skip  (before PyTorch)
 
 import importlib.util
@@ -6,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["TRITON_INTERPRET"] = "1"  # as kernels are defined: there is no card
 
@@ -14,6 +17,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import gemma_mtp
+
+if TYPE_CHECKING:
+    from live_server import Live
+
+    from gemma_mtp.engine.pair import Pair
 
 if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators than the installed one (`make sanitize`)
     (built,) = Path(os.environ["GEMMA_MTP_BUILD"]).glob("_native*.so")
@@ -96,6 +104,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pair(saved: Path, tmp_path: Path) -> Path:
+def copied(saved: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged."""
     return shutil.copytree(saved, tmp_path / "pair")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    """The bundled pair, where a module has no `pair` of its own."""
+    from gemma_mtp.engine.pair import load_pair
+
+    return load_pair()
+
+
+@pytest.fixture(scope="module")
+def live(pair: Pair) -> Iterator[Live]:
+    """A server of the module's `pair`."""
+    from live_server import serving
+
+    with serving(pair) as live:
+        yield live

@@ -28,6 +28,8 @@ SECONDS = 300.0
 LONG: dict[str, Any] = {
     "prompt": "import", "max_tokens": 1900, "ignore_eos": True, "draft_tokens": 0, "n": 8, "temperature": 1.0,
 }  # fmt: skip
+COMPLETIONS = "/v1/completions"
+SHORT: dict[str, Any] = {"prompt": "import", "max_tokens": 3, "temperature": 0}
 
 
 @dataclass
@@ -72,6 +74,14 @@ def parse_events(text: str) -> list[dict[str, Any]]:
     return found
 
 
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    body = json.loads(answer.read())
+    assert answer.status_code == status, body
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
 def wait_for(condition: Callable[[], object], pause: float = 0.005) -> None:
     """Until it holds; fails after `SECONDS`."""
     end = time.monotonic() + SECONDS
@@ -112,3 +122,19 @@ def serving(pair: Pair, engine_settings: EngineSettings | None = None, **setting
             server.should_exit = True
             thread.join(SECONDS)
             assert not thread.is_alive()
+
+
+@contextmanager
+def long_stream(live: Live, **fields: Any) -> Iterator[Iterator[str]]:
+    """A request that is decoding: the lines after its first event."""
+    with live.client.stream("POST", COMPLETIONS, json={**LONG, "stream": True, **fields}) as answer:
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        next(lines)
+        yield lines
+
+
+def request_bytes(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter, save_target, stored_tensors
 from gemma_mtp.config import DrafterConfig, LayerType, TargetConfig, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar_state import GrammarState
-from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory, choose, process
+from gemma_mtp.decoding.history import TokenHistory
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.engine.round import forward, play_rounds, prefill
+from gemma_mtp.engine.draft import propose
+from gemma_mtp.engine.round import RoundOutput, forward, prefill, verify_round
 from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_counts
 from gemma_mtp.kv.pool import KVCache
@@ -30,6 +39,7 @@ from gemma_mtp.model.target import Target
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.weights.base import Weight
 
+native_only = pytest.mark.skipif(not native_available(), reason="the native operators were not built")
 M = TypeVar("M", Target, Drafter)
 VOCAB = 61
 S: LayerType = "sliding_attention"
@@ -61,6 +71,16 @@ WIDE: dict[str, TextConfig] = {
 
 def random_target(seed: int = 0, config: TextConfig = TINY) -> Target:
     return _randomise(Target(config), seed).eval().requires_grad_(False)
+
+
+def zero_target(config: TextConfig) -> Target:
+    """In bf16; large ones are made faster than at random."""
+    with torch.device("meta"):
+        target = Target(config)
+    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for parameter in target.parameters():
+        parameter.zero_()
+    return target
 
 
 def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = False) -> Drafter:
@@ -119,6 +139,13 @@ def backends(target: Target, drafter: Drafter | None = None) -> dict[str, Backen
     found: dict[str, Backend] = {"reference": ReferenceBackend(target, drafter)}
     best = make_backend(target, drafter)
     return found if isinstance(best, ReferenceBackend) else {**found, "native": best}
+
+
+def with_other_sums(script: str) -> str:
+    """Returns what a script prints whose native operators sum several rows in another order than one."""
+    environment = {**os.environ, "GEMMA_MTP_ISA": "control", "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
 
 
 class WithoutChoices:
@@ -211,6 +238,11 @@ def opened(
 
 
 @torch.inference_mode()
+def play_rounds(backend: Backend, turns: Items[Turn]) -> list[RoundOutput]:
+    """Play one round of each sequence: draft, verify, commit. Raises what the first turn that fails raised."""
+    return verify_round(backend, turns, propose(backend, turns))
+
+
 def play(
     backend: Backend, prompt: list[int], params: SamplingParams, draft_tokens: int,
     verification: Verification = "exact", chunk_rows: int | None = None,
@@ -228,11 +260,6 @@ def play(
         played.confidences.append(list(output.confidences))
         after_round(sequence)
     return played
-
-
-def last_row_logits(target: Target, tokens: list[int]) -> Tensor:
-    with torch.inference_mode():
-        return target.logits(target.forward_sequence(torch.tensor([tokens])).hidden_BTD[0, -1])
 
 
 def letters(directory: Path) -> Tokenizer:

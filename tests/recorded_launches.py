@@ -17,7 +17,7 @@ from gemma_mtp.backend.cuda.dots import FP8
 from gemma_mtp.backend.cuda.draws import draws_on
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.config.presets import PRESETS
-from gemma_mtp.decoding.sampling import Filters
+from gemma_mtp.decoding.params import Filters
 from gemma_mtp.kv.blocks import blocks_of
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from models import agreeing_pair
 
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.native import native_available, set_threads
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import empty_model
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.pair import load_pair
@@ -112,7 +112,7 @@ def main(case: str, kinds: WeightTypes) -> dict[str, Any]:
     assert tiny.drafter is not None
     zero_pair(TargetConfig(tiny.target.config), tiny.drafter.config, WeightTypes())  # loads another part of PyTorch
     before = resident()
-    operators: Operators = "reference" if module() is None else "native"
+    operators: Operators = "reference" if not native_available() else "native"
     pair: LoadedPair
     if case == "bundled":
         found, load = planned("bundled"), Load(16, 2048, 4)

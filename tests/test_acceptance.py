@@ -12,8 +12,8 @@ from models import agreeing_pair, random_drafter, random_target
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.datasets import Example, read_examples
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats
 from gemma_mtp.errors import DataError, SamplingError, TokenizerError

@@ -21,7 +21,7 @@ from gemma_mtp.checkpoint.adapter import Adapter
 from gemma_mtp.checkpoint.adapter_config import parse_adapter_config
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.errors import CheckpointError, GemmaMtpError
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.training.written import fingerprint

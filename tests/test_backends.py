@@ -32,7 +32,8 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward

@@ -24,7 +24,7 @@ from tokenizers import models as word_models
 from gemma_mtp.cli import main
 from gemma_mtp.cli.console import console
 from gemma_mtp.datasets import read_examples
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.request import Request
@@ -36,11 +36,6 @@ from gemma_mtp.tokenizer import Tokenizer
 HALF = "abc \ud83d def"
 LATIN, BOM = b"caf\xe9", b"\xef\xbb\xbf"
 PROMPT = "def add(a, b):\n    return"
-
-
-@pytest.fixture(scope="module")
-def bundled() -> Pair:
-    return load_pair()
 
 
 def one_sentence(error: GemmaMtpError) -> None:
@@ -81,17 +76,17 @@ WRONG_PROMPTS = [3, 3.5, None, True, b"abc", bytearray(b"abc"), {"a": 1}, {5: 6}
 
 
 @pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda prompt: f"{prompt!r}".split(" at ")[0])
-def test_a_prompt_of_a_wrong_type_is_a_prompt_error(bundled: Pair, prompt: Any) -> None:
-    for ask in (bundled.generate, bundled.stream, bundled.encode):
+def test_a_prompt_of_a_wrong_type_is_a_prompt_error(pair: Pair, prompt: Any) -> None:
+    for ask in (pair.generate, pair.stream, pair.encode):
         with pytest.raises(PromptError) as error:
             ask(prompt)
         one_sentence(error.value)
 
 
-def test_half_a_surrogate_pair_is_refused_in_python(bundled: Pair) -> None:
+def test_half_a_surrogate_pair_is_refused_in_python(pair: Pair) -> None:
     for text in (HALF, "\udfff", os.fsdecode(LATIN)):
         with pytest.raises(PromptError, match="half a surrogate pair") as error:
-            bundled.generate(text)
+            pair.generate(text)
         one_sentence(error.value)
     with pytest.raises(SamplingError, match="a stop string is "):
         SamplingParams(stop=[HALF])
@@ -103,9 +98,9 @@ def test_half_a_surrogate_pair_is_refused_in_python(bundled: Pair) -> None:
      {"draft_tokens": None}, {"draft_tokens": [4]}, {"verification": None}, {"verification": ["exact"]}],
     ids=str,
 )  # fmt: skip
-def test_arguments_of_wrong_types_are_sampling_errors(bundled: Pair, values: dict[str, Any]) -> None:
+def test_arguments_of_wrong_types_are_sampling_errors(pair: Pair, values: dict[str, Any]) -> None:
     with pytest.raises(SamplingError) as error:
-        bundled.generate("x", **values)
+        pair.generate("x", **values)
     one_sentence(error.value)
 
 
@@ -118,9 +113,9 @@ def test_loading_by_wrong_types_is_a_typed_error(values: dict[str, Any]) -> None
     one_sentence(error.value)
 
 
-def test_a_priority_that_can_not_be_compared_leaves_the_queue_as_it_is(bundled: Pair) -> None:
-    engine = Engine(bundled)
-    ids = bundled.encode("x")
+def test_a_priority_that_can_not_be_compared_leaves_the_queue_as_it_is(pair: Pair) -> None:
+    engine = Engine(pair)
+    ids = pair.encode("x")
     engine.submit(Request(ids))
     for priority in ("high", None, 1.5):
         with pytest.raises(SamplingError, match="priority is"):
@@ -142,10 +137,10 @@ BROKEN_TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", BROKEN_TEMPLATES.values(), ids=list(BROKEN_TEMPLATES))
-def test_whatever_a_template_raises_is_one_sentence(bundled: Pair, template: str) -> None:
-    assert bundled.tokenizer is not None
-    tokenizer = Tokenizer(bundled.tokenizer.raw, {}, template)
-    pair = Pair(bundled.backend.with_drafter(None), tokenizer, bundled.generation)
+def test_whatever_a_template_raises_is_one_sentence(pair: Pair, template: str) -> None:
+    assert pair.tokenizer is not None
+    tokenizer = Tokenizer(pair.tokenizer.raw, {}, template)
+    pair = Pair(pair.backend.with_drafter(None), tokenizer, pair.generation)
     with pytest.raises((TokenizerError, PromptError)) as error:
         pair.generate(tokenizer.apply_chat_template([{"role": "user", "content": "x"}]))
     one_sentence(error.value)
@@ -212,11 +207,11 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, capsys: pytest
 
 
 def test_a_byte_order_mark_is_no_part_of_standard_input(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bundled: Pair
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pair: Pair
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(BOM + PROMPT.encode()), "utf-8"))
     assert main(["generate", "-n", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == bundled.encode(PROMPT)
+    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == pair.encode(PROMPT)
 
 
 def test_text_that_is_none_is_refused_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -343,10 +338,10 @@ TEMPLATE = "{% set said = messages[0].content %}" + "".join(
 
 
 @pytest.fixture(scope="module")
-def live(bundled: Pair) -> Iterator[Live]:
-    assert bundled.tokenizer is not None
-    tokenizer = Tokenizer(bundled.tokenizer.raw, bundled.tokenizer.settings, TEMPLATE)
-    with serving(Pair(bundled.backend.with_drafter(None), tokenizer, bundled.generation)) as live:
+def live(pair: Pair) -> Iterator[Live]:
+    assert pair.tokenizer is not None
+    tokenizer = Tokenizer(pair.tokenizer.raw, pair.tokenizer.settings, TEMPLATE)
+    with serving(Pair(pair.backend.with_drafter(None), tokenizer, pair.generation)) as live:
         yield live
         assert live.post("/v1/completions", {"prompt": "import", "max_tokens": 2}).status_code == 200
 

@@ -9,13 +9,13 @@ import pairs
 import pytest
 import sides
 import torch
-from models import TINY
+from models import TINY, native_only
 from ours import drafter_bytes, target_bytes, unreliable
 from sides import Side, measure
 
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.backend.native import Memory
 from gemma_mtp.config import DrafterConfig
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.model.target import Target
@@ -23,7 +23,6 @@ from gemma_mtp.weight_types import parse_weight_types
 
 PROMPT = [7, 3, 11]
 PARAMS = SamplingParams(max_tokens=400, ignore_eos=True)
-needs_native = pytest.mark.skipif(module() is None, reason="needs the native operators")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full head", "centroid head"])
@@ -59,7 +58,7 @@ def test_drafts_are_wrong_as_often_as_asked_and_the_output_stays(agreeing: Pair,
     assert result.accepted_by_position[0] == pytest.approx(acceptance, abs=0.13)
 
 
-@needs_native
+@native_only
 @pytest.mark.parametrize("kinds", [None, "int8", "int4"])
 def test_counted_bytes_are_those_the_native_operators_hold(
     kinds: str | None, agreeing: Pair, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TINY, random_drafter, random_target, same_weights
+from models import TINY, random_drafter, random_target, same_weights, zero_target
 from oracle import FAMILIES, build_drafter, build_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -234,28 +234,28 @@ KINDS = [("target", load_target), ("drafter", load_drafter)]
     (b"", ["config.json", "not valid JSON", "line 1"]),
     (b'{"model_type": "\xff"}', ["config.json", "can not be read"]),
 ])  # fmt: skip
-def test_config_json(kind: str, load: Load, content: bytes | None, named: list[str], pair: Path) -> None:
-    (pair / kind / "config.json").unlink()
+def test_config_json(kind: str, load: Load, content: bytes | None, named: list[str], copied: Path) -> None:
+    (copied / kind / "config.json").unlink()
     if content is not None:
-        (pair / kind / "config.json").write_bytes(content)
-    refused(load, pair / kind, str(pair / kind), *named)
+        (copied / kind / "config.json").write_bytes(content)
+    refused(load, copied / kind, str(copied / kind), *named)
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"hidden_size": 1' + "0" * 5000 + "}"], ids=["deep", "huge int"])
-def test_json_beyond_what_python_parses(content: str, pair: Path) -> None:
-    (pair / "target" / "config.json").write_text(content, encoding="utf-8")
-    refused(load_target, pair / "target", "config.json")
+def test_json_beyond_what_python_parses(content: str, copied: Path) -> None:
+    (copied / "target" / "config.json").write_text(content, encoding="utf-8")
+    refused(load_target, copied / "target", "config.json")
 
 
 @pytest.mark.parametrize(("kind", "load"), KINDS)
-def test_missing_weights(kind: str, load: Load, pair: Path) -> None:
-    (pair / kind / SINGLE).unlink()
-    refused(load, pair / kind, str(pair / kind), SINGLE, INDEX)
+def test_missing_weights(kind: str, load: Load, copied: Path) -> None:
+    (copied / kind / SINGLE).unlink()
+    refused(load, copied / kind, str(copied / kind), SINGLE, INDEX)
 
 
 @pytest.mark.parametrize(("kind", "load"), KINDS)
-def test_index(kind: str, load: Load, pair: Path) -> None:
-    directory = pair / kind
+def test_index(kind: str, load: Load, copied: Path) -> None:
+    directory = copied / kind
     before = load(directory, torch.float32).checkpoint_tensors()
     write_shards(directory, load_file(directory / SINGLE))
     same_weights(load(directory, torch.float32).checkpoint_tensors(), before)
@@ -303,10 +303,10 @@ def test_a_damaged_header_is_refused_or_harmless(
 
 
 @pytest.mark.parametrize(("kind", "load"), KINDS)
-def test_tensors_that_do_not_fit(kind: str, load: Load, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_fit(kind: str, load: Load, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each kind is refused before any weight is copied, wherever in the file it is."""
     monkeypatch.setattr("gemma_mtp.checkpoint.load.copy_tensors", lambda *_: pytest.fail("weights were read"))
-    directory = pair / kind
+    directory = copied / kind
     whole = load_file(directory / SINGLE)
     of_each_kind = {re.sub(r"\d+", "N", name): name for name in whole}
     for name in of_each_kind.values():
@@ -323,26 +323,26 @@ def test_tensors_that_do_not_fit(kind: str, load: Load, pair: Path, monkeypatch:
         load(directory, torch.float32)
 
 
-def test_a_transposed_weight_is_refused(pair: Path) -> None:
-    weight = load_file(pair / "drafter" / SINGLE)["pre_projection.weight"]
-    edit(pair / "drafter", pre_projection__weight=weight.t().contiguous())
-    refused(load_drafter, pair / "drafter", "pre_projection.weight", "[64, 16]", "[16, 64]")
+def test_a_transposed_weight_is_refused(copied: Path) -> None:
+    weight = load_file(copied / "drafter" / SINGLE)["pre_projection.weight"]
+    edit(copied / "drafter", pre_projection__weight=weight.t().contiguous())
+    refused(load_drafter, copied / "drafter", "pre_projection.weight", "[64, 16]", "[16, 64]")
 
 
-def test_quantised_weights_are_refused(pair: Path) -> None:
+def test_quantised_weights_are_refused(copied: Path) -> None:
     for dtype, name in ((torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")):
-        edit(pair / "target", **{Q_PROJ.replace(".", "__"): torch.zeros(32, 32).to(dtype)})
-        refused(load_target, pair / "target", Q_PROJ, name, "F32 or BF16 or F16 or F64")
+        edit(copied / "target", **{Q_PROJ.replace(".", "__"): torch.zeros(32, 32).to(dtype)})
+        refused(load_target, copied / "target", Q_PROJ, name, "F32 or BF16 or F16 or F64")
 
 
 @pytest.mark.parametrize(("kind", "load"), KINDS)
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pickles_are_never_opened(kind: str, load: Load, name: str, pair: Path) -> None:
-    marker = pair / "unpickled"
+def test_pickles_are_never_opened(kind: str, load: Load, name: str, copied: Path) -> None:
+    marker = copied / "unpickled"
     trap = pickle.dumps(Trap(marker))
-    (pair / kind / SINGLE).unlink()
-    (pair / kind / name).write_bytes(trap)
-    refused(load, pair / kind, str(pair / kind), name, "safetensors")
+    (copied / kind / SINGLE).unlink()
+    (copied / kind / name).write_bytes(trap)
+    refused(load, copied / kind, str(copied / kind), name, "safetensors")
     assert not marker.exists()
     pickle.loads(trap)
     assert marker.exists()  # the trap works
@@ -359,20 +359,20 @@ class Trap:
 
 
 @pytest.mark.parametrize("damage", ["repeated", "negative", "too large", "zero"])
-def test_damaged_token_ordering(damage: str, pair: Path) -> None:
-    ordering = load_file(pair / "drafter" / SINGLE)[ORDERING]
+def test_damaged_token_ordering(damage: str, copied: Path) -> None:
+    ordering = load_file(copied / "drafter" / SINGLE)[ORDERING]
     if damage == "zero":
         ordering = torch.zeros_like(ordering)
     else:
         ordering[3] = {"repeated": int(ordering[4]), "negative": -1, "too large": TINY.vocab_size}[damage]
-    edit(pair / "drafter", masked_embedding__token_ordering=ordering)
-    refused(load_drafter, pair / "drafter", str(pair / "drafter"), ORDERING)
+    edit(copied / "drafter", masked_embedding__token_ordering=ordering)
+    refused(load_drafter, copied / "drafter", str(copied / "drafter"), ORDERING)
 
 
-def test_token_ordering_may_be_stored_in_int32(pair: Path) -> None:
-    ordering = load_file(pair / "drafter" / SINGLE)[ORDERING]
-    edit(pair / "drafter", masked_embedding__token_ordering=ordering.int())
-    loaded = stored_tensors(load_drafter(pair / "drafter", torch.bfloat16).checkpoint_tensors())
+def test_token_ordering_may_be_stored_in_int32(copied: Path) -> None:
+    ordering = load_file(copied / "drafter" / SINGLE)[ORDERING]
+    edit(copied / "drafter", masked_embedding__token_ordering=ordering.int())
+    loaded = stored_tensors(load_drafter(copied / "drafter", torch.bfloat16).checkpoint_tensors())
     assert torch.equal(loaded[ORDERING], ordering)
 
 
@@ -443,8 +443,8 @@ def generation(directory: Path, content: Any) -> GenerationDefaults:
     return read_generation_config(directory)
 
 
-def test_generation_config(pair: Path) -> None:
-    target = pair / "target"
+def test_generation_config(copied: Path) -> None:
+    target = copied / "target"
     assert read_generation_config(target) == GenerationDefaults(TINY.eos_token_ids)
     assert generation(target, {}) == GenerationDefaults(TINY.eos_token_ids)
     assert generation(target, {"eos_token_id": 7}).eos_token_ids == (7,)
@@ -454,13 +454,13 @@ def test_generation_config(pair: Path) -> None:
     ) == GenerationDefaults((1, 106, 50), 1.0, 64, 0.95, (8, 9))  # fmt: skip
 
 
-def test_end_of_sequence_ids_fall_back_to_config_json(pair: Path) -> None:
-    path = pair / "target" / "config.json"
+def test_end_of_sequence_ids_fall_back_to_config_json(copied: Path) -> None:
+    path = copied / "target" / "config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**raw, "eos_token_id": [5, 6]}), encoding="utf-8")
-    assert read_generation_config(pair / "target").eos_token_ids == (5, 6)
-    assert generation(pair / "target", {"eos_token_id": [3]}).eos_token_ids == (3,)
-    assert read_generation_config(pair / "drafter").eos_token_ids == (1,)
+    assert read_generation_config(copied / "target").eos_token_ids == (5, 6)
+    assert generation(copied / "target", {"eos_token_id": [3]}).eos_token_ids == (3,)
+    assert read_generation_config(copied / "drafter").eos_token_ids == (1,)
 
 
 @pytest.mark.parametrize(("content", "named"), [
@@ -477,13 +477,15 @@ def test_end_of_sequence_ids_fall_back_to_config_json(pair: Path) -> None:
     ({"top_k": "64"}, ["top_k", "'64'"]),
     ({"top_p": {}}, ["top_p", "{}"]),
 ])  # fmt: skip
-def test_generation_config_refused(content: Any, named: list[str], pair: Path) -> None:
-    refused(lambda directory, _: generation(directory, content), pair / "target", "generation_config.json", *named)
+def test_generation_config_refused(content: Any, named: list[str], copied: Path) -> None:
+    refused(lambda directory, _: generation(directory, content), copied / "target", "generation_config.json", *named)
 
 
-def test_malformed_generation_config(pair: Path) -> None:
-    (pair / "target" / "generation_config.json").write_text("{\n]", encoding="utf-8")
-    refused(lambda directory, _: read_generation_config(directory), pair / "target", "generation_config.json", "line 2")
+def test_malformed_generation_config(copied: Path) -> None:
+    (copied / "target" / "generation_config.json").write_text("{\n]", encoding="utf-8")
+    refused(
+        lambda directory, _: read_generation_config(directory), copied / "target", "generation_config.json", "line 2"
+    )
 
 
 # -- memory
@@ -514,12 +516,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_kv_shared_layers=0, use_double_wide_mlp=False, hidden_size_per_layer_input=0,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("large")
-    with torch.device("meta"):
-        target = Target(config)
-    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in target.parameters():
-        parameter.zero_()
-    save_target(target, TargetConfig(config), directory)
+    save_target(zero_target(config), TargetConfig(config), directory)
     assert (directory / SINGLE).stat().st_size > 300e6
     return directory
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import gemma_mtp
 from gemma_mtp.cli import main, render
 from gemma_mtp.cli.generate_run import NOT_WHOLE
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.engine.result import GenerationResult, RoundStats

@@ -18,8 +18,8 @@ from gemma_mtp.cli import acceptance_report, main
 from gemma_mtp.cli.options import spread
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.datasets import read_examples
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.round_costs import RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import DataError
 from gemma_mtp.measure import plot, speedup

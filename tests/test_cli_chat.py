@@ -9,7 +9,7 @@ from table_models import table_pair
 
 from gemma_mtp.cli import generate_run, main
 from gemma_mtp.cli import options as cli_options
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.errors import SamplingError
 

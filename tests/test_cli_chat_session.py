@@ -16,7 +16,7 @@ from gemma_mtp.cli import options as cli_options
 from gemma_mtp.cli.chat_files import KEPT_LINES, InputHistory
 from gemma_mtp.cli.chat_session import Session
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import PromptError, TokenizerError
 

@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 
 from gemma_mtp.cli import main
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 
 TEXT, MORE = "import os", "\nprint(os.name)\n"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 def direct(pair: Pair, text: str) -> list[PromptLogprob]:

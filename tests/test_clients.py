@@ -10,8 +10,8 @@ import pytest
 from live_server import Live, serving
 from recorded_clients import BUILD, CALLED, MODEL, python_clients_server, recorded
 
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 
 pytestmark = pytest.mark.clients
 LM_EVAL = BUILD / "lm-eval"  # without what it needs for its tasks
@@ -27,11 +27,6 @@ def server() -> Iterator[Live]:
 def live(server: Live, request: pytest.FixtureRequest) -> Iterator[Live]:
     with recorded(server, request.node.name.removeprefix("test_")):
         yield server
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 def test_langchain(live: Live) -> None:

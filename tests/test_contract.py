@@ -23,7 +23,8 @@ from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.config.rope import RopeConfig
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import forward

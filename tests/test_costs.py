@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import agreeing_pair, random_drafter, random_target
+from models import agreeing_pair, native_only, random_drafter, random_target
 
 from gemma_mtp.backend import processor as processor_module
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.native import native_available, set_threads
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cpu_clock import CpuClock
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
-from gemma_mtp.decoding.sampling import SamplingParams
 from gemma_mtp.engine import cost_cache, costs
 from gemma_mtp.engine.cost_cache import Key, cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.costs import measure_costs, round_costs
@@ -169,14 +169,14 @@ def test_the_key_tells_pairs_and_ways_to_run_them_apart(monkeypatch: pytest.Monk
     set_threads(threads + 1)
     others.append(cost_key(ReferenceBackend(*agreeing_pair())))
     set_threads(threads)
-    if module() is not None:
+    if native_available():
         others.append(cost_key(CpuBackend(*agreeing_pair())))
     monkeypatch.setattr(torch, "__version__", "0.0")
     others.append(cost_key(ReferenceBackend(*agreeing_pair())))
     assert len({json.dumps(each, sort_keys=True) for each in [key, *others]}) == len(others) + 1
 
 
-@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+@native_only
 def test_the_key_tells_weight_types_apart() -> None:
     keys = []
     for quantize in (None, "int8", "int4"):

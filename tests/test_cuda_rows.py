@@ -27,7 +27,8 @@ from gemma_mtp.backend.cuda.rows import added
 from gemma_mtp.backend.cuda.tiles import part_count
 from gemma_mtp.backend.cuda.weights import DeviceWeight
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import Candidates, SamplingParams, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import Candidates, process
 from gemma_mtp.decoding.sampling import choose as general_choice
 from gemma_mtp.kv.pool import KVPool
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mixed_load import lone, play, requests
-from models import VOCAB, WIDE, open_caches, random_target, wide_drafter
+from models import VOCAB, WIDE, open_caches, play_rounds, random_target, wide_drafter
 from recorded_rounds import Recorder, plain_backend
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
@@ -18,11 +18,11 @@ from gemma_mtp.backend.cuda.device_round import COUNTS, LEAST_REACH
 from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, row_keys, signed, stream_key
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.engine.costs import measure_costs
 from gemma_mtp.engine.execution import run_step
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.engine.round import RoundOutput, play_rounds, prefill
+from gemma_mtp.engine.round import RoundOutput, prefill
 from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.whole_rounds import play_whole

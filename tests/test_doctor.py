@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cli import main
 from gemma_mtp.cli.doctor_checks import _gpu_checks, as_loaded, machine_checks, pair_checks
@@ -157,7 +157,7 @@ def test_memory_is_counted_and_looked_up_on_the_device_that_was_asked_for(monkey
         found[device] = run.operators, run.kv_bytes
     assert asked == [torch.device("cpu"), torch.device("cuda")]
     assert found["cuda"] == ("reference", 2)
-    assert found["cpu"] == (("reference", 2) if module() is None else ("native", 4))
+    assert found["cpu"] == (("reference", 2) if not native_available() else ("native", 4))
 
 
 def test_the_command_with_a_pair(capsys: pytest.CaptureFixture[str]) -> None:

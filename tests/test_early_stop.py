@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import agreeing_pair, backends, play, random_drafter, random_target
-from test_verify import VERIFIERS, Tables, Verify, all_drafts, length_law, make_tables, next_probs
+from models import agreeing_pair, backends, native_only, play, random_drafter, random_target
+from test_verify import VERIFIERS, Tables, Verify, all_drafts, make_tables, next_probs, round_law
 
 from gemma_mtp.backend.base import Backend
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.decoding.early_stop import BIAS, SLOPE, Calibration, StopRule, chance, log_odds
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.decoding.verify import block_weights, residual_probs, verify_block, verify_rejection
+from gemma_mtp.decoding.verify import verify_block, verify_rejection
 
 probabilities = st.floats(0, 1)
 
@@ -103,18 +103,14 @@ def test_rounds_stop_where_the_rule_says(name: str, params: SamplingParams) -> N
     assert stopped.confidences[0] == every.confidences[0][: stopped.drafted[0]]
 
 
-@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+@native_only
 @pytest.mark.parametrize("name", ["native", "native, centroids"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_native_drafts_and_confidences_are_the_general_paths(name: str, threads: int) -> None:
     """A bias of nothing leaves the choice as it is, but takes the way through logits and the general choice."""
     general = SamplingParams(max_tokens=40, logit_bias={0: 0.0})
-    before = module().threads()
-    module().set_threads(threads)
-    try:
-        native = play(PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=40), 8, stop=rule_of(0.2))
-    finally:
-        module().set_threads(before)
+    set_threads(threads)
+    native = play(PAIRS[name], [1, 2, 3], SamplingParams(max_tokens=40), 8, stop=rule_of(0.2))
     stepwise = play(PAIRS[name], [1, 2, 3], general, 8, stop=rule_of(0.2))
     assert native.drafted == stepwise.drafted and native.accepted == stepwise.accepted
     ours, theirs = (list(itertools.chain(*played.confidences)) for played in (native, stepwise))
@@ -147,30 +143,7 @@ def stopped_law(tables: Tables, check: Verify, k: int, need: float, drops: bool 
             ends = (following * (reach[:, -1:] * following < need)).sum(-1)
         if length == k:
             ends = torch.ones_like(ends)
-        law += _round_law(tables, check, k, target_probs, draft_probs, drafts, chances * went_on * ends)
-    return law
-
-
-def _round_law(
-    tables: Tables, check: Verify, k: int, target_probs: torch.Tensor, draft_probs: torch.Tensor, drafts: torch.Tensor,
-    chances: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """Of rounds with these drafts, each with its chance, continued by plain decoding to k+1 tokens."""
-    lengths = length_law(check, target_probs, draft_probs, drafts)
-    weights = block_weights(target_probs, draft_probs, drafts)
-    if check is verify_rejection:
-        weights = torch.ones_like(weights)
-    law = torch.zeros([tables.vocab] * (k + 1), dtype=torch.float64)
-    for n in range(drafts.shape[1] + 1):
-        residual = residual_probs(target_probs, draft_probs, weights, torch.full((len(drafts),), n))
-        residual = residual / residual.sum(-1, keepdim=True)
-        for m, prefix in enumerate(drafts[:, :n].tolist()):
-            for tail in itertools.product(range(tables.vocab), repeat=k + 1 - n):
-                tokens = [0, 0, *prefix, *tail]
-                weight = chances[m] * lengths[m, n] * residual[m, tail[0]]
-                for i in range(n + 3, len(tokens)):
-                    weight = weight * tables.target[tokens[i - 2], tokens[i - 1], tokens[i]]
-                law[tuple(tokens[2:])] += weight
+        law += round_law(tables, check, k, target_probs, draft_probs, drafts, chances * went_on * ends)
     return law
 
 

@@ -1,19 +1,16 @@
 """The promise of the whole: the same tokens drafted and plain, whatever else is drawn."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from models import native_only, with_other_sums
 
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import module, set_threads
+from gemma_mtp.backend.native import set_threads
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.result import GenerationResult
 
@@ -49,30 +46,26 @@ def play(pairs: dict[str, Pair], count: int) -> Iterator[tuple[str, int, str | N
     a difference that is too small to change a token.
     """
     rng = random.Random(count)
-    threads = module().threads()
-    try:
-        for i in range(count):
-            weights = rng.choice(sorted(pairs))
-            pair = pairs[weights]
-            text = rng.choice(PROMPTS)
-            assert isinstance(text, str)
-            ids = pair.encode(text)
-            start = rng.randrange(len(ids) - 1)
-            prompt = ids[start : start + rng.randint(1, 160)]
-            params = SamplingParams(
-                max_tokens=rng.randint(2, 24), temperature=rng.choice([0.0, rng.uniform(0, 1.5)]),
-                top_k=rng.choice([0, 0, 20]), top_p=rng.choice([1.0, 0.9]), seed=rng.getrandbits(60), ignore_eos=True,
-                logprobs=rng.choice([None, None, 2]),
-            )  # fmt: skip
-            plain = generate(pair, prompt, params, 0, rng)
-            drafted = generate(pair, prompt, params, rng.choice([1, 2, 3, 4, 5, 6, 7, 8, "auto"]), rng)
-            same = plain.token_ids == drafted.token_ids and plain.logprobs == drafted.logprobs
-            yield weights, drafted.accepted, None if same else f"generation {i}, {weights}, {params}, prompt {prompt}"
-    finally:
-        set_threads(threads)
+    for i in range(count):
+        weights = rng.choice(sorted(pairs))
+        pair = pairs[weights]
+        text = rng.choice(PROMPTS)
+        assert isinstance(text, str)
+        ids = pair.encode(text)
+        start = rng.randrange(len(ids) - 1)
+        prompt = ids[start : start + rng.randint(1, 160)]
+        params = SamplingParams(
+            max_tokens=rng.randint(2, 24), temperature=rng.choice([0.0, rng.uniform(0, 1.5)]),
+            top_k=rng.choice([0, 0, 20]), top_p=rng.choice([1.0, 0.9]), seed=rng.getrandbits(60), ignore_eos=True,
+            logprobs=rng.choice([None, None, 2]),
+        )  # fmt: skip
+        plain = generate(pair, prompt, params, 0, rng)
+        drafted = generate(pair, prompt, params, rng.choice([1, 2, 3, 4, 5, 6, 7, 8, "auto"]), rng)
+        same = plain.token_ids == drafted.token_ids and plain.logprobs == drafted.logprobs
+        yield weights, drafted.accepted, None if same else f"generation {i}, {weights}, {params}, prompt {prompt}"
 
 
-@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+@native_only
 @pytest.mark.parametrize("count", [32, pytest.param(2000, marks=pytest.mark.slow)])
 def test_generations_drawn_at_random(pairs: dict[str, Pair], count: int) -> None:
     """Every weight type, temperature, draft length, thread count and chunk size, verification exact."""
@@ -86,20 +79,15 @@ def test_generations_drawn_at_random(pairs: dict[str, Pair], count: int) -> None
 
 CONTROL = """
 from gemma_mtp.engine.pair import load_pair
-from gemma_mtp.backend.native import module
+from gemma_mtp import _native
 from test_exactness import play
-assert module().isa() == "control"
+assert _native.isa() == "control"
 pairs = {dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}
 print(any(mismatch for *_, mismatch in play(pairs, 40)))
 """
 
 
-@pytest.mark.skipif(module() is None, reason="the native operators were not built")
+@native_only
 def test_another_order_of_sums_is_seen() -> None:
     """Operators that sum the products of several rows in another order than one row's must fail the test above."""
-    run = subprocess.run(
-        [sys.executable, "-c", CONTROL],
-        env={**os.environ, "GEMMA_MTP_ISA": "control", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert run.stdout.split() == ["True"]
+    assert with_other_sums(CONTROL) == "True"

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.measure.memory import inspect_checkpoint
@@ -88,21 +88,21 @@ RENAMES = {
 
 
 @pytest.mark.parametrize("rename", RENAMES.values(), ids=RENAMES)
-def test_prefixes(rename: Callable[[str], str], pair: Path, saved: Path) -> None:
+def test_prefixes(rename: Callable[[str], str], copied: Path, saved: Path) -> None:
     """Every weight is the plainly named checkpoint's."""
     for kind, load in (("target", load_target), ("drafter", load_drafter)):
-        renamed(pair / kind, rename)
+        renamed(copied / kind, rename)
         plain = load(saved / kind, torch.float32).checkpoint_tensors()
-        same_weights(load(pair / kind, torch.float32, strict=True).checkpoint_tensors(), plain)
+        same_weights(load(copied / kind, torch.float32, strict=True).checkpoint_tensors(), plain)
 
 
-def test_a_renamed_pair_generates_the_same_tokens(pair: Path, saved: Path) -> None:
-    renamed(pair / "target", RENAMES["PEFT of multimodal"])
-    renamed(pair / "drafter", RENAMES["DDP of a compiled one"])
+def test_a_renamed_pair_generates_the_same_tokens(copied: Path, saved: Path) -> None:
+    renamed(copied / "target", RENAMES["PEFT of multimodal"])
+    renamed(copied / "drafter", RENAMES["DDP of a compiled one"])
     params = SamplingParams(max_tokens=24, temperature=0.7, seed=3)
     plain, foreign = (
         load_pair(root / "target", root / "drafter", device="cpu").generate([5, 6, 7], params, draft_tokens=3)
-        for root in (saved, pair)
+        for root in (saved, copied)
     )
     assert foreign.token_ids == plain.token_ids
     assert [(r.drafted, r.accepted) for r in foreign.rounds] == [(r.drafted, r.accepted) for r in plain.rounds]
@@ -139,19 +139,21 @@ def test_a_text_model_with_names_missing_is_found_in_part(missing: set[str]) -> 
         assert name not in missing
 
 
-def test_a_text_model_in_two_places_is_refused(pair: Path) -> None:
-    tensors = load_file(pair / "target" / SINGLE)
-    rewrite(pair / "target", {**tensors, **{f"ema.{name}": tensor.clone() for name, tensor in tensors.items()}})
-    refused(pair / "target", "more than once", "'ema.model.'", "'model.'")
-    rewrite(pair / "target", {**tensors, "module.model.norm.weight": tensors["model.norm.weight"].clone()})
-    refused(pair / "target", "model.norm.weight twice", "module.model.norm.weight")
+def test_a_text_model_in_two_places_is_refused(copied: Path) -> None:
+    tensors = load_file(copied / "target" / SINGLE)
+    rewrite(copied / "target", {**tensors, **{f"ema.{name}": tensor.clone() for name, tensor in tensors.items()}})
+    refused(copied / "target", "more than once", "'ema.model.'", "'model.'")
+    rewrite(copied / "target", {**tensors, "module.model.norm.weight": tensors["model.norm.weight"].clone()})
+    refused(copied / "target", "model.norm.weight twice", "module.model.norm.weight")
 
 
-def test_the_refusal_lists_names_that_were_found(pair: Path) -> None:
-    renamed(pair / "target", lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"))
-    refused(pair / "target", "no tensor model.layers.0.self_attn.q_proj.weight,", "config.json", "base_layer", " more")
-    rewrite(pair / "target", {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)})
-    refused(pair / "target", "it holds a.weight, b.weight;")
+def test_the_refusal_lists_names_that_were_found(copied: Path) -> None:
+    renamed(copied / "target", lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"))
+    refused(
+        copied / "target", "no tensor model.layers.0.self_attn.q_proj.weight,", "config.json", "base_layer", " more"
+    )
+    rewrite(copied / "target", {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)})
+    refused(copied / "target", "it holds a.weight, b.weight;")
 
 
 def refused(directory: Path, *named: str, **options: Any) -> None:
@@ -170,24 +172,24 @@ def refused(directory: Path, *named: str, **options: Any) -> None:
     "model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.up_proj.lora_A.default.weight", "score.weight",
     "model.layers.9.mlp.up_proj.weight",
 ])  # fmt: skip
-def test_tensors_without_a_use_are_named(name: str, pair: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rewrite(pair / "target", {**load_file(pair / "target" / SINGLE), name: torch.ones(3)})
-    load_target(pair / "target", torch.float32)
+def test_tensors_without_a_use_are_named(name: str, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(copied / "target", {**load_file(copied / "target" / SINGLE), name: torch.ones(3)})
+    load_target(copied / "target", torch.float32)
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert name in warning.getMessage()
-    refused(pair / "target", name, strict=True)
+    refused(copied / "target", name, strict=True)
 
 
-def test_keys_of_layers_that_share_them_are_expected(pair: Path) -> None:
+def test_keys_of_layers_that_share_them_are_expected(copied: Path) -> None:
     """The official E2B has them for all layers, and no model reads them."""
-    tensors, last = load_file(pair / "target" / SINGLE), TINY.num_hidden_layers - 1
+    tensors, last = load_file(copied / "target" / SINGLE), TINY.num_hidden_layers - 1
     for part in ("k_proj", "v_proj", "k_norm"):
         tensors[f"model.layers.{last}.self_attn.{part}.weight"] = torch.ones(2, 2)
-    rewrite(pair / "target", tensors)
-    assert notes(pair / "target") == []
+    rewrite(copied / "target", tensors)
+    assert notes(copied / "target") == []
     tensors["model.layers.0.self_attn.k_norm.bias"] = torch.ones(2)
-    rewrite(pair / "target", tensors)
-    assert len(notes(pair / "target")) == 1
+    rewrite(copied / "target", tensors)
+    assert len(notes(copied / "target")) == 1
 
 
 # -- files
@@ -210,38 +212,38 @@ def test_a_single_file_is_taken_before_an_index(tmp_path: Path, caplog: pytest.L
             shard.unlink()
 
 
-def test_an_adapter_beside_the_weights_is_refused(pair: Path) -> None:
-    (pair / "target" / "adapter_config.json").write_text("{}", encoding="utf-8")
-    refused(pair / "target", "adapter_config.json", "--adapter")
+def test_an_adapter_beside_the_weights_is_refused(copied: Path) -> None:
+    (copied / "target" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    refused(copied / "target", "adapter_config.json", "--adapter")
 
 
-def test_weights_under_another_files_name_are_refused(pair: Path) -> None:
-    edit_config(pair / "target", transformers_weights="other.safetensors")
+def test_weights_under_another_files_name_are_refused(copied: Path) -> None:
+    edit_config(copied / "target", transformers_weights="other.safetensors")
     with pytest.raises(Exception, match=r"transformers_weights = 'other\.safetensors'"):
-        load_target(pair / "target", torch.float32)
+        load_target(copied / "target", torch.float32)
 
 
 # -- what is stored
 
 
-def test_a_quantization_config_without_a_method_says_nothing(pair: Path, saved: Path) -> None:
-    edit_config(pair / "target", quantization_config={"bits": 4, "group_size": 32})
+def test_a_quantization_config_without_a_method_says_nothing(copied: Path, saved: Path) -> None:
+    edit_config(copied / "target", quantization_config={"bits": 4, "group_size": 32})
     plain = load_target(saved / "target", torch.float32).checkpoint_tensors()
-    same_weights(load_target(pair / "target", torch.float32, strict=True).checkpoint_tensors(), plain)
-    renamed(pair / "target", lambda name: f"{name}_packed" if "q_proj" in name else name)
-    refused(pair / "target", "q_proj.weight,", "q_proj.weight_packed")
+    same_weights(load_target(copied / "target", torch.float32, strict=True).checkpoint_tensors(), plain)
+    renamed(copied / "target", lambda name: f"{name}_packed" if "q_proj" in name else name)
+    refused(copied / "target", "q_proj.weight,", "q_proj.weight_packed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float64_is_converted(dtype: torch.dtype, pair: Path, saved: Path) -> None:
+def test_float64_is_converted(dtype: torch.dtype, copied: Path, saved: Path) -> None:
     for kind, load in (("target", load_target), ("drafter", load_drafter)):
-        tensors = load_file(pair / kind / SINGLE)
-        rewrite(pair / kind, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()})
-        same_weights(load(pair / kind, dtype).checkpoint_tensors(), load(saved / kind, dtype).checkpoint_tensors())
-    ours = load_pair(pair / "target", pair / "drafter", device="cpu")
+        tensors = load_file(copied / kind / SINGLE)
+        rewrite(copied / kind, {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()})
+        same_weights(load(copied / kind, dtype).checkpoint_tensors(), load(saved / kind, dtype).checkpoint_tensors())
+    ours = load_pair(copied / "target", copied / "drafter", device="cpu")
     assert ours.target.embed_tokens.dtype == torch.float32
-    write_quantised_copy(pair / "target", pair / "copy", parse_weight_types("int8"))
-    assert inspect_checkpoint(pair / "copy").stored_dtypes["F32"] > 0
+    write_quantised_copy(copied / "target", copied / "copy", parse_weight_types("int8"))
+    assert inspect_checkpoint(copied / "copy").stored_dtypes["F32"] > 0
 
 
 # -- a head beside the embedding
@@ -320,12 +322,12 @@ def test_a_quantised_copy_keeps_the_head(family: str, kinds: str, tmp_path: Path
     assert copied.lm_head is not None
 
 
-def test_heads_in_other_dtypes_are_compared_by_value(pair: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(pair / "target" / SINGLE).items()}
+def test_heads_in_other_dtypes_are_compared_by_value(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(copied / "target" / SINGLE).items()}
     head = tensors["model.embed_tokens.weight"].float()
-    rewrite(pair / "target", {**tensors, "lm_head.weight": head})
-    assert load_target(pair / "target", torch.float32, strict=True).lm_head is None
+    rewrite(copied / "target", {**tensors, "lm_head.weight": head})
+    assert load_target(copied / "target", torch.float32, strict=True).lm_head is None
     head[3, 2] += 2**-20
-    rewrite(pair / "target", {**tensors, "lm_head.weight": head})
-    assert load_target(pair / "target", torch.float32).lm_head is not None
+    rewrite(copied / "target", {**tensors, "lm_head.weight": head})
+    assert load_target(copied / "target", torch.float32).lm_head is not None
     assert [record.levelno for record in caplog.records if record.levelno > logging.INFO] == [logging.WARNING]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from gemma_mtp.cli import main
 from gemma_mtp.config.generation import DRAWS_ONLY, HONOURED, IRRELEVANT, NOT_HONOURED, parse_generation_config
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError
 

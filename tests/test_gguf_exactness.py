@@ -13,9 +13,8 @@ import test_engine
 import test_exactness
 from gguf_files import blocks, rewritten
 from mixed_load import play, requests
-from models import PLE, VOCAB, letters, random_drafter, random_target, save_pair
+from models import PLE, VOCAB, letters, native_only, random_drafter, random_target, save_pair
 
-from gemma_mtp.backend.native import module
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.engine.settings import EngineSettings
@@ -24,7 +23,7 @@ from gemma_mtp.weights.int4 import Int4
 from gemma_mtp.weights.int8x32 import Int8x32
 from gemma_mtp.weights.matrix import matrices
 
-pytestmark = pytest.mark.skipif(module() is None, reason="the native operators were not built")
+pytestmark = native_only
 
 #: kept as blocks, and made floating-point numbers
 KINDS = ("Q8_0", "Q4_0", "Q5_0")

@@ -23,12 +23,13 @@ from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
 from gemma_mtp.decoding.grammar_state import GrammarState
-from gemma_mtp.decoding.sampling import SamplingParams, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import process
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine import round as round_module
 from gemma_mtp.engine.draft import propose
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.round import verify_round
 from gemma_mtp.engine.sequence import Turn
 from gemma_mtp.errors import GemmaMtpError, SamplingError, TokenizerError
@@ -164,13 +165,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Pair:
-    return load_pair()
-
-
-@pytest.fixture(scope="module")
-def compiler(bundled: Pair) -> GrammarCompiler:
-    return bundled._grammars
+def compiler(pair: Pair) -> GrammarCompiler:
+    return pair._grammars
 
 
 @given(
@@ -214,27 +210,27 @@ def test_the_cases_above_end_by_themselves_too() -> None:
 
 @pytest.mark.parametrize("grammar", [PERSON_SCHEMA, WORDS, DIGITS], ids=["schema", "words", "digits"])
 @pytest.mark.parametrize(("temperature", "seed"), [(0.0, 0), (0.8, 1)])
-def test_the_bundled_pair_writes_it(bundled: Pair, grammar: Grammar, temperature: float, seed: int) -> None:
+def test_the_bundled_pair_writes_it(pair: Pair, grammar: Grammar, temperature: float, seed: int) -> None:
     params = SamplingParams(temperature=temperature, seed=seed, max_tokens=90, grammar=grammar)
-    plain, *drafted = (bundled.generate("config = ", params, draft_tokens=k) for k in (0, 2, 6))
+    plain, *drafted = (pair.generate("config = ", params, draft_tokens=k) for k in (0, 2, 6))
     assert plain.finish_reason == "stop" and matches(grammar, plain.text)
     assert [result.token_ids for result in drafted] == [plain.token_ids] * 2
     assert sum(result.accepted for result in drafted) > 0
 
 
-def test_a_state_that_does_not_move_on_is_seen(bundled: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_does_not_move_on_is_seen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the first token's mask in every row, the output is not of the grammar."""
     monkeypatch.setattr(GrammarState, "commit", lambda state, token_ids: None)
-    result = bundled.generate("config = ", SamplingParams(max_tokens=9, grammar=DIGITS), draft_tokens=0)
+    result = pair.generate("config = ", SamplingParams(max_tokens=9, grammar=DIGITS), draft_tokens=0)
     assert not matches(DIGITS, result.text)
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("grammar", [PERSON_SCHEMA, WORDS], ids=["schema", "words"])
-def test_every_verification_keeps_the_grammar(bundled: Pair, grammar: Grammar, verification: Verification) -> None:
+def test_every_verification_keeps_the_grammar(pair: Pair, grammar: Grammar, verification: Verification) -> None:
     for seed in range(2):
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=400, grammar=grammar)
-        result = bundled.generate("config = ", params, draft_tokens=4, verification=verification)
+        result = pair.generate("config = ", params, draft_tokens=4, verification=verification)
         assert result.finish_reason == "stop" and matches(grammar, result.text)
 
 
@@ -382,15 +378,15 @@ def acceptance_length(pair: Pair, grammar: Grammar) -> float:
     return sum(played.committed for played in rounds) / len(rounds)
 
 
-def test_masked_drafts_are_accepted_more_often(bundled: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_drafts_are_accepted_more_often(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = (PERSON_SCHEMA, WORDS)
-    masked = [acceptance_length(bundled, grammar) for grammar in grammars]
+    masked = [acceptance_length(pair, grammar) for grammar in grammars]
 
     def unmasked(logits: Any, params: Any, token_ids: Any = None, counts: Any = None, allowed: Any = None) -> Any:
         return process(logits, dataclasses.replace(params, grammar=None), token_ids, counts)
 
     monkeypatch.setattr(draft_module, "process", unmasked)
-    free = [acceptance_length(bundled, grammar) for grammar in grammars]
+    free = [acceptance_length(pair, grammar) for grammar in grammars]
     print("acceptance length with masked drafts", masked, "without", free)
     assert all(m >= f for m, f in zip(masked, free, strict=True)) and masked != free
 
@@ -410,14 +406,14 @@ def test_what_ends_the_output(compiler: GrammarCompiler) -> None:
     assert without.commit([*digits, 9, 9]) == 2
 
 
-def test_a_bias_against_everything_allowed_yields(bundled: Pair) -> None:
-    tokens = bundled._grammars.start(DIGITS, (), "cpu").allowed([])[0].nonzero().flatten().tolist()
+def test_a_bias_against_everything_allowed_yields(pair: Pair) -> None:
+    tokens = pair._grammars.start(DIGITS, (), "cpu").allowed([])[0].nonzero().flatten().tolist()
     for temperature in (0.0, 1.0):
         params = SamplingParams(
             temperature=temperature, grammar=DIGITS, logit_bias=dict.fromkeys(tokens, float("-inf")), top_k=3, top_p=0.9
         )
         for verification in VERIFICATIONS:
-            result = bundled.generate("x = ", params, draft_tokens=3, verification=verification)
+            result = pair.generate("x = ", params, draft_tokens=3, verification=verification)
             assert matches(DIGITS, result.text)
 
 
@@ -513,9 +509,9 @@ def test_bad_grammars(kind: Any, source: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "source"), BAD_WITH_TOKENIZER.values(), ids=list(BAD_WITH_TOKENIZER))
-def test_grammars_that_no_text_is_of(bundled: Pair, kind: Any, source: str) -> None:
+def test_grammars_that_no_text_is_of(pair: Pair, kind: Any, source: str) -> None:
     with pytest.raises(SamplingError) as caught:
-        bundled.generate("x", SamplingParams(max_tokens=20, grammar=Grammar(kind, source)))
+        pair.generate("x", SamplingParams(max_tokens=20, grammar=Grammar(kind, source)))
     assert one_sentence(caught.value), str(caught.value)
 
 
@@ -537,9 +533,9 @@ def test_multiples_that_are_taken(multiple: float) -> None:
     )
 
 
-def test_a_grammar_needs_a_tokenizer(bundled: Pair) -> None:
+def test_a_grammar_needs_a_tokenizer(pair: Pair) -> None:
     with pytest.raises(TokenizerError, match="a grammar needs a tokenizer"):
-        Pair(bundled.backend, None, bundled.generation).generate([5], SamplingParams(grammar=DIGITS))
+        Pair(pair.backend, None, pair.generation).generate([5], SamplingParams(grammar=DIGITS))
 
 
 def test_a_grammar_needs_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:

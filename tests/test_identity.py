@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fake_server import served, transport
-from live_server import Live, serving
+from live_server import Live
 from test_cli import refused
 
 from gemma_mtp.cli import main
 from gemma_mtp.datasets import Example
 from gemma_mtp.decoding import verify
 from gemma_mtp.engine import round as engine_round
-from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.measure.identity import Compared, Output, ScoredToken, groups, parting
 from gemma_mtp.measure.identity_client import Side, compare, output_of, scored_of
 from gemma_mtp.measure.load_requests import RequestMix
 
 BRIEF = ["--limit", "2", "-n", "20"]
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(load_pair()) as running:
-        yield running
 
 
 def found(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:

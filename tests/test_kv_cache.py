@@ -28,7 +28,7 @@ from models import (
 from gemma_mtp.backend.base import Backend, DraftRows, Rows
 from gemma_mtp.backend.reference import BLOCK, ReferenceBackend
 from gemma_mtp.config import LayerType
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Sequence
 from gemma_mtp.kv.blocks import BLOCK_ROWS, Blocks, BlockTable, OutOfBlocksError, block_counts, block_names

@@ -13,7 +13,7 @@ from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.config import LayerOptions, TargetConfig, TextConfig, target_config_to_hf
 from gemma_mtp.config.rope import RopeConfig
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.round import forward
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.model.target import Target

@@ -63,8 +63,8 @@ def test_kv_bytes_are_of_the_backend_that_would_run(
 ) -> None:
     """The native operators keep float32 whatever the weights are stored in; PyTorch's keep the weights' dtype."""
     if not native:
-        monkeypatch.setattr("gemma_mtp.backend.native.module", lambda: None)
-        monkeypatch.setattr("gemma_mtp.engine.pair.module", lambda: None)
+        monkeypatch.setattr("gemma_mtp.backend.native.native_available", lambda: False)
+        monkeypatch.setattr("gemma_mtp.engine.pair.native_available", lambda: False)
     save_target(random_target(), TargetConfig(TINY), tmp_path, stored)
     sizes, backend = inspect_checkpoint(tmp_path).kv_bytes, load_pair(tmp_path).backend
     assert sizes is not None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import scipy.stats
@@ -17,11 +15,12 @@ from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.backend.native import Memory, floats, native_available
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.engine.round import forward
 from gemma_mtp.kv.blocks import BLOCK_ROWS
@@ -31,17 +30,12 @@ from gemma_mtp.weights.formats import FORMATS
 from gemma_mtp.weights.grouped import BLOCK, Grouped
 from gemma_mtp.weights.panels import Panels
 
-native: Any = module()
-pytestmark = pytest.mark.skipif(native is None, reason="the native operators were not built")
-ISAS: list[str] = [] if native is None else native.isas()
+if not native_available():
+    pytest.skip("the native operators were not built", allow_module_level=True)
+from gemma_mtp import _native as native
+
+ISAS = native.isas()
 GROUPED = [form for form in FORMATS.values() if issubclass(form, Grouped) and form.native_type]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = native.threads()
-    yield
-    native.set_threads(before)
 
 
 @pytest.mark.skipif("GEMMA_MTP_BUILD" not in os.environ, reason="the installed build is what is tested")
@@ -53,10 +47,10 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def linear(isa: str, weight: Any, x_MK: Tensor, columns: int) -> Tensor:
+def linear(isa: str, weight: native.Weight, x_MK: Tensor, columns: int) -> Tensor:
     x_MK = x_MK.contiguous()
     out = torch.full((x_MK.shape[0], columns), torch.nan)
-    native.linear(isa, weight, x_MK.data_ptr(), x_MK.shape[0], out.data_ptr())
+    native.linear(isa, weight, floats(x_MK), x_MK.shape[0], floats(out))
     return out
 
 
@@ -77,7 +71,7 @@ def test_linear_in_panels(isa: str, N: int, K: int) -> None:
     holds_as_linear(isa, memory.matrix(Panels.of(Dense(w))), w)
 
 
-def holds_as_linear(isa: str, weight: Any, w: Tensor) -> None:
+def holds_as_linear(isa: str, weight: native.Weight, w: Tensor) -> None:
     """No further from float64 than PyTorch in fp32 may be; each row's bits do not depend on how many there are."""
     N, x = len(w), randn(70, w.shape[1], seed=1)
     whole = linear(isa, weight, x, N)
@@ -126,7 +120,7 @@ def test_rows_looked_up_in_panels(isa: str, N: int, K: int) -> None:
     memory, w, out = Memory(), randn(N, K).bfloat16(), torch.empty(K)
     weight = memory.matrix(Panels.of(Dense(w)))
     for row in range(N):
-        native.gather(isa, weight, row, 1.7, out.data_ptr())
+        native.gather(isa, weight, row, 1.7, floats(out))
         assert torch.equal(out, w[row].float() * 1.7)
 
 
@@ -134,7 +128,7 @@ def test_rows_looked_up_in_panels(isa: str, N: int, K: int) -> None:
 @pytest.mark.parametrize("form", [Dense, *GROUPED], ids=lambda form: form.format)
 def test_gather(isa: str, form: type[Dense | Grouped]) -> None:
     table, memory, out = form.of(Dense(randn(5, 128))), Memory(), torch.empty(128)
-    native.gather(isa, memory.matrix(table), 3, 2.5, out.data_ptr())
+    native.gather(isa, memory.matrix(table), 3, 2.5, floats(out))
     assert torch.allclose(out, 2.5 * table.values()[3], rtol=1e-6)
 
 
@@ -175,8 +169,8 @@ def attend(
             part = rows[i * BLOCK_ROWS : (i + 1) * BLOCK_ROWS]
             buffer[block, : len(part)] = part
         buffers.append(buffer)
-    addresses = [buffer.data_ptr() for buffer in buffers]
-    native.attend(isa, q_QD.data_ptr(), len(q_QD), first, last, *addresses, table, q_QD.shape[1], out.data_ptr())
+    keys, values = (floats(buffer) for buffer in buffers)
+    native.attend(isa, floats(q_QD), len(q_QD), first, last, keys, values, table, q_QD.shape[1], floats(out))
     return out
 
 
@@ -214,17 +208,17 @@ def test_element_wise(isa: str, n: int) -> None:
     def close(exact: Tensor, tolerance: float = 1e-6) -> None:
         assert (out - exact).abs().max() <= tolerance * max(1.0, float(exact.abs().max()))
 
-    native.rms_norm(isa, x.data_ptr(), y.data_ptr(), 1e-6, n, out.data_ptr())
+    native.rms_norm(isa, floats(x), floats(y), 1e-6, n, floats(out))
     close(F.rms_norm(x.double(), (n,), y.double(), 1e-6))
-    native.rms_norm(isa, x.data_ptr(), 0, 1e-6, n, out.data_ptr())
+    native.rms_norm(isa, floats(x), floats(None), 1e-6, n, floats(out))
     close(F.rms_norm(x.double(), (n,), None, 1e-6))
-    native.gated(isa, x.data_ptr(), y.data_ptr(), n, out.data_ptr())
+    native.gated(isa, floats(x), floats(y), n, floats(out))
     close(F.gelu(x.double(), approximate="tanh") * y)
     out = 10 * x
-    native.softcap(isa, out.data_ptr(), 30.0, n)
+    native.softcap(isa, floats(out), 30.0, n)
     close(30 * torch.tanh(10 * x.double() / 30))
     out = x.clone()
-    native.softmax(isa, out.data_ptr(), n)
+    native.softmax(isa, floats(out), n)
     close(x.double().softmax(0))
 
 
@@ -233,7 +227,7 @@ def test_element_wise(isa: str, n: int) -> None:
 def test_rotate(isa: str, d: int) -> None:
     x, cos, sin = randn(d), randn(d, seed=1), randn(d, seed=2)
     out = x.clone()
-    native.rotate(isa, out.data_ptr(), cos.data_ptr(), sin.data_ptr(), d)
+    native.rotate(isa, floats(out), floats(cos), floats(sin), d)
     exact = x.double() * cos + x.double().roll(d // 2) * sin
     assert (out - exact).abs().max() < 1e-6
 
@@ -437,7 +431,7 @@ def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(sys.modules, "gemma_mtp._native", None)
     monkeypatch.delattr("gemma_mtp._native", raising=False)
-    module.cache_clear()
+    native_available.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="native operators are not there") as caught:
             pair = load_pair()
@@ -445,4 +439,4 @@ def test_without_the_module_there_is_one_warning(monkeypatch: pytest.MonkeyPatch
         assert isinstance(pair.backend, ReferenceBackend)
         assert len(pair.generate("import", SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
     finally:
-        module.cache_clear()
+        native_available.cache_clear()

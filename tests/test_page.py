@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from live_server import LONG, SECONDS, Live, serving, wait_for
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright; it is not installed")
@@ -37,17 +37,6 @@ PAGE = Path(str(resources.files("gemma_mtp") / "server" / "page"))
 AXE = Path(__file__).parent.parent / "build" / "axe-core" / "package" / "axe.min.js"
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
 KEY = "page-key"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
-
-
-@pytest.fixture(scope="module")
-def live(pair: Pair) -> Iterator[Live]:
-    with serving(pair) as live:
-        yield live
 
 
 @pytest.fixture(scope="module")

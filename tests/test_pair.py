@@ -14,7 +14,7 @@ from gemma_mtp import checkpoint
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import save_drafter
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 from gemma_mtp.errors import CheckpointError, PairError, PromptError, SamplingError, TokenizerError
 

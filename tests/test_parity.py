@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_mtp.backend.base import Backend
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.checkpoint import load_drafter, load_target
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.model.drafter import DonorKeyValues
 from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
@@ -22,7 +22,7 @@ Checkpoints = Callable[[str], tuple[Path, Path]]
 Oracles = Callable[[str], PreTrainedModel]
 # no pad id (0): transformers would mask it out of a prompt
 PROMPT = torch.randint(3, VOCAB, (1, 3 * WINDOW + 5), generator=torch.Generator().manual_seed(3))
-on_every_backend = pytest.mark.parametrize("name", ["reference"] if module() is None else ["reference", "native"])
+on_every_backend = pytest.mark.parametrize("name", ["reference"] if not native_available() else ["reference", "native"])
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -141,14 +141,15 @@ def test_drafter_reads_the_donor_layers(checkpoints: Checkpoints, oracles: Oracl
 @on_every_backend
 @torch.inference_mode()
 def test_drafted_rounds_equal_the_sequence_form(checkpoints: Checkpoints, name: str) -> None:
-    """A round's draft step equals `DonorKeyValues` over whole sequences, which training uses."""
+    """A round's draft step equals `DonorKeyValues` over whole sequences."""
     backend = backend_of(checkpoints, "e2b", name)
     target, drafter, tokens = backend.target, backend.drafter, PROMPT
     assert drafter is not None
     out = target.forward_sequence(tokens)
     T = tokens.shape[1] - 1
     positions = torch.arange(1, T + 1)
-    kv = DonorKeyValues(drafter.config, out.donor_kv, positions)
+    donors = {kind: out.stored[layer] for kind, layer in target.config.donor_layers.items()}
+    kv = DonorKeyValues(drafter.config, donors, positions)
     rope = rope_for(drafter.config.text, positions, torch.float32)
     state, projected = drafter(target.embed(tokens[:, 1:]), out.hidden_BTD[:, :-1], rope, kv)
     for row in (0, 5, WINDOW - 1, WINDOW, 2 * WINDOW + 3, T - 1):

@@ -14,7 +14,7 @@ import torch
 from models import TINY, WIDE, agreeing_pair, random_drafter, random_target, save_pair, wide_drafter
 from test_cli import refused
 
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.checkpoint import empty_model, open_source, save_target, stored_tensors
 from gemma_mtp.cli import main
@@ -98,7 +98,7 @@ def test_targets_against_googles_documented_memory(size: str) -> None:
 
 
 def test_what_native_operators_keep_beside_the_weights() -> None:
-    if module() is None:
+    if not native_available():
         pytest.skip("no native operators")
     from gemma_mtp.backend.cpu import CpuBackend
 
@@ -123,7 +123,7 @@ def test_the_engine_takes_what_was_planned(sequences: int, context: int) -> None
     target, drafter = agreeing_pair()
     backend = make_backend(target, drafter)
     pair = LoadedPair(backend, None, GenerationDefaults(()))
-    operators: Operators = "reference" if module() is None else "native"
+    operators: Operators = "reference" if not native_available() else "native"
     run = Loaded(TargetConfig(TINY), drafter.config, WeightTypes(), 4, 4, operators)
     load = Load(sequences, context, 4)
     assert run.chunk_rows == backend.chunk_rows
@@ -275,7 +275,7 @@ def test_a_directory_is_planned_as_it_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Weights, keys and values have the sizes that the backend keeps, in `plan`, `inspect` and `doctor` alike."""
-    if native and module() is None:
+    if native and not native_available():
         pytest.skip("no native operators")
     if not native:
         monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")

@@ -11,7 +11,7 @@ from models import PLE, VOCAB, random_target
 
 from gemma_mtp.backend.native import set_threads
 from gemma_mtp.backend.reference import ReferenceBackend
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.training import data

@@ -15,6 +15,7 @@ from models import (
     WIDE,
     agreeing_pair,
     backends,
+    native_only,
     open_caches,
     opened,
     play,
@@ -24,6 +25,7 @@ from models import (
     same_weights,
     save_pair,
     wide_drafter,
+    zero_target,
 )
 from oracle import FAMILIES, build_target
 from torch import Tensor
@@ -31,12 +33,11 @@ from torch import Tensor
 from gemma_mtp import checkpoint
 from gemma_mtp.backend.base import DraftStep
 from gemma_mtp.backend.cpu import CpuBackend
-from gemma_mtp.backend.native import module
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.checkpoint import load_drafter, load_target
 from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
 from gemma_mtp.config import TargetConfig, TextConfig
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.model.drafter import Drafter
@@ -47,7 +48,6 @@ from gemma_mtp.weights.grouped import Grouped
 from gemma_mtp.weights.matrix import Chooser, Matrix, matrices
 
 Checkpoints = Callable[[str], tuple[Path, Path]]
-native_only = pytest.mark.skipif(module() is None, reason="the native operators were not built")
 KINDS = ["int8", "int4", "int4,embeddings=int4", "q8_0,embeddings=int8,drafter-head=int4"]
 
 
@@ -282,12 +282,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size_per_layer_input=256,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("large")
-    with torch.device("meta"):
-        target = Target(config)
-    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in target.parameters():
-        parameter.zero_()
-    checkpoint.save_target(target, TargetConfig(config), directory)
+    checkpoint.save_target(zero_target(config), TargetConfig(config), directory)
     assert (directory / SINGLE_FILE).stat().st_size > 240e6
     return directory
 

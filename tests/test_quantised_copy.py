@@ -25,7 +25,7 @@ from gemma_mtp.checkpoint import (
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
 from gemma_mtp.config import TargetConfig
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.errors import CheckpointError, GemmaMtpError, QuantisationError
 from gemma_mtp.measure.memory import inspect_checkpoint

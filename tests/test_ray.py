@@ -41,8 +41,8 @@ from gemma_mtp.cli.serve import (
     ServedPair,
 )
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.thread import EngineThread
 from gemma_mtp.errors import ServerError
@@ -54,11 +54,6 @@ from gemma_mtp.server.ray_settings import RaySettings
 from gemma_mtp.server.settings import ServerSettings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 # arguments

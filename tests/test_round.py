@@ -14,6 +14,7 @@ from models import (
     backends,
     open_caches,
     play,
+    play_rounds,
     random_drafter,
     random_target,
     slow_decode,
@@ -21,11 +22,11 @@ from models import (
 
 from gemma_mtp.backend.base import Backend, DraftedTokens, DraftRows, DraftStep
 from gemma_mtp.backend.reference import ReferenceBackend
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine import draft as draft_module
 from gemma_mtp.engine.draft import draft_noise
-from gemma_mtp.engine.round import play_rounds, prefill
+from gemma_mtp.engine.round import prefill
 from gemma_mtp.engine.sequence import Turn, open_sequence
 from gemma_mtp.kv.pool import KVCache
 from gemma_mtp.model.target import Target

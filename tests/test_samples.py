@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 
 ROOT = Path(__file__).parents[1]
 #: of four tokens in a row, the share that stood there before; the earlier demo had 0.8
 MOST_REPEATED = 0.25
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 def samples() -> list[tuple[str, int, float]]:

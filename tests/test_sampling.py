@@ -17,16 +17,10 @@ from scipy import stats
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from gemma_mtp.decoding.history import TokenHistory
 from gemma_mtp.decoding.noise import STREAM_ACCEPT, STREAM_CHOICE, STREAM_DRAFT, gumbel, round_counters, uniform
-from gemma_mtp.decoding.sampling import (
-    Candidates,
-    SamplingParams,
-    TokenHistory,
-    choose,
-    probabilities,
-    process,
-    top_logprobs,
-)
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import Candidates, choose, probabilities, process, top_logprobs
 from gemma_mtp.errors import SamplingError
 
 VOCAB = 12

@@ -18,17 +18,10 @@ from scipy import stats
 
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.backend.select import make_backend
+from gemma_mtp.decoding.history import TokenHistory
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, uniform
-from gemma_mtp.decoding.sampling import (
-    HIGHEST_TEMPERATURE,
-    LOWEST_TEMPERATURE,
-    Candidates,
-    SamplingParams,
-    TokenHistory,
-    choose,
-    probabilities,
-    process,
-)
+from gemma_mtp.decoding.params import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, SamplingParams
+from gemma_mtp.decoding.sampling import Candidates, choose, probabilities, process
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification, verify_block, verify_rejection
 
 VOCAB = 12

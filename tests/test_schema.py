@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.schema import schemas, without_annotations
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.errors import SamplingError

@@ -10,20 +10,16 @@ from oracle import VOCAB, build_target
 
 from gemma_mtp import checkpoint
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams, ranks
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import ranks
 from gemma_mtp.engine.engine import Engine
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.result import PromptLogprob
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import SamplingError
 
 SCORE = SamplingParams(max_tokens=0, prompt_logprobs=3)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 def played(engine: Engine, requests: list[Request]) -> list[Generation]:

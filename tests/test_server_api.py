@@ -2,15 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from live_server import Live, serving, wait_for
 
 from gemma_mtp.cli.render import shown_kinds as rendered_kinds
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest
 
 PROMPT = "def fibonacci(n):\n"
@@ -31,17 +30,6 @@ CASES: list[tuple[dict[str, Any], SamplingParams]] = [
      SamplingParams(stop_token_ids=(198, 13), ignore_eos=True, max_tokens=12)),
     ({"temperature": 0, "stop": "(", "max_tokens": 30}, SamplingParams(stop="(", max_tokens=30)),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
-
-
-@pytest.fixture(scope="module")
-def live(pair: Pair) -> Iterator[Live]:
-    with serving(pair) as live:
-        yield live
 
 
 @pytest.mark.parametrize(("fields", "params"), CASES)

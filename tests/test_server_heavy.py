@@ -1,12 +1,13 @@
 """Requests that are meant to cost much: each is refused, or taken and answered, for little processor time."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from live_server import Live, serving
+from live_server import Live
 from table_models import table_pair
+
+from gemma_mtp.engine.pair import Pair
 
 CHAT = "/v1/chat/completions"
 #: of processor time, of the whole server; a second is what they may take, and a tenth of it what most take
@@ -14,9 +15,8 @@ MOST_SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(table_pair()) as live:
-        yield live
+def pair() -> Pair:
+    return table_pair()
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`/v1/messages`: what Anthropic's clients send and read."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -9,7 +8,7 @@ import pytest
 from live_server import Live, serving
 from table_models import table_pair
 
-from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.engine.pair import Pair, load_pair
 
 PATH = "/v1/messages"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -19,9 +18,8 @@ TIME: dict[str, Any] = {"name": "get_time", "input_schema": {"type": "object"}}
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(table_pair()) as live:
-        yield live
+def pair() -> Pair:
+    return table_pair()
 
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:

@@ -11,15 +11,10 @@ from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
 from table_models import QUOTE, SCRIPTS, table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 
 MODEL, KEY, PROMPT = "gemma-mtp-bundled", "a-key", "def add(a, b):\n"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
 
 
 @pytest.fixture(scope="module")

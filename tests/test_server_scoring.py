@@ -1,29 +1,17 @@
 """Scoring over HTTP: what lm-eval's `local-completions` sends and reads, and the fields of other servers for it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from live_server import Live, serving
 from table_models import table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TEXT = "import os\n\ndef f(x):\n    return 'é' + x\n"
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return load_pair()
-
-
-@pytest.fixture(scope="module")
-def live(pair: Pair) -> Iterator[Live]:
-    with serving(pair) as live:
-        yield live
 
 
 def scores(pair: Pair, token_ids: list[int], top: int = 1) -> list[PromptLogprob]:

@@ -9,17 +9,10 @@ import pytest
 from live_server import Live, serving
 from table_models import SCRIPTS, TEMPLATE, table_pair
 
-from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.server.fields import REFUSED
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 KEY, ORIGIN = "a-key", "https://page.example"
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with serving(load_pair()) as live:
-        yield live
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 from live_server import SECONDS, Live, parse_events, serving
 from table_models import SCRIPTS, Quality, table_pair
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
 
 CHAT = "/v1/chat/completions"
@@ -29,12 +28,6 @@ SCHEMAS = {"get_weather": WEATHER, "get_time": TIME}
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     return table_pair()
-
-
-@pytest.fixture(scope="module")
-def live(pair: Pair) -> Iterator[Live]:
-    with serving(pair) as live:
-        yield live
 
 
 def ask(key: str, **fields: Any) -> dict[str, Any]:

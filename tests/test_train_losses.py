@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from models import TINY, random_drafter, random_target
 from torch import Tensor
 
-from gemma_mtp.decoding.sampling import SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training import step as step_module
 from gemma_mtp.training.examples import Batch

@@ -420,7 +420,7 @@ def test_the_cosine_rises_then_falls_to_zero() -> None:
 
 def test_a_verdict_needs_no_loss_anywhere() -> None:
     """Better on average but clearly worse at one temperature is refused."""
-    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.decoding.params import SamplingParams
     from gemma_mtp.measure.acceptance import Acceptance, AcceptanceReport, PromptAcceptance
 
     def report(temperature: float, accepted: int) -> AcceptanceReport:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import PLE, VOCAB, WIDE, letters, random_target, save_pair, wide_drafter
+from models import PLE, VOCAB, WIDE, letters, native_only, random_target, save_pair, wide_drafter
 from safetensors.torch import load_file
-from test_quantise import native_only
 from test_train_gates import LENGTH, LENGTHS, STEPS, decoding_logits, differ, training_logits
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from models import agreeing_pair
 
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.material import Beginning

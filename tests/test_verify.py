@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gemma_mtp.decoding import verify
 from gemma_mtp.decoding.noise import STREAM_ACCEPT, STREAM_DRAFT, round_counters, uniform
-from gemma_mtp.decoding.sampling import Candidates, SamplingParams, choose, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import Candidates, choose, process
 from gemma_mtp.decoding.verify import (
     Verified,
     agreeing,
@@ -184,22 +185,28 @@ def all_drafts(tables: Tables, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def output_law(tables: Tables, check: Verify, k: int) -> Tensor:
     """Exact law [V] * (k+1) of the first k+1 tokens: one round, then plain decoding."""
-    target_probs, draft_probs, drafts, chances = all_drafts(tables, k)
+    return round_law(tables, check, k, *all_drafts(tables, k))
+
+
+def round_law(
+    tables: Tables, check: Verify, k: int, target_probs: Tensor, draft_probs: Tensor, drafts: Tensor, chances: Tensor
+) -> Tensor:
+    """Of rounds with these drafts, each with its chance, continued by plain decoding to k+1 tokens."""
     lengths = length_law(check, target_probs, draft_probs, drafts)
     weights = block_weights(target_probs, draft_probs, drafts)
     if check is verify_rejection:
         weights = torch.ones_like(weights)
     law = torch.zeros([tables.vocab] * (k + 1), dtype=torch.float64)
-    for n in range(k + 1):
+    for n in range(drafts.shape[1] + 1):
         residual = residual_probs(target_probs, draft_probs, weights, torch.full((len(drafts),), n))
         residual = residual / residual.sum(-1, keepdim=True)
         for m, prefix in enumerate(drafts[:, :n].tolist()):
             for tail in itertools.product(range(tables.vocab), repeat=k + 1 - n):
                 tokens = [0, 0, *prefix, *tail]
-                chance = chances[m] * lengths[m, n] * residual[m, tail[0]]
+                weight = chances[m] * lengths[m, n] * residual[m, tail[0]]
                 for i in range(n + 3, len(tokens)):
-                    chance = chance * tables.target[tokens[i - 2], tokens[i - 1], tokens[i]]
-                law[tuple(tokens[2:])] += chance
+                    weight = weight * tables.target[tokens[i - 2], tokens[i - 1], tokens[i]]
+                law[tuple(tokens[2:])] += weight
     return law
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_target
+from models import TINY, native_only, random_target
 from torch import Tensor, nn
 
-from gemma_mtp.backend.native import Memory, module
+from gemma_mtp.backend.native import Memory, floats
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.blocks import KINDS, from_blocks
 from gemma_mtp.weights.dense import Dense
@@ -17,7 +17,6 @@ from gemma_mtp.weights.int8 import Int8
 from gemma_mtp.weights.matrix import Embedding, Linear, Matrix, matrices
 from gemma_mtp.weights.panels import Panels
 
-native_only = pytest.mark.skipif(module() is None, reason="only the native operators lay out panels")
 ALL = [pytest.param(form, marks=native_only if form is Panels else (), id=form.format) for form in FORMATS.values()]
 GROUPED = [form for form in FORMATS.values() if issubclass(form, Grouped)]
 
@@ -313,7 +312,8 @@ def test_blocks_are_ggufs_own(kind: str) -> None:
 @torch.inference_mode()
 def test_blocks_are_multiplied_natively(kind: str) -> None:
     """The extremes too, -128 and -8, which rounding never gives: exact where activations are whole numbers."""
-    native = module()
+    from gemma_mtp import _native
+
     blocks, _ = drawn(kind, 70, 1024)
     weight = from_blocks(kind, blocks)
     assert isinstance(weight, Grouped)
@@ -323,8 +323,8 @@ def test_blocks_are_multiplied_natively(kind: str) -> None:
     x[0] = 127
     x[1] = -127
     exact, memory = x.double() @ weight.values().double().T, Memory()
-    for isa in native.isas():
+    for isa in _native.isas():
         for rows in (1, 2, 9):
             out = torch.full((rows, 70), torch.nan)
-            native.linear(isa, memory.matrix(weight), x.data_ptr(), rows, out.data_ptr())
+            _native.linear(isa, memory.matrix(weight), floats(x), rows, floats(out))
             assert (out - exact[:rows]).abs().max() <= 1e-6 * exact.abs().max(), isa

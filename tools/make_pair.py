@@ -27,11 +27,11 @@ from gemma_mtp.backend.native import set_threads
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.freed_memory import keep_freed_memory
 from gemma_mtp.json_files import read_json, write_json
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
 from gemma_mtp.training import bpe, bundle, data
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
-from gemma_mtp.training.environment import keep_freed_memory
 from gemma_mtp.training.export import CARD
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.run import STATE, run_training

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanobind.stubgen import StubGen  # type: ignore[import-untyped]
 
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 
 #: Python sees an address as a number. These types say what lies there; `src/native/address.h` names them.
 ADDRESSES = ("Floats", "Int64s", "Int32s", "Bytes")
@@ -35,7 +35,7 @@ def stub() -> str:
 
 
 def main() -> None:
-    if module() is None:
+    if not native_available():
         sys.exit(f"the native module is not built, so {STUB.name} can not be made or checked.")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")

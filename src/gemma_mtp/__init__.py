@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_mtp.decoding.grammar import Grammar
-    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.decoding.params import SamplingParams
     from gemma_mtp.engine.pair import Pair, TextStream, load_pair
     from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
     from gemma_mtp.errors import GemmaMtpError
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Grammar": "gemma_mtp.decoding.grammar",
-    "SamplingParams": "gemma_mtp.decoding.sampling",
+    "SamplingParams": "gemma_mtp.decoding.params",
     "Pair": "gemma_mtp.engine.pair",
     "TextStream": "gemma_mtp.engine.pair",
     "load_pair": "gemma_mtp.engine.pair",

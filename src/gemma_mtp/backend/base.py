@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.sampling import ChoiceKind, Filters, SamplingParams
+from gemma_mtp.decoding.params import ChoiceKind, Filters, SamplingParams
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target

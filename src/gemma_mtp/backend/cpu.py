@@ -25,12 +25,12 @@ from gemma_mtp.backend.native import (
     int32s_in,
     int64s,
     int64s_in,
-    return_freed_memory,
 )
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.sampling import ChoiceKind, Filters
+from gemma_mtp.decoding.params import ChoiceKind, Filters
+from gemma_mtp.freed_memory import return_freed_memory
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import DecoderLayer, MoE, Rope, rope_for

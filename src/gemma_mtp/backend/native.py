@@ -7,15 +7,13 @@ multiplied with: they are reordered into panels, one after another. Vectors are 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import sys
 import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +32,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def module() -> Any:
-    """The compiled module, or None, with one warning, where it was not built. GEMMA_MTP_NATIVE=0 leaves it out.
-
-    Code that runs only where it is there imports `gemma_mtp._native`, which is typed.
-    """
+def native_available() -> bool:
+    """Whether the compiled module, `gemma_mtp._native`, can be used. GEMMA_MTP_NATIVE=0 leaves it out; where it was not
+    built, one warning says so."""
     if os.environ.get("GEMMA_MTP_NATIVE") == "0":
-        return None
+        return False
     try:
         from gemma_mtp import _native
     except ImportError as error:
@@ -50,10 +46,10 @@ def module() -> Any:
             RuntimeWarning,
             stacklevel=2,
         )
-        return None
+        return False
     check_instruction_set(os.environ.get("GEMMA_MTP_ISA"), [*_native.isas(), "portable", "control"])
     _native.set_threads(torch.get_num_threads())
-    return _native
+    return True
 
 
 def check_instruction_set(wanted: str | None, known: Sequence[str]) -> None:
@@ -68,13 +64,15 @@ def check_instruction_set(wanted: str | None, known: Sequence[str]) -> None:
 def set_threads(threads: int) -> None:
     """How many threads decoding uses, PyTorch's included. The output does not depend on it."""
     torch.set_num_threads(threads)
-    if module() is not None:
-        module().set_threads(threads)
+    if native_available():
+        from gemma_mtp import _native
+
+        _native.set_threads(threads)
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether models there, of such a dtype, run natively."""
-    return device.type == "cpu" and dtype in DTYPES and module() is not None
+    return device.type == "cpu" and dtype in DTYPES and native_available()
 
 
 def readable(model: nn.Module) -> bool:
@@ -116,16 +114,6 @@ class Memory:
     def _kept(self, tensor: Tensor) -> Tensor:
         self.tensors.append(tensor.contiguous())
         return self.tensors[-1]
-
-
-def return_freed_memory() -> None:
-    """Give the system back freed memory that the C library holds on to, such as what rotary tables were computed from:
-    46 MB of 1,073 for a pair of 112 M parameters.
-
-    Of effect with glibc only.
-    """
-    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 # Calls take some addresses each: what follows is kept short.

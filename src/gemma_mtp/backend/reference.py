@@ -23,7 +23,7 @@ from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import chance
 from gemma_mtp.decoding.noise import keyed_gumbel
-from gemma_mtp.decoding.sampling import ChoiceKind, Filters
+from gemma_mtp.decoding.params import ChoiceKind, Filters
 from gemma_mtp.kv.blocks import BLOCK_ROWS
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter

@@ -72,11 +72,6 @@ class TurnReader:
         self._call = _Call(CallReader(tools), tokenizer) if begin == "call" else None
 
     @property
-    def region(self) -> Region:
-        """The part of the turn that the last token belongs to."""
-        return self._regions.current
-
-    @property
     def stop(self) -> str | None:
         """The stop string that ended the text."""
         return self._text.stop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from gemma_mtp.checkpoint.read import (
 from gemma_mtp.checkpoint.source import Location, OnBytes, Source
 from gemma_mtp.checkpoint.tensors import copy_tensors, nobody, stored_tensors, stored_views
 from gemma_mtp.checkpoint.upload import uploads_to
-from gemma_mtp.config import DrafterConfig
+from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
@@ -32,7 +32,6 @@ from gemma_mtp.weight_types import WeightTypes
 
 logger = logging.getLogger("gemma_mtp")
 
-_Model = TypeVar("_Model", Target, Drafter)
 ORDERING = "masked_embedding.token_ordering"
 
 
@@ -53,10 +52,9 @@ def load_target(
     bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
-    contents = read_contents(source, read_target_config(source))
-    target = planned_model(source, contents, dtype, types)
+    target = _load(source, read_target_config(source), dtype, device, types, strict, on_bytes)
     assert isinstance(target, Target)
-    return _load(source, target, contents, device, strict, on_bytes)
+    return target
 
 
 def load_drafter(
@@ -69,10 +67,9 @@ def load_drafter(
 ) -> Drafter:
     """Load a drafter in inference mode; the rest as in `load_target`."""
     source = open_source(location, "drafter")
-    contents = read_contents(source, read_drafter_config(source))
-    drafter = planned_model(source, contents, dtype, types)
+    drafter = _load(source, read_drafter_config(source), dtype, device, types, strict, on_bytes)
     assert isinstance(drafter, Drafter)
-    return _load(source, drafter, contents, device, strict, on_bytes)
+    return drafter
 
 
 def planned_model(
@@ -122,28 +119,19 @@ def _check_ordering(source: Source, contents: Contents[DrafterConfig]) -> None:
 
 def _load(
     source: Source,
-    model: _Model,
-    contents: Contents[Any],
+    config: TargetConfig | DrafterConfig,
+    dtype: torch.dtype,
     device: torch.device | str,
+    types: WeightTypes | None,
     strict: bool,
     on_bytes: OnBytes,
-) -> _Model:
+) -> Target | Drafter:
+    contents: Contents[Any] = read_contents(source, config)
+    model = planned_model(source, contents, dtype, types)
     keep_blocks_(model, contents.headers)
     report(source, [*contents.notes, *rounded(model, contents)], strict)
-    for sentence in contents.summary:
-        logger.info("%s", sentence)
-    skipped = contents.unused
-    if skipped:
-        size = sum(header.nbytes for header in skipped) / 1e6
-        logger.info("skipped %d tensors (%.1f MB) that text decoding does not use", len(skipped), size)
-    nbytes = sum(weight.nbytes for weight in model.checkpoint_tensors().values())
-    try:
-        model = model.to_empty(device=device)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        raise CheckpointError(
-            f"{source.path} takes {nbytes / 1e9:.1f} GB of memory, which {device} does not give"
-            f" ({str(error).splitlines()[0]}); quantise it while loading, or take a smaller one."
-        ) from None
+    _log(contents)
+    model = _with_memory(model, source, device)
     views = stored_views(model.checkpoint_tensors(), contents.headers)
     with torch.no_grad():
         added, upload = additions(contents, views), uploads_to(torch.device(device))
@@ -151,3 +139,24 @@ def _load(
     if changes.values:
         logger.info("%s", changes)
     return model.eval().requires_grad_(False)
+
+
+def _log(contents: Contents[Any]) -> None:
+    for sentence in contents.summary:
+        logger.info("%s", sentence)
+    skipped = contents.unused
+    if skipped:
+        size = sum(header.nbytes for header in skipped) / 1e6
+        logger.info("skipped %d tensors (%.1f MB) that text decoding does not use", len(skipped), size)
+
+
+def _with_memory(model: Target | Drafter, source: Source, device: torch.device | str) -> Target | Drafter:
+    """Returns the model with memory on a device. Raises CheckpointError where it does not have so much."""
+    nbytes = sum(weight.nbytes for weight in model.checkpoint_tensors().values())
+    try:
+        return model.to_empty(device=device)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise CheckpointError(
+            f"{source.path} takes {nbytes / 1e9:.1f} GB of memory, which {device} does not give"
+            f" ({str(error).splitlines()[0]}); quantise it while loading, or take a smaller one."
+        ) from None

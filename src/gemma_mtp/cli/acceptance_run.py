@@ -25,7 +25,7 @@ from gemma_mtp.cli.acceptance_options import (
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.loaded import sampling_params
 from gemma_mtp.engine.pair import Pair

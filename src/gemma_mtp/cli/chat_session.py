@@ -15,7 +15,7 @@ from gemma_mtp.chat.conversation import Conversation
 from gemma_mtp.chat.prompt import chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Event, Thought
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.pair import Pair
@@ -57,7 +57,7 @@ class Session:
         self.tokenizer: Tokenizer = pair.tokenizer
         self._verification = cast(Verification, verification)
         pair.check(params, draft_tokens, self._verification)
-        self._pair, self._draft_tokens = pair, draft_tokens
+        self._draft_tokens = draft_tokens
         self._params = replace(params, apart=bool(self.tokenizer.marks.ids))
         self._engine = Engine(pair, EngineSettings(max_running=1, max_tokens=context))
         self.system: str | None = None

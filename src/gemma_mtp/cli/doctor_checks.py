@@ -16,7 +16,7 @@ import torch
 
 from gemma_mtp.backend.cuda.usable import ASKED_BY, why_not_on
 from gemma_mtp.backend.device_memory import device_free_bytes
-from gemma_mtp.backend.native import module, usable
+from gemma_mtp.backend.native import native_available, usable
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.backend.select import kv_dtype
 from gemma_mtp.checkpoint import open_source
@@ -86,11 +86,13 @@ def _processor_checks() -> list[Check]:
     checks = [Check("processor", processor(torch.device("cpu")))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        native = module()
-    if native is not None:
-        better = ", ".join(native.isas())
-        checks.append(Check("operators", f"native, for {native.isa()} (of {better})"))
-        checks.append(Check("threads", f"{native.threads()} of {os.cpu_count()} cores"))
+        native = native_available()
+    if native:
+        from gemma_mtp import _native
+
+        better = ", ".join(_native.isas())
+        checks.append(Check("operators", f"native, for {_native.isa()} (of {better})"))
+        checks.append(Check("threads", f"{_native.threads()} of {os.cpu_count()} cores"))
         return checks
     off = os.environ.get("GEMMA_MTP_NATIVE") == "0"
     why = "GEMMA_MTP_NATIVE is 0" if off else str(caught[0].message) if caught else "they were not built"

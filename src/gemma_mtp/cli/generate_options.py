@@ -15,7 +15,7 @@ from gemma_mtp.text import check_text, read_text
 
 if TYPE_CHECKING:
     from gemma_mtp.decoding.grammar import Grammar
-    from gemma_mtp.decoding.sampling import SamplingParams
+    from gemma_mtp.decoding.params import SamplingParams
 
 INPUT = "Prompt"
 

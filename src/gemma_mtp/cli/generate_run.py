@@ -27,7 +27,7 @@ from gemma_mtp.cli.generate_options import (
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import Grammar
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.pair import Pair

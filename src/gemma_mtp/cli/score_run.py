@@ -11,7 +11,7 @@ from rich.table import Table
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 from gemma_mtp.errors import PromptError

@@ -111,24 +111,16 @@ def serve(
         from gemma_mtp.server.service import Service
     except ModuleNotFoundError as error:
         raise ServerError(missing_extra("serve", error.name, "serve")) from None
-    host, no_auth = listening.host, listening.no_auth
-    if not keys and not no_auth and not run.is_loopback(host):
+    if not keys and not listening.no_auth and not run.is_loopback(listening.host):
         raise ServerError(
-            f"without API keys everybody who reaches {host} could use the server; give --api-key-file, or --no-auth to"
-            " serve them all."
+            f"without API keys everybody who reaches {listening.host} could use the server; give --api-key-file, or"
+            " --no-auth to serve them all."
         )
-    settings = ServerSettings(
-        model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
-        api_keys=keys, public_metrics=listening.public_metrics,
-        metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
-        loopback_names_only=not keys and not no_auth,
-        allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
-        draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
-    )  # fmt: skip
-    from gemma_mtp.decoding.sampling import SamplingParams
+    settings = _settings(keys, models, drafting, listening, limits, logging)
+    from gemma_mtp.decoding.params import SamplingParams
     from gemma_mtp.engine.thread import EngineThread
 
-    with run.listen(host, listening.port) as listener:
+    with run.listen(listening.host, listening.port) as listener:
         pair = models.load()
         pair.check(SamplingParams(), settings.draft_tokens, "exact")
         engine = EngineThread(pair, engine_options.settings())
@@ -136,14 +128,32 @@ def serve(
             engine.warm_up()
         with engine:
             logs.configure()
-            said = [
+            said = (
                 f"serving {settings.model_name} at {run.url(listener)}: {engine.max_tokens} tokens a request,"
                 f" {engine_options.max_running} sequences at a time, {engine_options.max_waiting} waiting,"
                 f" {f'{len(keys)} API keys' if keys else 'no API keys'}"
-            ]
+            )
             if sys.stdout.isatty():
-                said.append(f"Open {run.page_url(listener)} , Ctrl-C stops.")
-            run.run(Service(engine, settings), listener, lambda: print(*said, sep="\n", flush=True))
+                said += f"\nOpen {run.page_url(listener)} , Ctrl-C stops."
+            run.run(Service(engine, settings), listener, lambda: print(said, flush=True))
+
+
+def _settings(
+    keys: tuple[str, ...],
+    models: ServedPair,
+    drafting: DraftingOptions,
+    listening: ListeningOptions,
+    limits: LimitOptions,
+    logging: LogOptions,
+) -> ServerSettings:
+    return ServerSettings(
+        model_name=check_text(models.model_name or _default_name(models.target), "the model's name", ServerError),
+        api_keys=keys, public_metrics=listening.public_metrics,
+        metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
+        loopback_names_only=not keys and not listening.no_auth,
+        allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
+        draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
+    )  # fmt: skip
 
 
 def _default_name(target: Path | None) -> str:

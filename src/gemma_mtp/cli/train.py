@@ -159,7 +159,7 @@ def train(
     drafter = None if models.drafter is None else locate(models.drafter, "drafter")
 
     from gemma_mtp.engine.pair import choose_device
-    from gemma_mtp.training.environment import keep_freed_memory
+    from gemma_mtp.freed_memory import keep_freed_memory
     from gemma_mtp.training.parallel import joined_world
     from gemma_mtp.training.run import run_training
     from gemma_mtp.training.settings import RunSettings

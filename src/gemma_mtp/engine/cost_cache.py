@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from gemma_mtp.backend.base import Backend
+from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.json_files import write_json
 

@@ -10,8 +10,8 @@ import torch
 
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.cpu_clock import CpuClock
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.round import prefill, verify_round

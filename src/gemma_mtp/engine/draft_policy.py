@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan
+from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.round_costs import RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.round import RoundOutput
 
 #: policies by how rounds choose

@@ -21,8 +21,8 @@ import torch
 
 from gemma_mtp.backend.base import PROCESSED, choice_of
 from gemma_mtp.backend.device_memory import free_for_pool
+from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.round_costs import LONGEST
-from gemma_mtp.decoding.sampling import ChoiceKind
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size
 from gemma_mtp.engine.execution import Chunk, Outcome, StepResult, run_step
 from gemma_mtp.engine.job import Job

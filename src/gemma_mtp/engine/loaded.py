@@ -14,8 +14,8 @@ from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar_compiler import GrammarCompiler
 from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.round_costs import RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import VERIFICATIONS, Verification
 from gemma_mtp.engine.costs import round_costs
 from gemma_mtp.engine.draft_policy import Policies

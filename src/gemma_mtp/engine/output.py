@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gemma_mtp.decoding.sampling import SamplingParams, TopLogprobs
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import TopLogprobs
 from gemma_mtp.engine.result import GenerationResult, RoundStats, TokenLogprob
 from gemma_mtp.engine.round import RoundOutput
 

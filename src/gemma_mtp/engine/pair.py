@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_mtp import checkpoint
-from gemma_mtp.backend.native import module
+from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.chat.turn import Event, TurnReader
 from gemma_mtp.checkpoint import Source
@@ -18,7 +18,7 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.engine import Engine
 from gemma_mtp.engine.loaded import LoadedPair
@@ -194,9 +194,44 @@ def load_pair(
     of "target" and "drafter" is being loaded, how many of its stored bytes are, and of how many. Raises
     CheckpointError, ConfigError, PairError, QuantisationError.
     """
+    _check_arguments(target, drafter, adapter, quantize, use_drafter, strict, on_bytes)
     types = parse_weight_types(quantize) if isinstance(quantize, str) else quantize
-    if not (types is None or isinstance(types, WeightTypes)):
-        raise QuantisationError(f"quantize is of type {type(types).__name__}, but must be text such as int8, or none.")
+    if target is None:
+        target, drafter = BUNDLED, drafter or BUNDLED
+    chosen_device = choose_device(device)
+    source = checkpoint.open_source(target, adapter=adapter)
+    target_config = checkpoint.read_target_config(source)
+    found = drafter_of(target, target_config) if use_drafter and drafter is None else None
+    drafter = (drafter or found) if use_drafter else None
+    drafter_source = None if drafter is None else checkpoint.open_source(drafter, "drafter")
+    if drafter_source is not None:
+        check_pair(target_config, checkpoint.read_drafter_config(drafter_source))
+    generation = _generation_defaults(source, target_config, strict)
+    chosen_dtype = choose_dtype(dtype, chosen_device, source)
+    stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
+    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
+    how = chosen_dtype, chosen_device, types, strict
+    loaded_target = checkpoint.load_target(source, *how, functools.partial(on_bytes, "target"))
+    loaded_drafter = None
+    if drafter_source is not None:
+        loaded_drafter = checkpoint.load_drafter(drafter_source, *how, functools.partial(on_bytes, "drafter"))
+    return Pair(
+        backend=make_backend(loaded_target, loaded_drafter),
+        tokenizer=source.tokenizer() if source.has_tokenizer else None,
+        generation=generation,
+        found_drafter=None if found is None else str(found),
+    )
+
+
+def _check_arguments(
+    target: object, drafter: object, adapter: object, quantize: object, use_drafter: object, strict: object,
+    on_bytes: object,
+) -> None:  # fmt: skip
+    """Raises CheckpointError or QuantisationError where one is of a wrong type."""
+    if not (quantize is None or isinstance(quantize, str | WeightTypes)):
+        raise QuantisationError(
+            f"quantize is of type {type(quantize).__name__}, but must be text such as int8, or none."
+        )
     for directory in (target, drafter, adapter):
         if not (directory is None or isinstance(directory, str | Path)):
             raise CheckpointError(f"a directory is of type {type(directory).__name__}, but must be text or a Path.")
@@ -205,36 +240,6 @@ def load_pair(
             raise CheckpointError(f"{name} is of type {type(flag).__name__}, but must be True or False.")
     if not callable(on_bytes):
         raise CheckpointError(f"on_bytes is of type {type(on_bytes).__name__}, but must be a function.")
-    if target is None:
-        target, drafter = BUNDLED, drafter or BUNDLED
-    chosen_device = choose_device(device)
-    source = checkpoint.open_source(target, adapter=adapter)
-    target_config = checkpoint.read_target_config(source)
-    found = None
-    if not use_drafter:
-        drafter = None
-    elif drafter is None:
-        drafter = found = drafter_of(target, target_config)
-    drafter_source = None if drafter is None else checkpoint.open_source(drafter, "drafter")
-    drafter_config = None if drafter_source is None else checkpoint.read_drafter_config(drafter_source)
-    if drafter_config is not None:
-        check_pair(target_config, drafter_config)
-    generation = _generation_defaults(source, target_config, strict)
-    chosen_dtype = choose_dtype(dtype, chosen_device, source)
-    stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
-    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
-    tell = functools.partial(on_bytes, "target")
-    loaded_target = checkpoint.load_target(source, chosen_dtype, chosen_device, types, strict, tell)
-    loaded_drafter = None
-    if drafter_source is not None:
-        tell = functools.partial(on_bytes, "drafter")
-        loaded_drafter = checkpoint.load_drafter(drafter_source, chosen_dtype, chosen_device, types, strict, tell)
-    return Pair(
-        backend=make_backend(loaded_target, loaded_drafter),
-        tokenizer=source.tokenizer() if source.has_tokenizer else None,
-        generation=generation,
-        found_drafter=None if found is None else str(found),
-    )
 
 
 def _generation_defaults(source: Source, config: TargetConfig, strict: bool) -> GenerationDefaults:
@@ -273,7 +278,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, source: Source)
             return torch.bfloat16
         # native operators widen bfloat16 exactly and compute in float32; PyTorch's own round every step
         stored = checkpoint.stored_dtypes(source)
-        return torch.bfloat16 if stored == {"BF16"} and module() is not None else torch.float32
+        return torch.bfloat16 if stored == {"BF16"} and native_available() else torch.float32
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise CheckpointError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")

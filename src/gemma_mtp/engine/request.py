@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.result import FinishReason, GenerationResult, RoundStats, TokenLogprob
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.backend.base import Backend, Rows
-from gemma_mtp.decoding.sampling import Filters, TopLogprobs, choose, probabilities, process, top_logprobs
+from gemma_mtp.decoding.params import Filters
+from gemma_mtp.decoding.sampling import TopLogprobs, choose, probabilities, process, top_logprobs
 from gemma_mtp.decoding.verify import Verified, agreeing, verify_block, verify_exact, verify_rejection
-from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
+from gemma_mtp.engine.draft import NO_DRAFTS, Drafts
 from gemma_mtp.engine.sequence import Sequence, Turn
 
 
@@ -51,14 +52,9 @@ def forward(backend: Backend, calls: Items[Rows]) -> Tensor:
     return backend.forward(calls)
 
 
-def play_rounds(backend: Backend, turns: Items[Turn]) -> list[RoundOutput]:
-    """Play one round of each sequence: draft, verify, commit. Raises what the first turn that fails raised."""
-    drafts = propose(backend, turns)
-    return verify_round(backend, turns, drafts)
-
-
 def verify_round(backend: Backend, turns: Items[Turn], drafts: Items[Drafts]) -> list[RoundOutput]:
-    """The second half of a round: one target call over each sequence's last token and drafts, and what follows."""
+    """The second half of a round, after `propose`: one target call over each sequence's last token and drafts, and what
+    follows. Raises what the first turn that fails raised."""
     hidden_RD = forward(backend, [verify_rows(turn, of_one) for turn, of_one in zip(turns, drafts, strict=True)])
     scored, begin = [], 0
     for turn, of_one in zip(turns, drafts, strict=True):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar_state import GrammarState
+from gemma_mtp.decoding.history import TokenHistory
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.sampling import SamplingParams, TokenHistory
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.kv.pool import KVCache
 

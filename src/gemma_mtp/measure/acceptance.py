@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gemma_mtp.datasets import Example, first_lines
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import GenerationResult

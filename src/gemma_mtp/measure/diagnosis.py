@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.config import LAYER_TYPES, SLIDING, DrafterConfig, LayerType
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import Prompt
 from gemma_mtp.model.drafter import DonorKeyValues, Drafter
 from gemma_mtp.model.layers import rope_for
-from gemma_mtp.model.target import SequenceKeyValues, Target
+from gemma_mtp.model.target import Target
 
 #: first drafts accepted at which a pair is taken to be in order
 ENOUGH = 0.5
@@ -82,12 +82,9 @@ def diagnose(pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = 
 def target_rows(target: Target, token_ids: Sequence[int]) -> Rows:
     """Returns what the target says of one sequence, in the dtype of its weights."""
     tokens_T = torch.tensor(token_ids, device=target.norm.weight.device)
-    positions = torch.arange(len(tokens_T), device=tokens_T.device)
-    kv = SequenceKeyValues(target.config, positions)
-    rope = rope_for(target.config, positions, target.norm.weight.dtype)
-    hidden_TD = target(tokens_T[None], rope, kv)[0]
+    (hidden_TD,), stored = target.forward_sequence(tokens_T[None])
     choices_T = torch.cat([target.scores(part).argmax(-1) for part in hidden_TD.split(32)])
-    return Rows(tokens_T, hidden_TD, choices_T, kv.stored)
+    return Rows(tokens_T, hidden_TD, choices_T, stored)
 
 
 def hits(

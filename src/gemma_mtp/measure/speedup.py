@@ -11,8 +11,8 @@ import numpy as np
 
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import expected_tokens
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.round_costs import RoundCosts
-from gemma_mtp.decoding.sampling import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.costs import MOST_ELSEWHERE, measure_costs
 from gemma_mtp.engine.pair import Pair

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.config import FULL, DrafterConfig, LayerType
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices
+from gemma_mtp.model.layers import KeyValues, Rope, quantise_matrices
+from gemma_mtp.model.stack import Stack
 from gemma_mtp.ops import reference as ops
 from gemma_mtp.weight_types import WeightTypes, merge
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.dense import Dense
-from gemma_mtp.weights.matrix import Chooser, Embedding, Linear, Matrix
+from gemma_mtp.weights.matrix import Chooser, Linear
 
 
 class CentroidHead(nn.Module):
@@ -39,24 +40,19 @@ class CentroidHead(nn.Module):
         return table_VH.gathered_linear(hidden_RH, token_ids), token_ids
 
 
-class Drafter(nn.Module):
+class Drafter(Stack):
     """Input projection, KV-less decoder layers, head, and the projection fed back to the next step.
 
     Its own embedding table is only its head; inputs are the target's embeddings and hidden states.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
-        super().__init__()
+        super().__init__(config.text)
         self.config = config
         text, D = config.text, config.backbone_hidden_size
-        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(text, i) for i in range(text.num_hidden_layers))
-        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.pre_projection = Linear(2 * D, text.hidden_size)
         self.post_projection = Linear(text.hidden_size, D)
         self.masked_embedding = CentroidHead(config) if config.use_ordered_embeddings else None
-        self.lm_head = None if text.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size)
-        self.weight_types = WeightTypes()
 
     def forward(
         self, embeds_BTD: Tensor, hidden_BTD: Tensor, rope: Mapping[LayerType, Rope], kv: KeyValues
@@ -84,11 +80,6 @@ class Drafter(nn.Module):
             return self.logits(state_RH), None
         return self.masked_embedding.candidates(state_RH, self.head.stored)
 
-    @property
-    def head(self) -> Matrix:
-        """The head's weight [V, H]: the drafter's own embedding table unless the checkpoint unties them."""
-        return self.embed_tokens if self.lm_head is None else self.lm_head
-
     def quantise_(self, types: WeightTypes) -> None:
         """Quantise the parts that `types` names. The model can not be trained after.
 
@@ -99,26 +90,18 @@ class Drafter(nn.Module):
         quantise_matrices([*self.layers.modules(), self.pre_projection, self.post_projection], types.drafter)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """Official tensor names and views of the weights that hold them."""
-        tensors: dict[str, Weight] = {
-            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.stored,
-        }  # fmt: skip
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
+        tensors = super().checkpoint_tensors()
         tensors["pre_projection.weight"] = self.pre_projection.stored
         tensors["post_projection.weight"] = self.post_projection.stored
         if self.masked_embedding is not None:
             tensors["masked_embedding.centroids.weight"] = self.masked_embedding.centroids.stored
             tensors["masked_embedding.token_ordering"] = Dense(self.masked_embedding.token_ordering)
-        if self.lm_head is not None:
-            tensors["lm_head.weight"] = self.lm_head.stored
         return tensors
 
 
 @dataclass
 class DonorKeyValues:
-    """The target's donor keys and values over whole sequences, for training: query t sees rows before its position.
+    """The target's donor keys and values over whole sequences: query t sees rows before its position.
 
     `stored[kind]` holds [B, S, G, d]; row t of a draft step has query position `query_positions_T[t]` and sees the
     rows strictly before it, within the sliding window counted from it: what decoding has committed at that point.

@@ -5,38 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_mtp.config import FULL, LayerType, TextConfig
-from gemma_mtp.model.layers import DecoderLayer, KeyValues, RMSNorm, Rope, quantise_matrices, rope_for
+from gemma_mtp.model.layers import KeyValues, RMSNorm, Rope, quantise_matrices, rope_for
+from gemma_mtp.model.stack import Stack
 from gemma_mtp.ops import reference as ops
 from gemma_mtp.weight_types import WeightTypes, merge
 from gemma_mtp.weights.base import Weight
-from gemma_mtp.weights.matrix import Embedding, Linear, Matrix, matrices
+from gemma_mtp.weights.matrix import Embedding, Linear, matrices
 
 
-@dataclass
-class SequenceOutput:
-    """Hidden states after the final norm [B, T, D], and the donor layers' keys and values, each [B, T, G, d]."""
+class SequenceOutput(NamedTuple):
+    """Hidden states after the final norm [B, T, D], and the keys and values of each layer that stores them, each
+    [B, T, G, d]."""
 
     hidden_BTD: Tensor
-    donor_kv: dict[LayerType, tuple[Tensor, Tensor]]
+    stored: dict[int, tuple[Tensor, Tensor]]
 
 
-class Target(nn.Module):
+class Target(Stack):
     """Embeddings, decoder layers, final norm and head of a Gemma 4 text model."""
 
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         D, P, L = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
-        self.embed_tokens = Embedding(config.vocab_size, D)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(L))
-        self.norm = RMSNorm(D, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
-        self.weight_types = WeightTypes()
         if P:
             self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, L * P)
             self.per_layer_model_projection = Linear(D, L * P)
@@ -82,18 +79,13 @@ class Target(nn.Module):
         """Returns the logits [..., V] before they are soft-capped."""
         return self.head.stored.linear(hidden)
 
-    @property
-    def head(self) -> Matrix:
-        """The head's weight [V, D]: the token table unless the checkpoint unties them."""
-        return self.embed_tokens if self.lm_head is None else self.lm_head
-
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
-        """Whole sequences at once, without a cache, differentiable: for training and as the decoder's oracle."""
+        """Whole sequences at once, without a cache: the slow, obvious reference of decoding and training."""
         T = token_ids_BT.shape[1]
         positions = torch.arange(T, device=token_ids_BT.device)
         kv = SequenceKeyValues(self.config, positions)
         hidden = self(token_ids_BT, rope_for(self.config, positions, self.embed_tokens.dtype), kv)
-        return SequenceOutput(hidden, {kind: kv.stored[i] for kind, i in self.config.donor_layers.items()})
+        return SequenceOutput(hidden, kv.stored)
 
     def quantise_(self, types: WeightTypes) -> None:
         """Quantise the parts that `types` names. The model can not be trained after.
@@ -115,15 +107,7 @@ class Target(nn.Module):
         self.weight_types = WeightTypes()
 
     def checkpoint_tensors(self) -> dict[str, Weight]:
-        """Official tensor names, with the `model.` prefix, and views of the weights that hold them."""
-        tensors: dict[str, Weight] = {
-            "model.embed_tokens.weight": self.embed_tokens.stored, "model.norm.weight": self.norm.stored,
-        }  # fmt: skip
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            tensors.update((f"model.layers.{i}.{name}", tensor) for name, tensor in layer.checkpoint_tensors())
-        if self.lm_head is not None:
-            tensors["lm_head.weight"] = self.lm_head.stored
+        tensors = super().checkpoint_tensors()
         if self.config.hidden_size_per_layer_input:
             tensors["model.embed_tokens_per_layer.weight"] = self.embed_tokens_per_layer.stored
             tensors["model.per_layer_model_projection.weight"] = self.per_layer_model_projection.stored

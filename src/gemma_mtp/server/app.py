@@ -77,7 +77,8 @@ def create_app(service: Service) -> FastAPI:
         middleware=_middleware(service, settings),
     )
     app.state.service = service
-    app.include_router(_api(service, settings))
+    app.include_router(_generation(service, settings))
+    app.include_router(_tokens(service, settings))
     app.include_router(responses_routes(service))
     app.include_router(messages_routes(service))
     app.include_router(_operations(service))
@@ -99,7 +100,8 @@ def _middleware(service: Service, settings: ServerSettings) -> list[Middleware]:
     ]
 
 
-def _api(service: Service, settings: ServerSettings) -> APIRouter:
+def _generation(service: Service, settings: ServerSettings) -> APIRouter:
+    """Routes that generate as OpenAI's first two do, and the served model."""
     api = APIRouter(route_class=JsonRoute)
     limited = responses(*BODY)
 
@@ -130,6 +132,13 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
         check_model(model_id, settings)
         return _card(service)
 
+    return api
+
+
+def _tokens(service: Service, settings: ServerSettings) -> APIRouter:
+    """Routes between text and token ids."""
+    api = APIRouter(route_class=JsonRoute)
+
     @api.post("/tokenize", responses=responses(*BODY))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -139,9 +148,8 @@ def _api(service: Service, settings: ServerSettings) -> APIRouter:
             tokens = await encode(text, service, special=False)
         else:
             tokens = await encode(body.prompt, service, body.add_special_tokens is not False)
-        strings = (
-            [service.tokenizer.raw.id_to_token(token) or "" for token in tokens] if body.return_token_strs else None
-        )
+        named = service.tokenizer.raw.id_to_token
+        strings = [named(token) or "" for token in tokens] if body.return_token_strs else None
         return TokenizeResponse(
             count=len(tokens), max_model_len=service.engine.max_tokens, tokens=tokens, token_strs=strings
         )

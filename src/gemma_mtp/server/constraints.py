@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from gemma_mtp.decoding.grammar import Grammar, GrammarKind
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.errors import ApiError

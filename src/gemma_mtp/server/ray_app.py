@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message
 
 from gemma_mtp.backend.native import set_threads
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.thread import EngineThread

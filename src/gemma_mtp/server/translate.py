@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from gemma_mtp.chat.marks import region_after
 from gemma_mtp.chat.template import template_of
 from gemma_mtp.decoding.grammar import Grammar
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import text_grammar

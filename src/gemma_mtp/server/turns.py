@@ -11,7 +11,7 @@ from gemma_mtp.chat.conversation import Conversation
 from gemma_mtp.chat.marks import Region, TurnMarks
 from gemma_mtp.chat.prompt import chat_text, thinking_variable
 from gemma_mtp.decoding.grammar import Grammar
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import compiled

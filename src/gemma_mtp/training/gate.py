@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.checkpoint import load_drafter
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison, Prompt, compare, measure_acceptance
 from gemma_mtp.measure.speedup import MeasuredSpeedup, best, measure_speedup, predict

@@ -23,7 +23,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from gemma_mtp.decoding.sampling import SamplingParams, probabilities, process
+from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.sampling import probabilities, process
 
 LossKind = Literal["kl", "ce", "tv", "lk", "lk-log"]
 LOSSES: tuple[LossKind, ...] = get_args(LossKind)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import rope_for, slice_rope
 from gemma_mtp.model.target import Target

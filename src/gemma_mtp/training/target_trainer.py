@@ -74,6 +74,59 @@ def compiled(loss_of: RowLoss) -> Callable[[Tensor], Tensor]:
     return compiled_loss
 
 
+class TargetTrainer:
+    """State of one run: weights, optimiser, and how far it is."""
+
+    def __init__(self, config: TargetConfig, recipe: TargetRecipe, checkpoint: Path, device: str) -> None:
+        self.recipe, self.checkpoint = recipe, checkpoint
+        self.target = Target(config.text)
+        initialise(self.target, recipe.seed)  # on the CPU: the same weights on every device
+        self.target.to(device)
+        self.masters = Masters(self.target)
+        self.target.to(choose_dtype("auto", torch.device(device)))
+        self.masters.working = dict(self.target.named_parameters())
+        self.optimiser = Optimiser(self.target, self.masters, recipe.embedding_lr, recipe.matrix_lr)
+        self.step, self._started = 0, time.monotonic()
+        self._smooth: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.recipe.batch_size * self.recipe.row_length
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if self.checkpoint.exists():
+            facts, _ = load_state(self.checkpoint, self.masters, self.optimiser)
+            self.step, self._started = facts["step"], time.monotonic() - facts["seconds"]
+
+    def save(self) -> None:
+        facts = {"step": self.step, "seconds": self.seconds}
+        save_state(self.checkpoint, self.masters, self.optimiser, facts, {})
+
+    def take_step(self, loss: Tensor, lr_share: float) -> dict[str, float]:
+        """Returns the step's figures. Raises TrainingError where the loss is no number."""
+        loss.backward()
+        self.masters.clear()
+        self.masters.accumulate()
+        norm, value = self.masters.clip(), loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(f"the target's loss became {value} at step {self.step}; lower the learning rates.")
+        self.optimiser.step(lr_share)
+        self.masters.publish()
+        self.step += 1
+        self._smooth = value if self._smooth is None else 0.95 * self._smooth + 0.05 * value
+        tokens, seconds = self.tokens, self.seconds
+        return {"tokens": float(tokens), "loss": value, "gradient_norm": norm, "lr_share": lr_share,
+                "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
+
+    def shown(self, values: dict[str, float]) -> str:
+        return f"step {self.step} loss {self._smooth:.3f} {values['tokens_per_second']:.0f} tokens/s"
+
+
 def train_target(
     config: TargetConfig,
     training: data.TokenArray,
@@ -90,52 +143,27 @@ def train_target(
     Raises TrainingError where the loss stops being a number.
     """
     torch.set_num_threads(recipe.threads)
-    target = Target(config.text)
-    initialise(target, recipe.seed)  # on the CPU: the same weights on every device
-    target.to(device)
-    masters = Masters(target)
-    target.to(choose_dtype("auto", torch.device(device)))
-    masters.working = dict(target.named_parameters())
-    optimiser = Optimiser(target, masters, recipe.embedding_lr, recipe.matrix_lr)
-    checkpoint = directory / "target-state.safetensors"
-    step, before = 0, 0.0
-    if resume and checkpoint.exists():
-        facts, _ = load_state(checkpoint, masters, optimiser)
-        step, before = facts["step"], facts["seconds"]
-    loss_of = RowLoss(target, recipe.row_length)
+    trainer = TargetTrainer(config, recipe, directory / "target-state.safetensors", device)
+    if resume:
+        trainer.resume()
+    loss_of = RowLoss(trainer.target, recipe.row_length)
     training_loss = compiled(loss_of) if recipe.compile else loss_of
     batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed)
-    budget, start = recipe.minutes * 60, time.monotonic() - before
-    last_checkpoint, smooth = time.monotonic(), None
-    with RunLog(directory, "target", step) as log:
-        while (elapsed := time.monotonic() - start) < budget:
-            share = trapezoid(elapsed / budget)
-            loss = training_loss(batches.batch(step))
-            loss.backward()
-            masters.clear()
-            masters.accumulate()
-            norm, value = masters.clip(), loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(f"the target's loss became {value} at step {step}; lower the learning rates.")
-            optimiser.step(share)
-            masters.publish()
-            step += 1
-            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
-            tokens, seconds = step * recipe.batch_size * recipe.row_length, time.monotonic() - start
-            values = {"tokens": float(tokens), "loss": value, "gradient_norm": norm, "lr_share": share,
-                      "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
-            log.row(step, seconds / budget, values, f"step {step} loss {smooth:.3f} {tokens / seconds:.0f} tokens/s")
+    budget, last_checkpoint = recipe.minutes * 60, time.monotonic()
+    with RunLog(directory, "target", trainer.step) as log:
+        while (elapsed := trainer.seconds) < budget:
+            values = trainer.take_step(training_loss(batches.batch(trainer.step)), trapezoid(elapsed / budget))
+            log.row(trainer.step, values["seconds"] / budget, values, trainer.shown(values))
             if time.monotonic() - last_checkpoint > recipe.checkpoint_minutes * 60:
                 last_checkpoint = time.monotonic()
                 log.flush()
-                save_state(checkpoint, masters, optimiser, {"step": step, "seconds": seconds}, {})
-                on_checkpoint(target)
-    save_state(checkpoint, masters, optimiser, {"step": step, "seconds": time.monotonic() - start}, {})
-    on_checkpoint(target)
+                trainer.save()
+                on_checkpoint(trainer.target)
+    trainer.save()
+    on_checkpoint(trainer.target)
     nats = held_out_loss(loss_of, held_out)
-    tokens_per_byte = held_out.size / held_out_bytes
-    return TargetResult(target, step, step * recipe.batch_size * recipe.row_length, time.monotonic() - start, nats,
-                        nats / math.log(2) * tokens_per_byte)  # fmt: skip
+    bits_per_byte = nats / math.log(2) * (held_out.size / held_out_bytes)
+    return TargetResult(trainer.target, trainer.step, trainer.tokens, trainer.seconds, nats, bits_per_byte)
 
 
 @torch.no_grad()

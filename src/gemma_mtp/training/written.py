@@ -15,7 +15,7 @@ import numpy as np
 from gemma_mtp.checkpoint import Location, open_source
 from gemma_mtp.checkpoint.adapter import Adapter
 from gemma_mtp.decoding.draft_length import DraftTokens
-from gemma_mtp.decoding.sampling import SamplingParams
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.settings import EngineSettings

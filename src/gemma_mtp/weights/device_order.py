@@ -84,11 +84,3 @@ class Int8x32Plain(Reordered):
     group, largest = Int8x32.group, Int8x32.largest
     data_dtype = torch.int8
     __slots__ = ()
-
-    @staticmethod
-    def packed(values_NK: Tensor) -> Tensor:
-        return values_NK
-
-    @staticmethod
-    def unpacked(data: Tensor) -> Tensor:
-        return data

@@ -8,7 +8,6 @@ into other text.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -46,14 +45,14 @@ class Grouped(Weight):
         self.data, self.scales, self._dtype = data, scales, dtype
 
     @staticmethod
-    @abstractmethod
     def packed(values_NK: Tensor) -> Tensor:
-        """Returns `data` of int8 values [N, K]."""
+        """Returns `data` of int8 values [N, K]: themselves, unless a format has another order."""
+        return values_NK
 
     @staticmethod
-    @abstractmethod
     def unpacked(data: Tensor) -> Tensor:
         """Returns the int8 values [..., K] in the columns' order."""
+        return data
 
     @classmethod
     def best_scales(cls, groups: Tensor) -> Tensor:

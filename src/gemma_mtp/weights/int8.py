@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gemma_mtp.weight_types import GROUPS
 from gemma_mtp.weights.grouped import Grouped
@@ -18,11 +17,3 @@ class Int8(Grouped):
     data_dtype = torch.int8
     native_type = "INT8"
     __slots__ = ()
-
-    @staticmethod
-    def packed(values_NK: Tensor) -> Tensor:
-        return values_NK
-
-    @staticmethod
-    def unpacked(data: Tensor) -> Tensor:
-        return data

@@ -20,7 +20,7 @@ from gemma_mtp.backend.cuda.usable import why_not
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule, chance
-from gemma_mtp.decoding.sampling import ChoiceKind, Filters
+from gemma_mtp.decoding.params import ChoiceKind, Filters
 from gemma_mtp.errors import DeviceError
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter

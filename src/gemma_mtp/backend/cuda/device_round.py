@@ -38,7 +38,7 @@ from gemma_mtp.backend.cuda.round import (
 )
 from gemma_mtp.config import LAYER_TYPES, TextConfig
 from gemma_mtp.decoding.noise import signed
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.kv.blocks import OutOfBlocksError
 from gemma_mtp.kv.pool import KVCache, KVPool
 

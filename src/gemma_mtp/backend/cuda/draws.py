@@ -16,9 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma_mtp.decoding.noise import signed
-from gemma_mtp.decoding.sampling import Filters
-
-NO_ID = 2147483647
+from gemma_mtp.decoding.params import Filters
 
 
 class DeviceFilters(NamedTuple):

@@ -20,7 +20,7 @@ from gemma_mtp.backend.cuda.batch import Batch, heads_of, stacks_of
 from gemma_mtp.backend.cuda.draws import DeviceFilters, Draws
 from gemma_mtp.config import LAYER_TYPES, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.noise import row_keys
-from gemma_mtp.decoding.sampling import ChoiceKind
+from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.verify import verify_exact
 from gemma_mtp.kv.blocks import blocks_of
 from gemma_mtp.kv.pool import KVPool
