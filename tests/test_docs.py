@@ -19,10 +19,21 @@ def test_cli_page_is_the_commands_own_help() -> None:
     assert cli_docs.DOCS.read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def anchors(path: Path) -> set[str]:
+    """What GitHub lets links to headings of a page end in."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*NAMES, "CHANGELOG.md"])
 def test_links_lead_somewhere(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            page, _, anchor = link.partition("#")
+            there = path.parent / page if page else path
+            assert there.exists(), link
+            assert not anchor or anchor in anchors(there), link
 
 
 def test_the_index_names_every_page() -> None:
