@@ -34,7 +34,7 @@ from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
 WATCHED_SECONDS, BUSY_SHARE = 0.5, 0.1
 EXTRAS = {
     "grammar": "llguidance", "plot": "matplotlib", "serve": "fastapi", "ray": "ray", "train": "tensorboard",
-    "hub": "huggingface_hub", "bench-serve": "httpx",
+    "hub": "huggingface_hub", "chat": "prompt_toolkit", "bench-serve": "httpx",
 }  # fmt: skip
 VERSIONS = ("gemma-mtp", "torch", "numpy", "tokenizers")
 Status = Literal["ok", "note", "problem"]
