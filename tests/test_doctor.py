@@ -130,7 +130,7 @@ def test_the_command_without_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_fallback_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.module", lambda: None)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_checks.native_available", lambda: False)
     monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
     (check,) = (check for check in machine_checks() if check.name == "operators")
     assert (check.status, check.advice) == ("problem", "unset GEMMA_MTP_NATIVE")

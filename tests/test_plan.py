@@ -280,7 +280,7 @@ def test_a_directory_is_planned_as_it_is_loaded(
     if not native:
         monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
         for place in ("backend.native", "engine.pair"):
-            monkeypatch.setattr(f"gemma_mtp.{place}.module", lambda: None)
+            monkeypatch.setattr(f"gemma_mtp.{place}.native_available", lambda: False)
     save_target(random_target(), TargetConfig(TINY), tmp_path, stored)
     assert main(["plan", str(tmp_path), "--no-drafter", "--bandwidth", "1GB", "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
