@@ -188,3 +188,19 @@ def test_the_control_without_correction_loses_more(monkeypatch: pytest.MonkeyPat
     lost = corrected(quiet, 3)
     assert statistics.fmean(lost.values()) > 0.02, lost
     assert max(lost.values()) > 0.15, lost
+
+
+def test_what_earlier_texts_gained_pays_for_the_next_ones_first_drafts() -> None:
+    """Short texts whose drafts mostly pay are not spent on plain rounds, and useless drafts still cost little."""
+    for acceptance, least, most in ((0.75, 0.0, 0.05), (0.0, 0.9, 1.0)):
+        policy, rng, rounds, plain = DraftLength(costs_of(*TRUE["steps"])), random.Random(1), 0, 0
+        for text in range(40):
+            left, policy = 64, DraftLength(costs_of(*TRUE["steps"])).after(policy)
+            while left > 0:
+                made = drafts_made(policy.choose(), left, 0.9)
+                accepted = sum(itertools.takewhile(bool, (int(rng.random() < acceptance) for _ in range(made))))
+                policy.record(made, accepted, [0.9] * made)
+                left -= accepted + 1
+                rounds += text > 0 and left > 0
+                plain += text > 0 and left > 0 and not made
+        assert least <= plain / rounds <= most

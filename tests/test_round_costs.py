@@ -38,18 +38,6 @@ def test_a_length_measured_wrong_is_put_right_by_playing_it() -> None:
     assert [costs.seconds[k] / costs.seconds[0] for k in true] == pytest.approx(list(true.values()), rel=0.02)
 
 
-def test_the_best_gain_follows_the_costs() -> None:
-    costs = RoundCosts({0: 1.0, LONGEST: 2.0})
-    assert costs.best_gain() == pytest.approx((LONGEST + 1) / 2)
-    for _ in range(500):
-        costs.note(0, 1.0)
-        costs.note(LONGEST, 20.0)
-    assert costs.best_gain() == pytest.approx(
-        max((k + 1) * costs.seconds[0] / costs.seconds[k] for k in range(LONGEST + 1))
-    )
-    assert costs.best_gain() < (LONGEST + 1) / 2
-
-
 def test_a_machine_that_gets_slower_changes_no_ratio() -> None:
     """With plain rounds alone, and with drafts among them; a single slow round is no news."""
     costs = RoundCosts({0: 1.0, 4: 1.4})
@@ -62,11 +50,6 @@ def test_a_machine_that_gets_slower_changes_no_ratio() -> None:
     assert costs.seconds[4] / costs.seconds[0] == pytest.approx(1.4, rel=0.05)
     costs.note(0, 1000.0)
     assert costs.seconds[4] / costs.seconds[0] == pytest.approx(1.4, rel=0.05)
-
-
-def test_the_best_that_drafting_could_gain() -> None:
-    assert RoundCosts({0: 1.0, 4: 2.0}).best_gain() == pytest.approx(17 / 5)  # 16 drafts, at a quarter of a round each
-    assert RoundCosts({0: 1.0, 4: 5.5}).best_gain() == 1.0
 
 
 @pytest.mark.parametrize("wrong", [0.3, 0.5, 3.0])

@@ -28,9 +28,8 @@ DECAY = 0.98
 #: what drafting may cost a sequence beyond plain decoding in all: so many plain rounds, and a share of its length
 LOSS_ROUNDS, LOSS_SHARE = 0.75, 0.01
 PLAIN_WEIGHT = 0.1
-#: among several sequences, where perfect drafts would not gain this much, real ones lose: a tenth to a fifth of them is
-#: refused
-LEAST_GAIN = 1.45
+#: what an earlier sequence gained pays for this one's first drafts: at most so many plain rounds
+KEPT_GAIN = 3.0
 #: sequences that play together of which each may end its own drafts: of more, all wait for the longest chain, and for
 #: how sure the drafter is of every draft, which costs more than the drafts that are spared
 STOP_EARLY_AMONG = 2
@@ -144,6 +143,7 @@ class DraftLength:
         self.reached = [share * reached for reached in earlier.reached]
         self.accepted = [share * accepted for accepted in earlier.accepted]
         self.calibration = earlier.calibration.for_another_text()
+        self.allowance = max(LOSS_ROUNDS, min(KEPT_GAIN, earlier.allowance))
         return self
 
     def acceptance(self) -> list[float]:

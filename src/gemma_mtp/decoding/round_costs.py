@@ -160,11 +160,6 @@ class RoundCosts:
         doubt = np.sqrt(np.maximum(0.0, np.einsum("ki,ij,kj->k", parts, self._errors, parts)))
         return list((seconds * np.maximum(LEAST_SHARE, 1 - errors * doubt)).tolist())
 
-    def best_gain(self) -> float:
-        """How many times as fast as plain rounds the best length would be if every draft were accepted."""
-        costs = self.seconds
-        return max((k + 1) * costs[0] / seconds for k, seconds in enumerate(costs))
-
     def loss(self, drafts: int) -> float:
         """What a round of which no draft is accepted takes longer than a plain one, in plain rounds, as it was believed
         when the costs were last asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gemma_mtp.decoding.draft_length import LEAST_GAIN, PLAIN, DraftLength, Plan
+from gemma_mtp.decoding.draft_length import DraftLength, Plan
 from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.engine.round import RoundOutput
@@ -27,7 +27,7 @@ class DraftPolicy:
     latest: Policies = field(default_factory=dict)  # the newest of each kind; the pair keeps them for its next engine
     shared: Policies = field(default_factory=dict)
     sequences: int = 1  # that run together in the step under way
-    _in_force: dict[ChoiceKind, DraftLength | None] = field(default_factory=dict)
+    _in_force: Policies = field(default_factory=dict)
     _plans: dict[ChoiceKind, Plan] = field(default_factory=dict)
 
     def begin_step(self, sequences: int) -> None:
@@ -43,8 +43,8 @@ class DraftPolicy:
     def plan(self, choice: ChoiceKind, own: Policies) -> Plan:
         """Returns the plan of this step for jobs that choose so. `own`: the asking job's policies."""
         if choice not in self._plans:
-            policy = self._in_force[choice] = self._policy(choice, own)
-            self._plans[choice] = PLAIN if policy is None else policy.choose()
+            self._in_force[choice] = self._policy(choice, own)
+            self._plans[choice] = self._in_force[choice].choose()
         return self._plans[choice]
 
     def learn(self, choice: ChoiceKind, outputs: Sequence[RoundOutput], seconds: float, drafting: float) -> None:
@@ -52,17 +52,13 @@ class DraftPolicy:
 
         `seconds` of the step, and of drafting in it; 0 where others took part in it.
         """
-        policy = self._in_force.get(choice)
-        if policy is not None:
-            policy.learn(outputs, seconds, drafting)
+        if choice in self._in_force:
+            self._in_force[choice].learn(outputs, seconds, drafting)
 
-    def _policy(self, choice: ChoiceKind, own: Policies) -> DraftLength | None:
-        """Returns the policy to ask; None where drafting can not pay."""
+    def _policy(self, choice: ChoiceKind, own: Policies) -> DraftLength:
+        """Returns the policy to ask."""
         costs = self.costs(choice, batch_size(self.sequences))
-        together = self.sequences > 1
-        if together and costs.best_gain() < LEAST_GAIN:
-            return None
-        policies = self.shared if together else own
+        policies = self.shared if self.sequences > 1 else own
         if choice not in policies:
             policies[choice] = DraftLength(costs, early_stop=self.watches_drafts)
             if choice in self.latest:
