@@ -6,6 +6,8 @@ from pathlib import Path
 import cli_docs
 import pytest
 
+from gemma_mtp.cli import application
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
@@ -17,6 +19,11 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def test_cli_page_is_the_commands_own_help() -> None:
     assert cli_docs.DOCS.read_text(encoding="utf-8") == cli_docs.page(), "run `make docs`"
+
+
+def test_help_leaves_it_to_the_terminal_where_lines_break() -> None:
+    for command in application().registered_commands:
+        assert command.help and "\n" not in command.help.replace("\n\n", ""), command.callback
 
 
 def anchors(path: Path) -> set[str]:

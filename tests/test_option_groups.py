@@ -32,6 +32,7 @@ class DeepPlace(Place):
 @group("Words")
 class Words:
     words: list[str] | None = option(None, "May be repeated.", "--word", metavar="WORD")
+    tags: list[int] | None = option(None, "These too.", "--tag")
     secret: str = option("", "Kept back.", envvar="GROUPS_SECRET")
 
 
@@ -83,11 +84,12 @@ def test_the_help_has_a_panel_for_each_group(run: Callable[..., Any]) -> None:
     assert [text.index(part, place) for part in order] == sorted(text.index(part, place) for part in order)
     assert all(place < text.index(part) < words for part in order)
     assert "WORD" in text[words:] and "[env var: GROUPS_SECRET]" in text[words:] and "How deep.  " not in text
+    assert "<int>" in next(line for line in text.splitlines() if "--tag" in line), "what one value is, not the list"
 
 
 def test_the_signature_has_the_groups_options_in_their_order() -> None:
     shown = inspect.signature(grouped(command)).parameters
-    assert list(shown) == ["files", "out", "max_depth", "hidden", "words", "secret"]
+    assert list(shown) == ["files", "out", "max_depth", "hidden", "words", "tags", "secret"]
     assert shown["out"].default is inspect.Parameter.empty
     assert (grouped(command).__name__, grouped(command).__doc__) == ("command", "Look for words.")
 

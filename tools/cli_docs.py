@@ -21,10 +21,16 @@ INTRODUCTION = """# The command line
 
 Written by `make docs` from the commands' own help; do not edit.
 
-Exit codes: 0 done; 1 a comparison failed (`generate --compare` found different outputs under `exact` verification,
-`inspect` a pair that does not fit, `identity` outputs that differ), or more of `bench-serve`'s requests than its limit;
-2 bad input, with one sentence on standard error that says what to do; 3 `train`'s gate refused the drafter; 4 the limit
-cut an output of `generate` before the schema or expression that it was to fulfil; 130 interrupted.
+| exit code | |
+|---|---|
+| 0 | done |
+| 1 | `generate --compare` or `identity` found different outputs, or `inspect` a pair that does not fit |
+| 1 | `doctor` found something wrong, or more of `bench-serve`'s requests failed than may |
+| 2 | bad input: one sentence on standard error says what to do |
+| 3 | `train` did not export, because the drafter is worse than the one it started from |
+| 4 | the length limit cut an output of `generate` before the schema or expression was fulfilled |
+| 130 | interrupted |
+
 `python -m gemma_mtp` is the same as `gemma-mtp`.
 """
 

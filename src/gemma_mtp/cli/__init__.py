@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -65,8 +65,14 @@ def application(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     app.callback()(common)
     for name in commands:
         module = name.replace("-", "_")
-        app.command(cls=Command)(getattr(importlib.import_module(f"{__name__}.{module}"), module))
+        command = getattr(importlib.import_module(f"{__name__}.{module}"), module)
+        app.command(cls=Command, help=_paragraphs(command))(command)
     return app
+
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """What a command's docstring says, a line a paragraph: the terminal breaks lines, not the source."""
+    return "\n\n".join(" ".join(text.split()) for text in (command.__doc__ or "").split("\n\n"))
 
 
 def _version(wanted: bool) -> None:

@@ -23,7 +23,7 @@ def acceptance(
 ) -> None:
     """Measure how many drafts a pair accepts on your data: by position, by task or file, by temperature.
 
-    Decodes in the engine, and predicts from measured costs how many drafts a round pay on this machine.
+    Says, by costs that are measured, how many drafts a round pay on this machine.
     """
     chosen.check()
     output.check()

@@ -26,7 +26,7 @@ class ComparedPair:
     drafter: Path | None = option(None, options.DRAFTER)
     adapter: Path | None = option(None, options.ADAPTER)
     against: Path | None = option(
-        None, "Another drafter's directory, measured on the same prompts: the difference, with its 95% interval."
+        None, "Another drafter to compare with, on the same prompts: the difference, with its 95% interval."
     )
     dtype: str = option("auto", options.DTYPE)
     device: str = option("auto", options.DEVICE)
@@ -56,16 +56,16 @@ class PromptOptions(options.ExampleOptions):
     data: list[Path] | None = argument(
         None,
         "JSON lines with text, prompt or messages (and, optionally, task), plain text, source files, or"
-        " directories of them; default: the bundled pair's held-out Python.",
+        " directories of them. Default: the bundled pair's held-out Python.",
     )
     prompt_tokens: int = option(
         PROMPT_TOKENS,
-        "Texts and source files are cut to their first lines of so many tokens; prompts and messages are taken whole.",
+        "Texts and source files are cut to their first lines, of so many tokens. Prompts and messages are taken whole.",
     )
     thinking: str = option(
         "default",
-        "on, off, or both one after the other, where the chat template has a switch for thinking text;"
-        " default: as the template has it.",
+        "on, off, or both, one after the other, where the chat template has a switch for it. Default: as the template"
+        " has it.",
     )
 
     def check(self) -> None:
@@ -88,19 +88,19 @@ class DraftingOptions:
 class SamplingOptions:
     """How tokens are chosen, and when they end."""
 
-    temperature: list[float] | None = option(None, "0 is greedy; may be repeated. Default: 0 and 1.", "-t")
+    temperature: list[float] | None = option(None, "0 is greedy. May be repeated. Default: 0 and 1.", "-t")
     top_k: int | None = option(
-        None, "Keep the k likeliest tokens; 0: all. Default: the checkpoint's own for conversations, else all."
+        None, "Draw from the k likeliest tokens; 0: from all. Default: for conversations the checkpoint's, else all."
     )
     top_p: float | None = option(
         None,
-        "Keep the likeliest tokens up to this mass; 1: all. Default: the checkpoint's own for conversations, else all.",
+        "Draw from the likeliest tokens up to this probability in all; 1: from all. Default: as for --top-k.",
     )
     seed: int = option(0, "Prompt i is sampled with seed + i.")
-    max_tokens: int = option(128, "At most so many tokens for each prompt.", "-n")
+    max_tokens: int = option(128, "Most tokens of each output.", "-n")
     ignore_eos: bool | None = option(
         None,
-        "Whether to go on after the checkpoint's end-of-sequence tokens. Default: stop in conversations only.",
+        "Whether to go on after end-of-sequence tokens. Default: stop in conversations only.",
         "--ignore-eos/--stop-at-eos",
         show_default=False,
     )
@@ -110,7 +110,7 @@ class SamplingOptions:
 class OutputOptions:
     """What is measured beside acceptance, and how all is shown."""
 
-    speed: bool = option(False, "Measure the speed-up too: every prompt plainly and drafted, in turn.")
+    speed: bool = option(False, "Measure the speed-up too: each prompt with and without drafts, in turn.")
     plot: Path | None = option(None, "Draw acceptance and histograms to this file, .png, .svg or .pdf.")
     as_json: bool = option(False, options.JSON, "--json")
 

@@ -26,7 +26,7 @@ def bench_serve(
     drafting: DraftingOptions,
     output: OutputOptions,
 ) -> None:
-    """Load a server with requests and measure latencies, throughput, failures and acceptance by streaming."""
+    """Load a server with requests, and measure latencies, throughput, failures and acceptance."""
     output.check()
     check_numbers(limit=prompts.limit, repeats=load.repeats, requests=load.requests, max_in_flight=load.max_in_flight,
                   warmup=load.warmup, shared_prefix_tokens=prompts.shared_prefix_tokens, duration=load.duration,

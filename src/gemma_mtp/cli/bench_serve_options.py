@@ -28,13 +28,13 @@ class ServerOptions:
 
     url: str | None = option(
         None,
-        "A running server with OpenAI's API, such as http://127.0.0.1:8000; without it, `gemma-mtp serve` is"
+        "A running server with OpenAI's API, such as http://127.0.0.1:8000. Default: a `gemma-mtp serve` that is"
         " started on a free port, and stopped at the end.",
     )
     api_key: str | None = option(None, "Sent as a bearer token.", envvar="GEMMA_MTP_API_KEY")
-    model: str | None = option(None, "The model to ask for; default: the server's first.")
+    model: str | None = option(None, "The model to ask for. Default: the server's first.")
     serve_options: str = option(
-        "", "Options of the `gemma-mtp serve` that is started, such as '--target DIR --max-running 32'."
+        "", "Without --url: options of the server that is started, such as '--target DIR --max-running 32'."
     )
 
     def check(self) -> None:
@@ -56,21 +56,21 @@ class ServerOptions:
 class LoadOptions:
     """When requests are sent, and how many."""
 
-    rate: str | None = option(None, "Open loop: requests a second, one load after the other, such as 1,2,4,8.")
+    rate: str | None = option(None, "Open loop: requests a second. 1,2,4,8 plays four loads.")
     clients: str | None = option(
         None,
-        "Closed loop: so many clients, each with one request under way; such as 1,4,16. Default, without --rate: 1.",
+        "Closed loop: clients, each with one request under way. 1,4,16 plays three loads. Default without --rate: 1.",
     )
     fixed_intervals: bool = option(False, "Equal gaps instead of Poisson arrivals.", needs="--rate")
-    requests: int | None = option(None, f"Requests of each load; default: {REQUESTS}, or what --duration allows.")
-    duration: float | None = option(None, "Seconds for which each load sends requests.")
-    warmup: int = option(4, "Requests at the beginning of each load that are not counted.")
-    repeats: int = option(1, "Runs of each load; the sides of --compare-drafting take turns.")
+    requests: int | None = option(None, f"Requests of each load. Default: {REQUESTS}, or what --duration allows.")
+    duration: float | None = option(None, "Seconds in which each load sends requests.")
+    warmup: int = option(4, "First requests of each load, which are not counted.")
+    repeats: int = option(1, "Runs of each load. The sides of --compare-drafting take turns.")
     max_in_flight: int | None = option(
-        None, "At most so many requests under way; others wait, and their wait counts.", needs="--rate"
+        None, "Most requests under way. Others wait, and their wait counts.", needs="--rate"
     )
     timeout: float = option(600.0, "Seconds after which a request has failed.")
-    seed: int = option(0, "Of arrivals, order of prompts, lengths, and sampling.")
+    seed: int = option(0, "For arrivals, order of prompts, lengths and sampling.")
 
     def shapes(self) -> list[Shape]:
         """The loads to play. Raises SamplingError."""
@@ -96,17 +96,17 @@ class PromptOptions(options.ExampleOptions):
 
     data: list[Path] | None = argument(
         None,
-        "Prompts: JSON lines with text, prompt or messages, plain text, source files, or directories of them;"
-        " texts are completed, prompts and messages sent as chats. Default: the bundled pair's held-out Python.",
+        "JSON lines with text, prompt or messages, plain text, source files, or directories of them. Texts are"
+        " completed; prompts and messages are sent as chats. Default: the bundled pair's held-out Python.",
     )
     limit: int = option(1000, options.LIMIT)
     shared_prefix_tokens: int = option(
-        0, "Begin all prompts with the same text of about so many tokens (needs the server's /tokenize)."
+        0, "Begin all prompts with the same text of about so many tokens. Needs the server's /tokenize."
     )
     fresh: bool = option(
         True,
-        "Whether each prompt gets a first line of its own (after a shared prefix), so that the server finds"
-        " nothing but that prefix among earlier prompts.",
+        "Whether each prompt begins with a line of its own, after a shared prefix, so that the server has kept nothing"
+        " of it.",
         "--fresh-prompts/--same-prompts",
     )
 
@@ -115,13 +115,13 @@ class PromptOptions(options.ExampleOptions):
 class RequestOptions:
     """What requests ask for."""
 
-    output_tokens: str = option("128", "Tokens to ask for: a number, or a range.", "-n")
+    output_tokens: str = option("128", "Tokens to ask for: a number, or a range such as 32-128.", "-n")
     temperature: float = option(0.0, "0 is greedy.", "-t")
     top_p: float | None = option(None, "Sent where given.")
     top_k: int | None = option(None, "Sent where given; an extension of OpenAI's API.")
     ignore_eos: bool = option(
         True,
-        "Whether outputs have just the length asked for; sends the extension ignore_eos, which not every server has.",
+        "Whether outputs have just the length asked for. Sends ignore_eos, which not every server knows.",
         "--ignore-eos/--stop-at-eos",
     )
 
@@ -145,10 +145,10 @@ class RequestOptions:
 class DraftingOptions:
     """How requests ask for drafts."""
 
-    draft_tokens: str | None = option(None, "Drafts a round, auto or a number, sent as our extension.", "-k")
-    compare_drafting: bool = option(
-        False, "Play each load without drafts and with them (--draft-tokens, default auto), in turn."
+    draft_tokens: str | None = option(
+        None, "Drafts a round (K): a number, or auto. Sent as draft_tokens, which gemma-mtp knows.", "-k"
     )
+    compare_drafting: bool = option(False, "Play each load without drafts and with them, in turn.")
 
     def sides(self) -> dict[str, dict[str, Any]]:
         """Label of each side, and what its requests say beside the others'."""
@@ -172,8 +172,8 @@ class OutputOptions:
     plot: Path | None = option(None, "Draw latencies and throughput to this file, .png, .svg or .pdf.")
     max_failed: float = option(
         0.01,
-        "Exit with 1 where more than this share of requests failed (or none was completed); refusals with"
-        " Retry-After are no failures.",
+        "Exit with 1 where more than this share of requests failed, or none was completed. Refusals with Retry-After"
+        " are no failures.",
     )
 
     def check(self) -> None:

@@ -10,10 +10,10 @@ from gemma_mtp.cli.option_groups import grouped
 
 @grouped
 def chat(talk: TalkOptions, models: options.PairOptions, drafting: DraftingOptions, sampling: SamplingOptions) -> None:
-    """Talk with a model that has a chat template: /help lists what can be typed beside messages.
+    """Talk with a model that has a chat template. Type /help for the commands.
 
-    On a terminal, lines are edited. From a pipe, each line is a message; answers go to standard output, the rest to
-    standard error, and the exit code is 2 where a message got no answer.
+    From a pipe, each line is a message. Answers go to standard output, the rest to standard error. The exit code is 2
+    where a message got no answer.
     """
     models.check()
     options.parse_draft_tokens(drafting.draft_tokens)

@@ -16,7 +16,7 @@ class TalkOptions:
     system: str | None = option(None, "System message.")
     load: Path | None = option(None, "Go on with a conversation that /save wrote.", metavar="FILE")
     thinking: bool = option(False, "Let the model think first; thoughts are dimmed.")
-    context: int | None = option(None, "At most so many tokens of conversation; default: the model's context.")
+    context: int | None = option(None, "Most tokens of the conversation. Default: the model's context.")
     show_drafts: bool = option(False, "Colour accepted, corrected and bonus tokens.")
     quiet: bool = option(False, "No statistics after answers.", "-q")
 

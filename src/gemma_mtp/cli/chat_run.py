@@ -23,7 +23,7 @@ from gemma_mtp.text import check_text
 UNANSWERED = 2
 UNTRAINED = (
     "The bundled pair completes Python and is not trained for conversations: give --target a model that is, such as"
-    " gemma-4-E2B-it, or complete code with: gemma-mtp generate"
+    " google/gemma-4-E2B-it, or complete code with: gemma-mtp generate"
 )
 
 

@@ -9,10 +9,9 @@ from gemma_mtp.cli.option_groups import grouped
 
 @grouped
 def doctor(models: ExaminedPair, given: DoctorData, output: DoctorOutput) -> None:
-    """Look at the machine and the installation and, with --target, at a pair: whether it fits, and why few drafts are
-    accepted.
+    """Find what is slow or wrong: in the machine, the installation and, with --target, a pair.
 
-    Each cause of low acceptance is measured by itself, and ends in what to do. Exits with 1 where something is wrong.
+    Measures each cause of refused drafts by itself, and says what to do. Exits with 1 where something is wrong.
     """
     models.check()
     options.use_threads(models.threads)

@@ -13,7 +13,7 @@ class ExaminedPair(options.PairOptions):
     """The pair that is looked at, if one is."""
 
     target: Path | None = option(
-        None, "A pair to look at, too: its target's directory, bundled, or a name on the Hugging Face hub (see pull)."
+        None, "Look at this pair too: its target's directory, a name on the Hugging Face hub (see pull), or bundled."
     )
     drafter: Path | None = option(None, options.DRAFTER, needs="--target")
     no_drafter: bool = option(False, options.NO_DRAFTER, needs="--target")
@@ -29,7 +29,7 @@ class DoctorData:
 
     data: list[Path] | None = option(
         None,
-        "Your prompts, as for acceptance; may be repeated. Default: some questions, or the bundled held-out Python.",
+        "Prompts, as for acceptance. May be repeated. Default: some questions, or the bundled held-out Python.",
         needs="--target",
     )
 

@@ -27,7 +27,9 @@ DEFAULTS = {Format.COMPRESSED_TENSORS: "W4A16", Format.MLX: "4BIT"}
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF file or the new directory to write.")],
-    to: Annotated[Format, typer.Option("--to", help="The format.")] = Format.GGUF,
+    to: Annotated[
+        Format, typer.Option("--to", help="gguf, safetensors, compressed-tensors or mlx.", metavar="FORMAT")
+    ] = Format.GGUF,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -39,16 +41,17 @@ def export(
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A checkpoint whose tokenizer goes along, for a drafter that has none.")
+        Path | None, typer.Option(help="A checkpoint whose tokenizer is written too, for a drafter that has none.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to write where anything is lost.")] = False,
 ) -> None:
     """Write a target or a drafter for other programs, with a model card.
 
-    gguf is one file for llama.cpp and what is built on it. The others are directories: safetensors for transformers and
-    all that read its layout, compressed-tensors for vLLM and SGLang, mlx for mlx-lm. Tokenizer, chat template and
-    sampling defaults go along. What is not held as it was is said. All is read again before it has its name.
+    gguf is one file, for llama.cpp and what is built on it. The others are directories: safetensors for transformers
+    and all that read its layout, compressed-tensors for vLLM and SGLang, mlx for mlx-lm.
+
+    Tokenizer, chat template and sampling defaults are written too. What was lost is said.
     """
     from gemma_mtp.checkpoint import open_source
     from gemma_mtp.progress import Display

@@ -23,9 +23,10 @@ def generate(
     constrained: GrammarOptions,
     output: OutputOptions,
 ) -> None:
-    """Complete a prompt. Without --target, with the bundled pair, which completes Python source.
+    """Complete a prompt. The bundled pair, which is the default, completes Python source.
 
-    Exits with 4 where the output limit cut what a grammar was to make whole: JSON, or a match of an expression.
+    Exits with 1 where --compare finds outputs that differ, and with 4 where the length limit cuts JSON or a match of
+    --regex.
     """
     output.check()
     models.check()

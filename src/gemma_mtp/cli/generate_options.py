@@ -24,13 +24,12 @@ INPUT = "Prompt"
 class PromptOptions:
     """Where the prompt comes from."""
 
-    prompt: str | None = argument(None, "Text to complete; without it, --file or standard input.")
+    prompt: str | None = argument(None, "Text to complete. Default: --file, or standard input.")
     file: Path | None = option(None, "Read the prompt from a file.", "-f")
     token_ids: str | None = option(None, 'Prompt as token ids, such as "2 5 7".')
     chat: bool = option(
         False,
-        "Send the prompt as a user's message through the checkpoint's chat template, with the"
-        " checkpoint's own sampling defaults.",
+        "Send the prompt as a user's message, by the checkpoint's chat template and with its sampling defaults.",
     )
     system: str | None = option(None, "System message.", needs="--chat")
     thinking: bool = option(False, "Let the model think first; thoughts are dimmed.", needs="--chat")
@@ -57,7 +56,7 @@ class DraftingOptions:
     """How decoding drafts."""
 
     draft_tokens: str = option(
-        "auto", "Drafts a round (K): auto is what pays most on this machine and text; 0 is plain decoding.", "-k"
+        "auto", "Drafts a round (K): a number, or auto for what pays most here. 0 is plain decoding.", "-k"
     )
     verification: str = option("exact", options.VERIFICATION)
 
@@ -67,20 +66,22 @@ class SamplingOptions:
     """How tokens are chosen, and when they end; the fields have SamplingParams' names."""
 
     max_tokens: int | None = option(
-        None, "At most so many tokens; default: 128, for chat what the context holds.", "-n"
+        None, "Most tokens of the output. Default: 128; in a chat, what the context holds.", "-n"
     )
     temperature: float | None = option(None, "0 is greedy, the default.", "-t")
-    top_k: int | None = option(None, "Keep the k likeliest tokens; 0: all.")
-    top_p: float | None = option(None, "Keep the likeliest tokens up to this mass; 1: all.")
-    min_p: float | None = option(None, "Drop tokens below this share of the likeliest one's chance; 0: none.")
-    repetition_penalty: float | None = option(None, "Above 1: repeat less; 1: off.")
-    presence_penalty: float = option(0.0, "Taken off every token already in the output.")
-    frequency_penalty: float = option(0.0, "Taken off once for each earlier occurrence.")
-    logit_bias: list[str] | None = option(None, "Add a bias to a token's logit; may be repeated.", metavar="ID:BIAS")
+    top_k: int | None = option(None, "Draw from the k likeliest tokens; 0: from all.")
+    top_p: float | None = option(None, "Draw from the likeliest tokens up to this probability in all; 1: from all.")
+    min_p: float | None = option(None, "Leave out tokens below this share of the likeliest one's probability; 0: none.")
+    repetition_penalty: float | None = option(None, "Above 1, tokens repeat less; 1: off.")
+    presence_penalty: float = option(0.0, "Subtracted from the logit of every token in the output so far.")
+    frequency_penalty: float = option(0.0, "Subtracted once for each time that a token is in the output so far.")
+    logit_bias: list[str] | None = option(None, "Add a bias to a token's logit. May be repeated.", metavar="ID:BIAS")
     seed: int = option(0, "The same seed gives the same text.")
-    stop: list[str] | None = option(None, "Stop before this text; may be repeated.")
-    stop_token_ids: list[int] | None = option(None, "Stop after this token; may be repeated.", "--stop-token-id")
-    ignore_eos: bool = option(False, "Go on after the checkpoint's end-of-sequence tokens.")
+    stop: list[str] | None = option(None, "End the output before this text. May be repeated.")
+    stop_token_ids: list[int] | None = option(
+        None, "End the output after this token. May be repeated.", "--stop-token-id"
+    )
+    ignore_eos: bool = option(False, "Go on after end-of-sequence tokens.")
 
     def params(self, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
         """What was given, over the checkpoint's defaults. Raises SamplingError."""
@@ -118,9 +119,9 @@ class GrammarOptions:
 class OutputOptions:
     """What is printed, and how."""
 
-    logprobs: int | None = option(None, "Log-probabilities, and of so many alternatives.", needs="--json")
+    logprobs: int | None = option(None, "Log-probabilities of each token and of so many alternatives.", needs="--json")
     compare: bool = option(
-        False, "Run with and without the drafter, interleaved: speeds, ratio, and whether the outputs are identical."
+        False, "Run with and without the drafter, in turn: both speeds, and whether the outputs are identical."
     )
     repeats: int = option(3, "Runs of each side.", needs="--compare")
     show_drafts: bool = option(False, "Colour accepted, corrected and bonus tokens.")

@@ -12,10 +12,10 @@ from gemma_mtp.errors import ServerError, missing_extra
 
 @grouped
 def identity(servers: Servers, prompts: IdentityPrompts, asked: IdentityRequests, output: IdentityOutput) -> None:
-    """Ask a server the same prompts with drafting on and off, or two servers, and say whether outputs are identical.
+    """Ask one server with drafting on and off, or two servers, and say whether their outputs are identical.
 
-    Says where they part, how close the two tokens were there, and whether each side repeats itself, by requests at a
-    time and by prompts' lengths. Exits with 1 where outputs differ or requests failed.
+    Where they differ: at which token, how close the two tokens were, and whether each side repeats its own output.
+    Exits with 1 where outputs differ or requests failed.
     """
     output.check()
     check_numbers(limit=prompts.limit, repeats=asked.repeats, max_tokens=asked.max_tokens, timeout=asked.timeout)

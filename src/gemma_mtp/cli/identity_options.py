@@ -18,16 +18,16 @@ from gemma_mtp.measure.figure import check_plot
 class Servers:
     """The servers, and how drafting is turned off and on."""
 
-    url: str = argument(REQUIRED, "A server with OpenAI's API, such as http://127.0.0.1:8000; of two, the plain one.")
-    second: str | None = argument(None, "Another server, which drafts; default: the same, with other requests.")
+    url: str = argument(REQUIRED, "A server with OpenAI's API, such as http://127.0.0.1:8000. Of two, the plain one.")
+    second: str | None = argument(None, "Another server, which drafts. Default: the same one, with other requests.")
     off: str | None = option(
         None,
-        "Fields of the plain side's requests, as JSON; default: '{\"draft_tokens\": 0}', or none for two servers.",
+        "Fields of the plain side's requests, as JSON. Default: '{\"draft_tokens\": 0}'; none for two servers.",
         metavar="JSON",
     )
     on: str = option("{}", "Fields of the drafted side's requests, as JSON.", metavar="JSON")
     api_key: str | None = option(None, "Sent as a bearer token.", envvar="GEMMA_MTP_API_KEY")
-    model: str | None = option(None, "The model to ask for; default: each server's first.")
+    model: str | None = option(None, "The model to ask for. Default: each server's first.")
 
     def fields(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What requests of the plain and of the drafted side say beside each other's. Raises OptionError."""
@@ -46,11 +46,11 @@ class IdentityPrompts(options.ExampleOptions):
 
     data: list[Path] | None = option(
         None,
-        "Prompts: JSON lines with text, prompt or messages, plain text, source files, or directories of them; may be"
-        " repeated. Default: the bundled pair's held-out Python.",
+        "JSON lines with text, prompt or messages, plain text, source files, or directories of them. May be repeated."
+        " Default: the bundled pair's held-out Python.",
     )
     limit: int = option(20, options.LIMIT)
-    cut: str | None = option(None, "Texts cut to so many characters, one length after the other, such as 40,200,800.")
+    cut: str | None = option(None, "Cut texts to so many characters. 40,200,800 asks with three lengths.")
 
     def lengths(self) -> list[int] | None:
         return None if self.cut is None else numbers("--cut", self.cut, int, "40,200,800")
@@ -60,10 +60,10 @@ class IdentityPrompts(options.ExampleOptions):
 class IdentityRequests:
     """How prompts are asked."""
 
-    clients: str = option("1,4", "Requests at a time, one number after the other.")
+    clients: str = option("1,4", "Requests at a time. 1,4 asks with one, then with four.")
     repeats: int = option(2, "Times that each side is asked each prompt.")
     max_tokens: int = option(64, "Tokens to ask for.", "-n")
-    temperature: float = option(0.0, "0 is greedy; above it, prompt i is sampled with seed i.", "-t")
+    temperature: float = option(0.0, "0 is greedy. Above it, prompt i is sampled with seed i.", "-t")
     timeout: float = option(600.0, "Seconds after which a request has failed.")
 
     def levels(self) -> list[int]:
@@ -74,7 +74,7 @@ class IdentityRequests:
 class IdentityOutput:
     """How it is shown."""
 
-    plot: Path | None = option(None, "Draw shares, partings and margins to this file, .png, .svg or .pdf.")
+    plot: Path | None = option(None, "Draw what was found to this file, .png, .svg or .pdf.")
     as_json: bool = option(False, options.JSON, "--json")
 
     def check(self) -> None:

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
-    drafter: Annotated[Path | None, typer.Argument(help="A drafter's, to check that the pair fits.")] = None,
+    drafter: Annotated[Path | None, typer.Argument(help="A drafter's, to check whether the two fit together.")] = None,
     adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: options.Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print a checkpoint's geometry, parameters, bytes and KV bytes per token, and whether a pair fits.
+    """Print what a checkpoint is: geometry, parameters, bytes, KV bytes a token. Given two, say whether they fit
+    together.
 
-    Reads configurations and file headers, and no weights but those of a head that the configuration ties to the
-    embedding. Exits with 1 if the pair does not fit.
+    Reads configurations and file headers, and of weights a head that should be tied. Exits with 1 where the pair does
+    not fit.
     """
     from gemma_mtp import checkpoint
     from gemma_mtp.config.pairing import pair_verdict

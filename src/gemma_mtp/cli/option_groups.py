@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import Parameter
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from gemma_mtp.errors import OptionError
 
@@ -73,8 +74,16 @@ def _parameters(group: Any) -> Iterator[Parameter]:
     kinds = get_type_hints(group)
     for f in fields(group):
         read = f.metadata["read"](_dashed(f), group.panel)
+        if isinstance(read, OptionInfo) and read.metavar is None:
+            read.metavar = _metavar_of_list(kinds[f.name])
         default = Parameter.empty if f.default is MISSING else f.default
         yield Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kinds[f.name], read])
+
+
+def _metavar_of_list(kind: Any) -> str | None:
+    """What one value is, of an option that may be repeated; None for others, of which typer says it."""
+    lists = [each for each in (kind, *get_args(kind)) if get_origin(each) is list]
+    return f"<{get_args(lists[0])[0].__name__.lower()}>" if lists else None
 
 
 def _check_needs(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) -> None:

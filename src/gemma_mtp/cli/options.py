@@ -47,25 +47,23 @@ def parse_draft_tokens(text: str) -> DraftTokens:
 
 
 # help of options that several groups have
-TARGET = (
-    "Target: a directory, GGUF file, bundled, or name on the Hugging Face hub (see pull); default: the bundled pair."
-)
-DRAFTER = "Drafter, likewise; default: the target's own, found by its name."
+TARGET = "A directory, a GGUF file, a name on the Hugging Face hub (see pull), or bundled. Default: the bundled pair."
+DRAFTER = "The same for the drafter. Default: the target's own, found by its name."
 NO_DRAFTER = "Decode without a drafter."
-ADAPTER = "LoRA adapter directory (PEFT) for the target, merged while loading."
-DTYPE = "auto, float32, bfloat16 or float16; auto is as stored on a CPU, bfloat16 on a GPU."
+ADAPTER = "Directory of a LoRA adapter (PEFT), merged into the target while loading."
+DTYPE = "auto, float32, bfloat16 or float16. auto: on a GPU bfloat16; on a CPU bfloat16 if stored so, else float32."
 DEVICE = "auto, cpu, cuda or cuda:N."
-THREADS = "CPU threads; default: one for each core."
-STRICT = "Refuse a checkpoint that has what is not known, not honoured or contradictory, instead of a warning."
+THREADS = "CPU threads. Default: one for each core."
+STRICT = "Refuse a checkpoint with anything that is unknown, not honoured or contradictory. Default: a warning."
 QUANTIZE = (
-    "Quantise while loading: int8, int4, q8_0, or parts, such as target=int4,drafter=int8; the parts are target,"
-    " embeddings, drafter and drafter-head."
+    "Quantise while loading: int8, int4 or q8_0, or by part, such as target=int4,drafter=int8. Parts: target,"
+    " embeddings, drafter, drafter-head."
 )
 VERIFICATION = (
-    "exact: the very tokens of plain decoding; rejection, block: the same distribution, more accepted at high"
-    " temperature."
+    "exact gives the tokens of plain decoding. rejection and block give the same distribution, and accept more at a"
+    " high temperature."
 )
-LIMIT = "At most so many prompts, spread evenly over the data."
+LIMIT = "Most prompts; they are spread evenly over the data."
 JSON = "Print one JSON object."
 #: of commands without groups
 Strict = Annotated[bool, typer.Option("--strict", help=STRICT, rich_help_panel=MODELS)]

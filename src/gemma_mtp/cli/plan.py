@@ -9,10 +9,10 @@ from gemma_mtp.cli.plan_options import LoadOptions, MachineOptions, OutputOption
 
 @grouped
 def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output: OutputOptions) -> None:
-    """Say what a pair takes, what fits into a memory, and what drafting would gain. Downloads nothing.
+    """Say how much memory a pair takes, what fits, and what drafting can gain. Downloads nothing.
 
-    Counts what a run of `serve` or `generate` of this version takes, once every sequence has all its tokens. The gain
-    is what reading memory allows: products are taken to keep up, so it is the most that drafting can give.
+    Counts what `serve` or `generate` takes once every sequence has all its tokens. The gain is what reading memory
+    allows: the most that drafting can give.
     """
     options.check_exclusive(models.drafter, models.no_drafter)
     output.check()

@@ -16,7 +16,7 @@ def pull(
         str, typer.Argument(help="A model's name on the Hugging Face hub, such as google/gemma-4-E2B-it.")
     ],
     drafter: Annotated[
-        str | None, typer.Option(help="Its drafter's name; default: NAME-assistant.", rich_help_panel=MODELS)
+        str | None, typer.Option(help="Its drafter's name. Default: NAME-assistant.", rich_help_panel=MODELS)
     ] = None,
     no_drafter: Annotated[
         bool, typer.Option("--no-drafter", help="Download the model alone.", rich_help_panel=MODELS)
@@ -24,16 +24,16 @@ def pull(
     revision: Annotated[
         str | None,
         typer.Option(
-            help="A branch, tag or commit of the model, which then goes by the directory that is printed; default: the"
-            " newest.",
+            help="A branch, tag or commit of the model. Commands then take the directory that is printed, not the"
+            " name. Default: the newest.",
             rich_help_panel=MODELS,
         ),
     ] = None,
 ) -> None:
     """Download a model and its drafter into the Hugging Face cache.
 
-    Weights in safetensors, configurations and the tokenizer only, no pickles. After it, every command takes the name
-    offline. HF_ENDPOINT, HF_HOME and HF_TOKEN say from where, to where and as whom.
+    Every command then takes the name, offline. Downloaded are safetensors, configurations and the tokenizer, no
+    pickles. HF_ENDPOINT, HF_HOME and HF_TOKEN say from where, to where and as whom.
     """
     options.check_exclusive(drafter, no_drafter)
 

@@ -15,15 +15,15 @@ def quantize(
     directory: Annotated[Path, typer.Argument(help="A target's or drafter's checkpoint directory or GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the quantised copy.")],
     kinds: Annotated[
-        str, typer.Option("--quantize", help="int8, int4, q8_0, or parts, as for generate --quantize.", metavar="KINDS")
+        str,
+        typer.Option("--quantize", help="int8, int4 or q8_0, or by part, as for generate --quantize.", metavar="KINDS"),
     ] = "int8",
     adapter: Annotated[Path | None, typer.Option(help=options.ADAPTER)] = None,
     strict: options.Strict = False,
 ) -> None:
-    """Write a quantised copy of a checkpoint, which loads as fast as it is small.
+    """Write a quantised copy of a checkpoint, for gemma-mtp alone. `export` writes for other programs.
 
-    It gives the same output as quantising while loading, bit for bit. Its config.json says what is quantised; other
-    programs than gemma-mtp can not read its weights.
+    The copy gives the same output as quantising while loading, bit for bit.
     """
     from gemma_mtp.checkpoint.open import open_source
     from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy

@@ -12,7 +12,7 @@ def recipe(
 ) -> None:
     """Print how another runtime decodes this pair on this hardware: commands, configuration, and what is lost.
 
-    Runs and downloads nothing. Says what was tried of it and with which versions, and what is not known.
+    Runs and downloads nothing. The recipe says with which versions it was tried, and what is not known.
     """
     drafts.check()
     machine.check()

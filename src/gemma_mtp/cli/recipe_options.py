@@ -22,7 +22,7 @@ class RecipeOptions:
         "vllm, sglang, tensorrt-llm, ray-serve-llm, transformers, mlx, llama.cpp, ollama, litert-lm or openvino.",
     )
     target: str = option(
-        "bundled", "A known name such as gemma-4-31B-it, a directory, a GGUF file, bundled, or a name on the hub."
+        "bundled", "An official name such as gemma-4-31B-it, a directory, a GGUF file, a name on the hub, or bundled."
     )
     drafter: str | None = option(None, options.DRAFTER)
 
@@ -31,8 +31,10 @@ class RecipeOptions:
 class RecipeDrafts:
     """Drafts a round."""
 
-    draft_tokens: int | None = option(None, "Drafts a round (K); default: the report's, or a stated default.", "-k")
-    report: Path | None = option(None, "What `gemma-mtp acceptance --json` printed: K is what pays by it.")
+    draft_tokens: int | None = option(
+        None, "Drafts a round (K). Default: the report's, else one that the recipe names as a default.", "-k"
+    )
+    report: Path | None = option(None, "Take K from what `gemma-mtp acceptance --json` printed into this file.")
 
     def check(self) -> None:
         if self.draft_tokens is not None and self.report is not None:
@@ -44,7 +46,7 @@ class RecipeLoad:
     """How the pair is used."""
 
     sequences: int = option(4, "Sequences that decode together.", "-n")
-    context: int | None = option(None, "Tokens of each, prompt and output; default: 8192, or what there is.", "-c")
+    context: int | None = option(None, "Tokens of each, prompt and output. Default: 8192, or what fits.", "-c")
 
 
 @group(MACHINE)
@@ -52,7 +54,7 @@ class RecipeMachine:
     """What it is to run on."""
 
     device: str = option("auto", "auto (this machine's), cpu, cuda or metal.")
-    memory: str | None = option(None, "Such as 24GB or 24GiB; default: this machine's, or its GPU's.")
+    memory: str | None = option(None, "Such as 24GB or 24GiB. Default: this machine's, or its GPU's.")
 
     def check(self) -> None:
         if self.device not in DEVICES:

@@ -12,7 +12,7 @@ from gemma_mtp.cli.score_text import TextOptions
 class ScoreOutput:
     """What is printed."""
 
-    top: int = option(0, "So many of the likeliest tokens in each place.", needs="--json")
+    top: int = option(0, "Report so many of the likeliest tokens in each place.", needs="--json")
     as_json: bool = option(False, options.JSON, "--json")
 
 
@@ -20,7 +20,7 @@ class ScoreOutput:
 def score(source: TextOptions, models: PairOptions, output: ScoreOutput) -> None:
     """Print how likely the target finds a text: each token's log-probability and rank, and the perplexity.
 
-    Nothing is generated, and a drafter plays no part.
+    Nothing is generated, and no drafter is used.
     """
     models.check()
     text, continuation = source.read()

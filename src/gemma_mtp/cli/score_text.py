@@ -14,9 +14,9 @@ from gemma_mtp.text import check_text, read_text
 class TextOptions:
     """Where the text comes from."""
 
-    text: str | None = argument(None, "Text to score; without it, --file or standard input.")
+    text: str | None = argument(None, "Text to score. Default: --file, or standard input.")
     file: Path | None = option(None, "Read the text from a file.", "-f")
-    continuation: str | None = option(None, "Score this text after the other one, and not the other one.")
+    continuation: str | None = option(None, "Score this text alone, as it follows the other one.")
 
     def read(self) -> tuple[str, str | None]:
         """The text from the one place it was given, and its continuation. Raises PromptError."""

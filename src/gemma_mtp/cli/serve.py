@@ -25,12 +25,16 @@ class ListeningOptions:
     """Where the server listens, and whom it lets in."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8000, "0 takes a free one.")
-    api_key_file: Path | None = option(None, f"Keys that are let in, one a line; or set {KEYS_VARIABLE}.")
-    no_auth: bool = option(False, "Serve everybody who reaches the address, without a key.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    api_key_file: Path | None = option(
+        None, f"File of API keys, one a line. {KEYS_VARIABLE} is another way to give them."
+    )
+    no_auth: bool = option(False, "Serve everybody who reaches the address, without keys.")
     public_metrics: bool = option(False, "Let /metrics be read without a key.")
-    metrics_prefix: str = option("gemma_mtp:", "Before the names of metrics; vLLM's dashboards want vllm: there.")
-    allow_origin: list[str] | None = option(None, "Let pages of this origin call the server; may be repeated.")
+    metrics_prefix: str = option(
+        "gemma_mtp:", "What the names of metrics begin with. vLLM's dashboards want vllm: there."
+    )
+    allow_origin: list[str] | None = option(None, "Let web pages of this origin call the server. May be repeated.")
 
 
 @group(ENGINE)
@@ -38,9 +42,11 @@ class EngineOptions:
     """The engine's settings."""
 
     max_running: int = option(EngineSettings.max_running, "Sequences that decode together.")
-    max_waiting: int = option(EngineSettings.max_waiting, "Sequences that may wait; more are answered 429.")
-    max_tokens: int | None = option(None, "Prompt and output; default: the model's context.")
-    kv_memory: int | None = option(None, "Megabytes of keys and values of all sequences.")
+    max_waiting: int = option(EngineSettings.max_waiting, "Sequences that may wait. Requests for more get a 429.")
+    max_tokens: int | None = option(None, "Most tokens of a prompt and its output. Default: the model's context.")
+    kv_memory: int | None = option(
+        None, "Megabytes for keys and values of all sequences. Default: by --max-running and what is free."
+    )
     no_prefix_reuse: bool = option(False, "Keep no keys and values for later prompts.")
 
     def settings(self) -> EngineSettings:
@@ -54,14 +60,14 @@ class EngineOptions:
 class LimitOptions:
     """Limits of requests; the fields have ServerSettings' names."""
 
-    max_body_bytes: int = option(4 << 20, "Of a request's body.")
-    max_prompt_tokens: int | None = option(None, "Of one prompt; default: --max-tokens.")
-    max_output_tokens: int | None = option(None, "Of one choice; default: --max-tokens.")
-    max_choices: int = option(16, "n of a request.")
-    max_prompts: int = option(64, "Prompts of a request.")
-    max_concurrent: int = option(256, "Requests at a time; more are answered 429.")
-    request_seconds: float = option(600, "That a request may take.")
-    drain_seconds: float = option(30, "That running requests may go on after SIGTERM.")
+    max_body_bytes: int = option(4 << 20, "Most bytes of a request's body.")
+    max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.")
+    max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.")
+    max_choices: int = option(16, "Most choices (n) of a request.")
+    max_prompts: int = option(64, "Most prompts of a request.")
+    max_concurrent: int = option(256, "Most requests at a time. More get a 429.")
+    request_seconds: float = option(600, "Most seconds that a request takes.")
+    drain_seconds: float = option(30, "Most seconds that running requests go on after SIGTERM.")
 
     def check(self) -> None:
         _check_positive(**{**vars(self), "drain_seconds": None})
@@ -73,22 +79,22 @@ class LimitOptions:
 class ServedPair(options.PairOptions):
     """The pair that is served."""
 
-    threads: int | None = option(None, "CPU threads; default: all cores but one, which HTTP needs.")
-    model_name: str | None = option(None, "What clients call the model; default: the target directory's name.")
+    threads: int | None = option(None, "CPU threads. Default: all cores but one, which HTTP needs.")
+    model_name: str | None = option(None, "What clients call the model. Default: the target's name.")
 
 
 @group(DRAFTING)
 class DraftingOptions:
     """How requests are drafted for."""
 
-    draft_tokens: str = option("auto", "Drafts a round, where the request does not say.", "-k")
+    draft_tokens: str = option("auto", "Drafts a round (K), where the request does not say: a number, or auto.", "-k")
 
 
 @group(LOGS)
 class LogOptions:
     """What is logged."""
 
-    log_text: bool = option(False, "Log prompts and outputs, too.")
+    log_text: bool = option(False, "Log prompts and outputs too.")
 
 
 @grouped
@@ -100,7 +106,7 @@ def serve(
     limits: LimitOptions,
     logging: LogOptions,
 ) -> None:
-    """Serve the pair over HTTP, as OpenAI's API. Without --target, the bundled pair."""
+    """Serve a pair over HTTP, by OpenAI's and Anthropic's APIs."""
     keys = read_keys(listening.api_key_file, os.environ.get(KEYS_VARIABLE, ""))
     options.use_threads(max(1, (os.cpu_count() or 1) - 1) if models.threads is None else models.threads)
     models.check()

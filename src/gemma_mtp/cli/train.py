@@ -29,9 +29,11 @@ REFUSED = 3
 class ModelOptions:
     """The target, and the drafter to start from."""
 
-    target: Path = option(REQUIRED, "Target checkpoint: a directory, or a GGUF file.")
-    out: Path = option(REQUIRED, "Where the drafter goes, and the run's state.")
-    drafter: Path | None = option(None, "Drafter to adapt; else give --new.")
+    target: Path = option(
+        REQUIRED, "The target: a directory, a GGUF file, or a name on the Hugging Face hub (see pull)."
+    )
+    out: Path = option(REQUIRED, "Directory for the drafter and the run's state.")
+    drafter: Path | None = option(None, "The drafter to adapt. Else give --new.")
     adapter: Path | None = option(None, options.ADAPTER)
     quantize: str | None = option(None, options.QUANTIZE)
     strict: bool = option(False, options.STRICT)
@@ -42,11 +44,11 @@ class ModelOptions:
 class ShapeOptions:
     """The shape of a new drafter; the fields have DrafterShape's names."""
 
-    hidden: int | None = option(None, "Hidden size; default: the official one.", needs="--new")
+    hidden: int | None = option(None, "Hidden size. Default: the official one.", needs="--new")
     intermediate: int | None = option(None, "Width of the MLPs.", needs="--new")
     heads: int | None = option(None, "Query heads.", needs="--new")
-    layers: int = option(4, "Layers, the last of them full, the others sliding.", needs="--new")
-    centroids: int | None = option(None, "A centroid head of so many clusters of tokens.", needs="--new")
+    layers: int = option(4, "Layers: the last is full, the others are sliding.", needs="--new")
+    centroids: int | None = option(None, "Make a centroid head of so many clusters of tokens.", needs="--new")
     centroid_top_k: int = option(32, "Clusters whose tokens are scored.", needs="--centroids")
 
 
@@ -56,33 +58,33 @@ class DataOptions:
 
     data: list[Path] = option(
         REQUIRED,
-        "File or directory; may be repeated. Lines of .jsonl files have text, prompt or messages; any other"
-        " file is one text.",
+        "File or directory. May be repeated. Lines of .jsonl files have text, prompt or messages. Any other file is"
+        " one text.",
     )
     pattern: str = option("*", 'Files of directories to take, such as "*.py".')
     regenerate: bool = option(
-        False, "Let the target write continuations and train on those; the default, and always so for prompts."
+        False, "Train on what the target writes after each text: the default, and always so for prompts."
     )
-    as_is: bool = option(False, "Train on texts as they stand; with --regenerate, on both.")
-    length: int = option(512, "Tokens of a row; longer documents are cut into rows.")
-    max_new_tokens: int = option(256, "Tokens the target writes after a prompt, at most.")
-    written_tokens: int = option(400_000, "Tokens the target writes in all, at most.")
-    cache: Path | None = option(None, "Where written texts are kept for other runs; default: in --out.")
+    as_is: bool = option(False, "Train on texts as they stand. With --regenerate: on both.")
+    length: int = option(512, "Tokens of a row. Longer documents are cut into rows.")
+    max_new_tokens: int = option(256, "Most tokens that the target writes after a prompt.")
+    written_tokens: int = option(400_000, "Most tokens that the target writes in all.")
+    cache: Path | None = option(None, "Where written texts are kept for other runs. Default: in --out.")
 
 
 @group(GATE)
 class GateOptions:
     """How the gate measures, and what it lets pass."""
 
-    held_out: Path | None = option(None, "Data to measure acceptance on; default: a part of --data.")
+    held_out: Path | None = option(None, "Data to measure acceptance on. Default: a part of --data.")
     held_out_prompts: int = option(24, "Prompts that acceptance is measured on.")
-    gate_steps: int | None = option(None, "Measure in the engine every so many steps too.")
+    gate_steps: int | None = option(None, "Measure every so many steps too.")
     patience: int | None = option(
-        None, "Stop after so many measurements without gain; the best is kept.", needs="--gate-steps"
+        None, "Stop after so many measurements without gain, and keep the best weights.", needs="--gate-steps"
     )
     draft_tokens: int = option(4, "Drafts a round when measuring.", "-k")
-    gate_tokens: int = option(128, "Tokens a prompt when measuring.")
-    force: bool = option(False, "Export even what is worse than the start.")
+    gate_tokens: int = option(128, "Tokens after each prompt when measuring.")
+    force: bool = option(False, "Export also what is worse than the start.")
 
 
 @group(WRITING)
@@ -90,10 +92,10 @@ class DecodingOptions:
     """The decoding to come."""
 
     temperature: list[float] | None = option(
-        None, "Of the decoding to come; may be repeated, and one given twice counts twice. [default: 0 and 1]", "-t"
+        None, "May be repeated; one given twice counts twice. Default: 0 and 1.", "-t"
     )
-    top_k: int = option(0, "Of the decoding to come; 0: all.")
-    top_p: float = option(1.0, "Of the decoding to come; 1: all.")
+    top_k: int = option(0, "0: all tokens.")
+    top_p: float = option(1.0, "1: all tokens.")
 
 
 @group(LEARNING)
@@ -106,16 +108,16 @@ class LearningOptions:
     draft_steps: int = option(5, "Drafts unrolled from every row.")
     step_decay: float = option(0.9, "Weight of a draft against the one before it.")
     own_tokens: float = option(
-        0.9, "Chance that drafts are fed the drafter's own tokens, their loss ending where they go wrong."
+        0.9, "Share of rows that are drafted with the drafter's own tokens. Their loss ends where they go wrong."
     )
     steps: int | None = option(None, "Optimiser steps.")
-    epochs: float | None = option(None, "Passes through the data; 2 if nothing else is given.")
-    minutes: float | None = option(None, "Wall time of the steps, in place of --steps and --epochs.")
-    batch: int = option(8, "Texts of one optimiser step; gradients add up over blocks of it.")
+    epochs: float | None = option(None, "Passes through the data. Default: 2, without --steps and --minutes.")
+    minutes: float | None = option(None, "Minutes that the steps take, instead of --steps and --epochs.")
+    batch: int = option(8, "Rows of one optimiser step.")
     lr: float = option(1e-3, "Peak learning rate of AdamW.")
-    matrix_lr: float | None = option(None, "Train the layers' matrices by Muon, at this peak rate.")
-    warmup: float = option(0.03, "Share of the run in which rates rise.")
-    clip: float = option(1.0, "Longest gradient.")
+    matrix_lr: float | None = option(None, "Train the layers' matrices by Muon, at this peak learning rate.")
+    warmup: float = option(0.03, "Share of the run in which learning rates rise.")
+    clip: float = option(1.0, "Longest gradient; longer ones are clipped.")
 
 
 @group(RUNNING)
@@ -127,14 +129,13 @@ class RunningOptions:
     threads: int | None = option(None, options.THREADS)
     memory: int = option(
         2048,
-        "Megabytes of activations, logits and gradients, beside weights and the optimiser; blocks and slabs of logits"
-        " are cut to fit.",
+        "Most megabytes of activations, logits and gradients, beside weights and the optimiser's state.",
     )
     store_target: bool = option(
         False, "Keep the target's states, keys and values on disk after the first pass through the data."
     )
     compile: bool = option(False, "Compile the models first: a minute or two, then faster.")
-    seed: int = option(1, "Of initial weights, order and sampled text.")
+    seed: int = option(1, "For initial weights, order and sampled text.")
     checkpoint_steps: int = option(100, "Steps between checkpoints.")
     resume: bool = option(False, "Go on from the run's last checkpoint.")
     tensorboard: bool = option(False, "Log to TensorBoard too (extra: train).")
