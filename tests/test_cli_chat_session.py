@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from table_models import Quality, table_pair
 from gemma_mtp.cli import chat_files, main
 from gemma_mtp.cli import options as cli_options
 from gemma_mtp.cli.chat_files import KEPT_LINES, InputHistory
-from gemma_mtp.cli.chat_session import Session
+from gemma_mtp.cli.chat_screen import Screen
+from gemma_mtp.cli.chat_session import Answer, Session
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -57,6 +60,18 @@ def test_each_line_is_a_message_and_answers_are_all_of_the_output(talk: Talk) ->
     assert err.count("5 tokens, ") == 2 and "\x1b" not in out + err and "> " not in out
     assert talk("TEXT", "-q") == (0, "Hello, world.\n", "")
     assert talk("", "-q") == (0, "", "")
+
+
+def test_ctrl_c_ends_a_chat_from_a_pipe(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal it stops one answer; from a pipe it would have to be pressed for every message."""
+    shown = Screen.show
+
+    def interrupted(screen: Screen, answer: Answer, stopped: Callable[[], bool]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        shown(screen, answer, stopped)
+
+    monkeypatch.setattr(Screen, "show", interrupted)
+    assert talk("TEXT\nTEXT\n") == (130, "", "")
 
 
 def test_thoughts_are_no_part_of_the_output(talk: Talk) -> None:

@@ -3,10 +3,12 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models import letters
 
 from gemma_mtp.cli import main
 from gemma_mtp.decoding.params import SamplingParams
@@ -36,7 +38,15 @@ def test_a_whole_text(pair: Pair, capsys: pytest.CaptureFixture[str], tmp_path: 
     mean = math.fsum(entry.logprob for entry in expected) / len(expected)
     assert found["perplexity"] == math.exp(-mean) and found["count"] == len(expected)
     (tmp_path / "text").write_text(TEXT + MORE)
-    assert scored(capsys, "--file", str(tmp_path / "text"), "--no-drafter") == found
+    assert scored(capsys, "--file", str(tmp_path / "text")) == found
+
+
+def test_no_drafter_is_looked_for(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing says that decoding is plain: there is none."""
+    target = shutil.copytree(saved / "target", tmp_path / "target")
+    letters(target)
+    assert main(["score", "ABCA", "--target", str(target)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_continuation(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +72,7 @@ def test_a_table(pair: Pair, capsys: pytest.CaptureFixture[str], monkeypatch: py
     ("arguments", "words"),
     [
         (["x", "--file", "y"], "given twice"), (["x", "--top", "2"], "without --json"),
-        (["x", "--top", "99", "--json"], "prompt_logprobs is 99"), ([""], "nothing to score"),
+        (["x", "--top", "99", "--json"], "--top is 99"), ([""], "nothing to score"),
         (["imp", "--continuation", "ort os"], "of both"), (["x" * 9000], "takes at most"),
     ],
 )  # fmt: skip

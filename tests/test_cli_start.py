@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
 from gemma_mtp.cli import application, main
 from gemma_mtp.cli.option_groups import long_name
-from gemma_mtp.interrupts import INTERRUPTED, interruptible
+from gemma_mtp.files.replace import new_directory
+from gemma_mtp.interrupts import ENDING, INTERRUPTED, interruptible
 
 COMMANDS = [command.callback for command in application().registered_commands if command.callback is not None]
 NAMES = [command.__name__.replace("_", "-") for command in COMMANDS]
@@ -86,6 +89,33 @@ def test_completion_names_options_of_a_command(capfd: pytest.CaptureFixture[str]
     code = "import sys; from gemma_mtp.cli import main; sys.exit(main([]))"
     words = {"_GEMMA_MTP_COMPLETE": "complete_bash", "COMP_WORDS": "gemma-mtp train --drafter", "COMP_CWORD": "2"}
     assert python(code, **words).stdout.split() == ["--drafter"]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_what_a_signal_ends_leaves_nothing_half_written(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(arguments: list[str]) -> int:
+        with new_directory(tmp_path / "out") as directory:
+            (directory / "half").touch()
+            signal.raise_signal(number)
+        return 0
+
+    monkeypatch.setattr("gemma_mtp.cli._run", run)
+    before = [signal.getsignal(number) for number in ENDING]
+    assert main([]) == 128 + number
+    assert not any(tmp_path.iterdir())
+    assert [signal.getsignal(number) for number in ENDING] == before
+
+
+def test_an_ignored_hang_up_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    monkeypatch.setattr("gemma_mtp.cli._run", lambda _: signal.raise_signal(signal.SIGHUP) or 0)  # type: ignore[func-returns-value]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main([]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 #: interrupts the process when a module is looked for, or when Python ends: its name, and the command's arguments
@@ -186,3 +216,43 @@ def test_flags_show_no_type(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], *([name] for name in NAMES)):
         assert main([*arguments, "--help"]) == 0
         assert "<bool>" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def nobody_reads(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard output is a pipe whose reader has left, as `head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", 1, "utf-8") as stdout:  # closed as at Python's end: what is left is written nowhere
+        monkeypatch.setattr("sys.stdout", stdout)
+        yield
+
+
+@pytest.mark.usefixtures("nobody_reads")
+@pytest.mark.parametrize(
+    "call", ["--help", "plan --help", "--version", "recipe vllm", "recipe vllm --json", "chat"], ids=str
+)
+def test_a_reader_may_leave(call: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("gemma_mtp.cli.chat_run.chat", lambda *_: print("an answer\n" * 9999))
+    assert (main(call.split()), capfd.readouterr().err) == (0, "")
+
+
+@pytest.mark.parametrize(("call", "code"), [("recipe vllm", 0), ("--help", 0), ("recipe none", 2), ("generate", 2)])
+def test_closed_streams_are_as_the_null_device(
+    call: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def generate(given: str, *_: object) -> None:
+        print(f"given {given!r}", file=sys.stderr)
+        raise SystemExit(2 if given == "" else 0)
+
+    monkeypatch.setattr("gemma_mtp.cli.generate_run.generate", generate)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    assert main(call.split()) == code
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_standard_error_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", 1, "utf-8") as full, monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", full)
+        assert main(["recipe", "none"]) == 2

@@ -1,4 +1,4 @@
-"""Ctrl-C: a KeyboardInterrupt that no callback and no import of a library swallows, or the end at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: a KeyboardInterrupt that no callback and no import swallows, or the end at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-#: exit code of what Ctrl-C ended, as shells have it
-INTERRUPTED = 130
+#: what ends a command from outside: Ctrl-C, being told to, the terminal's end; its exit code is then as shells have it
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+#: that of what Ctrl-C ended
+INTERRUPTED = 128 + signal.SIGINT
 #: after which an interrupt that was lost comes again, out of the place that lost it
 SOON_SECONDS = 0.01
 
@@ -24,23 +26,18 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Ctrl-C inside raises KeyboardInterrupt at the end only, so that what is done inside is done whole."""
-    pressed = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-
+    """What ends a command raises KeyboardInterrupt at the end of the block: what is done inside is done whole."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGINT, note)
+    handlers = _handle(lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
+        _restore(handlers)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager
@@ -66,33 +63,45 @@ def interrupts_noted() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C raises KeyboardInterrupt. What is given tells whether it was pressed.
+def interruptible() -> Iterator[Callable[[], int | None]]:
+    """Inside, what ends a command raises KeyboardInterrupt. What is given tells which of the signals came, if one did.
 
     Where the exception comes in a place that can not hand it on, such as a destructor, Python would print a traceback
     and go on; here it is raised again right after. A library that turns it into an exception of its own is told by
-    asking whether Ctrl-C was pressed. Handlers are as before in the end.
+    asking whether a signal came. Handlers are as before in the end.
     """
-    pressed = False
+    came: int | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
+        nonlocal came
+        came = number
         raise KeyboardInterrupt
 
     def unraisable(report: Any) -> None:
         if issubclass(report.exc_type, KeyboardInterrupt):
-            threading.Timer(SOON_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(SOON_SECONDS, os.kill, (os.getpid(), came or signal.SIGINT)).start()
         else:
             hook(report)
 
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield lambda: False
+        yield lambda: None
         return
-    hook, handler = sys.unraisablehook, signal.signal(signal.SIGINT, interrupt)
+    hook, handlers = sys.unraisablehook, _handle(interrupt)
     sys.unraisablehook = unraisable
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
         sys.unraisablehook = hook
-        signal.signal(signal.SIGINT, handler)
+        _restore(handlers)
+
+
+def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[signal.Signals, Any]:
+    """Sets the handler of what ends a command, and not of what is ignored, as hang-ups are under nohup. Returns those
+    before."""
+    heard = (n for n in ENDING if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN)
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
-from gemma_mtp.cli.console import print_anything
+from gemma_mtp.cli.console import discard, forget_no_size, open_streams, print_anything, readers_may_leave
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.interrupts import INTERRUPTED, interruptible
 
@@ -26,10 +26,14 @@ COMMANDS = (
 
 
 class Command(TyperCommand):
-    """A command whose flags are as plain as they can be (`_plain_flags`)."""
+    """A command whose flags are as plain as they can be (`_plain_flags`), and whose readers may leave."""
 
     def get_params(self, ctx: Any) -> Any:
         return _plain_flags(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with _help():
+            super().format_help(ctx, formatter)
 
 
 class Commands(TyperGroup):
@@ -37,6 +41,23 @@ class Commands(TyperGroup):
 
     def get_params(self, ctx: Any) -> Any:
         return _plain_flags(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with _help():
+            super().format_help(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        with readers_may_leave():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _help() -> Iterator[None]:
+    """Typer's own console ends the program where nobody reads the help, and for nothing else."""
+    try:
+        yield
+    except SystemExit:
+        raise typer.Exit from None
 
 
 def _plain_flags(params: Any) -> Any:
@@ -90,30 +111,35 @@ def common(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a comparison failed), 2 (bad input), 3 (what was trained is
-    worse), 4 (the limit cut an output that a grammar was to make whole), 130 (interrupted)."""
+    worse), 4 (the limit cut an output that a grammar was to make whole), 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP)."""
+    open_streams()
+    forget_no_size()
     print_anything()
     with interruptible() as interrupted:
         try:
             code = _run(list(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()
         except GemmaMtpError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return _refuse(str(error))
         except KeyboardInterrupt:
-            return INTERRUPTED
-        except BrokenPipeError:  # the reader of our output left, which is its right
-            _discard_output()
+            return _ended_by(interrupted())
+        except BrokenPipeError:  # what was printed last, which nobody read
+            discard(sys.stdout)
             return 0
         except OSError as error:
-            print(f"error: {error.filename or 'the output'}: {error.strerror or error}.", file=sys.stderr)
             if error.filename is None:
-                _discard_output()
-            return 2
+                discard(sys.stdout)
+            return _refuse(f"{error.filename or 'the output'}: {error.strerror or error}.")
         except Exception:
             if interrupted():  # while a library was imported that turned it into an error of its own
-                return INTERRUPTED
+                return _ended_by(interrupted())
             raise
-    return code
+    return _ended_by(interrupted()) if code == INTERRUPTED else code  # which Typer makes of every KeyboardInterrupt
+
+
+def _ended_by(number: int | None) -> int:
+    """The exit code of a command that a signal ended."""
+    return INTERRUPTED if number is None else 128 + number
 
 
 def _run(arguments: list[str]) -> int:
@@ -126,6 +152,10 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _discard_output() -> None:
-    """What is still to be written to standard output, which takes no more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _refuse(text: str) -> int:
+    """Says what was wrong, where standard error takes it. Returns the exit code."""
+    try:
+        print(f"error: {text}", file=sys.stderr)
+    except OSError:
+        discard(sys.stderr)
+    return 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from gemma_mtp.cli.console import COLUMNS, print_table
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
 from gemma_mtp.measure.speedup import (
     Interval,
@@ -24,6 +25,8 @@ from gemma_mtp.measure.speedup import (
 
 #: tasks or files shown in the table; JSON has all
 MOST_TASKS = 30
+#: what a share takes, with the space before it
+SHARE_COLUMNS = 6
 LENGTHS = "the length counts the target's own token of every round (correction or bonus), accepted drafts do not"
 PREDICTED = (
     "predicted from round costs measured on this machine: length that breaks even, mean acceptance length,"
@@ -94,7 +97,7 @@ def print_report(console: Console, measured: Sequence[Measured]) -> None:
     K, prompts = measured[0].report.draft_tokens, len(measured[0].report.prompts)
     _say(console, f"{prompts} prompts, {K} drafts a round, {measured[0].report.verification} verification\n")
     pooled = {m.label: m.report.pooled for m in measured}
-    _section(console, "mean lengths", _lengths(measured), LENGTHS)
+    _section(console, "mean lengths", [_lengths(measured)], LENGTHS)
     conditional = {label: acceptance.by_position for label, acceptance in pooled.items()}
     joint = {label: acceptance.joint_by_position for label, acceptance in pooled.items()}
     histogram = {label: [n / max(1, a.rounds) for n in a.histogram] for label, a in pooled.items()}
@@ -104,17 +107,18 @@ def print_report(console: Console, measured: Sequence[Measured]) -> None:
     tasks = len(measured[0].report.by_task)
     if tasks > 1:
         more = f"and {tasks - MOST_TASKS} better ones, which --json has" if tasks > MOST_TASKS else ""
-        _section(console, "mean acceptance length by task or file", _by_task(measured), more)
+        _section(console, "mean acceptance length by task or file", [_by_task(measured)], more)
     quiet = [m for m in measured if not m.costs.disturbed]
     if quiet:
-        _section(console, PREDICTED, _paying(quiet), EXTRAPOLATED if quiet[0].predictions[-1].extrapolated else "")
+        _section(console, PREDICTED, [_paying(quiet)], EXTRAPOLATED if quiet[0].predictions[-1].extrapolated else "")
     for m in measured:
         _say(console, f"{m.label}: {_verdict(m)}")
 
 
-def _section(console: Console, title: str, table: Table, note: str = "") -> None:
+def _section(console: Console, title: str, tables: Iterable[Table], note: str = "") -> None:
     console.print(title, style="bold", highlight=False, soft_wrap=True)
-    console.print(table)
+    for table in tables:
+        print_table(console, table)
     _say(console, f"{note}\n" if note else "")
 
 
@@ -133,11 +137,15 @@ def _lengths(measured: Sequence[Measured]) -> Table:
     return table
 
 
-def _shares(columns: Iterable[int], rows: Mapping[str, Sequence[float]]) -> Table:
-    table = _table(["", *map(str, columns)])
-    for label, shares in rows.items():
-        table.add_row(label, *(f"{share:.2f}" for share in shares))
-    return table
+def _shares(columns: Sequence[int], rows: Mapping[str, Sequence[float]]) -> Iterator[Table]:
+    """One table, or several below each other where so many columns are wider than a terminal."""
+    most = max(1, (COLUMNS - max(map(len, rows))) // SHARE_COLUMNS)
+    each = -(-len(columns) // -(-len(columns) // most))
+    for first in range(0, len(columns), each):
+        table = _table(["", *map(str, columns[first : first + each])])
+        for label, shares in rows.items():
+            table.add_row(label, *(f"{share:.2f}" for share in shares[first : first + each]))
+        yield table
 
 
 def _by_task(measured: Sequence[Measured]) -> Table:

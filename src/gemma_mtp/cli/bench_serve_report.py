@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from gemma_mtp.cli.console import print_table
 from gemma_mtp.measure.load import OpenLoop
 from gemma_mtp.measure.load_runs import LevelResult, Ratio
 from gemma_mtp.measure.load_stats import QUANTILES, Distribution, LoadSummary
@@ -55,13 +56,13 @@ def print_report(
         of = ": median of the repetitions (least to greatest)" if spread else ""
         _section(console, f"drafting on to off{of}", _ratios(compared))
     for note in (TOO_FEW, COUNTED[open_loop]):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def _section(console: Console, title: str, *tables: Table) -> None:
-    console.print(title, style="bold", highlight=False)
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
     for table in tables:
-        console.print(table)
+        print_table(console, table)
     console.print()
 
 

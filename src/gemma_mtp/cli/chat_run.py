@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import typer
 
@@ -60,7 +61,7 @@ def _talk(session: Session, screen: Screen, given: Source) -> bool:
             if line is None:
                 return well
             if _take(line, session, commands):
-                with interrupts_noted() as stopped:
+                with interrupts_noted() if given.interactive else nullcontext(lambda: False) as stopped:
                     screen.show(session.answer(), stopped)
         except QuitError:
             return well

@@ -26,15 +26,17 @@ from gemma_mtp.engine.cost_cache import cache_directory
 from gemma_mtp.engine.pair import choose_device, choose_dtype
 from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.measure.plan_models import Planned, planned
-from gemma_mtp.sizes.machine import free_memory, read_bandwidth, shown_bytes, total_memory
+from gemma_mtp.sizes.machine import free_memory, read_bandwidth, shown_bytes, three_digits, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
 
 #: seconds that the machine is watched, for how busy it is with other things
 WATCHED_SECONDS, BUSY_SHARE = 0.5, 0.1
+#: modules of what each extra installs, by which it is known to be there
 EXTRAS = {
-    "grammar": "llguidance", "plot": "matplotlib", "serve": "fastapi", "ray": "ray", "train": "tensorboard",
-    "hub": "huggingface_hub", "chat": "prompt_toolkit", "bench-serve": "httpx",
+    "chat": ("prompt_toolkit",), "grammar": ("llguidance",), "plot": ("matplotlib",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "llguidance"), "ray": ("ray", "fastapi"),
+    "train": ("tensorboard",), "hub": ("huggingface_hub",), "bench-serve": ("httpx", "httpx_aiohttp"),
 }  # fmt: skip
 VERSIONS = ("gemma-mtp", "torch", "numpy", "tokenizers")
 Status = Literal["ok", "note", "problem"]
@@ -64,7 +66,7 @@ def machine_checks() -> list[Check]:
     return [
         *_processor_checks(),
         Check("memory", memory),
-        Check("memory bandwidth", f"{read_bandwidth() / 1e9:.3g} GB/s read by all cores, measured now"),
+        Check("memory bandwidth", f"{three_digits(read_bandwidth() / 1e9)} GB/s read by all cores, measured now"),
         _busy_check(busy),
         *_gpu_checks(),
         *_installation_checks(),
@@ -134,7 +136,7 @@ def _installation_checks() -> list[Check]:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             versions.append(f"{name} not installed as a package")
-    there = [extra for extra, package in EXTRAS.items() if find_spec(package) is not None]
+    there = [extra for extra, modules in EXTRAS.items() if all(find_spec(module) is not None for module in modules)]
     missing = [extra for extra in EXTRAS if extra not in there]
     extras = f"{', '.join(there) or 'none'}" + (f"; not there: {', '.join(missing)}" if missing else "")
     advice = f"pip install 'gemma-mtp[{','.join(missing)}]' where you need them" if missing else ""

@@ -16,6 +16,7 @@ class ExaminedPair(options.PairOptions):
         None, "Look at this pair too: its target's directory, a name on the Hugging Face hub (see pull), or bundled."
     )
     drafter: Path | None = option(None, options.DRAFTER, needs="--target")
+    adapter: Path | None = option(None, options.ADAPTER, needs="--target")
     no_drafter: bool = option(False, options.NO_DRAFTER, needs="--target")
     dtype: str = option("auto", options.DTYPE, needs="--target")
     quantize: str | None = option(None, options.QUANTIZE, needs="--target")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
@@ -16,7 +16,7 @@ from gemma_mtp.cli.console import console
 from gemma_mtp.cli.doctor_checks import Check, Status, machine_checks, pair_checks
 from gemma_mtp.cli.doctor_options import DoctorData, DoctorOutput, ExaminedPair
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.measure.diagnosis import Finding, compare_prompts, compare_types, diagnose
 
@@ -61,7 +61,7 @@ def _diagnosis(models: ExaminedPair, data: Sequence[Path] | None) -> list[Findin
                 Finding("chat template", "not measured", "the tokenizer has none, or the data has its own form")
             )
         if pair.target.weight_types and models.quantize:
-            dense = load_pair(models.target, models.drafter, dtype=models.dtype, device=models.device)
+            dense = replace(models, quantize=None).load()
             findings.append(compare_types(pair, dense, templated or plain))
         else:
             why = "the target is stored quantised" if pair.target.weight_types else "the target is not quantised"

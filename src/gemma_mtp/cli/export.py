@@ -71,5 +71,7 @@ def export(
             made = export_directory(
                 source, out, to.value, chosen, tokenizer=tokenizer, strict=strict, on_bytes=display.show_bytes
             )
-            held, nbytes = f"{made.packed} matrices as {chosen}, {made.floats} other tensors", made.nbytes
+            held, nbytes = f"{made.floats} tensors as {chosen}", made.nbytes
+            if made.packed:
+                held = f"{made.packed} matrices as {chosen}, {made.floats} other tensors"
     print(f"{out}: {to.value}, {held}, {nbytes / 1e6:.1f} MB")

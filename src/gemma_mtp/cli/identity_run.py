@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.console import console
+from gemma_mtp.cli.console import console, print_table
 from gemma_mtp.cli.identity_options import IdentityOutput, IdentityPrompts, IdentityRequests, Servers
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
@@ -129,7 +129,7 @@ def _print(out: Console, compared: Sequence[Compared], found: Sequence[Group], n
         table.add_row(
             str(group.clients), f"{group.shortest}-{group.longest}", str(group.prompts), *shares, str(group.failed)
         )
-    out.print(table)
+    print_table(out, table)
     parted = [one for one in whole if not one.identical]
     for one in parted[:MOST_SHOWN]:
         out.print(_parting(one), highlight=False, soft_wrap=True)

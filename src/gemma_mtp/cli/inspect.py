@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.console import console
+from gemma_mtp.cli.console import console, print_table
 from gemma_mtp.locate import Role, locate
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def inspect(
     else:
         out = console()
         for path, report in zip(paths, reports, strict=True):
-            out.print(_table(str(path), report))
+            print_table(out, _table(str(path), report))
         if drafter is not None:
             fit = "pair: fits" if verdict is None else f"pair: does not fit; {verdict}"
             out.print(fit, soft_wrap=True)

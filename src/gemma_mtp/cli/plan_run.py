@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemma_mtp.cli.console import console
+from gemma_mtp.cli.console import console, print_table
 from gemma_mtp.cli.plan_options import LoadOptions, MachineOptions, OutputOptions, PlannedPair
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.errors import QuantisationError, SamplingError
@@ -30,7 +30,7 @@ from gemma_mtp.measure.plan import (
 )
 from gemma_mtp.measure.plan_models import Planned, planned
 from gemma_mtp.measure.plan_plot import plot_plan
-from gemma_mtp.sizes.machine import parse_bytes, read_bandwidth, shown_bytes, total_memory
+from gemma_mtp.sizes.machine import parse_bytes, read_bandwidth, shown_bytes, three_digits, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, merge, parse_weight_types
 
@@ -178,9 +178,10 @@ def _print_pair(out: Console, pair: Planned, row: Row, load: Load) -> None:
     taken = row.takes
     drafter = "without a drafter" if pair.drafter_name is None else f"with {pair.drafter_name}"
     out.print(f"{pair.name} {drafter}, {row.weights}, {row.loaded.operators} operators", soft_wrap=True)
+    drafts = "" if pair.drafter is None else f" {load.draft_tokens} drafts a round,"
     out.print(
-        f"{load.sequences} sequence{'s' * (load.sequences > 1)} of {load.context} tokens,"
-        f" {load.draft_tokens} drafts a round, keys and values of {row.loaded.kv_bytes} bytes\n",
+        f"{load.sequences} sequence{'s' * (load.sequences > 1)} of {load.context} tokens,{drafts} keys and values of"
+        f" {row.loaded.kv_bytes} bytes\n",
         soft_wrap=True,
     )
     for name, size in (
@@ -205,7 +206,7 @@ def _print_rows(out: Console, rows: Sequence[Row], load: Load, memory: int | Non
         fits = "" if row.fits is None else "yes" if row.fits else "no"
         context = "" if row.largest_context is None else str(row.largest_context or "none")
         table.add_row(row.weights, shown_bytes(row.takes.total), fits, context, _sequences(row.most_sequences))
-    out.print(table)
+    print_table(out, table)
     out.print()
 
 
@@ -222,7 +223,8 @@ def _print_gains(out: Console, gained: Sequence[Gain], acceptance: float, source
         return
     if pair.drafter is None:
         out.print(
-            f"plain decoding: at most {gained[0].tokens_per_second:.3g} tokens/s by memory bandwidth", soft_wrap=True
+            f"plain decoding: at most {three_digits(gained[0].tokens_per_second)} tokens/s by memory bandwidth",
+            soft_wrap=True,
         )
         return
     out.print(
@@ -233,9 +235,9 @@ def _print_gains(out: Console, gained: Sequence[Gain], acceptance: float, source
         table.add_column(column, justify="right" if i else "left")
     for gain in gained:
         table.add_row(
-            str(gain.draft_tokens), f"{gain.tokens_per_round:.2f}", f"{1e3 * gain.round_seconds:.3g}",
-            f"{gain.tokens_per_second:.3g}", f"{gain.speedup:.2f}x",
+            str(gain.draft_tokens), f"{gain.tokens_per_round:.2f}", three_digits(1e3 * gain.round_seconds),
+            three_digits(gain.tokens_per_second), f"{gain.speedup:.2f}x",
         )  # fmt: skip
-    out.print(table)
+    print_table(out, table)
     best = best_gain(list(gained), acceptance)
     out.print(f"most with {best.draft_tokens} drafts a round: {best.speedup:.2f}x", soft_wrap=True)

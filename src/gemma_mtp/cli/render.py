@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_mtp.cli.console import print_table
 from gemma_mtp.engine.result import FinishReason, GenerationResult, TokenKind, token_kinds
 from gemma_mtp.tokenizer import Tokenizer
 
@@ -162,7 +163,7 @@ def print_comparison(console: Console, plain: Sequence[GenerationResult], drafte
         first = results[0]
         length = f"{first.mean_acceptance_length:.2f}"
         table.add_row(name, f"{speed(results):.1f}", length, str(len(first.decode_rounds)))
-    console.print(table)
+    print_table(console, table)
     console.print(f"drafts a round: {draft_lengths(drafted[0])}", highlight=False, soft_wrap=True)
     console.print(
         f"ratio {compared['ratio']:.2f}x (decode, median of {len(plain)}, interleaved, K = {drafted[0].draft_tokens},"

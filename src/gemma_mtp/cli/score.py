@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.option_groups import group, grouped, option
-from gemma_mtp.cli.options import OUTPUT, PairOptions
-from gemma_mtp.cli.score_text import TextOptions
+from gemma_mtp.cli.options import OUTPUT
+from gemma_mtp.cli.score_text import ScoredTarget, TextOptions
 
 
 @group(OUTPUT)
@@ -17,12 +17,11 @@ class ScoreOutput:
 
 
 @grouped
-def score(source: TextOptions, models: PairOptions, output: ScoreOutput) -> None:
+def score(source: TextOptions, models: ScoredTarget, output: ScoreOutput) -> None:
     """Print how likely the target finds a text: each token's log-probability and rank, and the perplexity.
 
     Nothing is generated, and no drafter is used.
     """
-    models.check()
     text, continuation = source.read()
     options.use_threads(models.threads)
 

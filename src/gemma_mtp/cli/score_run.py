@@ -8,17 +8,19 @@ from typing import Any
 
 from rich.table import Table
 
-from gemma_mtp.cli import options
-from gemma_mtp.cli.console import console
+from gemma_mtp.cli.console import console, print_table
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.cli.score_text import ScoredTarget
+from gemma_mtp.decoding.params import MAX_LOGPROBS, SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
-from gemma_mtp.errors import PromptError
+from gemma_mtp.errors import PromptError, SamplingError
 
 
-def score(text: str, continuation: str | None, models: options.PairOptions, top: int, as_json: bool) -> None:
+def score(text: str, continuation: str | None, models: ScoredTarget, top: int, as_json: bool) -> None:
     """Load the target, and print the scores of a text, or of its continuation alone."""
+    if not 0 <= top <= MAX_LOGPROBS:
+        raise SamplingError(f"--top is {top}, but must be from 0 to {MAX_LOGPROBS}.")
     params = SamplingParams(max_tokens=0, prompt_logprobs=top)
     pair = models.load()
     prompt = pair.encode(text + (continuation or ""))
@@ -72,7 +74,7 @@ def _print(pair: Pair, found: list[PromptLogprob]) -> None:
     for entry in found:
         table.add_row(f"{entry.logprob:.4f}", str(entry.rank), repr(_text(pair, entry.token_id)))
     out, facts = console(), summary(found)
-    out.print(table, markup=False)
+    print_table(out, table)
     perplexity = "infinite" if facts["perplexity"] is None else f"{facts['perplexity']:.4f}"
     out.print(
         f"{facts['count']} tokens, log-probability {facts['logprob']:.4f}, perplexity {perplexity}",

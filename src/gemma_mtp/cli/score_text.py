@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from gemma_mtp.cli import options
 from gemma_mtp.cli.generate_options import INPUT, standard_input
 from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.errors import PromptError
 from gemma_mtp.text import check_text, read_text
+
+if TYPE_CHECKING:
+    from gemma_mtp.engine.pair import Pair
 
 
 @group(INPUT)
@@ -30,3 +35,23 @@ class TextOptions:
         if self.text is not None:
             return check_text(self.text, "the text", PromptError), continuation
         return standard_input(), continuation
+
+
+@group(options.MODELS)
+class ScoredTarget:
+    """The target that scores; no drafter is loaded beside it."""
+
+    target: Path | None = option(None, options.TARGET)
+    adapter: Path | None = option(None, options.ADAPTER)
+    dtype: str = option("auto", options.DTYPE)
+    quantize: str | None = option(None, options.QUANTIZE)
+    strict: bool = option(False, options.STRICT)
+    device: str = option("auto", options.DEVICE)
+    threads: int | None = option(None, options.THREADS)
+
+    def load(self) -> Pair:
+        """Returns the target, as a pair without a drafter. Raises what `load_pair` does."""
+        return options.load_shown(
+            self.target, None, adapter=self.adapter, dtype=self.dtype, device=self.device, use_drafter=False,
+            quantize=self.quantize, strict=self.strict,
+        )  # fmt: skip

@@ -255,6 +255,7 @@ def _report(outcome: Outcome, out: Path) -> None:
     for when, speed in zip(("before", "after"), outcome.speeds, strict=True):
         shown.print(f"speed-up over plain decoding {when}: {speed}", soft_wrap=True)
     if not outcome.exported:
-        shown.print("not exported: the drafter is worse than the one it started from; --force exports it anyway.")
+        refused = "not exported: the drafter is worse than the one it started from; --force exports it anyway."
+        shown.print(refused, soft_wrap=True)
     else:
         shown.print(f"wrote {out}", soft_wrap=True)

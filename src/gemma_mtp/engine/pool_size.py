@@ -9,7 +9,7 @@ from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
 from gemma_mtp.kv.blocks import block_bytes, block_counts
-from gemma_mtp.sizes.machine import shown_bytes
+from gemma_mtp.sizes.machine import shown_bytes, three_digits
 
 Counts = dict[LayerType, int]
 
@@ -61,7 +61,7 @@ def pool_blocks(
     if room < size(least):
         raise EngineError(
             f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
-            f" which take {size(least) / 2**20:.3g} MB; {fits(room)}, or give more memory."
+            f" which take {three_digits(size(least) / 2**20)} MB; {fits(room)}, or give more memory."
         )
     if free_bytes is not None and room > free_bytes:
         raise EngineError(

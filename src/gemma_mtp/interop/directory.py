@@ -228,5 +228,6 @@ def _losses(changed: dict[str, Changed], kind: str) -> list[str]:
             f" (relative error {packed.error:.4f})."
         )
     if floats.changed:
-        losses.append(f"{floats.changed:,} of {floats.values:,} other values were rounded (error {floats.error:.1e}).")
+        which = "other values" if packed.values else "values"
+        losses.append(f"{floats.changed:,} of {floats.values:,} {which} were rounded (error {floats.error:.1e}).")
     return losses

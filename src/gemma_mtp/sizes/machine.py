@@ -37,6 +37,11 @@ def shown_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def three_digits(value: float) -> str:
+    """Returns a number for people, rounded to three digits and without a power of ten: 0.168, 23, 5940."""
+    return f"{float(f'{value:.3g}'):.15g}"
+
+
 def total_memory() -> int | None:
     """Returns the bytes of memory that this process may have: the machine's, or its container's where that is less.
 
