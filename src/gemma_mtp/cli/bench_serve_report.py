@@ -56,11 +56,11 @@ def print_report(
         of = ": median of the repetitions (least to greatest)" if spread else ""
         _section(console, f"drafting on to off{of}", _ratios(compared))
     for note in (TOO_FEW, COUNTED[open_loop]):
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False)
 
 
 def _section(console: Console, title: str, *tables: Table) -> None:
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(title, style="bold", highlight=False)
     for table in tables:
         print_table(console, table)
     console.print()
