@@ -297,7 +297,7 @@ def test_patterns_match_as_pefts_do(pattern: str) -> None:
     assert config.of_modules(NAMES).ranks == expected
 
 
-def test_patterns_that_are_malformed_are_refused(plain: Path) -> None:
+def test_patterns_that_are_malformed_are_refused() -> None:
     raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA"}
     for pattern, reason in (("a" * 3000, "3000 characters"), ("(", "no regular"), ("(?i)a", "no regular")):
         with pytest.raises(CheckpointError, match=reason):

@@ -65,7 +65,7 @@ def test_how_to_decode_of_any_kind(call: str, name: str, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", list(inspect.signature(load_pair).parameters))
-def test_what_to_load_of_any_kind(name: str, pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_to_load_of_any_kind(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for value in JUNK:
         if name != "on_bytes" or not callable(value):  # what a function of the caller's raises is the caller's

@@ -3,7 +3,6 @@
 # mypy: disable-error-code="func-returns-value"
 
 import dataclasses
-from pathlib import Path
 
 import pairs
 import pytest
@@ -108,7 +107,7 @@ def test_another_seed_spoils_other_drafts(agreeing: Pair) -> None:
     assert first != second
 
 
-def test_large_matrices_repeat_a_block_out_of_step_with_their_rows(tmp_path: Path) -> None:
+def test_large_matrices_repeat_a_block_out_of_step_with_their_rows() -> None:
     tiled = pairs._tiled(torch.arange(7.0), torch.Size((4, 5)))
     assert torch.equal(tiled.flatten(), torch.arange(20.0) % 7)
     assert len({tuple(row) for row in tiled.tolist()}) == 4

@@ -105,7 +105,7 @@ def test_records_are_written_where_asked_for(tmp_path: Path) -> None:
         assert (record["output_tokens"], record["accepted_drafts"], record["error"]) == (5, 2, None)
 
 
-def test_the_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
     with served() as (url, _):
         for name in ("a.png", "a.svg"):
             arguments = ["--url", url, *BRIEF, "--rate", "200,400", "--compare-drafting"]

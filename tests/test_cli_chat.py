@@ -1,7 +1,6 @@
 """`generate --chat` with a model that thinks."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ def test_a_grammar_is_of_what_follows_the_thought(
 
 
 def test_what_can_not_think_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(pair, monkeypatch, "THINK", "--thinking") == 2
     assert "--chat" in capsys.readouterr().err

@@ -85,7 +85,7 @@ print([name for name in {without} if name in sys.modules])
     assert (ran.returncode, ran.stderr, ran.stdout.splitlines()[-1]) == (0, "", "[]")
 
 
-def test_completion_names_options_of_a_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_completion_names_options_of_a_command() -> None:
     code = "import sys; from gemma_mtp.cli import main; sys.exit(main([]))"
     words = {"_GEMMA_MTP_COMPLETE": "complete_bash", "COMP_WORDS": "gemma-mtp train --drafter", "COMP_CWORD": "2"}
     assert python(code, **words).stdout.split() == ["--drafter"]

@@ -119,7 +119,7 @@ def test_another_order_of_sums_is_seen() -> None:
     assert int(with_other_sums(CONTROL)) > 0
 
 
-def own_names(ids: list[int], *before: Any, **extras: Any) -> list[bytes]:
+def own_names(ids: list[int], before: bytes = b"") -> list[bytes]:
     """Blocks named by their own tokens alone, whatever tokens come before them."""
     return [name for i in range(0, len(ids), BLOCK_ROWS) for name in NAMES(ids[i : i + BLOCK_ROWS])]
 

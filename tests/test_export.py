@@ -95,7 +95,7 @@ def test_drafted_equals_plain(tmp_path: Path, to: str, kind: str) -> None:
         assert load_pair().generate("def add(a, b):", params, draft_tokens=0).logprobs == plain.logprobs
 
 
-def test_a_grid_stays_as_it_is(wide: Path, tmp_path: Path) -> None:
+def test_a_grid_stays_as_it_is(tmp_path: Path) -> None:
     """Values on a grid of 16 levels with a bf16 step, as a model trained for them has them, are packed exactly."""
     target = random_target(config=PLE)
     generator = torch.Generator().manual_seed(5)
@@ -141,7 +141,7 @@ def test_mlx_reads_what_is_packed(wide: Path, tmp_path: Path) -> None:
             )  # a product and a sum, rounded once or twice
 
 
-def test_no_worse_than_mlx(tmp_path: Path) -> None:
+def test_no_worse_than_mlx() -> None:
     """Our numbers are at least as near as those that MLX chooses."""
     mx = pytest.importorskip("mlx.core")
     rows = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -171,7 +171,7 @@ def test_a_message_that_fails_is_given_back(chromium: Any, live: Live) -> None:
 
 
 @browser_test
-def test_a_link_holds_the_settings_and_completions_stay_beside(talk: Any, chromium: Any, live: Live) -> None:
+def test_a_link_holds_the_settings_and_completions_stay_beside(talk: Any, chromium: Any) -> None:
     talk.fill("#system", "Be brief & kind.")
     talk.check("#thinking")
     send(talk, "TEXT")

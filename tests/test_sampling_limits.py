@@ -166,11 +166,10 @@ def test_choices_and_distributions_are_those_of_float64(
 @given(
     filter_values=filters,
     rows=st.lists(st.lists(logit, min_size=VOCAB, max_size=VOCAB), min_size=5, max_size=5),
-    drafts=st.lists(tokens, min_size=2, max_size=2),
     first=st.integers(0, 2**31),
 )
 def test_verification_commits_what_the_target_may_say(
-    filter_values: dict[str, Any], rows: list[list[float]], drafts: list[int], first: int
+    filter_values: dict[str, Any], rows: list[list[float]], first: int
 ) -> None:
     """At any limit: a committed token has a chance by the target, and one that is sure is committed."""
     params = SamplingParams(**filter_values)

@@ -92,7 +92,7 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("org/other")
 
 
-def test_errors_are_the_clients_own(client: openai.OpenAI, live: Live) -> None:
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model=MODEL, prompt="a", max_tokens=0)
     assert bad.value.param == "max_tokens" and bad.value.type == "invalid_request_error"

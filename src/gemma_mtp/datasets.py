@@ -38,6 +38,8 @@ Kind = Literal["text", "prompt", "messages"]
 KINDS: tuple[Kind, ...] = ("text", "prompt", "messages")
 #: keys that name an example's task, the first that is there; the last two are MT-Bench's and our own prompts'
 TASK_KEYS = ("task", "category", "source")
+#: of a file, that must read as text
+SAMPLE_BYTES = 8192
 JSON_LINES = ".jsonl"
 MOST_CHARACTERS_A_TOKEN = 64
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
@@ -168,14 +170,16 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path}:{number} is not UTF-8 text; convert the file, or leave it out.") from None
 
 
-def _is_text(path: Path, sample: int = 8192) -> bool:
+def _is_text(path: Path) -> bool:
     """Whether a file's beginning reads as text: UTF-8 without null bytes."""
     try:
         with path.open("rb") as file:
-            head = file.read(sample)
+            head = file.read(SAMPLE_BYTES)
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.start >= len(head) - 4 and len(head) == sample and b"\0" not in head  # cut inside a character
+        return (
+            error.start >= len(head) - 4 and len(head) == SAMPLE_BYTES and b"\0" not in head
+        )  # cut inside a character
     except OSError as error:
         raise DataError(f"{path} can not be read: {error.strerror or error}.") from None
     return b"\0" not in head and bool(head.strip())

@@ -35,9 +35,9 @@ void DraftStack::one_step(const Batch& batch, float* input, float* state, float*
     share_linear(me, config.pre_projection, own.rows, rows, all.out.data(), D);
     me.wait();
     std::copy_n(all.out.data(), rows * D, grown(own.x, rows * D));
-    ByColumns share(batch, stack_.config, context);
+    const std::unique_ptr<Share> share = Share::by_columns(batch, stack_.config, context);
     LayerRun layer_run(stack_.config, stack_.layers, context);
-    for (size_t i = 0; i < stack_.layers.size(); i++) layer_run.layer(i, share, share);
+    for (size_t i = 0; i < stack_.layers.size(); i++) layer_run.layer(i, *share, *share);
     for (size_t m = 0; m < rows; m++)
         kernels().rms_norm(own.x.data() + m * D, stack_.config.norm, stack_.config.eps, D, state + m * D);
     own.prepare(config.post_projection, state, D, rows);

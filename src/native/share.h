@@ -28,6 +28,7 @@ class Share {
 
     // Returns the calling thread's share, by sequences where the batch is divided.
     static std::unique_ptr<Share> of(const Batch& batch, const Config& config, const Context& context);
+    static std::unique_ptr<Share> by_columns(const Batch& batch, const Config& config, const Context& context);
     virtual ~Share() = default;
 
     size_t count() const { return rows.end - rows.begin; }
@@ -70,48 +71,6 @@ class Share {
     Worker& me_;
     Scratch& own_;
     Shared& all_;
-};
-
-class ByColumns : public Share {
-   public:
-    ByColumns(const Batch& batch, const Config& config, const Context& context);
-
-    Part columns(size_t count, size_t unit) const override;
-    const void* first_read(const Weight& w, size_t unit) const override;
-    bool repeats(const Weight& w) const override;
-    Part handed_out() const override;
-    void meet(const float* written, size_t n) override;
-    void product(const Weight& w, const float* in, float* out, const void* then) override;
-    void project(const Layer& l, Part heads, const float* in, const void* then, const FinishHead& finish) override;
-    void attention(const Layer& l, const Attend& attend) override;
-    const Activations& mlp_rows(const Layer& l, const float* in) override;
-    size_t mlp_unit() const override;
-    void keep_gated(const Layer& l, Part columns, float* gate, const float* up) override;
-    void mlp_down(const Layer& l, float* out, const void* then) override;
-
-   protected:
-    void each_cached(const Layer& l, const Note& note) const override;
-};
-
-class BySequences : public Share {
-   public:
-    BySequences(const Batch& batch, const Config& config, const Context& context);
-
-    Part columns(size_t count, size_t unit) const override;
-    const void* first_read(const Weight& w, size_t unit) const override;
-    bool repeats(const Weight& w) const override;
-    Part handed_out() const override;
-    void meet(const float* written, size_t n) override;
-    void product(const Weight& w, const float* in, float* out, const void* then) override;
-    void project(const Layer& l, Part heads, const float* in, const void* then, const FinishHead& finish) override;
-    void attention(const Layer& l, const Attend& attend) override;
-    const Activations& mlp_rows(const Layer& l, const float* in) override;
-    size_t mlp_unit() const override;
-    void keep_gated(const Layer& l, Part columns, float* gate, const float* up) override;
-    void mlp_down(const Layer& l, float* out, const void* then) override;
-
-   protected:
-    void each_cached(const Layer& l, const Note& note) const override;
 };
 
 // Keys of a layer that a thread prefetches, at most, so that its second-level cache holds them; and values, earlier, so

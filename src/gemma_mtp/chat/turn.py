@@ -86,7 +86,7 @@ class TurnReader:
         return [event for event in events if event not in _NOTHING]
 
     def _token(self, token_id: int) -> Iterator[Event]:
-        before, part = self._regions.current, self._regions.enter(token_id)
+        part = self._regions.enter(token_id)
         if part == "text":
             yield Text(self._text.push([token_id]))
         elif part == "thought":
@@ -96,9 +96,9 @@ class TurnReader:
             assert self._call is not None
             yield from self._call.push(token_id, self._marks.quote)
         else:
-            yield from self._mark(token_id, before)
+            yield from self._mark(token_id)
 
-    def _mark(self, token_id: int, before: Region) -> Iterator[Event]:
+    def _mark(self, token_id: int) -> Iterator[Event]:
         """A part ends, or begins."""
         if self._thought is not None:
             yield Thought(self._thought.end())

@@ -3,7 +3,6 @@
 from gemma_mtp.checkpoint.load import load_drafter, load_target
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import (
-    Contents,
     check_headers,
     empty_model,
     read_config,
@@ -21,15 +20,12 @@ from gemma_mtp.checkpoint.safetensors import SINGLE_FILE
 from gemma_mtp.checkpoint.save import save_drafter, save_target
 from gemma_mtp.checkpoint.source import Location, Source
 from gemma_mtp.checkpoint.tensors import stored_tensors
-from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.weights.base import SCALES
 
 __all__ = [
     "SCALES",
     "SINGLE_FILE",
-    "Contents",
-    "GenerationDefaults",
     "Location",
     "Source",
     "StoredTensor",

@@ -6,7 +6,7 @@ import array
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -41,9 +41,9 @@ class Metadata:
             raise self.wrong(key, "a number")
         return float(str(np.float32(value)))
 
-    def of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
+    def of_layers(self, key: str, layers: int) -> list[int]:
         """Returns one number for each layer, of as many or of one for all."""
-        value = self.values.get(key, default)
+        value = self.values.get(key)
         if type(value) is int:
             return [value] * layers
         if not _whole_numbers(value) or len(value) != layers:
@@ -65,5 +65,5 @@ class Metadata:
         return ConfigError(f"{self.path} has {key} = {shown}, but {expected} was expected; convert the model again.")
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[array.array[int]]:
     return isinstance(value, array.array) and value.typecode not in "fd"

@@ -155,7 +155,7 @@ def train(
 
     Started by torchrun, several processes share each step. Exits with 3 where the gate refuses the drafter.
     """
-    _check(models, gate, learning, running)
+    _check(models, learning, running)
     use_threads(running.threads)
     drafter = None if models.drafter is None else locate(models.drafter, "drafter")
 
@@ -230,7 +230,7 @@ def _recipe(
     )  # fmt: skip
 
 
-def _check(models: ModelOptions, gate: GateOptions, learning: LearningOptions, running: RunningOptions) -> None:
+def _check(models: ModelOptions, learning: LearningOptions, running: RunningOptions) -> None:
     if models.new == (models.drafter is not None):
         raise TrainingError("give either --drafter, to adapt one, or --new, to make one.")
     from gemma_mtp.training.losses import LOSSES

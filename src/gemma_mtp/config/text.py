@@ -119,6 +119,13 @@ def _check_text_config(c: TextConfig) -> None:
         if c.num_attention_heads % getattr(c, name):
             raise ConfigError(f"config.json has {name} = {getattr(c, name)}, which does not divide num_attention_heads"
                               f" = {c.num_attention_heads}.")  # fmt: skip
+    _check_kv_sharing(c)
+    if c.enable_moe_block and not (0 < c.top_k_experts <= c.num_experts and c.moe_intermediate_size > 0):
+        raise ConfigError("config.json has enable_moe_block true without usable num_experts, top_k_experts and"
+                          " moe_intermediate_size.")  # fmt: skip
+
+
+def _check_kv_sharing(c: TextConfig) -> None:
     if not 0 <= c.num_kv_shared_layers <= c.num_hidden_layers:
         raise ConfigError(f"config.json has num_kv_shared_layers = {c.num_kv_shared_layers}, but it must lie between 0"
                           f" and num_hidden_layers = {c.num_hidden_layers}.")  # fmt: skip
@@ -127,6 +134,3 @@ def _check_text_config(c: TextConfig) -> None:
         if missing:
             raise ConfigError(f"config.json has num_kv_shared_layers = {c.num_kv_shared_layers}, which leaves no"
                               f" {missing.pop()} layer with keys and values for the others to read.")  # fmt: skip
-    if c.enable_moe_block and not (0 < c.top_k_experts <= c.num_experts and c.moe_intermediate_size > 0):
-        raise ConfigError("config.json has enable_moe_block true without usable num_experts, top_k_experts and"
-                          " moe_intermediate_size.")  # fmt: skip

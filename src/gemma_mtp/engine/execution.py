@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+from torch import Tensor
+
 from gemma_mtp.backend.base import Backend, Rows
 from gemma_mtp.engine.draft import NO_DRAFTS, Drafts, propose
 from gemma_mtp.engine.result import PromptLogprob
@@ -64,15 +66,13 @@ def _run_call(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Ste
     began = time.perf_counter()
     drafts = _propose(backend, turns)
     drafting = time.perf_counter() - began
-    calls: list[Rows] = []
-    scored: list[Scored] = []
-    places: list[int] = []  # of what is scored: turns first, then chunks
     outcomes: list[Outcome] = [None] * (len(turns) + len(chunks))
+    calls: list[Rows] = []
+    scored: dict[int, Scored] = {}  # by place among the outcomes
     begin = 0
     for i, (turn, of_one) in enumerate(zip(turns, drafts, strict=True)):
         if isinstance(of_one, Drafts):
-            scored.append(Scored(turn, of_one, begin))
-            places.append(i)
+            scored[i] = Scored(turn, of_one, begin)
             calls.append(verify_rows(turn, of_one))
             begin += calls[-1].keep
         else:
@@ -81,24 +81,34 @@ def _run_call(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Ste
     if not calls:
         return StepResult(outcomes, drafting)
     hidden_RD = forward(backend, calls)
-    resumed, scores = [], {}
+    ending, scores = _commit_chunks(backend, chunks, hidden_RD, begin)
+    scored |= {len(turns) + i: one for i, one in ending.items()}
+    for i, output in zip(scored, settle(backend, list(scored.values()), hidden_RD), strict=True):
+        outcomes[i] = output
+    return StepResult(outcomes, drafting, scores)
+
+
+def _commit_chunks(
+    backend: Backend, chunks: Items[Chunk], hidden_RD: Tensor, begin: int
+) -> tuple[dict[int, Scored], dict[int, list[PromptLogprob]]]:
+    """Commit chunks, of which the wanted states stand from row `begin` on.
+
+    Returns, by place among the chunks, the prompts that end and so choose a first token, and the wanted scores.
+    """
+    ending, scores, resumed = dict[int, Scored](), dict[int, list[PromptLogprob]](), []
     for i, chunk in enumerate(chunks):
         if chunk.scored:
             states_RD = hidden_RD[begin : begin + len(chunk.scored)]
             scores[i] = score(backend, states_RD, chunk.scored, chunk.sequence.params.prompt_logprobs or 0)
         begin += chunk.keep
-        row = begin - 1
         chunk.sequence.cache.table.commit(len(chunk.token_ids))
         if chunk.ends and chunk.started:
-            resumed.append((chunk.sequence.cache, row))
+            resumed.append((chunk.sequence.cache, begin - 1))
         elif chunk.ends:
-            scored.append(Scored(Turn(chunk.sequence, 0), NO_DRAFTS, row))
-            places.append(len(turns) + i)
+            ending[i] = Scored(Turn(chunk.sequence, 0), NO_DRAFTS, begin - 1)
     if resumed:  # all tokens are there, and now the state that produced the last one
         backend.keep_states([cache for cache, _ in resumed], hidden_RD, [row for _, row in resumed])
-    for i, output in zip(places, settle(backend, scored, hidden_RD), strict=True):
-        outcomes[i] = output
-    return StepResult(outcomes, drafting, scores)
+    return ending, scores
 
 
 def _propose(backend: Backend, turns: Items[Turn]) -> list[Drafts | Exception]:

@@ -154,15 +154,14 @@ class BlockTable:
             self._held[kind] = [0, 0]
         self.length, self._room, self._registered, self._name = 0, 0, 0, b""
 
-    def adopt(self, token_ids: Sequence[int], extras: Mapping[int, bytes] | None = None) -> int:
+    def adopt(self, token_ids: Sequence[int]) -> int:
         """Share the blocks of an earlier sequence that began with the same tokens; returns the rows that they hold.
 
-        For an empty table. At least one row is left to compute, because its hidden state is kept nowhere. `extras` are
-        those of `block_names`.
+        For an empty table. At least one row is left to compute, because its hidden state is kept nowhere.
         """
         assert not self.length
         names, blocks = [], self.blocks
-        for name in block_names(token_ids[: (len(token_ids) - 1) // BLOCK_ROWS * BLOCK_ROWS], extras=extras):
+        for name in block_names(token_ids[: (len(token_ids) - 1) // BLOCK_ROWS * BLOCK_ROWS]):
             if blocks[FULL].find(name) is None:
                 break
             names.append(name)
@@ -186,13 +185,12 @@ class BlockTable:
         self.length = self._room = count * BLOCK_ROWS
         return self.length
 
-    def register(self, token_ids: Sequence[int], extras: Mapping[int, bytes] | None = None) -> None:
+    def register(self, token_ids: Sequence[int]) -> None:
         """Register the blocks that are full of committed rows for prefix reuse. `token_ids`: the sequence's tokens."""
         count = self.length // BLOCK_ROWS
         if count == self._registered:
             return
-        start = self._registered * BLOCK_ROWS
-        for name in block_names(token_ids[start : count * BLOCK_ROWS], self._name, extras, start):
+        for name in block_names(token_ids[self._registered * BLOCK_ROWS : count * BLOCK_ROWS], self._name):
             for kind, (first, _) in self._held.items():
                 if self._registered >= first:
                     self.blocks[kind].register(self.tables[kind][self._registered], name)
@@ -234,20 +232,14 @@ def layer_row_bytes(config: TextConfig, layer: int, element_bytes: int) -> int:
     return 2 * config.layer_kv_heads(layer) * config.layer_head_dim(layer) * element_bytes
 
 
-def block_names(
-    token_ids: Sequence[int], before: bytes = b"", extras: Mapping[int, bytes] | None = None, start: int = 0
-) -> list[bytes]:
+def block_names(token_ids: Sequence[int], before: bytes = b"") -> list[bytes]:
     """Returns the names of the blocks that the tokens fill, each a digest of all tokens up to the block's end.
 
-    `before`: the name of the block before these. `extras`: what stands at a position beside its token id (the digest of
-    an image, say), by position; `start`: the first token's position.
+    `before`: the name of the block before these.
     """
     names = []
     for first in range(0, len(token_ids), BLOCK_ROWS):
         content = before + array("q", token_ids[first : first + BLOCK_ROWS]).tobytes()
-        if extras:
-            positions = range(start + first, start + first + BLOCK_ROWS)
-            content += b"".join(b"%d:%d:%s" % (at, len(extras[at]), extras[at]) for at in positions if at in extras)
         before = hashlib.blake2b(content, digest_size=32).digest()
         names.append(before)
     return names

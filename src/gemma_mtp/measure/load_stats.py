@@ -70,8 +70,8 @@ def quantile(ordered: np.ndarray[Any, Any], q: float, independent: bool = True) 
     )
 
 
-def interval_ranks(count: int, q: float, confidence: float = CONFIDENCE) -> tuple[int | None, int | None]:
-    """Indices, in an ordered sample, between which the q-quantile lies with at least this confidence.
+def interval_ranks(count: int, q: float) -> tuple[int | None, int | None]:
+    """Indices, in an ordered sample, between which the q-quantile lies with at least `CONFIDENCE`.
 
     How many values fall below a quantile is binomial, whatever the distribution. The closest index with at most half of
     the doubt on its own side; None where even the first or last value leaves more.
@@ -79,7 +79,7 @@ def interval_ranks(count: int, q: float, confidence: float = CONFIDENCE) -> tupl
     n = np.arange(count + 1)
     log_choose = np.concatenate([[0.0], np.cumsum(np.log(n[:0:-1]) - np.log(n[1:]))])
     at_most = np.cumsum(np.exp(log_choose + n * math.log(q) + (count - n) * math.log1p(-q)))
-    doubt = (1 - confidence) / 2
+    doubt = (1 - CONFIDENCE) / 2
     low = int(np.searchsorted(at_most, doubt, side="right")) - 1
     high = int(np.searchsorted(at_most, 1 - doubt, side="left"))
     return low if low >= 0 else None, high if high < count else None

@@ -120,12 +120,12 @@ class Interval:
         return self.low >= 1 or self.high < 1
 
 
-def speedup_intervals(report: AcceptanceReport, costs: SteadyCosts, seed: int = 0) -> list[Interval]:
+def speedup_intervals(report: AcceptanceReport, costs: SteadyCosts) -> list[Interval]:
     """Bounds of each prediction of `predict`: acceptance by the 95% bootstrap over prompts, costs by the least and the
     most that was measured. Both ends at once, so they are rather wide."""
     histograms = np.array([prompt.acceptance.histogram for prompt in report.prompts])
     n = len(histograms)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=INTERVAL_RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=INTERVAL_RESAMPLES)
     pooled = [Acceptance(tuple(map(int, histogram))) for histogram in draws @ histograms]
     lengths = np.array([[p.expected_length for p in predict(drawn, costs.best)] for drawn in pooled])
     intervals = []

@@ -13,7 +13,7 @@ from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.errors import DataError, OptionError, PairError, SamplingError
 from gemma_mtp.locate import BUNDLED, GGUF, bundled_directory, is_hub_name, locate
 from gemma_mtp.measure.plan import Load, largest_context, takes
-from gemma_mtp.measure.plan_models import OWNER, Planned, known_name, planned
+from gemma_mtp.measure.plan_models import OWNER, known_name, planned
 from gemma_mtp.sizes.run import Loaded
 
 #: drafts a round that vLLM's own recipes give for the official pairs (the least of a range)
@@ -105,7 +105,7 @@ def given(
     if "gguf" in (form, drafter_form) and form != drafter_form:
         raise OptionError("one of the pair is a GGUF file and the other is not; give both in one form.")
     return Given(
-        name=_short(pair, place), target=place, drafter=drafter_place,
+        name=_short(place), target=place, drafter=drafter_place,
         form="hub" if "hub" in (form, drafter_form) else form, k=k.count, k_source=k.source, device=device,
         context=used, wanted_context=wanted, sequences=sequences, kv_gib=max(1, math.ceil(taken.kv / GIB)),
         total_gib=taken.total / GIB, memory_gib=None if memory is None else memory / GIB,
@@ -165,7 +165,7 @@ def _place(name: str, role: Any) -> tuple[str, str]:
     return (name, "hub") if is_hub_name(name) else (str(locate(name, role)), "directory")
 
 
-def _short(pair: Planned, place: str) -> str:
+def _short(place: str) -> str:
     """What files and served models are called."""
     if place == str((bundled_directory() / "target").resolve()):
         return "gemma-mtp-bundled"

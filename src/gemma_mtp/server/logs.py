@@ -74,11 +74,11 @@ def _printable(value: Any) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def configure(level: int = logging.INFO) -> None:
+def configure() -> None:
     """Send all logs to standard error: as lines for people where that is a terminal, else as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter() if sys.stderr.isatty() else JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
 

@@ -158,10 +158,10 @@ def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def is_held_out(name: str, percent: float = HELD_OUT_PERCENT) -> bool:
+def is_held_out(name: str) -> bool:
     """Whether the file of this name belongs to the held-out split: a fixed function of the name."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10_000
-    return bucket < percent * 100
+    return bucket < HELD_OUT_PERCENT * 100
 
 
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:

@@ -174,10 +174,9 @@ class Run:
         if self.settings.drafter is not None:
             start, strict = self.settings.drafter, self.settings.strict
             drafter = checkpoint.load_drafter(start, self.dtype, self.device, strict=strict)
-            self.known_head, drafter.masked_embedding, drafter.config = (
-                drafter.masked_embedding, None, self.plain_config,
-            )  # fmt: skip
-            return drafter, self.settings.drafter
+            self.known_head = drafter.masked_embedding
+            drafter.masked_embedding, drafter.config = None, self.plain_config
+            return drafter, start
         drafter = Drafter(self.plain_config)
         initialise(drafter, self.settings.recipe.seed)
         directory = self.state / "start"
