@@ -299,6 +299,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--dtype", "int4"], "dtype 'int4' is not known"),
         (["x", "--device", "abacus"], "device 'abacus' is not known"),
         (["x", "--threads", "0"], "--threads is 0"),
+        (["x", "--threads", "100000"], "--threads is 100000"),
         (["x", "--compare", "--repeats", "0"], "--repeats is 0"),
         (["x", "--json", "--show-drafts"], "--json and --show-drafts exclude each other"),
         (["x", "--stop", ""], "stop"),

@@ -106,6 +106,8 @@ def test_the_second_signal_ends_at_once() -> None:
         (["--no-drafter", "--drafter", "x"], "exclude"),
         (["--target", "/nowhere", "--port", "0"], "/nowhere"),
         (["--threads", "0"], "--threads"),
+        (["--allow-origin", "example.com"], "--allow-origin is 'example.com'"),
+        (["--allow-origin", "https://a.example/"], "--allow-origin"),
     ],
 )
 def test_a_server_that_can_not_start_says_why(

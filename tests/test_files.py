@@ -255,6 +255,12 @@ def test_permissions_are_the_umasks(umask: int, tmp_path: Path) -> None:
     assert {mode(tmp_path / "new"), mode(tmp_path / "directory")} == {0o777 & ~umask}
 
 
+def test_a_file_in_the_way_of_a_directory_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/new can not be written: Not a directory"):
+        replace_file(tmp_path / "file" / "new", Path.touch)
+
+
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("before")
 

@@ -408,6 +408,8 @@ def test_export_says_what_is_lost(wide: Path, tmp_path: Path, caplog: pytest.Log
 def test_exports_that_are_refused(wide: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantisationError, match="type 'Q9' can not be written to GGUF; use one of F32, F16"):
         export_gguf(wide / "target", tmp_path / "t.gguf", "Q9")
+    with pytest.raises(CheckpointError, match=r"t.bin must end in .gguf"):  # without which nobody reads it again
+        export_gguf(wide / "target", tmp_path / "t.bin")
     write_quantised_copy(wide / "target", tmp_path / "int8", parse_weight_types("int8"))
     with pytest.raises(QuantisationError, match="is quantised already"):
         export_gguf(tmp_path / "int8", tmp_path / "t.gguf", "F32")

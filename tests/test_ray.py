@@ -116,6 +116,7 @@ def test_without_keys_only_localhost_is_answered() -> None:
         ({"max_queued_requests": "0"}, "max_queued_requests=0: "),
         ({"max_surge_percent": "101"}, "max_surge_percent=101: "),
         ({"request_seconds": "nan"}, "request_seconds=nan: "),
+        ({"allow_origin": "https://a.example,b.example"}, "allow_origin is 'b.example', but must be an origin"),
         ({"metrics_prefix": "a b"}, "metrics_prefix is 'a b', but must be letters, digits and _"),
     ],
 )

@@ -176,6 +176,11 @@ def test_k_comes_from_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "drafts a round: 7, fastest by report.json (greedy)" in out and "--spec-draft-n-max 7 " in out
 
 
+def test_a_report_that_is_not_there_is_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "vllm", "--report", "/absent/report.json"]) == 2
+    assert "there is no file /absent/report.json; give what gemma-mtp acceptance" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("report", "said"),
     [

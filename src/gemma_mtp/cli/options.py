@@ -26,10 +26,14 @@ DATA, MODELS, DRAFTING, SAMPLING = "Data", "Models", "Drafting", "Sampling and s
 GRAMMAR, OUTPUT = "Constrained output", "Output"
 
 
+#: more than machines have; PyTorch crashes where threads can not be started
+MOST_THREADS = 1024
+
+
 def use_threads(threads: int | None) -> None:
-    """Do what `--threads` says, if it was given. Raises SamplingError below 1."""
-    if threads is not None and threads < 1:
-        raise SamplingError(f"--threads is {threads}, but must be 1 or more.")
+    """Do what `--threads` says, if it was given. Raises SamplingError for what no machine can start."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise SamplingError(f"--threads is {threads}, but must be from 1 to {MOST_THREADS}.")
     if threads is not None:
         from gemma_mtp.backend.native import set_threads
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.plan_run import memory_of
 from gemma_mtp.cli.recipe_options import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions, RecipeOutput
+from gemma_mtp.errors import DataError
 from gemma_mtp.json_files import read_json
 from gemma_mtp.recipes.fill import Filled, fill
 from gemma_mtp.recipes.given import Drafts, asked_drafts, given, reported_drafts
@@ -39,7 +40,11 @@ def recipe(
 def _drafts(drafts: RecipeDrafts) -> Drafts | None:
     if drafts.draft_tokens is not None:
         return asked_drafts(drafts.draft_tokens)
-    return None if drafts.report is None else reported_drafts(read_json(drafts.report), drafts.report)
+    if drafts.report is None:
+        return None
+    if not drafts.report.is_file():
+        raise DataError(f"there is no file {drafts.report}; give what gemma-mtp acceptance --json printed.")
+    return reported_drafts(read_json(drafts.report), drafts.report)
 
 
 def _machine(machine: RecipeMachine) -> tuple[str, int | None]:

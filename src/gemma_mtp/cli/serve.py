@@ -14,7 +14,7 @@ from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError, missing_extra
 from gemma_mtp.locate import BUNDLED, is_hub_name
-from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, metrics_prefix, read_keys
+from gemma_mtp.server.settings import KEYS_VARIABLE, ServerSettings, metrics_prefix, origin, read_keys
 from gemma_mtp.text import check_text
 
 LISTENING, ENGINE, LIMITS, LOGS = "Listening", "Engine", "Limits", "Logs"
@@ -157,7 +157,8 @@ def _settings(
         api_keys=keys, public_metrics=listening.public_metrics,
         metrics_prefix=metrics_prefix(listening.metrics_prefix, "--metrics-prefix"),
         loopback_names_only=not keys and not listening.no_auth,
-        allow_origins=tuple(listening.allow_origin or ()), log_text=logging.log_text,
+        allow_origins=tuple(origin(text, "--allow-origin") for text in listening.allow_origin or ()),
+        log_text=logging.log_text,
         draft_tokens=options.parse_draft_tokens(drafting.draft_tokens), **vars(limits),
     )  # fmt: skip
 

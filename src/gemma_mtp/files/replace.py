@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -21,7 +22,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     # other processes and threads may write the same file
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         partial.unlink(missing_ok=True)
         partial.touch()
         wanted = _permissions(partial)
@@ -54,6 +55,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path} can not be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_directory(path: Path) -> None:
+    """Makes it with those above it. Raises NotADirectoryError where a file is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
 
 
 def _permissions(path: Path) -> int:

@@ -37,6 +37,7 @@ from gemma_mtp.files.gguf_write import GgufWriter
 from gemma_mtp.files.replace import replace_file
 from gemma_mtp.interop.card import write_card
 from gemma_mtp.interop.gguf_tokenizer import tokenizer_metadata
+from gemma_mtp.locate import GGUF
 from gemma_mtp.tokenizer import Tokenizer
 from gemma_mtp.tokenizer.gguf import HF_JSON, MODEL
 
@@ -77,6 +78,9 @@ def export_gguf(
     """
     if kind not in FILE_TYPES:
         raise QuantisationError(f"type {kind!r} can not be written to GGUF; use one of {', '.join(FILE_TYPES)}.")
+    path = Path(out)
+    if path.suffix != GGUF:
+        raise CheckpointError(f"{path} must end in {GGUF}, by which programs know a file of that format.")
     source = open_source(location)
     config = read_config(source)
     if family_of(config.model_type) is not GEMMA4:
@@ -91,7 +95,6 @@ def export_gguf(
     losses = _losses(contents, metadata, kind, layout)
     report(location, contents.notes, strict)
     report(location, losses, strict)
-    path = Path(out)
     replace_file(path, lambda partial: _write(partial, metadata, layout, source, contents, weights))
     of_target = isinstance(contents.config, TargetConfig)
     write_card(path.parent, origin_of(source.path), "gguf", kind, of_target, losses, f"{path.stem}.md")

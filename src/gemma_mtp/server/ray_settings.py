@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import ServerError
-from gemma_mtp.server.settings import ServerSettings, metrics_prefix
+from gemma_mtp.server.settings import ServerSettings, metrics_prefix, origin
 
 Count = int | None
 
@@ -95,13 +95,15 @@ class RaySettings(BaseModel):
     def _split(cls, value: object) -> object:
         return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
+    @field_validator("allow_origin")
+    @classmethod
+    def _check_origins(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked(origin, text, "allow_origin") for text in texts)
+
     @field_validator("metrics_prefix")
     @classmethod
     def _check_prefix(cls, text: str) -> str:
-        try:
-            return metrics_prefix(text, "metrics_prefix")
-        except ServerError as error:
-            raise ValueError(str(error).rstrip(".")) from None
+        return _checked(metrics_prefix, text, "metrics_prefix")
 
     @model_validator(mode="after")
     def _check_together(self) -> RaySettings:
@@ -184,3 +186,11 @@ class RaySettings(BaseModel):
             "max_surge_percent": 100,
             "max_constructor_retry_count": 3,
         }
+
+
+def _checked(check: Callable[[str, str], str], text: str, name: str) -> str:
+    """What a check of the server's gives, with its error as pydantic wants it."""
+    try:
+        return check(text, name)
+    except ServerError as error:
+        raise ValueError(str(error).rstrip(".")) from None

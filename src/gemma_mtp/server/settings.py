@@ -73,6 +73,16 @@ def metrics_prefix(text: str, name: str) -> str:
     return text
 
 
+def origin(text: str, name: str) -> str:
+    """The text, if a browser may say it of a page's origin. Raises ServerError, which names the option by `name`."""
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", text):
+        raise ServerError(
+            f"{name} is {text!r}, but must be an origin as browsers write it, such as https://example.com, in lower"
+            " case and without a path."
+        )
+    return text
+
+
 def read_keys(file: Path | None, variable: str) -> tuple[str, ...]:
     """API keys of a file, one a line, and of the environment. Raises ServerError for a file without any."""
     keys = check_text(variable, f"the variable {KEYS_VARIABLE}", ServerError).replace(",", " ").split()
