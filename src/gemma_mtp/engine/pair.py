@@ -266,6 +266,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise CheckpointError(
+            f"device {device!r} was asked for, but of CUDA devices there are {count}, from cuda:0 on."
+        )
     return chosen
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -81,4 +83,14 @@ def why_not_on(device: torch.device) -> str | None:
         return "Triton is not installed (pip install triton)"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
         return "there is no C compiler, which Triton needs at the first launch (apt-get install gcc)"
-    return None
+    if not Path(sysconfig.get_path("include", scheme=_headers_scheme()), "Python.h").is_file():
+        return "Python's headers are missing, which Triton needs at the first launch (apt-get install python3-dev)"
+    from gemma_mtp.backend.cuda.probe import failed_launch
+
+    return failed_launch(device)
+
+
+def _headers_scheme() -> str:
+    """Returns where Triton looks for headers: not where Debian's Python installs packages by default."""
+    scheme = sysconfig.get_default_scheme()
+    return "posix_prefix" if scheme == "posix_local" else scheme
