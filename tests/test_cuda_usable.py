@@ -19,7 +19,7 @@ import torch
 from models import WIDE, random_target, wide_drafter
 
 from gemma_mtp.backend.cuda.replay import CudaReplays
-from gemma_mtp.backend.cuda.usable import asked_for, usable, why_not
+from gemma_mtp.backend.cuda.usable import asked_for, usable, usable_on, why_not
 from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.config import LayerOptions
 from gemma_mtp.engine.pair import choose_device
@@ -59,8 +59,9 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
 
 def test_they_are_taken_where_they_are_asked_for(card: pytest.MonkeyPatch) -> None:
     assert why_not(model(), model()) is None and usable(model(), model())
+    assert usable_on(CARD) and not usable_on(torch.device("cpu"))
     card.delenv("GEMMA_MTP_CUDA")
-    assert not usable(model(), model())  # without a word
+    assert not usable(model(), model()) and not usable_on(CARD)  # without a word
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_weights_of_another_type_are_refused_by_name() -> None:
 
     from gemma_mtp.backend.cuda.backend import CudaBackend
 
-    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, int8, int4 and q8_0"):
+    with pytest.raises(DeviceError, match="float32, but the GPU kernels multiply bfloat16, fp8, int8, int4 and q8_0"):
         CudaBackend(random_target(5, WIDE["ple"]), None, Interpreter())
 
 
@@ -208,7 +209,7 @@ def test_nothing_on_a_cpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_MTP_CUDA", "1")
     monkeypatch.setenv("GEMMA_MTP_NATIVE", "0")
     target = random_target(5, WIDE["ple"]).half()
-    assert not asked_for(target)
+    assert not asked_for(target.embed_tokens.device)
     assert isinstance(make_backend(target), ReferenceBackend)
 
 

@@ -24,14 +24,19 @@ ASKED_BY = "GEMMA_MTP_CUDA"
 HONOURED = {"value_norm", "score_scale", "layer_scalar", "float32_norms"}
 
 
-def asked_for(target: Target) -> bool:
-    """Whether the environment asks for the kernels, for a target on a card."""
-    return target.embed_tokens.device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+def asked_for(device: torch.device) -> bool:
+    """Whether the environment asks for the kernels, for models on a card."""
+    return device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+
+
+def usable_on(device: torch.device) -> bool:
+    """Whether the kernels are asked for and can run on a device, so that weights can be loaded for them."""
+    return asked_for(device) and why_not_on(device) is None
 
 
 def usable(target: Target, drafter: Drafter | None) -> bool:
     """Whether the kernels are asked for and can run the pair. Warns once, with the reason, where they can not."""
-    if not asked_for(target):
+    if not asked_for(target.embed_tokens.device):
         return False
     reason = why_not(target, drafter)
     if reason is not None:
