@@ -33,6 +33,8 @@ class DeviceWeight:
     group: int = 1
 
 
+#: columns that share a scale where a row has one: no row has more, and kernels are compiled for each number
+WHOLE_ROW = 1 << 30
 #: formats that are held in another order for the kernels
 REORDERED: dict[type[Weight], type[Reordered]] = {Int4: Int4Halves, Int8x32: Int8x32Plain}
 KINDS: dict[type[Weight], int] = {Int8: INT8, Int8x32Plain: INT8, Int4Halves: INT4}
@@ -72,5 +74,5 @@ def fp8_weight(values_NK: Tensor, scales: Tensor) -> DeviceWeight:
     row."""
     rows, columns = values_NK.shape
     whole = scales.shape[1] == 1
-    group = -(-columns // 128) * 128 if whole else 128
+    group = WHOLE_ROW if whole else 128
     return DeviceWeight(FP8, values_NK.contiguous().view(torch.uint8), scales.contiguous(), rows, columns, group)
