@@ -163,7 +163,7 @@ def measure_models(run: Run) -> Iterator[Measured]:
             try:
                 yield from _measure_model(run, f"{name} {weights}", weights, text, drafter)
             except torch.OutOfMemoryError:
-                run.lines.append(Line(5, f"{name} {weights}: what is missing did not fit"))
+                run.add(Line(5, f"{name} {weights}: what is missing did not fit"))
             run.free()
 
 

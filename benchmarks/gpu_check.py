@@ -1,21 +1,28 @@
 """What one NVIDIA card shows of the Triton kernels: first that bits are equal, then how fast they are.
 
     python benchmarks/gpu_check.py                 # under ten minutes; a table at the end
-    python benchmarks/gpu_check.py --parts 1 2     # some parts only
+    python benchmarks/gpu_check.py --only 1 2      # some parts only
     python benchmarks/gpu_check.py --json out.json
     python benchmarks/gpu_check.py --interpret     # without a card, at tiny sizes: that the check itself runs
 
-Weights are random and made on the card; nothing is downloaded. Each part has a budget of seconds and stops where it is
-spent, saying so. The exit code is 1 for any mismatch and 0 otherwise, whatever the speed; 2 where there is no card.
+Weights are random and made on the card; nothing is downloaded. Each line is printed as soon as it is known. Each part
+is a process of its own with a budget of seconds: where they are spent it stops, where it does not stop it is killed,
+and an error in one leaves the others alone.
+
+The exit code is 1 for any mismatch, whatever the speed; without one it is 2 where there is no card, or where a part
+did not end by itself, so that something was not shown; else 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +34,7 @@ if __name__ == "__main__" and "--interpret" in sys.argv:  # before kernels are d
 import torch
 from gpu_run import Line, Run
 from gpu_scale import full, tiny
+from gpu_watch import watch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,8 +52,9 @@ from gemma_mtp.kv.blocks import BLOCK_ROWS
 from gemma_mtp.weights.dense import Dense
 from gemma_mtp.weights.formats import FORMATS
 
-#: seconds of each part: with what a part may take beyond, under ten minutes
+#: seconds of each part, and those after which it is killed: together under ten minutes
 BUDGETS = {1: 30.0, 2: 120.0, 3: 60.0, 4: 120.0, 5: 180.0}
+GRACE = 15.0
 KINDS = ("bf16", "int8", "int4")
 #: whose bits are compared at one size only
 FEW_KINDS = ("q8_0", "fp8")
@@ -85,7 +94,7 @@ def same_rows(run: Run, part: int, what: str, call: Callable[[list[int]], Tensor
             if row < count:
                 compared += one.numel()
                 wrong += differing(found[row : row + 1], one)
-    run.lines.append(Line(part, what, compared, wrong))
+    run.add(Line(part, what, compared, wrong))
 
 
 def products_of(run: Run) -> dict[str, tuple[int, Product]]:
@@ -111,7 +120,7 @@ def check_instructions(run: Run, N: int, K: int) -> None:
     weight, x = random_weight("bf16", N, K, run.device), torch.randn(128, K, device=run.device).bfloat16()
     whole = added(run.launch, linear(run.launch, x, weight))
     few = torch.cat([added(run.launch, linear(run.launch, piece, weight)) for piece in x.split(16)])
-    run.lines.append(Line(1, f"rows 16 at a time and 128 at once, {N} x {K}", whole.numel(), differing(whole, few)))
+    run.add(Line(1, f"rows 16 at a time and 128 at once, {N} x {K}", whole.numel(), differing(whole, few)))
 
 
 def check_model(run: Run, core: str, columns: int = 64, K: int = 256) -> None:
@@ -130,7 +139,7 @@ def check_model(run: Run, core: str, columns: int = 64, K: int = 256) -> None:
     )
     wrong = differing(found, expected)
     # the promise is equality among the card's own instructions; another model of the card breaks none
-    run.lines.append(Line(1, f"the NumPy model of {core}", note=f"{wrong} of {found.numel()} differ"))
+    run.add(Line(1, f"the NumPy model of {core}", note=f"{wrong} of {found.numel()} differ"))
 
 
 def check_attention(run: Run, H: int, G: int, d: int, window: int, context: int) -> None:
@@ -161,24 +170,24 @@ def check_attention(run: Run, H: int, G: int, d: int, window: int, context: int)
             compared += found.numel()
             wrong += differing(found, whole[begin : begin + chunk])
     alone = call([everyone[-1]])
-    run.lines.append(Line(3, what, compared + alone.numel(), wrong + differing(alone, whole[-1:])))
+    run.add(Line(3, what, compared + alone.numel(), wrong + differing(alone, whole[-1:])))
     several, attention.MOST_SCRATCH = attention.MOST_SCRATCH, 0
     joined = call(everyone)
     attention.MOST_SCRATCH = several
-    run.lines.append(Line(3, f"{what}, joined", joined.numel(), differing(joined, whole)))
+    run.add(Line(3, f"{what}, joined", joined.numel(), differing(joined, whole)))
 
 
 def _ints(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(numbers), dtype=torch.int32, device=device)
 
 
-def measure_copy(run: Run) -> None:
-    """Bytes read and written by a copy, a second."""
+def measure_copy(run: Run) -> Line:
+    """Bytes read and written by a copy, a second: what shares are of."""
     source = torch.empty(1 << (30 if run.on_card else 20), dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
     ms = run.milliseconds(lambda i: target.copy_(source), 4)
     run.copy_bandwidth = 2 * source.nbytes / ms / 1e6
-    run.lines.append(Line(1, "copy", milliseconds=ms, gb_per_second=run.copy_bandwidth))
+    return Line(1, "copy", milliseconds=ms, gb_per_second=run.copy_bandwidth)
 
 
 def measure_product(run: Run, name: str, kind: str, N: int, K: int, product: str = "") -> None:
@@ -200,7 +209,7 @@ def measure_product(run: Run, name: str, kind: str, N: int, K: int, product: str
 
 
 def part_1(run: Run) -> None:
-    measure_copy(run)
+    run.add(measure_copy(run))
     check_instructions(run, *run.scale.instructions)
     major = torch.cuda.get_device_capability(run.device)[0] if run.on_card else 9
     check_model(run, "Hopper" if major >= 9 else "Ada")
@@ -236,7 +245,7 @@ def part_4(run: Run) -> None:
     from gpu_generations import check_generations
 
     for what, compared, wrong, note in check_generations(run):
-        run.lines.append(Line(4, what, compared, wrong, note=note))
+        run.add(Line(4, what, compared, wrong, note=note))
 
 
 def part_5(run: Run) -> None:
@@ -265,21 +274,26 @@ def _shown(line: Line) -> Iterator[str]:
         yield "" if value is None else f"{value:.{digits}f}"
 
 
-def play(run: Run, parts: Sequence[int]) -> None:
-    """Run these parts, each until its budget is spent. A part that has no room left on the card says so."""
+def play(run: Run, number: int, begun: float) -> None:
+    """Run a part until its budget, from `begun` on, is spent. What goes wrong is a line of it."""
     torch.manual_seed(1)
-    if 1 not in parts:
-        measure_copy(run)
-    with torch.inference_mode():
-        for number in parts:
-            run.until = time.monotonic() + BUDGETS[number]
-            try:
-                PARTS[number](run)
-            except torch.OutOfMemoryError as error:
-                run.lines.append(Line(number, f"the rest did not fit: {str(error).splitlines()[0]}"))
-            run.free()
-            if run.spent():
-                run.lines.append(Line(number, "the budget was spent: what is left of the part did not run"))
+    run.until = begun + BUDGETS[number]
+    try:
+        with torch.inference_mode():
+            if number != 1:
+                measure_copy(run)
+            PARTS[number](run)
+    except torch.OutOfMemoryError as error:
+        run.add(Line(number, f"the rest did not fit: {_first_line(error)}"))
+    except Exception as error:
+        traceback.print_exc()
+        run.add(Line(number, f"the rest did not run: {type(error).__name__}: {_first_line(error)}", failed=True))
+    if run.spent():
+        run.add(Line(number, "the budget was spent: what is left of the part did not run"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _run(interpret: bool) -> Run | str:
@@ -294,38 +308,101 @@ def _run(interpret: bool) -> Run | str:
     return f"the kernels can not run, because {reason}" if reason else Run(torch.device("cuda"), on_device, full())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def play_alone(number: int, begun: float, interpret: bool, say: Callable[[str], None]) -> int:
+    """Run one part in this process, and say what it finds: JSON lines of where it runs, or of why it can not, and of
+    the table. Returns the exit code."""
+    run = _run(interpret)
+    if isinstance(run, str):
+        say(json.dumps({"refused": run}))
+        return 0
+    say(json.dumps({"where": where(run)}))
+    run.report = lambda line: say(json.dumps(asdict(line)))
+    play(run, number, begun)
+    return 0
+
+
+class Collected:
+    """What the parts said so far."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.lines: list[Line] = []
+        self.where = self.refused = ""
+
+    def take(self, said: str) -> None:
+        """Take a line of a part's output, and print what is new in it."""
+        try:
+            content = json.loads(said)
+        except ValueError:  # of a library that prints past Python
+            self.console.print(said.rstrip(), markup=False)
+            return
+        self.refused = content.get("refused", self.refused)
+        if "where" in content and not self.where:
+            self.where = content["where"]
+            self.console.print(self.where)
+        if "part" in content:
+            self.add(Line(**content))
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+        bits = f"{line.differing} of {line.compared} differ" if line.compared else ""
+        shown = (f"part {line.part}: {line.what}", bits, *_with_units(line), line.note)
+        self.console.print("; ".join(part for part in shown if part), soft_wrap=True, highlight=False)
+
+    def exit_code(self) -> int:
+        if any(line.differing for line in self.lines):
+            return 1
+        return 2 if self.refused or any(line.failed for line in self.lines) else 0
+
+
+def _with_units(line: Line) -> list[str]:
+    return [f"{value} {unit}" for value, unit in zip(_shown(line), ("ms", "GB/s", "of copy"), strict=True) if value]
+
+
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] = (sys.executable, __file__)) -> int:
+    """`program`: what a part's process runs, before the options that say which part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=int, nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", type=int, nargs="+", choices=PARTS, default=list(PARTS), help="these parts only")
     parser.add_argument("--json", type=Path, help="write the lines here, too")
     parser.add_argument("--interpret", action="store_true", help="in Triton's interpreter, at tiny sizes")
+    # of a part's own process, and when it was started
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    console = Console()
-    run = _run(options.interpret)
-    if isinstance(run, str):
-        print(f"gpu_check: {run}.", file=sys.stderr)
-        return 2
-    where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if run.on_card else "Triton's interpreter"
-    console.print(f"{where}, PyTorch {torch.__version__}, {driver(run)}")
-    play(run, options.parts)
-    console.print(table(run.lines))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(line) for line in run.lines], indent=1) + "\n", encoding="utf-8")
-    wrong = sum(line.differing for line in run.lines)
-    console.print(f"{wrong} of {sum(line.compared for line in run.lines)} numbers differ")
-    return 1 if wrong else 0
+    if options.alone is not None:
+        say = functools.partial(print, file=sys.stdout, flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what else is printed is no part of what it says
+            return play_alone(options.alone, options.begun, options.interpret, say)
+    found, interpret = Collected(Console()), ["--interpret"] if options.interpret else []
+    for number in options.only:
+        command = [*program, "--alone", str(number), "--begun", str(time.monotonic()), *interpret]
+        ended = watch(command, BUDGETS[number] + GRACE, found.take)
+        if found.refused:
+            print(f"gpu_check: {found.refused}.", file=sys.stderr)
+            return found.exit_code()
+        if ended is not None:
+            found.add(Line(number, f"the rest did not run: {ended}", failed=True))
+        if options.json:
+            options.json.write_text(
+                json.dumps([asdict(line) for line in found.lines], indent=1) + "\n", encoding="utf-8"
+            )
+    found.console.print(table(found.lines))
+    wrong = sum(line.differing for line in found.lines)
+    found.console.print(f"{wrong} of {sum(line.compared for line in found.lines)} numbers differ")
+    return found.exit_code()
 
 
-def driver(run: Run) -> str:
-    """The versions that bits may depend on."""
+def where(run: Run) -> str:
+    """Where it runs: the versions that bits may depend on."""
     import triton
 
+    versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}"
     if not run.on_card:
-        return f"Triton {triton.__version__}"
+        return f"Triton's interpreter, {versions}"
     major, minor = torch.cuda.get_device_capability(run.device)
     version = Path("/proc/driver/nvidia/version")
-    found = version.read_text(encoding="utf-8").splitlines()[0] if version.is_file() else "driver unknown"
-    return f"Triton {triton.__version__}, sm_{major}{minor}, {found}"
+    driver = version.read_text(encoding="utf-8").splitlines()[0] if version.is_file() else "driver unknown"
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}, {versions}, {driver}"
 
 
 if __name__ == "__main__":

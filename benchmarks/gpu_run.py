@@ -18,7 +18,8 @@ from gemma_mtp.backend.cuda.replay import CudaReplays, Replays
 
 @dataclass
 class Line:
-    """A line of the table. `differing` of `compared` numbers have other bits; `share` is of the copy bandwidth."""
+    """A line of the table. `differing` of `compared` numbers have other bits; `share` is of the copy bandwidth.
+    `failed`: an error kept something from being shown."""
 
     part: int
     what: str
@@ -28,6 +29,7 @@ class Line:
     gb_per_second: float | None = None
     share: float | None = None
     note: str = ""
+    failed: bool = False
 
 
 class EagerReplays:
@@ -45,13 +47,14 @@ class EagerReplays:
 
 @dataclass
 class Run:
-    """`launched` kernels so far, and `waits` of the host for rounds."""
+    """`launched` kernels so far, and `waits` of the host for rounds. `report` is given each line as it is found."""
 
     device: torch.device
     launch_by: Launch
     scale: Scale
     copy_bandwidth: float = 0.0
     until: float = float("inf")
+    report: Callable[[Line], None] = lambda line: None
     lines: list[Line] = field(default_factory=list)
     launched: int = 0
     waits: int = 0
@@ -67,7 +70,12 @@ class Run:
 
     def replays(self) -> Replays:
         """Returns a runtime for whole rounds, whose waits are counted."""
-        return _Counted(self, CudaReplays() if self.on_card else EagerReplays())
+        return _Counted(self, CudaReplays(self.device) if self.on_card else EagerReplays())
+
+    def add(self, line: Line) -> None:
+        """Add a line, which is reported at once."""
+        self.lines.append(line)
+        self.report(line)
 
     def spent(self) -> bool:
         return time.monotonic() > self.until
@@ -120,7 +128,7 @@ class Run:
         """Add a line of what was timed, beside the bytes that it had to read."""
         speed = nbytes / milliseconds / 1e6
         share = speed / self.copy_bandwidth if self.copy_bandwidth else None
-        self.lines.append(Line(part, what, 0, 0, milliseconds, speed, share, note))
+        self.add(Line(part, what, 0, 0, milliseconds, speed, share, note))
 
 
 class _Counted:

@@ -126,8 +126,8 @@ def main() -> None:
             panels = Panels.of(Dense(dense))
             operators += [native_operator(isa, f"{name} in panels", panels) for isa in args.isa]
     for form in FORMATS.values():
-        if form.quantised:
-            quantised = form.of(Dense(weight))
+        quantised = form.of(Dense(weight)) if form.quantised else None
+        if quantised is not None and quantised.native() is not None:
             operators += [native_operator(isa, form.format, quantised) for isa in args.isa]
     measure(operators, args.rows, args.shape[1], args.repeats)
     show(operators, args.rows, read_bandwidth(), args)

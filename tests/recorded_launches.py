@@ -15,6 +15,7 @@ from gemma_mtp.backend.base import DraftRows, Rows
 from gemma_mtp.backend.cuda.backend import CudaBackend
 from gemma_mtp.backend.cuda.dots import FP8
 from gemma_mtp.backend.cuda.draws import draws_on
+from gemma_mtp.backend.cuda.weights import WHOLE_ROW
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.config.presets import PRESETS
 from gemma_mtp.decoding.params import Filters
@@ -152,9 +153,9 @@ def recorded(size: str, weights: str) -> set[Kernel]:
 
 
 def in_fp8(kernel: Kernel) -> Kernel:
-    """The same product with dense weights in e4m3, which no checkpoint loads into yet."""
+    """The same product with dense weights in e4m3, as the checkpoints of other tools have them."""
     types = {"w": "*u8", "scales": "*fp32"}
-    constants = dict(kernel.constants) | {"KIND": FP8, "GROUP": 128}
+    constants = dict(kernel.constants) | {"KIND": FP8, "GROUP": WHOLE_ROW}
     return kernel._replace(
         types=tuple((name, types.get(name, kind)) for name, kind in kernel.types),
         constants=tuple(sorted(constants.items())),

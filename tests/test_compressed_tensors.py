@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import torch
 from foreign import check_read, write_foreign
 from torch import Tensor
 
+from gemma_mtp.checkpoint import fp8_values, load_target, stored_tensors, text_headers
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
+from gemma_mtp.weight_types import parse_weight_types
+from gemma_mtp.weights.fp8 import Fp8
+from gemma_mtp.weights.matrix import matrices
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTEGERS: dict[str, dict[str, Any]] = {
     "w4a16 in groups of 32": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
     "4 bits in rows": {"num_bits": 4, "strategy": "channel", "symmetric": True},
@@ -95,6 +101,54 @@ def test_values_are_the_librarys(
 
     write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, dtype)
     check_read(tmp_path, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["FP8 in rows", "FP8 in one", "FP8 in blocks", "int8 in rows"])
+def test_fp8_stays_for_kernels_that_multiply_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each row has one scale, with no value rounded; what kernels read of it are the bytes that are stored."""
+    format, arguments = FORMATS[name]
+    exact: list[Tensor] = []
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.bfloat16(), format, arguments)
+        if packed["weight"].dtype == torch.float8_e4m3fn and name != "FP8 in blocks":
+            exact.append(packed["weight"].float() * packed["weight_scale"].float())
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
+
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)})
+    monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 3000)
+    plain, target = (load_target(tmp_path, torch.bfloat16, fp8=fp8) for fp8 in (False, True))
+    weights = target.checkpoint_tensors()
+    assert all(torch.equal(weights[key].dense(), weight.dense()) for key, weight in plain.checkpoint_tensors().items())
+    kept = [weight for weight in weights.values() if isinstance(weight, Fp8)]
+    assert len(kept) == len(exact) and (kept == []) == (name not in ("FP8 in rows", "FP8 in one"))
+    assert all(any(torch.equal(weight.values(), values) for values in exact) for weight in kept)
+    assert fp8_values(text_headers(tmp_path)) == sum(weight.numel() for weight in kept)
+    # what is quantised while loading is made of the values, where its columns allow, and what is saved is floats
+    quantised = load_target(tmp_path, torch.bfloat16, types=parse_weight_types("target=int8"), fp8=True)
+    left = [matrix.stored for matrix in matrices(quantised) if isinstance(matrix.stored, Fp8)]
+    assert all(weight.shape[-1] % 64 for weight in left) and len(left) < max(1, len(exact))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored_tensors(weights).values())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the extra gpu-test is not installed")
+def test_kernels_get_the_bytes_that_are_stored(tmp_path: Path) -> None:
+    from gemma_mtp.backend.cuda.backend import CudaBackend
+    from gemma_mtp.backend.cuda.dots import FP8
+
+    format, arguments = FORMATS["FP8 in rows"]
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.bfloat16(), format, arguments)
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
+
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)})
+    target = load_target(tmp_path, torch.bfloat16, fp8=True)
+    held = {tensor.data_ptr() for matrix in matrices(target) for tensor in matrix.stored.kept().values()}
+    layers = CudaBackend(target, None, print).on_device.layers  # type: ignore[arg-type]
+    for weight in (weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)):
+        assert weight.kind == FP8 and weight.group >= weight.columns
+        assert {weight.data.data_ptr(), weight.scales.data_ptr()} <= held
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

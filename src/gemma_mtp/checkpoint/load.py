@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from gemma_mtp.checkpoint.blocks import READ
-from gemma_mtp.checkpoint.kept import keep_blocks_
+from gemma_mtp.checkpoint.kept import keep_stored_
 from gemma_mtp.checkpoint.open import open_source
+from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS
 from gemma_mtp.checkpoint.read import (
     Contents,
     check_headers,
@@ -42,17 +43,19 @@ def load_target(
     types: WeightTypes | None = None,
     strict: bool = False,
     on_bytes: OnBytes = nobody,
+    fp8: bool = False,
 ) -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
     `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks of
-    a kind that the operators multiply too. What is not as it should be but can be loaded is logged, or refused with
+    a kind that the operators multiply too, and with `fp8`, for kernels that multiply it, FP8 with a scale for each row
+    or tensor. What is not as it should be but can be loaded is logged, or refused with
     `strict`. Peak memory: the weights as they are kept, plus a piece of 32 MB as it is stored and as much again where
     it is quantised; on a card, where both happen, twice 64 MB of the host's beside. `on_bytes` is told how many stored
     bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
     """
     source = open_source(location)
-    target = _load(source, read_target_config(source), dtype, device, types, strict, on_bytes)
+    target = _load(source, read_target_config(source), dtype, device, types, strict, on_bytes, fp8)
     assert isinstance(target, Target)
     return target
 
@@ -64,10 +67,11 @@ def load_drafter(
     types: WeightTypes | None = None,
     strict: bool = False,
     on_bytes: OnBytes = nobody,
+    fp8: bool = False,
 ) -> Drafter:
     """Load a drafter in inference mode; the rest as in `load_target`."""
     source = open_source(location, "drafter")
-    drafter = _load(source, read_drafter_config(source), dtype, device, types, strict, on_bytes)
+    drafter = _load(source, read_drafter_config(source), dtype, device, types, strict, on_bytes, fp8)
     assert isinstance(drafter, Drafter)
     return drafter
 
@@ -125,17 +129,20 @@ def _load(
     types: WeightTypes | None,
     strict: bool,
     on_bytes: OnBytes,
+    fp8: bool,
 ) -> Target | Drafter:
     contents: Contents[Any] = read_contents(source, config)
     model = planned_model(source, contents, dtype, types)
-    keep_blocks_(model, contents.headers)
+    headers = keep_stored_(model, contents.headers, fp8)
     report(source, [*contents.notes, *rounded(model, contents)], strict)
     _log(contents)
+    if kept := sum(header.dtype == FP8_ROWS for header in headers.values()):
+        logger.info("%d of these matrices stay FP8, with no value rounded", kept)
     model = _with_memory(model, source, device)
-    views = stored_views(model.checkpoint_tensors(), contents.headers)
+    views = stored_views(model.checkpoint_tensors(), headers)
     with torch.no_grad():
         added, upload = additions(contents, views), uploads_to(torch.device(device))
-        changes = copy_tensors(source, views, contents.headers, added, on_bytes, upload)
+        changes = copy_tensors(source, views, headers, added, on_bytes, upload)
     if changes.values:
         logger.info("%s", changes)
     return model.eval().requires_grad_(False)

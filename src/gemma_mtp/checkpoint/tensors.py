@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.blocks import READ, dequantised
-from gemma_mtp.checkpoint.kept import holds_blocks, take_blocks
+from gemma_mtp.checkpoint.kept import holds_stored, take_stored
 from gemma_mtp.checkpoint.pieces import NAMES
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, INTEGER_DTYPES, OnBytes, Source
 from gemma_mtp.checkpoint.upload import Upload, as_it_is
@@ -82,14 +82,14 @@ def copy_tensors(
     upload: Upload = as_it_is,
 ) -> Int4Changes:
     """Copy every stored tensor into the view of the same name, piece by piece: converted to its dtype, quantised, or
-    blocks as they are. All of that happens where `upload` brings a piece."""
+    quantised values as they are. All of that happens where `upload` brings a piece."""
     changes = Int4Changes()
     for name, rows, read in _read_stored(source, views, headers, on_bytes):
         stored = upload(read)
         del read
         view = views[name] if rows is None else views[name][rows]
-        if holds_blocks(view, headers[name]):
-            take_blocks(view, headers[name], stored)
+        if holds_stored(view, headers[name]):
+            take_stored(view, headers[name], stored)
         else:
             value = _value(headers[name], stored, added.get(name))
             view.copy_(value)

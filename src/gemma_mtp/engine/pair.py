@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_mtp import checkpoint
+from gemma_mtp.backend.cuda.usable import usable_on
 from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.chat.turn import Event, TurnReader
@@ -209,12 +210,14 @@ def load_pair(
     generation = _generation_defaults(source, target_config, strict)
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
     stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
-    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device)
+    fp8 = chosen_dtype is torch.bfloat16 and usable_on(chosen_device)
+    kept = checkpoint.fp8_values(checkpoint.text_headers(source)) if fp8 and stored.target is None else 0
+    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device, kept)
     how = chosen_dtype, chosen_device, types, strict
-    loaded_target = checkpoint.load_target(source, *how, functools.partial(on_bytes, "target"))
+    loaded_target = checkpoint.load_target(source, *how, functools.partial(on_bytes, "target"), fp8)
     loaded_drafter = None
     if drafter_source is not None:
-        loaded_drafter = checkpoint.load_drafter(drafter_source, *how, functools.partial(on_bytes, "drafter"))
+        loaded_drafter = checkpoint.load_drafter(drafter_source, *how, functools.partial(on_bytes, "drafter"), fp8)
     return Pair(
         backend=make_backend(loaded_target, loaded_drafter),
         tokenizer=source.tokenizer() if source.has_tokenizer else None,
@@ -266,6 +269,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise CheckpointError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device; use cpu.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise CheckpointError(
+            f"device {device!r} was asked for, but of CUDA devices there are {count}, from cuda:0 on."
+        )
     return chosen
 
 

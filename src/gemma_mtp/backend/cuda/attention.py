@@ -23,7 +23,7 @@ STACKED = 16
 #: programs that walk the spans of one group of rows
 SLOTS = 16
 #: bytes of spans' results, at most: beyond, one program joins all of its spans
-MOST_SCRATCH = 1 << 26
+MOST_SCRATCH = 1 << 28
 
 
 class Stacks(NamedTuple):
@@ -82,15 +82,17 @@ def one_span(
     return largest, tl.max(sums, 1), acc  # all columns of `sums` are the same
 
 
-@triton.jit(do_not_specialize=["table_stride", "H", "G", "blocks", "window", "behind", "kept"])
+@triton.jit(do_not_specialize=["table_stride", "H", "G", "blocks", "window", "behind", "kept", "slots"])
 def attend_kernel(
     queries, keys, values, first_rows, counts, positions, owners, tables, table_stride, out, spans, numbers,
-    H, G, d, blocks, window, behind, kept,
-    PER_ROW: tl.constexpr, JOIN: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, G, d, blocks, window, behind, kept, slots,
+    PER_ROW: tl.constexpr, JOIN: tl.constexpr, M: tl.constexpr, SPAN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A stack of rows and the query heads of one key-value head. JOIN: all spans, and out bf16 [R, H, d]. Else each
-    SLOTS-th span: spans float32 [R, H, kept, d], and numbers [R, H, kept, 2] with its largest score and sum."""
+    `slots`-th span: spans float32 [R, H, kept, d], and numbers [R, H, kept, 2] with its largest score and sum.
+
+    `slots` is no constant: a growing context has more and more, and each would be compiled anew."""
     stack, group, slot = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     stacked, at_d = tl.arange(0, M), tl.arange(0, BLOCK_D)
     of_group = H // G
@@ -107,10 +109,9 @@ def attend_kernel(
     whole_mask = valid[:, None] & (at_d < d)[None, :]
     q = tl.load(q_places, mask=whole_mask, other=0.0)
     table = tables + tl.load(owners + first_row).to(tl.int64) * table_stride
-    step = 1 if JOIN else SLOTS
     total_max, total_sum = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
     total = tl.zeros((M, BLOCK_D), tl.float32)
-    for number in range(lowest // SPAN + slot, tl.cdiv(highest, SPAN), step):
+    for number in range(lowest // SPAN + slot, tl.cdiv(highest, SPAN), slots):
         begin = tl.maximum(number * SPAN, lowest // BLOCK_ROWS * BLOCK_ROWS)
         stop = tl.minimum((number + 1) * SPAN, highest)
         largest, sums, acc = one_span(
@@ -176,8 +177,8 @@ def attend(launch: Launch, queries_RHd: Tensor, keys: Tensor, values: Tensor, st
     launch(
         attend_kernel, (len(stacks.first_A), G, slots), queries_RHd, keys, values, *stacks, seen.positions_R,
         seen.owners_R, seen.tables, seen.tables.stride(0), out, spans, numbers, H, G, d, keys.shape[1], seen.window,
-        seen.behind, kept, PER_ROW=per_row, JOIN=join, SLOTS=slots, M=rows * per_row, SPAN=SPAN,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_D=block_d, warps=8 if block_d > 256 else 4,
+        seen.behind, kept, slots, PER_ROW=per_row, JOIN=join, M=rows * per_row, SPAN=SPAN, BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_D=block_d, warps=8 if block_d > 256 else 4,
     )  # fmt: skip
     if not join:
         launch(

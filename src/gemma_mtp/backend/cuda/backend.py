@@ -52,7 +52,7 @@ class CudaBackend:
         self.on_device = device_target or DeviceTarget(target)
         self.drafts = None if drafter is None else DeviceDrafter(drafter, self.on_device)
         self.ropes = RopeTables(target.config, self.device)
-        self.replays = CudaReplays() if replays is None and launch is on_device else replays
+        self.replays = CudaReplays(self.device) if replays is None and launch is on_device else replays
         self.rounds = None if self.replays is None else self._rounds(self.replays)
 
     @property

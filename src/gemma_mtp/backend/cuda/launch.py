@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 
 class Launch(Protocol):
     """Runs a kernel over a grid. Arguments are those of the kernel, constants by name."""
@@ -15,8 +17,10 @@ class Launch(Protocol):
 def on_device(
     kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 2, **constants: Any
 ) -> None:
-    """Launch on the current stream of the arguments' device."""
-    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    """Launch on the current stream of the first argument's device. Triton asks for the thread's current one, which in a
+    new thread is the first card."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
 
 
 def power_of_two(size: int) -> int:

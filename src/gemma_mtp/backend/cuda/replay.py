@@ -3,6 +3,7 @@ wait for."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,15 +27,23 @@ class Replays(Protocol):
         ...
 
 
+#: recording begins by waiting for the card and giving memory back, which nobody may do while another thread records
+_RECORDING = threading.Lock()
+
+
 class CudaReplays:
     """CUDA's graphs, in one pool of memory: they are played one after another, and keep nothing in it in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # PyTorch's own for this is of the card that first recorded something
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        # "thread_local": other threads may go on allocating and waiting meanwhile
+        recording = torch.cuda.graph(graph, self._memory, self._stream, "thread_local")
+        with _RECORDING, torch.cuda.device(self._device), recording:
             body()
         return graph.replay
 
@@ -43,5 +52,5 @@ class CudaReplays:
 
     def mark(self) -> Callable[[], None]:
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event.synchronize

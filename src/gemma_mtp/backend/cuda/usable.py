@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
@@ -22,14 +24,19 @@ ASKED_BY = "GEMMA_MTP_CUDA"
 HONOURED = {"value_norm", "score_scale", "layer_scalar", "float32_norms"}
 
 
-def asked_for(target: Target) -> bool:
-    """Whether the environment asks for the kernels, for a target on a card."""
-    return target.embed_tokens.device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+def asked_for(device: torch.device) -> bool:
+    """Whether the environment asks for the kernels, for models on a card."""
+    return device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+
+
+def usable_on(device: torch.device) -> bool:
+    """Whether the kernels are asked for and can run on a device, so that weights can be loaded for them."""
+    return asked_for(device) and why_not_on(device) is None
 
 
 def usable(target: Target, drafter: Drafter | None) -> bool:
     """Whether the kernels are asked for and can run the pair. Warns once, with the reason, where they can not."""
-    if not asked_for(target):
+    if not asked_for(target.embed_tokens.device):
         return False
     reason = why_not(target, drafter)
     if reason is not None:
@@ -81,4 +88,14 @@ def why_not_on(device: torch.device) -> str | None:
         return "Triton is not installed (pip install triton)"
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
         return "there is no C compiler, which Triton needs at the first launch (apt-get install gcc)"
-    return None
+    if not Path(sysconfig.get_path("include", scheme=_headers_scheme()), "Python.h").is_file():
+        return "Python's headers are missing, which Triton needs at the first launch (apt-get install python3-dev)"
+    from gemma_mtp.backend.cuda.probe import failed_launch
+
+    return failed_launch(device)
+
+
+def _headers_scheme() -> str:
+    """Returns where Triton looks for headers: not where Debian's Python installs packages by default."""
+    scheme = sysconfig.get_default_scheme()
+    return "posix_prefix" if scheme == "posix_local" else scheme

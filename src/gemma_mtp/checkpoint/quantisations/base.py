@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from gemma_mtp.checkpoint.derived import Decode, Part, derived
+from gemma_mtp.checkpoint.derived import Decode, DerivedTensor, Part, derived
+from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, fp8_rows
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Source
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.headers import StoredTensor
@@ -113,9 +114,17 @@ class Quantised:
         names = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
         return names.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
 
+    def fp8_matrix(
+        self, weight: StoredTensor, scale: StoredTensor, decode: Decode, dtype: str | None = None
+    ) -> StoredTensor:
+        """Returns a derived tensor of FP8 with a scale for each row or for all, which a weight can be kept as."""
+        parts = [Part(weight), Part(scale, 0 if scale.shape in ((), (1,)) else 1)]
+        made = self.matrix(weight.name, weight.shape, parts, decode, dtype)
+        return replace(made, undecoded=fp8_rows, stored_as=FP8_ROWS)
+
     def matrix(
         self, name: str, shape: Sequence[int], parts: Sequence[Part], decode: Decode, dtype: str | None = None
-    ) -> StoredTensor:
+    ) -> DerivedTensor:
         """Returns a derived tensor, of a dtype that is given, or of its scales' where one of its parts is a float."""
         floats = [part.tensor.dtype for part in parts if part.tensor.dtype in FLOAT_DTYPES]
         return derived(name, shape, dtype or (floats[0] if floats else self.dtype), parts, decode)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+#: the dtype of `fp8_rows`
+FP8_ROWS = "FP8 rows"
 #: values of FP4 (E2M1), by their four bits
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -36,6 +40,14 @@ def fp4(packed: Tensor, count: int) -> Tensor:
 def e4m3(stored: Tensor) -> Tensor:
     """Returns float32 values of FP8 (E4M3), whatever bytes they are stored as."""
     return stored.view(torch.float8_e4m3fn).float()
+
+
+def fp8_rows(parts: Sequence[Tensor], rows: range) -> Tensor:
+    """Returns rows as `weights.fp8` takes them, uint8 [..., 4 + K], of FP8 and of scales for each row or for all."""
+    values, scale = parts
+    scales = scale.float().reshape(1) if scale.numel() == 1 else scale.float()
+    each = scales.expand(*values.shape[:-1], 1).contiguous()
+    return torch.cat((each.view(torch.uint8), values.view(torch.uint8)), -1)
 
 
 def e8m0(stored: Tensor) -> Tensor:

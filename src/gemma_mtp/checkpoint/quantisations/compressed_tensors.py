@@ -125,7 +125,11 @@ def _stored_as_is(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], re
         else:
             checkpoint.fitting(scale, FLOATS)
             parts, decode = [Part(tensor), Part(scale, 0)], functools.partial(_block_scaled, found)
-        reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, decode)
+        by_row = found is None and (scale.shape in ((), (1,)) or scale.shape[-1] == 1)
+        if tensor.dtype == "F8_E4M3" and by_row:
+            reading.tensors[name] = checkpoint.fp8_matrix(tensor, scale, decode)
+        else:
+            reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, decode)
         reading.used |= {name, scale.name}
         kind = "FP8" if tensor.dtype == "F8_E4M3" else "8 bits"
         each = "tensor" if scale.shape in ((), (1,)) else "block" if found else "row"

@@ -33,8 +33,7 @@ def read(checkpoint: Quantised) -> Reading:
             _read_nvfp4(checkpoint, name, reading)
         elif weight is not None and weight.dtype == "F8_E4M3":
             checkpoint.fitting(scale, ("F32",), (), (1,))
-            parts = [Part(weight), Part(scale, 0)]
-            reading.tensors[name] = checkpoint.matrix(name, weight.shape, parts, _fp8, checkpoint.dtype)
+            reading.tensors[name] = checkpoint.fp8_matrix(weight, scale, _fp8, checkpoint.dtype)
             reading.used |= {name, scale.name}
             reading.kinds["FP8 with a scale for each tensor"] += 1
     activations = {f"{name}.{end}" for end in ACTIVATIONS for name, _ in checkpoint.named(f".{end}")}
