@@ -7,7 +7,6 @@ constrains and can not be written so is refused by name.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -22,8 +21,8 @@ from gemma_mtp.decoding.call_schema import (
     REMARKS,
     TYPES,
     UnsupportedError,
+    all_apart,
     alone,
-    apart,
     count_of,
     pointed,
     properties_in,
@@ -36,6 +35,8 @@ from gemma_mtp.decoding.call_schema import (
 from gemma_mtp.errors import SamplingError
 
 _COMMA = '","'
+#: of all tools; a property has three, or more by its schema
+MAX_RULES = 7500
 #: rules that refer to each other: of properties one after the other, too
 MAX_RULES_DEEP = 1000
 _NAME, _TEXTS = re.compile(r"\b(?:r|ref)[0-9]+\b"), re.compile(r'"(?:\\.|[^"\\])*"')
@@ -98,6 +99,8 @@ class _Rules:
         depth = 1 + max((self._depths.get(word, 0) for word in _NAME.findall(_TEXTS.sub("", body))), default=0)
         if depth > MAX_RULES_DEEP:  # which llguidance goes down by recursion
             raise UnsupportedError("there are too many properties or items of one value, or it is nested too deeply")
+        if len(self.lines) > MAX_RULES:
+            raise SamplingError("the tools have more properties and values in all than can be held to; use fewer.")
         self._depths[name] = depth
         self.lines.append(f"{name}: {body}")
         return name
@@ -143,7 +146,7 @@ class _Rules:
         """Whether no value is accepted by two of them, as far as types and a property that tells them apart say."""
         if not all(isinstance(part, dict) for part in parts):
             return False
-        return all(itertools.starmap(apart, itertools.combinations((resolved(part, self._root) for part in parts), 2)))
+        return all_apart([resolved(part, self._root) for part in parts])
 
     def _constants(self, schema: Mapping[str, Any]) -> str:
         values = [schema["const"]] if "const" in schema else schema["enum"]
@@ -154,7 +157,18 @@ class _Rules:
         accepted = [value for value in values if types_in(schema) & types_of(value)]
         if not accepted:
             raise UnsupportedError("a schema that accepts nothing")
-        return self._rule(" | ".join(map(self._constant, accepted)))
+        texts = [_literal(value) for value in accepted if isinstance(value, str) and value]
+        words = [self._constant(value) for value in accepted if not isinstance(value, str | list | dict)]
+        found = [self._constant(value) for value in accepted if isinstance(value, list | dict) or value == ""]
+        if texts:
+            found.append(f"q {self._any_of(texts)} q")
+        if words:
+            found.append(self._any_of(words))
+        return self._rule(" | ".join(found))
+
+    def _any_of(self, literals: Iterable[str]) -> str:
+        """One automaton of all of them: rules would be items of a row each, and work in each of its tokens."""
+        return self._rule(" | ".join(dict.fromkeys(literals)), "TEXT")
 
     def _constant(self, value: Any) -> str:
         if isinstance(value, str):

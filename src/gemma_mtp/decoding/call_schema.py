@@ -3,8 +3,11 @@ held is refused by name."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +26,8 @@ FORMATS = {
     "email": r"[a-zA-Z0-9._%+-]+@[a-zA-Z0-9-]+(\.[a-zA-Z0-9-]+)+",
 }
 FORMATS["date-time"] = f"{FORMATS['date']}[Tt]{FORMATS['time']}"
+#: objects of one oneOf that are compared each with each other
+MAX_PAIRED = 200
 #: followed one after the other
 MAX_REFERENCES = 64
 TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
@@ -121,23 +126,36 @@ def alone(schema: Mapping[str, Any], word: str) -> None:
         raise UnsupportedError(f"{word} beside {min(others)}")
 
 
-def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether no value is accepted by both schemas: by their types, or by a property that both must have."""
-    kinds, others = ({"number" if t == "integer" else t for t in types_in(schema)} for schema in (one, other))
-    if kinds.isdisjoint(others):
-        return True
-    names = set(required_in(one)) & set(required_in(other))
-    tags = [(_tag(one, name), _tag(other, name)) for name in names]
-    return kinds & others == {"object"} and any(a is not None and b is not None and a != b for a, b in tags)
+def all_apart(schemas: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no value is accepted by two of the schemas: by their types, or by a property that both must have."""
+    kinds = [{"number" if kind == "integer" else kind for kind in types_in(schema)} for schema in schemas]
+    objects = [i for i, found in enumerate(kinds) if "object" in found]
+    others = Counter(kind for found in kinds for kind in found if kind != "object")
+    if max(others.values(), default=0) > 1:
+        return False
+    tags = [_tags(schemas[i]) for i in objects]
+    shared = set(tags[0]).intersection(*tags[1:]) if tags else set()
+    if any(len({tag[name] for tag in tags}) == len(tags) for name in shared):
+        return True  # one property tells all of them apart
+    if len(tags) > MAX_PAIRED:
+        raise UnsupportedError(f"oneOf of more than {MAX_PAIRED} objects that no one property tells apart")
+    return all(
+        any(one[name] != other[name] for name in set(one) & set(other))
+        for one, other in itertools.combinations(tags, 2)
+    )  # fmt: skip
 
 
-def _tag(schema: Mapping[str, Any], name: str) -> Any:
-    """The one value of a property."""
-    of_property = properties_in(schema).get(name)
-    if not isinstance(of_property, dict):
-        return None
-    values = [of_property["const"]] if "const" in of_property else of_property.get("enum")
-    return values[0] if isinstance(values, list) and len(values) == 1 else None
+def _tags(schema: Mapping[str, Any]) -> dict[str, str]:
+    """Properties that must be there and have one value, which is no list or object; the value as JSON."""
+    tags = {}
+    for name in required_in(schema):
+        of_property = properties_in(schema).get(name)
+        given = of_property if isinstance(of_property, dict) else {}
+        values = [given["const"]] if "const" in given else given.get("enum")
+        if isinstance(values, list) and len(values) == 1 and not isinstance(values[0], list | dict):
+            value = values[0]  # 1.0 is 1, but true is not
+            tags[name] = json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return tags
 
 
 def whole_text(pattern: Any) -> str:

@@ -26,7 +26,9 @@ from typing import Any, Literal, get_args
 from gemma_mtp.chat.calls import NAME
 from gemma_mtp.chat.marks import TurnMarks
 from gemma_mtp.decoding.call_grammar import call_lark
+from gemma_mtp.decoding.expression_cost import check_expression
 from gemma_mtp.decoding.schema import check_drafts, largest_multiple, without_annotations
+from gemma_mtp.decoding.schema_cost import check_cost
 from gemma_mtp.decoding.schema_depth import check_depth
 from gemma_mtp.errors import SamplingError, missing_extra
 from gemma_mtp.text import is_text
@@ -103,6 +105,8 @@ def _check_source(grammar: Grammar) -> None:
         raise SamplingError(f"the {name} has {len(source)} characters, but may have {MAX_SOURCE_LENGTH}; shorten it.")
     if not is_text(source):
         raise SamplingError(f"the {name} has half a surrogate pair, which is not text; remove it.")
+    if grammar.kind == "regex":
+        check_expression(source, name)
     if grammar.kind == "json_schema":
         _check_schema(source, name)
     if grammar.kind == "calls":
@@ -147,6 +151,7 @@ def _check_schema(source: str, name: str) -> None:
     except RecursionError:
         raise SamplingError(f"the {name} is nested too deeply; flatten it.") from None
     check_depth(schema, name)
+    check_cost(schema, name)
     if not whole:
         raise SamplingError(f"the {name} has half a surrogate pair, which is not text; remove it.")
     if multiple > MAX_MULTIPLE:
@@ -156,6 +161,7 @@ def _check_schema(source: str, name: str) -> None:
         )
 
 
+@functools.lru_cache(maxsize=8)  # it is asked for once when the grammar is made, and once when it is compiled
 def compiler_input(grammar: Grammar, marks: TurnMarks = _MARKS) -> str:
     """Returns a grammar as llguidance takes it. `marks` are those of calls."""
     matcher = llguidance().LLMatcher

@@ -20,7 +20,7 @@ def check_depth(schema: dict[str, Any], name: str) -> None:
 
     Where a reference is no path from the root (`$anchor`, `$id`), all that there is counts as one way down.
     """
-    if _named_references(schema) and sum(1 for _ in _containers(schema)) > MAX_DEPTH:
+    if named_references(schema) and sum(1 for _ in _containers(schema)) > MAX_DEPTH:
         raise SamplingError(f"the {name} is too large for references by name; use paths, such as #/$defs/a.")
     if _Heights(schema, name).of(schema, 0) > MAX_DEPTH:
         raise _too_deep(name)
@@ -53,11 +53,12 @@ class _Heights:
     def _pointed(self, reference: str, level: int) -> int:
         if reference not in self._known:
             self._known[reference] = 0  # of a reference into itself, which is not gone down twice
-            self._known[reference] = self.of(_at(self._root, reference), level)
+            self._known[reference] = self.of(pointed_at(self._root, reference), level)
         return self._known[reference]
 
 
-def _at(root: Any, reference: str) -> Any:
+def pointed_at(root: Any, reference: str) -> Any:
+    """What a path such as #/$defs/a leads to; None where nothing is."""
     node = root
     for part in unquote(reference).removeprefix("#").split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
@@ -79,7 +80,8 @@ def _containers(node: Any) -> Iterator[Any]:
             left += each.values() if isinstance(each, dict) else each
 
 
-def _named_references(schema: dict[str, Any]) -> bool:
+def named_references(schema: dict[str, Any]) -> bool:
+    """Whether a reference is no path from the root, or may be none."""
     references = (node.get("$ref") for node in _containers(schema) if isinstance(node, dict))
     inner = any("$id" in node for node in _containers(schema) if isinstance(node, dict) and node is not schema)
     return inner or any(isinstance(each, str) and each != "#" and not each.startswith("#/") for each in references)
