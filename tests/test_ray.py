@@ -51,6 +51,8 @@ from gemma_mtp.server.ray_app import Pulse, build
 from gemma_mtp.server.ray_ingress import Door, Forwarded, is_opening, merge_metrics
 from gemma_mtp.server.ray_routing import BEGINNING, ConversationRouter, conversation_of, home_of
 from gemma_mtp.server.ray_settings import RaySettings
+from gemma_mtp.server.response_store import PATH as STORED
+from gemma_mtp.server.response_store import new_id, server_of
 from gemma_mtp.server.settings import ServerSettings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -156,6 +158,8 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prompt": list(range(BEGINNING))}, {"prompt": [*range(BEGINNING), 7]}),
     ({"prompt": "one"}, {"prompt": ["one", "two"]}),
     ({"prompt": [1, 2]}, {"prompt": [[1, 2], [3]]}),
+    ({"input": "x" * BEGINNING}, {"input": "x" * BEGINNING + "y"}),
+    ({"input": chat("", "a")["messages"]}, {"input": [*chat("", "a", "b")["messages"], {"type": "function_call"}]}),
 ]
 DIFFERENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (chat("Be brief.", "Hello"), chat("Be brief.", "Good day")),
@@ -197,7 +201,7 @@ def test_a_lost_replica_moves_its_own_conversations_only() -> None:
     assert homes == {c: home_of(c, replicas[::-1]) for c in conversations}
 
 
-def choose(loads: dict[str, int], conversation: str, room: int = 4) -> list[list[str]]:
+def choose(loads: dict[str, int], conversation: str, room: int = 4, replica: str = "") -> list[list[str]]:
     """The ids of the ranks that a router makes of replicas with so many requests each."""
 
     async def ranks() -> list[list[str]]:
@@ -208,7 +212,8 @@ def choose(loads: dict[str, int], conversation: str, room: int = 4) -> list[list
         replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in loads]
         router._load = lambda replica_id: loads[replica_id.unique_id]  # type: ignore[method-assign]
         request = SimpleNamespace(
-            args=[SimpleNamespace(conversation=conversation)], routing_context=SimpleNamespace(should_backoff=False)
+            args=[SimpleNamespace(conversation=conversation, replica=replica)],
+            routing_context=SimpleNamespace(should_backoff=False),
         )
         made = await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
         assert request.routing_context.should_backoff
@@ -236,6 +241,37 @@ def test_without_a_conversation_two_are_drawn() -> None:
     assert len(set(rank)) == 2
     assert choose({"a": 0}, "") == [["a"]]
     assert choose({"a": 0}, "c") == [["a"], []]
+
+
+def test_a_stored_response_is_asked_for_where_it_is() -> None:
+    assert choose({"a": 9, "b": 0, "c": 0}, "c", replica="a") == [["a"]]
+    assert len(choose({"a": 0, "b": 0}, "c", replica="gone")) == 2  # which says that it is not kept
+
+
+#: what names replica r2
+OF_R2: list[tuple[str, Any]] = [
+    (f"{STORED}/{new_id('resp', '_r2')}", None),
+    (f"{STORED}/{new_id('resp', '_r2')}/cancel", {}),
+    (STORED, {"input": "a", "previous_response_id": new_id("resp", "_r2")}),
+    (STORED, {"input": [{"role": "user", "content": "a"}, {"type": "item_reference", "id": new_id("rs", "_r2")}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), OF_R2)
+def test_ids_say_which_replica_has_a_response(path: str, body: Any) -> None:
+    replicas = Replicas(WHOLE)
+    assert ask(replicas, body, path=path).status_code == 200
+    assert replicas.asked[0].replica == "r2"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, OF_R2[2][1]), (STORED, {"input": "a"}), (STORED, {"input": [3, {"id": new_id("rs", "_r2")}]}),
+     (STORED, [1]), (f"{STORED}/{new_id('resp', '')}", None), (f"{STORED}/x_r2", None),
+     (STORED, {"previous_response_id": 3})],
+)  # fmt: skip
+def test_what_is_about_nothing_stored_names_no_replica(path: str, body: Any) -> None:
+    assert server_of(path, body) == ""
 
 
 # the ingress, with replicas that do as the test says
@@ -574,6 +610,29 @@ def test_a_cluster_answers_as_the_pair_does_and_keeps_conversations_together(clu
         bad = client.post(COMPLETIONS, json={"prompt": 3})
         assert bad.status_code == 400 and set(bad.json()["error"]) == {"message", "type", "param", "code"}
         assert all(f'replica="{name}"' in client.get("/metrics").text for name in replica_actors())
+
+
+@pytest.mark.slow
+def test_a_stored_response_is_found_whichever_replica_has_it(cluster: Cluster) -> None:
+    with cluster.client() as client:
+        seen = set()
+        for i in range(12):
+            limits = {"max_output_tokens": 4, "temperature": 0, "instructions": f"{i}"}
+            first = client.post(STORED, json={"input": [{"role": "user", "content": f"{i}"}], **limits})
+            assert first.status_code == 200, first.text
+            replica, name = first.headers["x-gemma-mtp-replica"], first.json()["id"]
+            seen.add(replica)
+            got = client.get(f"{STORED}/{name}")
+            assert got.json() == first.json() and got.headers["x-gemma-mtp-replica"] == replica
+            for item in ("input", first.json()["output"][0]["id"]):
+                more = {"previous_response_id": name, "input": "and"} if item == "input" else {
+                    "input": [{"type": "item_reference", "id": item}, {"role": "user", "content": "and"}]
+                }  # fmt: skip
+                next_one = client.post(STORED, json={**more, **limits})
+                assert next_one.status_code == 200 and next_one.headers["x-gemma-mtp-replica"] == replica
+            assert client.delete(f"{STORED}/{name}").json()["deleted"]
+            assert client.get(f"{STORED}/{name}").status_code == 404
+        assert len(seen) == 2  # by one hash in 2048 they would all share a home
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from live_server import SECONDS, Live, serving, wait_for
 from table_models import table_pair
 
 from gemma_mtp.engine.pair import Pair, load_pair
+from gemma_mtp.server.response_store import server_of
 
 MODEL, PATH = "gemma-mtp-bundled", "/v1/responses"
 WEATHER: dict[str, Any] = {
@@ -45,6 +46,14 @@ def create(live: Live, **fields: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
+
+
+def test_ids_end_in_the_servers_name(pair: Pair) -> None:
+    with serving(pair, id_suffix="_r1") as live:
+        made = create(live, input="WEATHER", tools=[WEATHER])
+        ids = [made["id"], *(item["id"] for item in made["output"])]
+        assert len(ids) > 1 and {server_of(f"{PATH}/{name}", None) for name in ids} == {"r1"}
+        assert live.client.get(f"{PATH}/{made['id']}").json() == made
 
 
 def stream(live: Live, **fields: Any) -> list[dict[str, Any]]:

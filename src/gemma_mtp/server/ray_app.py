@@ -11,6 +11,7 @@ client yet, and else ends the answer with an error.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -67,7 +68,8 @@ class Replica:
         self.engine.start()
         self._pulse = Pulse(self.engine, settings.stall_seconds)
         self._name = serve.get_replica_context().replica_tag
-        self._service = Service(self.engine, settings.server(_keys(settings)))
+        own = dataclasses.replace(settings.server(_keys(settings)), id_suffix=f"_{self._name}")
+        self._service = Service(self.engine, own)
         self._app = create_app(self._service)
 
     async def answer(self, request: Forwarded) -> AsyncIterator[Message]:

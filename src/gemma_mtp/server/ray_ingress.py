@@ -25,6 +25,7 @@ from gemma_mtp.server.errors import MESSAGES, ApiError, internal_error, retry_la
 from gemma_mtp.server.limits import Intake, parse_json
 from gemma_mtp.server.metrics import PREFIX
 from gemma_mtp.server.ray_routing import conversation_of
+from gemma_mtp.server.response_store import server_of
 from gemma_mtp.server.service import InWork, Service
 from gemma_mtp.server.settings import ServerSettings
 
@@ -38,7 +39,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A request on its way from the ingress to a replica: what counts of its ASGI scope, its body, its conversation."""
+    """A request on its way from the ingress to a replica: what counts of its ASGI scope, its body, its conversation,
+    and the replica that has the stored response which it is about, or ""."""
 
     method: str
     path: str
@@ -47,6 +49,7 @@ class Forwarded:
     client: tuple[str, int] | None
     body: bytes
     conversation: str
+    replica: str
 
     def scope(self) -> Scope:
         return {
@@ -91,10 +94,12 @@ class Door(InWork):
                 return
             body = (await receive())["body"] if scope["method"] == "POST" else b""
             headers = [(name.lower(), value) for name, value in scope["headers"]]
-            conversation = conversation_of(headers, _value(body, self.settings.max_json_depth)) if body else ""
+            value = _value(body, self.settings.max_json_depth) if body else None
+            conversation = conversation_of(headers, value) if body else ""
             request = Forwarded(
-                scope["method"], path, scope["query_string"], headers, scope.get("client"), body, conversation
-            )
+                scope["method"], path, scope["query_string"], headers, scope.get("client"), body, conversation,
+                server_of(path, value),
+            )  # fmt: skip
             await self._try_replicas(request, sender, scope["state"].get("deadline"))
         except ApiError as error:
             await sender.fail(error)

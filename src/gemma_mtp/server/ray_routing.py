@@ -24,8 +24,8 @@ BEGINNING = 256
 def conversation_of(headers: Iterable[tuple[bytes, bytes]], body: Any) -> str:
     """What requests of one conversation have in common, as a hash; "" where a request has none.
 
-    A session's or a user's name where one is given; else the messages to the first of the user's, or the prompt's first
-    `BEGINNING` characters or token ids (of several prompts: the first one's).
+    A session's or a user's name where one is given; else the messages (or items of the input) to the first of the
+    user's, or the first `BEGINNING` characters or token ids of the prompt (or input; of several prompts, of the first).
     """
     session = next((value.decode("latin-1") for name, value in headers if name == SESSION_HEADER and value), None)
     if session is not None:
@@ -35,11 +35,12 @@ def conversation_of(headers: Iterable[tuple[bytes, bytes]], body: Any) -> str:
     for field in SESSION_FIELDS:
         if isinstance(name := body.get(field), str) and name:
             return _digest(field, name)
-    if isinstance(messages := body.get("messages"), list) and messages:
+    given = body.get("input")  # of /v1/responses
+    if isinstance(messages := body.get("messages", given), list) and messages:
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         first = roles.index("user") + 1 if "user" in roles else len(roles)
         return _digest("messages", messages[:first])
-    prompt = body.get("prompt")
+    prompt = body.get("prompt", given)
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         prompt = prompt[0]
     return _digest("prompt", prompt[:BEGINNING]) if isinstance(prompt, str | list) and prompt else ""
@@ -55,10 +56,11 @@ def home_of(conversation: str, replicas: Sequence[str]) -> str:
 
 
 class ConversationRouter(RequestRouter):
-    """Serve's router for engine replicas; a request's first argument has the attribute `conversation`.
+    """Serve's router for engine replicas; a request's first argument has the attributes `conversation` and `replica`.
 
-    A request goes to its conversation's home, unless that has `room` requests or more while another replica has fewer,
-    or takes no more. Then, and where there is no conversation, it goes to the less busy of two drawn at random.
+    A request goes to the replica that it must go to, where it names one that there is, however busy that is. Else
+    it goes to its conversation's home, unless that has `room` requests or more while another replica has fewer, or
+    takes no more. Then, and where there is no conversation, it goes to the less busy of two drawn at random.
     """
 
     #: seconds that a replica may take to say how busy it is; Serve's 0.1 passes over one whose process has work
@@ -76,7 +78,10 @@ class ConversationRouter(RequestRouter):
         conversation = ""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # wait before these ranks are tried once more
-            conversation = pending_request.args[0].conversation
+            request = pending_request.args[0]
+            if request.replica in by_id:
+                return [[by_id[request.replica]]]
+            conversation = request.conversation
         if not conversation or not by_id:
             return [_two(candidate_replicas)]
         home = by_id.pop(home_of(conversation, sorted(by_id)))

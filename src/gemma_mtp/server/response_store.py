@@ -1,14 +1,43 @@
-"""Responses that are kept in memory, so that clients can retrieve them and go on with them. The oldest go first."""
+"""Responses that are kept in memory, so that clients can retrieve them and go on with them. The oldest go first.
+
+Where there are several servers, each has its own, and ids end in the name of the server that made them.
+"""
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.responses_protocol import Item, ModelResponse
 from gemma_mtp.server.service import Batch
+
+PATH = "/v1/responses"
+_ID = re.compile(r"(?:resp|rs|msg|fc)_[0-9a-f]{32}_([^/]+)")
+
+
+def new_id(prefix: str, suffix: str) -> str:
+    """An id that can not be guessed. `suffix`: "", or "_" and the name of the server."""
+    return f"{prefix}_{secrets.token_hex(16)}{suffix}"
+
+
+def server_of(path: str, body: Any) -> str:
+    """The name of the server that has what a request is about, or goes on from; "" where it is about nothing kept."""
+    if not path.startswith(PATH):
+        return ""
+    fields = body if isinstance(body, dict) else {}
+    items = fields.get("input")
+    given = [item for item in (items if isinstance(items, list) else ()) if isinstance(item, dict)]
+    references = [item.get("id") for item in reversed(given) if item.get("type") == "item_reference"]
+    for each in (path.removeprefix(PATH).partition("/")[2].partition("/")[0], fields.get("previous_response_id"),
+                 *references):  # fmt: skip
+        if isinstance(each, str) and (found := _ID.fullmatch(each)):
+            return found[1]
+    return ""
 
 
 @dataclass

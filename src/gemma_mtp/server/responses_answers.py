@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thou
 from gemma_mtp.server.answers import usage
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.one_turn import OneTurn, sse
-from gemma_mtp.server.response_store import ResponseStore, Stored
+from gemma_mtp.server.response_store import ResponseStore, Stored, new_id
 from gemma_mtp.server.responses_protocol import (
     Incomplete,
     InputDetails,
@@ -69,6 +68,10 @@ class ResponseAnswers:
         self._summarised = bool(body.reasoning and body.reasoning.summary)
         self._open: OutputItem | None = None
         self._count = 0
+        self._suffix = service.settings.id_suffix
+
+    def _id(self, prefix: str) -> str:
+        return new_id(prefix, self._suffix)
 
     async def whole(self) -> ModelResponse:
         """The response when it has ended. Raises ApiError."""
@@ -111,7 +114,7 @@ class ResponseAnswers:
                 case Text(text):
                     yield from self._more(OutputMessage, text)
                 case CallBegin(name):
-                    call = OutputCall(id=_id("fc"), call_id=_id("call"), name=name)
+                    call = OutputCall(id=self._id("fc"), call_id=self._id("call"), name=name)
                     yield from self._begin(call)
                 case Arguments(text):
                     assert isinstance(self._open, OutputCall)
@@ -123,7 +126,7 @@ class ResponseAnswers:
     def _more(self, kind: type[OutputReasoning | OutputMessage], text: str) -> Iterator[bytes]:
         """More of a thought or a text, which begins where another item was open."""
         if not isinstance(self._open, kind):
-            yield from self._begin(kind(id=_id("rs" if kind is OutputReasoning else "msg")))
+            yield from self._begin(kind(id=self._id("rs" if kind is OutputReasoning else "msg")))
             assert isinstance(self._open, OutputReasoning | OutputMessage)
             self._add_part(self._open)
             yield self._of_part("added", self._open)
@@ -229,17 +232,13 @@ def _part_of(item: OutputReasoning | OutputMessage) -> _Part:
     return _SUMMARY if item.summary else _THOUGHT
 
 
-def _id(prefix: str) -> str:
-    return f"{prefix}_{secrets.token_hex(16)}"
-
-
 def _begun(body: ResponsesRequest, turn: OneTurn, service: Service) -> ModelResponse:
     params = turn.generation.request.params
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     reasoning = body.reasoning
     choice = body.tool_choice or "auto"
     return ModelResponse(
-        id=_id("resp"),
+        id=new_id("resp", service.settings.id_suffix),
         created_at=int(time.time()),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,

@@ -34,6 +34,7 @@ class ServerSettings:
     body_seconds         until a request's body has arrived
     drain_seconds        that running requests may go on after the signal to stop
     max_stored_responses of /v1/responses, in memory, and so many characters of all of them
+    id_suffix            at the end of ids of responses and their items: which of several servers has them in memory
     metrics_prefix       before the names of metrics; vLLM's dashboards want `vllm:`
     log_text             write prompts and outputs to the log
     """
@@ -62,6 +63,7 @@ class ServerSettings:
     drain_seconds: float = 30.0
     max_stored_responses: int = 1000
     max_stored_characters: int = 64 << 20
+    id_suffix: str = ""
     metrics_prefix: str = "gemma_mtp:"
     log_text: bool = False
 
