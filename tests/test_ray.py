@@ -257,7 +257,7 @@ OF_R2: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), OF_R2)
+@pytest.mark.parametrize(("path", "body"), OF_R2, ids=range(len(OF_R2)))  # names of their own would be random
 def test_ids_say_which_replica_has_a_response(path: str, body: Any) -> None:
     replicas = Replicas(WHOLE)
     assert ask(replicas, body, path=path).status_code == 200
@@ -269,6 +269,7 @@ def test_ids_say_which_replica_has_a_response(path: str, body: Any) -> None:
     [(CHAT, OF_R2[2][1]), (STORED, {"input": "a"}), (STORED, {"input": [3, {"id": new_id("rs", "_r2")}]}),
      (STORED, [1]), (f"{STORED}/{new_id('resp', '')}", None), (f"{STORED}/x_r2", None),
      (STORED, {"previous_response_id": 3})],
+    ids=range(7),
 )  # fmt: skip
 def test_what_is_about_nothing_stored_names_no_replica(path: str, body: Any) -> None:
     assert server_of(path, body) == ""
