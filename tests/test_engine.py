@@ -91,7 +91,7 @@ def test_a_mixed_load_gives_what_lone_runs_give(tmp_path: Path, centroids: bool)
 @native_only
 @pytest.mark.parametrize("count", [24, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_bundled_pair_under_load(bundled: Pair, count: int) -> None:
-    settings = EngineSettings(max_running=8, max_tokens=250, kv_memory_mb=3, max_stall_seconds=0.002)
+    settings = EngineSettings(max_running=8, max_tokens=250, kv_memory_mb=2, max_stall_seconds=0.002)
     loaded = play(bundled, bundled_load(bundled, count), settings)
     assert loaded.mismatches == []
     assert loaded.cancelled >= count // 40
