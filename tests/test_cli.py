@@ -313,6 +313,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--no-drafter", "--compare"], "--compare needs a drafter"),
         (["x", "--no-drafter", "--drafter", "d"], "exclude each other"),
         (["x", "--target", "/absent"], "checkpoint /absent does not exist"),
+        (["x", "--target", "/absent", "-t", "nan"], "temperature is nan"),  # before anything is loaded
         (["x", "--drafter", "/absent"], "checkpoint /absent does not exist"),
     ],
 )

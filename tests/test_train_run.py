@@ -243,7 +243,8 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
 
 def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
     options = ["--drafter", tiny / "drafter", "--steps", 2, "--lr", 1e-5, "--force"]
-    assert train(tiny, tmp_path, *options) == 0
+    assert train(tiny, tmp_path, *options, "--resume") == 0
+    assert "holds no checkpoint to go on from: beginning anew" in capfd.readouterr().err
     assert train(tiny, tmp_path, *options) == 2
     assert "go on with it by --resume" in capfd.readouterr().err
     for other, told in ((["--loss", "kl"], "--loss was lk and is now kl"), (["--memory", 999], "--memory was 2048 and"),

@@ -31,6 +31,7 @@ UNTRAINED = (
 def chat(talk: TalkOptions, models: options.PairOptions, drafting: DraftingOptions, sampling: SamplingOptions) -> None:
     """Load the pair, and talk."""
     system, messages = (talk.system or None, []) if talk.load is None else chat_files.load(talk.load)
+    sampling.params({})  # wrong values are told before minutes of loading
     with progress("loading"):
         pair = models.load()
     # an answer is as long as the model makes it, unless a length is asked for

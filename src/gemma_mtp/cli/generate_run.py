@@ -69,6 +69,7 @@ def generate(
 ) -> None:
     """Load the pair, and complete the prompt that was given."""
     grammar = constrained.grammar()
+    sampling.params({}, logprobs=output.logprobs, grammar=grammar)  # wrong values are told before minutes of loading
     with progress("loading"):
         pair = models.load()
     if output.compare and pair.drafter is None:

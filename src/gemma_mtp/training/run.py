@@ -78,6 +78,8 @@ class Run:
         if (self.state / CHECKPOINT).exists() and settings.resume:  # before anything takes long
             identity = {**recipe_identity(settings.recipe), **told(settings), "target": _target_name(settings)}
             check_resumable(self.state / CHECKPOINT, identity)
+        elif settings.resume:
+            self.say(f"{self.state} holds no checkpoint to go on from: beginning anew")
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
         if settings.drafter is not None:
