@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import shutil
+import string
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +379,20 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     both = ["--target", str(target), "--drafter", str(out), "--max-tokens", "8"]
     assert main(["generate", "ABCDEF", *both, "--compare"]) == 0
     assert "gemma3_text" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_acceptance_and_doctor(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both look at a Gemma 3 target with a drafter of Gemma 4's form; this one is random, which both say."""
+    target, data = shutil.copytree(root / "target", tmp_path / "target"), tmp_path / "data.jsonl"
+    letters(target)
+    data.write_text(json.dumps({"text": string.ascii_uppercase * 3}) + "\n")
+    both = ["--target", str(target), "--drafter", str(root / "drafter")]
+    assert main(["acceptance", str(data), *both, "-n", "8", "-t", "0", "--prompt-tokens", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"][0]["mean_acceptance_length"] < 1.5
+    assert main(["doctor", *both, "--data", str(data)]) == 1
+    said = capsys.readouterr().out
+    assert "fits the target" in said and "first drafts: cause" in said
 
 
 def test_a_source_says_its_window(root: Path) -> None:
