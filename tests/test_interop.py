@@ -33,9 +33,7 @@ pytestmark = pytest.mark.interop
 TARGET, DRAFTER = bundled_directory() / "target", bundled_directory() / "drafter"
 COUNT, K = 32, 3
 #: what makes llama.cpp keep keys and values, and sum scores, as float32
-FLOAT32 = ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]
-#: without it this build stops with "AMX is not ready to be used!" at blocks, where the machine keeps AMX from programs
-BLOCKS = ["--no-repack"]
+FLOAT32 = ["--float32"]
 Tokens = list[list[int]]
 #: of the tokenizer of `splits_alike`: where characters begin, and a prompt of them that is longer than the window
 FIRST_TEXT = FIRST_BYTE + 256
@@ -110,7 +108,7 @@ def test_llama_cpp_reads_narrow_files(files: Path, prompts: Tokens, kind: str) -
     """By the recipe's command as it is printed. It rounds what it multiplies blocks and bf16 by in its own way, and
     keeps keys and values as f16: near ties go another way, and all that follows."""
     expected = ours(files / f"target-{kind}.gguf", prompts, files / f"drafter-{kind}.gguf")
-    with llama_server([*llama_pair(files, kind), *BLOCKS]) as client:
+    with llama_server(llama_pair(files, kind)) as client:
         made = [llama_tokens(client, prompt, COUNT) for prompt in prompts]
     assert [tokens[0] for tokens, _ in made] == [tokens[0] for tokens in expected]
     assert same([tokens for tokens, _ in made], expected) > 1 / 3
@@ -139,7 +137,7 @@ def test_llama_cpp_reads_experts(tmp_path: Path) -> None:
     save_pair(tmp_path, random_target(config=config), wide_drafter(config))
     splits_alike(tmp_path / "target", tmp_path / "t.gguf")
     export_gguf(tmp_path / "target", tmp_path / "q.gguf", "Q8_0")
-    with llama_server(["-m", str(tmp_path / "q.gguf"), "-c", "512", "-np", "1", *BLOCKS]) as client:
+    with llama_server(["-m", str(tmp_path / "q.gguf"), "-c", "512", "-np", "1"]) as client:
         tokens, _ = llama_tokens(client, WORDS, COUNT)
     (expected,) = ours(tmp_path / "q.gguf", [WORDS])
     assert tokens[0] == expected[0]
