@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: help demo test slow clients real check sanitize arm docs stub format pair example bench peers clean
+.PHONY: help demo test slow clients interop real check sanitize arm docs stub format pair example bench peers clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --temperature 0.3 --seed 10 --compare --show-drafts
@@ -34,6 +34,15 @@ build/npm: tests/clients/package.json
 
 clients: $(VENV)/.dev build/clients build/npm  ## the server's tests with clients of others, such as LangChain (needs Node.js)
 	$(BIN)/python -m pytest -q -m clients
+
+# without what they need besides, which the environment has or their lists name: no second PyTorch
+build/interop/%: tests/interop/%.txt | $(VENV)/.dev
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
+	@touch $@
+
+interop: $(VENV)/.dev $(patsubst tests/%.txt,build/%,$(wildcard tests/interop/*.txt))  ## what is exported, run by llama.cpp, transformers, MLX and vLLM (x86-64 Linux, 450 MB)
+	$(BIN)/python -m pytest -q -m interop
 
 real: $(VENV)/.dev         ## real pretrained weights of 270 M parameters, downloaded once (240 MB, Gemma's terms), against transformers
 	$(BIN)/python -m pytest -q -m real

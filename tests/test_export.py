@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLE, TINY, agreeing_pair, random_target, save_pair, wide_drafter
+from models import PLE, TINY, WIDE, agreeing_pair, random_target, save_pair, wide_drafter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -93,6 +93,34 @@ def test_drafted_equals_plain(tmp_path: Path, to: str, kind: str) -> None:
     assert (drafted.token_ids, drafted.logprobs) == (plain.token_ids, plain.logprobs)
     if kind == "BF16":
         assert load_pair().generate("def add(a, b):", params, draft_tokens=0).logprobs == plain.logprobs
+
+
+@pytest.mark.parametrize("kind", ["4BIT", "8BIT"])
+def test_experts_in_mlx_s_layout(tmp_path: Path, kind: str) -> None:
+    """Under mlx-lm's names, gates apart: what MLX unpacks of them is what we read back, in one tensor again."""
+    save_pair(tmp_path, random_target(config=WIDE["moe"]), wide_drafter(WIDE["moe"]))
+    made = export_directory(tmp_path / "target", tmp_path / "out", "mlx", kind)
+    assert read_config(tmp_path / "out") == read_config(tmp_path / "target") and made.packed > 20
+    before, after = values(tmp_path / "target"), values(tmp_path / "out")
+    name = "model.layers.1.experts.gate_up_proj"
+    error = float((before[name] - after[name]).norm() / before[name].norm())
+    assert 0 < error < (0.12 if kind == "4BIT" else 0.01)
+    assert torch.equal(
+        before["model.layers.1.router.proj.weight"].bfloat16().float(), after["model.layers.1.router.proj.weight"]
+    )
+    mx = pytest.importorskip("mlx.core")
+    arrays, theirs = mx.load(str(tmp_path / "out" / "model.safetensors")), []
+    for part in ("gate_proj", "up_proj"):
+        module = f"model.layers.1.experts.switch_glu.{part}"
+        scales, biases = (arrays[f"{module}.{each}"].astype(mx.float32) for each in ("scales", "biases"))
+        packed = {"group_size": 64, "bits": int(kind[0])}
+        theirs.append(torch.tensor(mx.dequantize(arrays[f"{module}.weight"], scales, biases, **packed).tolist()))
+    torch.testing.assert_close(torch.cat(theirs, 1), after[name], rtol=1e-6, atol=1e-7)
+    damaged = load_file(tmp_path / "out" / "model.safetensors")
+    del damaged["model.layers.1.experts.switch_glu.up_proj.scales"]
+    save_file(damaged, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(QuantisationError, match=r"layers\.1\.experts\.switch_glu of different shapes, or not all"):
+        read_config(tmp_path / "out"), values(tmp_path / "out")
 
 
 def test_a_grid_stays_as_it_is(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import shutil
+import string
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +310,47 @@ def test_weights_take_what_the_planner_says(root: Path, dtype: torch.dtype) -> N
         assert kept == weight_bytes(read_target_config(root / "narrow"), types, dtype.itemsize)
 
 
-def test_gguf_is_not_written(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'gemma3_text', which can not be written as GGUF"):
-        export_gguf(root / "target", tmp_path / "t.gguf", "F32")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_gguf_file_is_the_packages(tmp_path: Path, kind: str) -> None:
+    """The same tensors, byte for byte, and read as the same model; and of the file itself another one."""
+    plain = build(query_pre_attn_scalar=16)
+    plain.save_pretrained(tmp_path / "target")
+    write_gguf(plain, tmp_path / "theirs.gguf", kind)
+    assert not export_gguf(tmp_path / "target", tmp_path / "ours.gguf", "F32").losses
+    export_gguf(tmp_path / "target", tmp_path / "ours.gguf", kind)
+    ours, theirs = (gguf.GGUFReader(tmp_path / name) for name in ("ours.gguf", "theirs.gguf"))
+    read = [{tensor.name: tensor.data.tobytes() for tensor in each.tensors} for each in (ours, theirs)]
+    assert read[0] == read[1] and len(read[0]) > 6 * LAYERS
+    assert read_config(tmp_path / "ours.gguf") == read_config(tmp_path / "theirs.gguf")
+    again = export_gguf(tmp_path / "ours.gguf", tmp_path / "again.gguf", "F32")
+    same = [load_target(tmp_path / f"{name}.gguf", torch.float32).checkpoint_tensors() for name in ("ours", "again")]
+    assert all(torch.equal(weight.values(), same[1][name].values()) for name, weight in same[0].items())
+    assert not again.losses
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "query_pre_attn_scalar: of this model it is 24, but 16 would be read"),
+        ({"query_pre_attn_scalar": 16, "layer_types": [S, F, F, S, S, F, S]}, "can not say layer_types"),
+        ({"query_pre_attn_scalar": 16, "rope_parameters": {
+            S: {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            F: {"rope_type": "default", "rope_theta": 1e6},
+        }}, "can not say rope_parameters"),
+    ],
+)  # fmt: skip
+def test_what_a_gguf_file_can_not_say(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    build(**changes).save_pretrained(tmp_path / "target")
+    with pytest.raises(ConfigError, match=said):
+        export_gguf(tmp_path / "target", tmp_path / "t.gguf", "F32")
+    assert {path.name for path in tmp_path.iterdir()} == {"target"}
+
+
+def test_a_gguf_file_says_which_layers_are_full(tmp_path: Path) -> None:
+    layer_types = [S, F, S, F, S, F, S]
+    build(query_pre_attn_scalar=16, layer_types=layer_types).save_pretrained(tmp_path / "target")
+    export_gguf(tmp_path / "target", tmp_path / "t.gguf", "F32")
+    assert read_config(tmp_path / "t.gguf").text.layer_types == tuple(layer_types)
 
 
 def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,6 +379,20 @@ def test_the_command_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     both = ["--target", str(target), "--drafter", str(out), "--max-tokens", "8"]
     assert main(["generate", "ABCDEF", *both, "--compare"]) == 0
     assert "gemma3_text" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_acceptance_and_doctor(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both look at a Gemma 3 target with a drafter of Gemma 4's form; this one is random, which both say."""
+    target, data = shutil.copytree(root / "target", tmp_path / "target"), tmp_path / "data.jsonl"
+    letters(target)
+    data.write_text(json.dumps({"text": string.ascii_uppercase * 3}) + "\n")
+    both = ["--target", str(target), "--drafter", str(root / "drafter")]
+    assert main(["acceptance", str(data), *both, "-n", "8", "-t", "0", "--prompt-tokens", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"][0]["mean_acceptance_length"] < 1.5
+    assert main(["doctor", *both, "--data", str(data)]) == 1
+    said = capsys.readouterr().out
+    assert "fits the target" in said and "first drafts: cause" in said
 
 
 def test_a_source_says_its_window(root: Path) -> None:

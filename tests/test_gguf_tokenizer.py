@@ -121,6 +121,17 @@ def test_merges_of_scores(theirs: Metadata) -> None:
     assert read_tokenizer({**metadata, keys.ADD_BOS: False}).encode("ok") == original.encode("ok")[1:]
 
 
+def test_scores_give_the_same_merges_again(theirs: Metadata) -> None:
+    """As Gemma 3's files have them, where several tokens have one score too: their merges stand among each other's."""
+    tokens = theirs[keys.TOKENS]
+    for scores in ([-float(i) for i in range(len(tokens))], [-float(i // 20) for i in range(len(tokens))]):
+        metadata = {name: value for name, value in theirs.items() if name != keys.MERGES}
+        original = read_tokenizer({**metadata, keys.MODEL: "llama", keys.SCORES: array.array("f", scores)})
+        written = tokenizer_metadata(original, len(tokens), scored=True)
+        assert written[keys.MODEL] == "llama" and keys.HF_JSON not in written and keys.MERGES not in written
+        assert json.loads(read_tokenizer(written).raw.to_str()) == json.loads(original.raw.to_str())
+
+
 def test_ours_comes_back(gemma: Path) -> None:
     """Gemma's form is written as llama.cpp has it; ids that the tokenizer does not have are no tokens."""
     original = Tokenizer.from_dir(gemma)

@@ -29,6 +29,7 @@ from gemma_mtp.engine.pool_size import most_sequences as most_in_pool
 from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError, GemmaMtpError
+from gemma_mtp.interop.gguf import export_gguf
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.measure.plan import (
     Load,
@@ -294,6 +295,23 @@ def test_a_directory_is_planned_as_it_is_loaded(
     assert (run.operators, run.kv_bytes) == (read["operators"], read["kv_element_bytes"])
     assert run.target_weights() == kept
     assert run.chunk_rows == pair.backend.chunk_rows
+
+
+def test_a_gguf_file_is_planned_as_its_directory(tmp_path: Path) -> None:
+    """Its geometry; blocks of Q8_0 are kept as they are, and the drafter is found beside the target."""
+    save_pair(tmp_path, random_target(config=WIDE["ple"]), wide_drafter(WIDE["ple"]))
+    for kind, kept in (("BF16", None), ("Q8_0", "q8_0")):
+        names = (tmp_path / kind / f"t-{kind}.gguf", tmp_path / kind / f"mtp-t-{kind}.gguf")
+        for part, name in zip(("target", "drafter"), names, strict=True):
+            name.parent.mkdir(exist_ok=True)
+            export_gguf(tmp_path / part, name, kind)
+        found, expected = planned(str(names[0])), planned(str(tmp_path / "target"), str(tmp_path / "drafter"))
+        assert set(found.types.parts.values()) == {kept} and found.narrow == (kind == "BF16")
+        ours, theirs = (
+            takes(Loaded(pair.target, pair.drafter, WeightTypes(), 2, 2, "reference", 1), Load(1, 64, 3), False)
+            for pair in (found, expected)
+        )
+        assert ours == theirs
 
 
 def test_bytes_are_read_and_shown() -> None:

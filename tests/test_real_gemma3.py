@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 from gemma_mtp import SamplingParams, load_pair
 from gemma_mtp.checkpoint import load_target, open_source, read_target_config, save_drafter
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.errors import GemmaMtpError
+from gemma_mtp.interop.gguf import export_gguf
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.shapes import DrafterShape, initialise, new_drafter_config
 
@@ -209,8 +209,22 @@ def test_speed_beside_llama_cpp(file: Path, prompts: list[list[int]]) -> None:
     assert same > count // 3
 
 
-def test_what_is_refused_by_name(file: Path, tmp_path: Path) -> None:
-    from gemma_mtp.interop.gguf import export_gguf
-
-    with pytest.raises(GemmaMtpError, match="'gemma3_text', which can not be written as GGUF"):
-        export_gguf(file, tmp_path / "out.gguf", "Q8_0")
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_its_export_is_llama_cpps(file: Path, prompts: list[list[int]], tmp_path: Path, kind: str) -> None:
+    """Written anew the file has the same tokenizer and, as float32, the same weights; llama.cpp splits text alike."""
+    made = export_gguf(file, tmp_path / "out.gguf", kind)
+    assert not any("tokenizer" in loss for loss in made.losses)
+    before, after = (
+        load_pair(each, use_drafter=False, device="cpu", dtype="float32") for each in (file, tmp_path / "out.gguf")
+    )
+    if kind == "F32":
+        of_file = load_target(file, torch.float32).checkpoint_tensors()
+        for name, weight in load_target(tmp_path / "out.gguf", torch.float32).checkpoint_tensors().items():
+            assert torch.equal(weight.values(), of_file[name].values()), name
+    texts = [pair.generate(prompts[0], SamplingParams(max_tokens=8)).text for pair in (before, after)]
+    assert texts[0] == texts[1]
+    llama = pytest.importorskip("llama_cpp_decoder", exc_type=ImportError)
+    target = llama.Target(str(tmp_path / "out.gguf"), torch.get_num_threads(), 256)
+    found = llama.generate(target, None, prompts[0], NEW_TOKENS, 0)["tokens"]
+    same = sum(a == b for a, b in zip(generated(after, prompts[0]), found, strict=True))
+    assert same == NEW_TOKENS if kind == "F32" else same > NEW_TOKENS // 3

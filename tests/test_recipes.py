@@ -15,6 +15,9 @@ from test_cli import refused
 from gemma_mtp.cli import main
 from gemma_mtp.cli.recipe_run import TRIED
 from gemma_mtp.engine.pair import bundled_directory
+from gemma_mtp.errors import OptionError
+from gemma_mtp.interop.gguf import FILE_TYPES, export_gguf
+from gemma_mtp.interop.packings import PACKINGS
 from gemma_mtp.recipes.fill import Filled, fill
 from gemma_mtp.recipes.given import Drafts, Given, given
 from gemma_mtp.recipes.read import read_recipe, runtimes
@@ -92,6 +95,29 @@ def test_every_line_and_file_parses_and_names_what_there_is(places: dict[str, tu
             assert "google/gemma-4" in whole
         else:
             assert all(Path(place).exists() for place in (value.target, value.drafter))
+
+
+def test_recipes_name_the_exports_that_a_runtime_reads(tmp_path: Path) -> None:
+    """By commands that parse, of types that there are; and a form that it does not read is told what makes another."""
+    for runtime in runtimes():
+        recipe = read_recipe(runtime)
+        filled = fill(recipe, values(("bundled", None), recipe.devices[0]))
+        told = [*filled.notes, *(step.run for step in filled.steps)]
+        words = [shlex.split(line.partition(", then")[0].partition("gemma-mtp export ")[2]) for line in told]
+        exports = {asked[asked.index("--to") + 1]: asked for asked in words if "--to" in asked}
+        expected = {"llama.cpp": {"gguf"}, "ollama": {"gguf"}, "mlx": {"mlx", "safetensors"},
+                    "vllm": {"compressed-tensors", "safetensors"}, "sglang": {"compressed-tensors", "safetensors"},
+                    "ray-serve-llm": {"compressed-tensors", "safetensors"},
+                    "transformers": {"compressed-tensors", "safetensors"}}.get(runtime, {"safetensors"})  # fmt: skip
+        assert exports.keys() == expected, runtime
+        for to, asked in exports.items():
+            known = list(FILE_TYPES if to == "gguf" else PACKINGS[to])
+            assert "--type" not in asked or asked[asked.index("--type") + 1] in known
+    for directory in ("target", "drafter"):
+        export_gguf(bundled_directory() / directory, tmp_path / f"{directory}.gguf", "Q8_0")
+    of_files = values((str(tmp_path / "target.gguf"), str(tmp_path / "drafter.gguf")), "cpu")
+    with pytest.raises(OptionError, match="gemma-mtp export --to safetensors makes of a file"):
+        fill(read_recipe("vllm"), of_files)
 
 
 def test_k_stands_where_each_runtime_wants_it() -> None:

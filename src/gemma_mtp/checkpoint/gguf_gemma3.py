@@ -46,7 +46,7 @@ def gemma3_config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> di
         "num_attention_heads": heads,
         "num_key_value_heads": same_of_layers(metadata, f"{PREFIX}attention.head_count_kv", layers),
         "head_dim": head_dim,
-        "query_pre_attn_scalar": hidden // heads if layers == LAYERS_OF_27B else head_dim,
+        "query_pre_attn_scalar": score_scalar(layers, hidden, heads, head_dim),
         "layer_types": _layer_types(metadata, layers),
         "sliding_window": integer("attention.sliding_window", 0) or context,
         "final_logit_softcapping": metadata.real(f"{PREFIX}final_logit_softcapping", 0.0) or None,
@@ -59,6 +59,11 @@ def gemma3_config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> di
         "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
         "hidden_activation": "gelu_pytorch_tanh",
     }
+
+
+def score_scalar(layers: int, hidden: int, heads: int, head_dim: int) -> int:
+    """Returns what scores are divided by the root of: files have no key for it."""
+    return hidden // heads if layers == LAYERS_OF_27B else head_dim
 
 
 def _layer_types(metadata: Metadata, layers: int) -> list[str]:

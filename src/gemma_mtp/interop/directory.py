@@ -28,7 +28,7 @@ from gemma_mtp.errors import CheckpointError, QuantisationError
 from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.replace import new_directory
 from gemma_mtp.interop.card import write_card
-from gemma_mtp.interop.packings import PACKINGS, Floats, Packing
+from gemma_mtp.interop.packings import EXPERTS, PACKINGS, Packing
 from gemma_mtp.json_files import write_json
 
 WEIGHT = ".weight"
@@ -99,9 +99,10 @@ def export_directory(
     if contents.types:
         raise QuantisationError(f"{source.path} is quantised already; export the checkpoint that it was made of.")
     experts = [name for name, header in contents.headers.items() if len(header.shape) > 2]
-    if experts and not isinstance(packing, Floats):
+    if experts and not packing.packs_experts:
         raise QuantisationError(
-            f"{source.path} has experts ({experts[0]}), which {kind} of {to} is not written for; export BF16."
+            f"{source.path} has experts ({experts[0]}), for which no layout of {kind} is known that {to}'s own programs"
+            " read; export BF16, or to gguf or mlx."
         )
     planned_model(source, contents, torch.float32, None)  # what is missing or of another shape is said first
     report(location, contents.notes, strict)
@@ -140,7 +141,7 @@ class _Plan:
         self.modules = {name: named_as.removesuffix(WEIGHT) for named_as, name in named.items()}
         self.packed = {
             name for name, header in contents.headers.items()
-            if name.endswith(WEIGHT) and packing.fits(self.modules[name], header.shape)
+            if name.endswith((WEIGHT, *EXPERTS)) and packing.fits(self.modules[name], header.shape)
         }  # fmt: skip
         self.kept_modules = [
             self.modules[name] for name, header in contents.headers.items()

@@ -29,13 +29,13 @@ from gemma_mtp.checkpoint.source import Location, Source
 from gemma_mtp.checkpoint.tensors import read_values
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
-from gemma_mtp.errors import CheckpointError, ConfigError, QuantisationError
-from gemma_mtp.families.gemma4 import GEMMA4
+from gemma_mtp.errors import CheckpointError, QuantisationError
 from gemma_mtp.families.known import family_of
 from gemma_mtp.files.gguf import nbytes_of
 from gemma_mtp.files.gguf_write import GgufWriter
 from gemma_mtp.files.replace import replace_file
 from gemma_mtp.interop.card import write_card
+from gemma_mtp.interop.gguf_keys import general_keys, is_gemma3, model_keys, rope_divisors
 from gemma_mtp.interop.gguf_tokenizer import tokenizer_metadata
 from gemma_mtp.locate import GGUF
 from gemma_mtp.tokenizer import Tokenizer
@@ -44,9 +44,6 @@ from gemma_mtp.tokenizer.gguf import HF_JSON, MODEL
 #: types of matrices that are written, and llama.cpp's number for files of it
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: what divides the frequency of a dimension that does not rotate
-UNROTATED = 1e30
-QUANTISATION_VERSION = 2
 #: matrices that choose experts are never rounded
 CHOOSERS = ("router.proj.weight",)
 
@@ -82,16 +79,16 @@ def export_gguf(
     if path.suffix != GGUF:
         raise CheckpointError(f"{path} must end in {GGUF}, by which programs know a file of that format.")
     source = open_source(location)
-    config = read_config(source)
-    if family_of(config.model_type) is not GEMMA4:
-        raise ConfigError(f"{source.path} is of model_type {config.model_type!r}, which can not be written as GGUF.")
-    contents: Contents[Any] = read_contents(source, config)
+    contents: Contents[Any] = read_contents(source, read_config(source))
     if contents.types:
         raise QuantisationError(f"{source.path} is quantised already; export the checkpoint that it was made of.")
     model = planned_model(source, contents, torch.float32, None)
     weights = [name for name in model.checkpoint_tensors() if not name.startswith("masked_embedding.")]
     layout = {_name(name): (_type_of(name, contents, kind), contents.headers[name].shape) for name in weights}
-    metadata = {**_metadata(contents.config, kind), **_companions(source, contents.config, tokenizer)}
+    metadata = {
+        **general_keys(FILE_TYPES[kind]), **model_keys(contents.config),
+        **_companions(source, contents.config, tokenizer),
+    }  # fmt: skip
     losses = _losses(contents, metadata, kind, layout)
     report(location, contents.notes, strict)
     report(location, losses, strict)
@@ -105,16 +102,19 @@ def _write(
     path: Path, metadata: Mapping[str, Any], layout: Mapping[str, tuple[str, tuple[int, ...]]], source: Source,
     contents: Contents[Any], weights: list[str],
 ) -> None:  # fmt: skip
-    rope = _rope_divisors(contents.config.text)
-    whole = {**layout, ROPE_FACTORS: ("F32", tuple(rope.shape))}
+    rope = rope_divisors(contents.config)
+    whole = {**layout, **({} if rope is None else {ROPE_FACTORS: ("F32", tuple(rope.shape))})}
+    family = family_of(contents.config.model_type)
+    assert family is not None
     with GgufWriter(path, metadata, whole) as writer:
-        writer.write(ROPE_FACTORS, bytes_of(rope))
+        if rope is not None:
+            writer.write(ROPE_FACTORS, bytes_of(rope))
         for name, rows, value in read_values(source, weights, contents.headers, {}):
             dtype, shape = layout[_name(name)]
             nbytes = nbytes_of(dtype, shape)
             assert nbytes is not None
             first = 0 if rows is None else rows.start * (nbytes // shape[0])
-            writer.write(_name(name), bytes_of(_converted(value.float(), dtype)), first)
+            writer.write(_name(name), bytes_of(_converted(value.float() + family.added(name), dtype)), first)
     _check(path, contents.config)
 
 
@@ -187,47 +187,6 @@ def _holds(kind: str, stored: str) -> bool:
     return kind == stored or (kind == "F32" and stored != "F64")
 
 
-def _metadata(config: TargetConfig | DrafterConfig, kind: str) -> dict[str, Any]:
-    """The configuration, by llama.cpp's keys. Raises ConfigError for what they can not say."""
-    text = config.text
-    drafter = isinstance(config, DrafterConfig)
-    architecture = "gemma4-assistant" if drafter else "gemma4"
-    layers = range(text.num_hidden_layers)
-    keys: dict[str, Any] = {
-        "vocab_size": text.vocab_size, "context_length": text.max_position_embeddings,
-        "embedding_length": text.hidden_size, "block_count": text.num_hidden_layers,
-        "feed_forward_length": _of_layers([text.layer_intermediate_size(i) for i in layers]),
-        "attention.head_count": text.num_attention_heads,
-        "attention.head_count_kv": _of_layers([text.layer_kv_heads(i) for i in layers]),
-        "attention.layer_norm_rms_epsilon": float(text.rms_norm_eps),
-        "attention.key_length": text.global_head_dim, "attention.value_length": text.global_head_dim,
-        "attention.key_length_swa": text.head_dim, "attention.value_length_swa": text.head_dim,
-        "attention.sliding_window": text.sliding_window,
-        "attention.sliding_window_pattern": [text.is_sliding(i) for i in layers],
-        "attention.shared_kv_layers": text.num_kv_shared_layers,
-        "embedding_length_per_layer_input": text.hidden_size_per_layer_input,
-        "rope.dimension_count": text.global_head_dim, "rope.dimension_count_swa": text.head_dim,
-        "rope.freq_base": float(text.full_rope.rope_theta), "rope.freq_base_swa": float(text.sliding_rope.rope_theta),
-    }  # fmt: skip
-    if text.final_logit_softcapping or not drafter:  # of a target llama.cpp has one where the file does not say
-        keys["final_logit_softcapping"] = float(text.final_logit_softcapping or 0.0)
-    if text.enable_moe_block:
-        keys |= {"expert_count": text.num_experts, "expert_used_count": text.top_k_experts,
-                 "expert_feed_forward_length": text.moe_intermediate_size}  # fmt: skip
-    if isinstance(config, DrafterConfig):
-        keys |= {"embedding_length_out": config.backbone_hidden_size, "nextn_predict_layers": text.num_hidden_layers}
-    return {
-        "general.architecture": architecture, "general.type": "model", "general.file_type": FILE_TYPES[kind],
-        "general.quantization_version": QUANTISATION_VERSION,
-        **{f"{architecture}.{name}": value for name, value in keys.items()},
-    }  # fmt: skip
-
-
-def _of_layers(values: list[int]) -> int | array.array[int]:
-    """One number where all layers have it."""
-    return values[0] if len(set(values)) == 1 else array.array("i", values)
-
-
 def _companions(
     source: Source, config: TargetConfig | DrafterConfig, tokenizer: Tokenizer | Literal["own"] | None
 ) -> dict[str, Any]:
@@ -236,7 +195,9 @@ def _companions(
     generation = {"eos_token_id": ends, **source.generation_config()}
     if tokenizer == "own":
         tokenizer = source.tokenizer() if source.has_tokenizer else None
-    words = {MODEL: "none"} if tokenizer is None else tokenizer_metadata(tokenizer, config.text.vocab_size)
+    words = {MODEL: "none"}
+    if tokenizer is not None:
+        words = tokenizer_metadata(tokenizer, config.text.vocab_size, scored=is_gemma3(config))
     return {**_sampling(read_generation_config(source)), OWN_GENERATION: json.dumps(generation), **words}
 
 
@@ -245,14 +206,3 @@ def _sampling(defaults: GenerationDefaults) -> dict[str, Any]:
     named = ((f"{SAMPLING}{key}", getattr(defaults, field)) for key, field in SAMPLING_FIELDS.items())
     found = {key: value if key.endswith("top_k") else float(value) for key, value in named if value is not None}
     return {**found, **({SUPPRESSED: array.array("i", defaults.suppress_tokens)} if defaults.suppress_tokens else {})}
-
-
-def _rope_divisors(text: TextConfig) -> Tensor:
-    """Full layers rotate only their first dimensions, by frequencies of the whole head. Raises ConfigError for other
-    kinds of rotation."""
-    full, sliding = text.full_rope, text.sliding_rope
-    if (sliding.rope_type, sliding.factor) != ("default", 1) or full.rope_type == "linear" or full.factor != 1:
-        raise ConfigError("GGUF files of Gemma 4 can not say rope_parameters with a factor or of type 'linear'.")
-    half = text.global_head_dim // 2
-    rotated = int(half * full.partial_rotary_factor)
-    return torch.tensor([1.0] * rotated + [UNROTATED] * (half - rotated))

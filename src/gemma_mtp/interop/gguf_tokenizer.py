@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
@@ -16,22 +16,25 @@ from gemma_mtp.tokenizer import gguf as keys
 
 #: what is written where a tokenizer's own way to split text has no name in llama.cpp
 OTHER_MODEL, OTHER_PRE = "gpt2", "gpt-2"
+#: the score of a token that is not made of others, below all that are
+UNMADE = -1e6
 
 
-def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, *, scored: bool = False) -> dict[str, Any]:
     """Returns the metadata of a tokenizer for a model of `vocab_size` tokens.
 
-    One of Gemma's kind is as llama.cpp has it. What its form can not say of a tokenizer goes along as a whole
-    tokenizer.json, which gemma-mtp reads and llama.cpp does not. Raises TokenizerError for more tokens than the model
-    has.
+    One of Gemma's kind is as llama.cpp has it: with its merges (`gemma4`), or `scored`, as Gemma 3's are (`llama`).
+    What its form can not say of a tokenizer goes along as a whole tokenizer.json, which gemma-mtp reads and llama.cpp
+    does not. Raises TokenizerError for more tokens than the model has.
     """
     content = json.loads(tokenizer.raw.to_str())
-    metadata: dict[str, Any] = {keys.MODEL: "gemma4" if _is_gemmas(content) else OTHER_MODEL}
-    if metadata[keys.MODEL] == OTHER_MODEL:
-        metadata[keys.PRE] = OTHER_PRE
-    metadata |= _tokens(tokenizer, vocab_size)
+    metadata = _tokens(tokenizer, vocab_size)
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in content["model"].get("merges", [])]
-    metadata[keys.MERGES] = [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+    if scored and _is_gemmas(content):
+        metadata |= {keys.MODEL: "llama", keys.SCORES: _scores(metadata[keys.TOKENS], merges)}
+    else:
+        own = {keys.MODEL: "gemma4"} if _is_gemmas(content) else {keys.MODEL: OTHER_MODEL, keys.PRE: OTHER_PRE}
+        metadata |= {**own, keys.MERGES: [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]}
     metadata |= _special(tokenizer)
     encoded = tokenizer.raw.encode("").ids
     metadata |= {keys.ADD_BOS: _is(tokenizer, encoded[:1], "bos_token"), "tokenizer.ggml.add_space_prefix": False}
@@ -83,6 +86,20 @@ def _tokens(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
             is_byte = fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
             types.append(keys.BYTE if is_byte else keys.NORMAL)
     return {keys.TOKENS: tokens, keys.SCORES: array.array("f", [-1000.0] * vocab_size), keys.TYPES: types}
+
+
+def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> array.array[float]:
+    """A token's is the better, the sooner it is made of others. Those whose merges stand among each other's have the
+    same one, as they had it where the merges were made of scores."""
+    made = ["".join(merge) for merge in merges]
+    last = {token: rank for rank, token in enumerate(made)}
+    scores: dict[str, float] = {}
+    group, end = 0, -1
+    for rank, token in enumerate(made):
+        if token not in scores:
+            group -= rank > end
+            scores[token], end = float(group), max(end, last[token])
+    return array.array("f", [scores.get(token, UNMADE) for token in tokens])
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.quantisations.known import FIELD
+from gemma_mtp.checkpoint.quantisations.mlx import SWITCH, SWITCH_PARTS
 from gemma_mtp.weights.grouped import Grouped
 from gemma_mtp.weights.int4 import Int4
 from gemma_mtp.weights.int8x32 import Int8x32
@@ -26,6 +27,8 @@ Written = dict[str, Tensor]
 HEAD_MODULE = "lm_head"  # a module of its own for other programs where it is tied, too
 KEPT = ("router.proj", "masked_embedding.centroids", HEAD_MODULE)
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
+#: matrices of all experts of a layer, in one tensor [E, N, K]
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 #: columns that share a scale in compressed-tensors' files, and of MLX's default
 GROUP, MLX_GROUP = 32, 64
 WORD_BITS = 32
@@ -40,9 +43,13 @@ class Packing(ABC):
     dtype: torch.dtype = torch.bfloat16
     #: whether tables of embeddings are packed too
     packs_tables: ClassVar[bool] = False
+    #: whether experts are packed too; where they are not, a model of experts is refused
+    packs_experts: ClassVar[bool] = False
 
     def fits(self, module: str, shape: Sequence[int]) -> bool:
-        """Whether the matrix of this module is packed."""
+        """Whether the matrix of this module is packed, or those of its experts."""
+        if module.endswith(EXPERTS):
+            return self.packs_experts and self._divides(shape[-1])
         kept = module.endswith(KEPT) or (module.endswith(TABLES) and not self.packs_tables)
         return len(shape) == 2 and not kept and self._divides(shape[1])
 
@@ -55,7 +62,8 @@ class Packing(ABC):
 
     @abstractmethod
     def packed(self, module: str, rows: Tensor) -> Written:
-        """Returns what stands for these rows, floats [n, K] in the dtype that they are stored in."""
+        """Returns what stands for these rows, floats [n, K] in the dtype that they are stored in, or of these experts,
+        [n, N, K]."""
 
     def constants(self, module: str, shape: Sequence[int]) -> Written:
         """Returns what is written once for a matrix, whatever its rows."""
@@ -71,6 +79,10 @@ class Floats(Packing):
     """All tensors as one dtype of floating-point numbers."""
 
     dtype: torch.dtype
+    packs_experts = True  # which stay as they are, as all else does
+
+    def fits(self, module: str, shape: Sequence[int]) -> bool:
+        return False
 
     def layout(self, module: str, shape: Sequence[int]) -> Layout:
         raise AssertionError("no matrix is packed")
@@ -169,12 +181,13 @@ class MlxAffine(Packing):
     """MLX's affine mode: numbers of 4 or 8 bits in groups of 64, each times its group's scale, plus its group's bias.
 
     As in `mlx.core.quantize` the end of a group's range that is farther from 0 keeps its value, and 0 stays 0. Numbers
-    are chosen for the scale and the bias as they are stored.
+    are chosen for the scale and the bias as they are stored. Experts are named as mlx-lm names them, gates apart.
     """
 
     bits: int
     worst = 0.3
     packs_tables = True
+    packs_experts = True
 
     def _divides(self, columns: int) -> bool:
         return columns % MLX_GROUP == 0
@@ -184,16 +197,18 @@ class MlxAffine(Packing):
         return {"quantization": how, FIELD: how}
 
     def layout(self, module: str, shape: Sequence[int]) -> Layout:
-        rows, columns = shape
-        groups = torch.Size((rows, columns // MLX_GROUP))
-        return {
-            f"{module}.weight": (torch.uint32, torch.Size((rows, columns * self.bits // WORD_BITS))),
-            f"{module}.scales": (self.dtype, groups), f"{module}.biases": (self.dtype, groups),
-        }  # fmt: skip
+        *leading, rows, columns = shape
+        packed: Layout = {}
+        for name, n in _mlx_modules(module, rows).items():
+            groups = torch.Size((*leading, n, columns // MLX_GROUP))
+            words = torch.Size((*leading, n, columns * self.bits // WORD_BITS))
+            packed |= {f"{name}.weight": (torch.uint32, words), f"{name}.scales": (self.dtype, groups),
+                       f"{name}.biases": (self.dtype, groups)}  # fmt: skip
+        return packed
 
     def packed(self, module: str, rows: Tensor) -> Written:
         most = (1 << self.bits) - 1
-        groups = rows.float().unflatten(1, (-1, MLX_GROUP))
+        groups = rows.float().unflatten(-1, (-1, MLX_GROUP))
         low, high = groups.amin(-1), groups.amax(-1)
         below = low.abs() > high.abs()
         scale = torch.where(below, 1.0, -1.0) * ((high - low) / most).clamp(min=1e-7)
@@ -202,16 +217,29 @@ class MlxAffine(Packing):
         scale = torch.where(steps == 0, scale, edge / torch.where(steps == 0, torch.ones_like(steps), steps))
         scales, biases = scale.to(self.dtype), torch.where(steps == 0, 0.0, edge).to(self.dtype)
         numbers = ((groups - biases.float()[..., None]) / scales.float()[..., None]).round().clamp(0, most)
-        words = in_words(numbers.flatten(1).int(), self.bits).view(torch.uint32)
-        return {f"{module}.weight": words, f"{module}.scales": scales, f"{module}.biases": biases}
+        words = in_words(numbers.flatten(-2).int(), self.bits).view(torch.uint32)
+        parts, written = _mlx_modules(module, rows.shape[-2]), Written()
+        for kind, whole in (("weight", words), ("scales", scales), ("biases", biases)):
+            pieces = whole.split(list(parts.values()), -2)
+            written |= {f"{name}.{kind}": piece.contiguous() for name, piece in zip(parts, pieces, strict=True)}
+        return written
+
+
+def _mlx_modules(module: str, rows: int) -> dict[str, int]:
+    """What mlx-lm calls the modules of a stored matrix, and how many of its rows each has."""
+    if not module.endswith(EXPERTS):
+        return {module: rows}
+    layer, _, name = module.rpartition(".")
+    names = [f"{layer}.{SWITCH}.{part}" for part in SWITCH_PARTS[name]]
+    return dict.fromkeys(names, rows // len(names))
 
 
 def in_words(numbers: Tensor, bits: int) -> Tensor:
-    """Returns int32 [N, K * bits / 32] of int32 numbers [N, K] of so many bits, the first in the lowest bits."""
+    """Returns int32 [..., K * bits / 32] of int32 numbers [..., K] of so many bits, the first in the lowest bits."""
     each = WORD_BITS // bits
-    words = torch.zeros(len(numbers), numbers.shape[1] // each, dtype=torch.int32)
+    words = torch.zeros(*numbers.shape[:-1], numbers.shape[-1] // each, dtype=torch.int32)
     for i in range(each):
-        words |= numbers[:, i::each] << bits * i
+        words |= numbers[..., i::each] << bits * i
     return words
 
 

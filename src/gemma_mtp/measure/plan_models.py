@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,17 @@ from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, parse_drafter
 from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.json_files import read_json
-from gemma_mtp.locate import BUNDLED, DRAFTER_SUFFIX, Role, find_drafter, locate
-from gemma_mtp.weight_types import WeightTypes, merge, parse_quantization_config
+from gemma_mtp.locate import BUNDLED, DRAFTER_SUFFIX, GGUF, Role, find_drafter, locate
+from gemma_mtp.weight_types import Quantisation, WeightTypes, merge, parse_quantization_config
 
 OWNER = "google/"
 #: what Google's names have behind the size where the geometry is the same
 VARIANTS = re.compile(r"(-qat-q4_0-unquantized)?(-assistant)?$")
+
+#: types of blocks that are multiplied as they are stored, and what they are like
+KEPT_BLOCKS: dict[str, Quantisation] = {"Q8_0": "q8_0", "Q4_0": "int4"}
+#: beside the fields of a config.json of a GGUF file: how its matrices are kept
+STORED = "stored as"
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,29 @@ def _raw(name: str, role: Role) -> TargetConfig | DrafterConfig | Any:
             " give one of them, or a config.json."
         )
     found = locate(name, role)
+    if found.suffix == GGUF or (not (found / "config.json").exists() and any(found.glob(f"*{GGUF}"))):
+        return _of_gguf(found, role)
     return read_json(found if found.is_file() else found / "config.json")
+
+
+def _of_gguf(path: Path, role: Role) -> dict[str, Any]:
+    """What a config.json would hold of a GGUF file, or of a directory with one, and how its matrices are kept: blocks
+    of two types as they are, all others as float32."""
+    from gemma_mtp.checkpoint.open import open_source  # which takes PyTorch
+
+    source, sizes = open_source(path), Counter[str]()
+    config = source.config()
+    for tensor in source.tensors().values():
+        sizes[tensor.dtype] += tensor.nbytes
+    (most, _), *_ = sizes.most_common(1)
+    kept = WeightTypes(*[KEPT_BLOCKS.get(most)] * 4)
+    stored = kept.of_target() if role == "target" else kept.of_drafter()
+    return {**config, "dtype": "bfloat16" if most == "BF16" else "float32", STORED: stored}
 
 
 def _drafter_of(model: str) -> str | None:
     path = Path(model)
-    if path.is_file():  # a config.json alone says nothing of what lies beside it
+    if path.is_file() and path.suffix != GGUF:  # a config.json alone says nothing of what lies beside it
         return None
     known = None if path.exists() else known_name(model)
     if known is not None:
@@ -96,6 +119,9 @@ def _drafter_of(model: str) -> str | None:
 
 
 def _types(raw: Mapping[str, Any]) -> WeightTypes:
+    if STORED in raw:
+        kept: WeightTypes = raw[STORED]
+        return kept
     return parse_quantization_config(raw.get("quantization_config"))
 
 

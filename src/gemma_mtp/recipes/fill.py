@@ -17,6 +17,11 @@ from gemma_mtp.recipes.read import Recipe, Statement, Step, TextFile, Version
 
 #: what the forms of checkpoints are called
 FORMS = {"hub": "a name on the hub", "directory": "a directory", "gguf": "a GGUF file"}
+#: what makes another form of one
+MAKES = {
+    "hub": "gemma-mtp pull makes of a name", "directory": "gemma-mtp export makes of a directory",
+    "gguf": "gemma-mtp export --to safetensors makes of a file",
+}  # fmt: skip
 Part = TypeVar("Part", Statement, Step, TextFile)
 
 
@@ -58,7 +63,7 @@ def fill(recipe: Recipe, given: Given) -> Filled:
     if given.form not in recipe.reads:
         raise OptionError(
             f"{recipe.title} is not given a pair as {FORMS[given.form]}; give it as"
-            f" {' or '.join(FORMS[form] for form in recipe.reads)}, which gemma-mtp pull makes of a name."
+            f" {' or '.join(FORMS[form] for form in recipe.reads)}, which {MAKES[given.form]}."
         )
     if given.quantised and given.form == "directory" and any("gemma-mtp export" in step.run for step in recipe.steps):
         raise OptionError(
