@@ -126,8 +126,11 @@ def attend_rows(run: Launch, pick: Sequence[int], window: int, behind: int) -> T
     return attention.attend(run, queries, keys, values, stacks, seen, 560)
 
 
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize(("window", "behind"), [(0, 0), (40, 0), (300, 1)])
+@pytest.mark.parametrize(
+    ("core", "window", "behind"),
+    [("Hopper", 0, 0), ("Ada", 40, 0), ("Hopper", 300, 1),
+     *(pytest.param(*one, marks=pytest.mark.slow) for one in (("Ada", 0, 0), ("Hopper", 40, 0), ("Ada", 300, 1)))],
+)  # fmt: skip
 def test_attention(core: str, window: int, behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacked with any rows, and with spans joined in one program or by another."""
     run = Interpreter(CORES[core])

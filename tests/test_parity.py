@@ -70,7 +70,7 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles: Orac
 
 @on_every_backend
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("draft_tokens", [0, 4])
+@pytest.mark.parametrize("draft_tokens", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_greedy_text(checkpoints: Checkpoints, oracles: Oracles, family: str, draft_tokens: int, name: str) -> None:
     """64 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
     backend = backend_of(checkpoints, family, name)

@@ -198,10 +198,10 @@ def by_token(step: DraftStep) -> Tensor:
     return torch.full((1, VOCAB), -1e4).scatter(-1, step.token_ids_RC, step.logits_RC)
 
 
-@pytest.mark.parametrize("name", WIDE)
-@pytest.mark.parametrize(("kinds", "backend_name"), [
-    (KINDS[2], "reference"),
-    *(pytest.param(kinds, "native", marks=native_only) for kinds in KINDS),
+@pytest.mark.parametrize(("kinds", "backend_name", "name"), [
+    (KINDS[2], "reference", "ple"),
+    *(pytest.param(KINDS[2], "reference", name, marks=pytest.mark.slow) for name in WIDE if name != "ple"),
+    *(pytest.param(kinds, "native", name, marks=native_only) for kinds in KINDS for name in WIDE),
 ])  # fmt: skip
 def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: str) -> None:
     config, accepted = WIDE[name], 0

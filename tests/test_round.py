@@ -85,7 +85,7 @@ parameters = st.builds(
 
 
 @given(st.sampled_from(sorted(PAIRS)), prompts, parameters, st.integers(1, 8))
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_drafted_equals_plain(name: str, prompt: list[int], params: SamplingParams, draft_tokens: int) -> None:
     plain = play(PAIRS[name], prompt, params, 0)
     drafted = play(PAIRS[name], prompt, params, draft_tokens)

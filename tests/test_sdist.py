@@ -30,7 +30,11 @@ def test_the_sdist_carries_just_our_files(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "settings", [None, pytest.param({"wheel.cmake": "false", "wheel.py-api": "py3"}, marks=pytest.mark.slow)]
+    "settings",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param({"wheel.cmake": "false", "wheel.py-api": "py3"}, marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_compiler_there_is_a_wheel_for_every_machine(
     settings: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -184,11 +184,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> No
     with calls_of_the_trainer(calls.append):
         assert train(tiny, tmp_path / "whole", *options) == 0
     chooser, third = random.Random(1), len(calls) // 3
-    numbers = " ".join(str(chooser.randrange(third // 2, third)) for _ in range(3))
+    numbers = " ".join(str(chooser.randrange(third // 2, third)) for _ in range(2))
     process = run_process(tiny, broken := tmp_path / "broken", *options,
                           launcher=[sys.executable, "-c", MORTALS, f"{numbers} -1"])  # fmt: skip
     output, _ = process.communicate()
-    assert re.findall(r"^-?\d+$", output, re.MULTILINE) == ["-9", "-9", "-9", "0"], output
+    assert re.findall(r"^-?\d+$", output, re.MULTILINE) == ["-9", "-9", "0"], output
     for name in ("model.safetensors", "training/drafter.csv"):
         assert _without_speed(tmp_path / "whole" / name) == _without_speed(broken / name)
 
