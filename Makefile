@@ -17,7 +17,7 @@ help:                      ## what each target does
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -q -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
 
-slow: $(VENV)/.dev build/json-schema-suite  ## the tests that take more than a minute each
+slow: $(VENV)/.dev build/json-schema-suite  ## what the default tests leave out: longer loads, more pairs of settings, whole suites
 	$(BIN)/python -m pytest -q -m slow
 
 # in folders of their own, because their pins are not ours
