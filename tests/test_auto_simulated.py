@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gemma_mtp.decoding.draft_length import DraftLength, Plan
+from gemma_mtp.decoding.draft_length import KEPT_GAIN, LOSS_SHARE, DraftLength, Plan
 from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
 from gemma_mtp.engine.round import RoundOutput
@@ -190,17 +190,38 @@ def test_the_control_without_correction_loses_more(monkeypatch: pytest.MonkeyPat
     assert max(lost.values()) > 0.15, lost
 
 
-def test_what_earlier_texts_gained_pays_for_the_next_ones_first_drafts() -> None:
-    """Short texts whose drafts mostly pay are not spent on plain rounds, and useless drafts still cost little."""
-    for acceptance, least, most in ((0.75, 0.0, 0.05), (0.0, 0.9, 1.0)):
-        policy, rng, rounds, plain = DraftLength(costs_of(*TRUE["steps"])), random.Random(1), 0, 0
-        for text in range(40):
-            left, policy = 64, DraftLength(costs_of(*TRUE["steps"])).after(policy)
-            while left > 0:
-                made = drafts_made(policy.choose(), left, 0.9)
-                accepted = sum(itertools.takewhile(bool, (int(rng.random() < acceptance) for _ in range(made))))
-                policy.record(made, accepted, [0.9] * made)
-                left -= accepted + 1
-                rounds += text > 0 and left > 0
-                plain += text > 0 and left > 0 and not made
-        assert least <= plain / rounds <= most
+def plain_share(name: str, acceptance: float, texts: int = 60, tokens: int = 32) -> float:
+    """The share of plain rounds in short texts of one pair, all but the first text's."""
+    policy, rng, rounds, plain = DraftLength(costs_of(*TRUE[name])), random.Random(1), 0, 0
+    for text in range(texts):
+        left, policy = tokens, DraftLength(costs_of(*TRUE[name])).after(policy)
+        while left > 0:
+            made = drafts_made(policy.choose(), left, 0.9)
+            accepted = sum(itertools.takewhile(bool, (int(rng.random() < acceptance) for _ in range(made))))
+            policy.record(made, accepted, [0.9] * made)
+            left -= accepted + 1
+            rounds += text > 0 and left > 0
+            plain += text > 0 and left > 0 and not made
+    return plain / rounds
+
+
+@pytest.mark.parametrize("name", ["bf16", "steps"])
+def test_what_earlier_texts_gained_pays_for_the_next_ones_first_drafts(name: str) -> None:
+    """Short texts whose drafts pay are not spent on plain rounds: without that, a tenth to a quarter of the rounds is.
+    Useless drafts are still seldom made."""
+    assert max(plain_share(name, acceptance) for acceptance in (0.5, 0.6, 0.7, 0.75)) < 0.05
+    assert plain_share(name, 0.0) > 0.9
+
+
+def test_what_an_earlier_text_gained_is_not_lost_without_bound() -> None:
+    """A text whose drafts are all refused, after one that gained some hundred plain rounds."""
+    drafting, verify = TRUE["steps"]
+    earlier = DraftLength(costs_of(drafting, verify))
+    for _ in range(100):
+        earlier.record(4, 4, [0.9] * 4)
+    policy, lost, rounds = DraftLength(costs_of(drafting, verify)).after(earlier), 0.0, 200
+    for _ in range(rounds):
+        made = drafts_made(policy.choose(), 400, 0.9)
+        policy.record(made, 0, [0.9] * made)
+        lost += (drafting[made] + verify[made]) / verify[0] - 1
+    assert lost <= KEPT_GAIN + LOSS_SHARE * rounds
