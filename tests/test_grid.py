@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint import save_target
 from gemma_mtp.cli import main
 from gemma_mtp.config import TargetConfig
+from gemma_mtp.weights import grid
 from gemma_mtp.weights.int4 import Int4
 
 
@@ -33,6 +34,22 @@ def test_no_value_changes(seed: int, dtype: torch.dtype) -> None:
     kept = Int4.empty(weight.shape)
     kept.copy_(weight)
     assert torch.equal(kept.values().to(dtype), weight)
+
+
+@given(st.integers(0, 1 << 20), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_a_grid_is_found_by_its_first_groups(seed: int, dtype: torch.dtype) -> None:
+    """Trying no grid where there are too many magnitudes finds the same grids as trying all."""
+    groups = torch.cat(
+        [
+            on_grid(2, 64, seed, dtype),
+            torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)).to(dtype),
+            torch.zeros(1, 64, dtype=dtype),
+        ]
+    )
+    every = grid._found(groups.view(-1, 32)).exact.view(5, 2)
+    found = grid.grid_of(groups, 32)
+    assert found is not None and torch.equal(found.exact, every)
+    assert grid.grid_of(groups[2:], 32) is None
 
 
 def test_groups_that_are_off_the_grid_are_rounded_as_ever() -> None:

@@ -17,6 +17,7 @@ from gemma_mtp.checkpoint.upload import Upload, as_it_is
 from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.weights.base import SCALES, Weight
 from gemma_mtp.weights.dense import Dense
+from gemma_mtp.weights.in_threads import in_threads
 
 #: what is read of a tensor at once
 PIECE_BYTES = 32 << 20
@@ -64,13 +65,16 @@ class Int4Changes:
         if after.format == "int4":
             self.values += before.numel()
             rows = max(1, COUNTED_VALUES // max(1, before[0].numel())) if before.dim() > 1 else len(before)
-            for first in range(0, len(before), rows):  # a few rows at a time: a second copy of a piece would be felt
-                part = slice(first, min(first + rows, len(before)))
-                made = after[part].values().to(before.dtype)
-                self.changed += int((made != before[part].to(after.device)).sum())
+            # a few rows at a time: a second copy of a piece would be felt
+            parts = [slice(first, min(first + rows, len(before))) for first in range(0, len(before), rows)]
+            self.changed += sum(in_threads(lambda part: _differing(before[part], after[part]), parts, after.device))
 
     def __str__(self) -> str:
         return f"{self.changed:,} of {self.values:,} values changed in becoming int4"
+
+
+def _differing(before: Tensor, after: Weight) -> int:
+    return int((after.values().to(before.dtype) != before.to(after.device)).sum())
 
 
 def copy_tensors(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_mtp.weights.base import SCALES, NativeLayout, Weight
+from gemma_mtp.weights.in_threads import in_threads
 
 #: columns of a block, of which a matrix must have a whole number
 BLOCK = 64
@@ -100,11 +101,9 @@ class Grouped(Weight):
 
     def copy_(self, weight: Tensor) -> None:
         """Round piece by piece."""
-        start, rows = 0, weight.detach().reshape(-1, weight.shape[-1])
-        for piece in self._flat()._pieces():
-            stop = start + len(piece.data)
-            piece._round(rows[start:stop])
-            start = stop
+        flat, rows = self._flat(), weight.detach().reshape(-1, weight.shape[-1])
+        pieces = zip(flat._pieces(), rows.split(flat._piece_rows), strict=True)
+        in_threads(lambda pair: pair[0]._round(pair[1]), pieces, self.device)
 
     def like(self, weight: Tensor) -> Self:
         made = type(self).empty(weight.shape, self._dtype, weight.device)
