@@ -313,7 +313,7 @@ def test_bad_requests_are_refused(engine: EngineThread, request_: Request, error
 
 
 def test_memory_that_holds_no_request(pair: Pair) -> None:
-    with pytest.raises(EngineError, match=r"0.001 MB do not hold .* of 400 tokens, which take .* MB"):
+    with pytest.raises(EngineError, match=r"1\.00 kB do not hold .* of 400 tokens, which take .* [kM]B"):
         EngineThread(pair, EngineSettings(max_tokens=400, kv_memory_mb=0.001))
 
 

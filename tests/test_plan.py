@@ -42,9 +42,10 @@ from gemma_mtp.measure.plan import (
     takes,
 )
 from gemma_mtp.measure.plan_models import known_name, planned
-from gemma_mtp.sizes.machine import free_memory, parse_bytes, read_bandwidth, shown_bytes, total_memory
+from gemma_mtp.sizes.machine import free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.sizes.weights import native_copies, target_read_bytes, weight_bytes
+from gemma_mtp.units import parse_bytes, shown_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, parse_weight_types
 
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
@@ -204,7 +205,7 @@ def test_a_pool_of_given_memory_has_the_same_tokens_for_all() -> None:
     text, chunk = preset("E2B")[0].text, 128
     for sequences, tokens in ((1, 4096), (5, 20_000), (16, 131072)):
         counts = sequence_blocks(text, tokens, chunk, sequences)
-        mb = pool_bytes(text, counts, 4) / 2**20
+        mb = pool_bytes(text, counts, 4) / 10**6
         settings = EngineSettings(max_running=sequences, kv_memory_mb=mb)
         assert pool_blocks(text, settings, tokens, chunk, 4) == counts
         assert largest_in_pool(text, sequences, pool_bytes(text, counts, 4), chunk, 4) >= tokens
@@ -233,10 +234,10 @@ def test_a_refusal_says_what_would_fit() -> None:
     assert pool_bytes(text, pool_blocks(text, EngineSettings(), tokens, chunk, 4, room), 4) <= room
     with pytest.raises(EngineError):
         pool_blocks(text, EngineSettings(), tokens + 64, chunk, 4, room)
-    with pytest.raises(EngineError, match=r"8 MB do not hold .* not even one would fit"):
+    with pytest.raises(EngineError, match=r"8\.00 MB do not hold .* not even one would fit"):
         pool_blocks(text, EngineSettings(kv_memory_mb=8), 4096, chunk, 4)
     with pytest.raises(
-        EngineError, match=r"20000 MB were asked .* 9537 MB of memory are free; a request of \d+ tokens"
+        EngineError, match=r"20\.0 GB were asked .* 10\.0 GB of memory are free; a request of \d+ tokens"
     ):
         pool_blocks(text, EngineSettings(kv_memory_mb=20_000), 4096, chunk, 4, room)
 

@@ -150,7 +150,7 @@ def test_blocks_fit_the_memory_that_is_given() -> None:
         assert plan.nbytes <= limit and 1 <= plan.sequences <= 8 and 3 <= plan.slab_rows <= 8 * 64
     assert len({plan.sequences for plan in plans}) > 2
     assert plans == sorted(plans, key=lambda plan: (plan.sequences, plan.slab_rows)) and plans[-1] == generous
-    assert "target" in generous.describe(64, 99 * MEGABYTE) and "limit 99 MB" in generous.describe(64, 99 * MEGABYTE)
+    assert "target" in generous.describe(64, 99 * MEGABYTE) and "limit 99.0 MB" in generous.describe(64, 99 * MEGABYTE)
 
 
 def test_the_least_memory_that_is_named_is_enough() -> None:

@@ -29,6 +29,7 @@ from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.units import shown_bytes
 from gemma_mtp.weight_types import WeightTypes
 
 logger = logging.getLogger("gemma_mtp")
@@ -153,8 +154,8 @@ def _log(contents: Contents[Any]) -> None:
         logger.info("%s", sentence)
     skipped = contents.unused
     if skipped:
-        size = sum(header.nbytes for header in skipped) / 1e6
-        logger.info("skipped %d tensors (%.1f MB) that text decoding does not use", len(skipped), size)
+        size = shown_bytes(sum(header.nbytes for header in skipped))
+        logger.info("skipped %d tensors (%s) that text decoding does not use", len(skipped), size)
 
 
 def _with_memory(model: Target | Drafter, source: Source, device: torch.device | str) -> Target | Drafter:
@@ -164,6 +165,6 @@ def _with_memory(model: Target | Drafter, source: Source, device: torch.device |
         return model.to_empty(device=device)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise CheckpointError(
-            f"{source.path} takes {nbytes / 1e9:.1f} GB of memory, which {device} does not give"
+            f"{source.path} takes {shown_bytes(nbytes)} of memory, which {device} does not give"
             f" ({str(error).splitlines()[0]}); quantise it while loading, or take a smaller one."
         ) from None

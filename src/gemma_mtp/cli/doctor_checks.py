@@ -26,8 +26,9 @@ from gemma_mtp.engine.cost_cache import cache_directory
 from gemma_mtp.engine.pair import choose_device, choose_dtype
 from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.measure.plan_models import Planned, planned
-from gemma_mtp.sizes.machine import free_memory, read_bandwidth, shown_bytes, three_digits, total_memory
+from gemma_mtp.sizes.machine import free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
+from gemma_mtp.units import shown_bytes, three_digits
 from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
 
 #: seconds that the machine is watched, for how busy it is with other things

@@ -55,6 +55,7 @@ def export(
     """
     from gemma_mtp.checkpoint import open_source
     from gemma_mtp.progress import Display
+    from gemma_mtp.units import shown_bytes
 
     source, chosen = open_source(checkpoint, adapter=adapter), (kind or DEFAULTS.get(to, "BF16")).upper()
     with Display("exporting") as display:
@@ -74,4 +75,4 @@ def export(
             held, nbytes = f"{made.floats} tensors as {chosen}", made.nbytes
             if made.packed:
                 held = f"{made.packed} matrices as {chosen}, {made.floats} other tensors"
-    print(f"{out}: {to.value}, {held}, {nbytes / 1e6:.1f} MB")
+    print(f"{out}: {to.value}, {held}, {shown_bytes(nbytes)}")

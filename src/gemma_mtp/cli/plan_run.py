@@ -30,8 +30,9 @@ from gemma_mtp.measure.plan import (
 )
 from gemma_mtp.measure.plan_models import Planned, planned
 from gemma_mtp.measure.plan_plot import plot_plan
-from gemma_mtp.sizes.machine import parse_bytes, read_bandwidth, shown_bytes, three_digits, total_memory
+from gemma_mtp.sizes.machine import read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
+from gemma_mtp.units import parse_bytes, shown_bytes, three_digits
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, merge, parse_weight_types
 
 KV_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}

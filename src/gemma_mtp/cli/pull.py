@@ -52,7 +52,7 @@ def pull(
 
 
 def _shown(directory: Path | None) -> str:
-    from gemma_mtp.sizes.machine import shown_bytes
+    from gemma_mtp.units import shown_bytes
 
     assert directory is not None
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -30,6 +30,7 @@ def quantize(
     from gemma_mtp.checkpoint.tensors import Int4Changes
     from gemma_mtp.measure.memory import inspect_checkpoint
     from gemma_mtp.progress import Display
+    from gemma_mtp.units import shown_bytes
 
     source = open_source(directory, adapter=adapter)
     before, changes = inspect_checkpoint(source), Int4Changes()
@@ -38,6 +39,6 @@ def quantize(
         made = write_quantised_copy(source, out, types, strict, display.show_bytes, changes)
     after = inspect_checkpoint(out)
     parts = ", ".join(f"{part} {kind}" for part, kind in made.quantised.items())
-    print(f"{out}: {parts}; {before.weight_bytes / 1e6:.1f} MB became {after.weight_bytes / 1e6:.1f} MB")
+    print(f"{out}: {parts}; {shown_bytes(before.weight_bytes)} became {shown_bytes(after.weight_bytes)}")
     if changes.values:
         print(changes)

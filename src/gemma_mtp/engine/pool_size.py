@@ -9,7 +9,7 @@ from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
 from gemma_mtp.kv.blocks import block_bytes, block_counts
-from gemma_mtp.sizes.machine import shown_bytes, three_digits
+from gemma_mtp.units import shown_bytes
 
 Counts = dict[LayerType, int]
 
@@ -57,15 +57,15 @@ def pool_blocks(
                 f" {max_tokens} tokens, {shown_bytes(size(least))}; {fits(free_bytes)}, or free some memory."
             )
         return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, free_bytes)
-    room = settings.kv_memory_mb * 2**20
+    room = settings.kv_memory_mb * 10**6
     if room < size(least):
         raise EngineError(
-            f"{settings.kv_memory_mb:g} MB do not hold the keys and values of one request of {max_tokens} tokens,"
-            f" which take {three_digits(size(least) / 2**20)} MB; {fits(room)}, or give more memory."
+            f"{shown_bytes(room)} do not hold the keys and values of one request of {max_tokens} tokens,"
+            f" which take {shown_bytes(size(least))}; {fits(room)}, or give more memory."
         )
     if free_bytes is not None and room > free_bytes:
         raise EngineError(
-            f"{settings.kv_memory_mb:g} MB were asked for keys and values, but {free_bytes / 2**20:.0f} MB of memory"
+            f"{shown_bytes(room)} were asked for keys and values, but {shown_bytes(free_bytes)} of memory"
             f" are free; {fits(free_bytes)}, or ask for less than is free."
         )
     return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, room)

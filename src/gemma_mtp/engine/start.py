@@ -14,8 +14,8 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.config.pairing import pair_verdict
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.locate import drafter_places, find_drafter
-from gemma_mtp.sizes.machine import shown_bytes
 from gemma_mtp.sizes.weights import weight_bytes
+from gemma_mtp.units import shown_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes
 
 logger = logging.getLogger("gemma_mtp")

@@ -64,7 +64,7 @@ def engine_settings(loaded: Loaded, load: Load) -> EngineSettings:
     text = loaded.target.text
     counts = sequence_blocks(text, load.context, loaded.chunk_rows, load.sequences)
     size = pool_bytes(text, counts, loaded.kv_bytes)
-    return EngineSettings(max_running=load.sequences, max_tokens=load.context, kv_memory_mb=size / 2**20)
+    return EngineSettings(max_running=load.sequences, max_tokens=load.context, kv_memory_mb=size / 10**6)
 
 
 def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from gemma_mtp.measure.figure import SOFT, End, colours, finish, key, label_ends, new_figure, save_figure
 from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.sizes.run import Loaded
+from gemma_mtp.units import shown_bytes
 
 POINTS = 40
 #: parts of a plan from the bottom, and what they are called
@@ -25,7 +26,7 @@ def plot_plan(
     """Draw the total against the context of the load's sequences, and of the first choice its parts. Raises DataError
     where the file can not be written."""
 
-    of = "" if memory is None else f" · {memory / 1e9:.1f} GB of memory"
+    of = "" if memory is None else f" · {shown_bytes(memory)} of memory"
     sequences = "1 sequence" if load.sequences == 1 else f"{load.sequences} sequences"
     figure = new_figure(11, 5.0, f"What {name} takes", f"{sequences}{of} · planned, not measured")
     left, right = figure.subplots(1, 2)

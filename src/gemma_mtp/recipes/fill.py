@@ -14,6 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from gemma_mtp.errors import OptionError
 from gemma_mtp.recipes.given import Given
 from gemma_mtp.recipes.read import Recipe, Statement, Step, TextFile, Version
+from gemma_mtp.units import shown_bytes
 
 #: what the forms of checkpoints are called
 FORMS = {"hub": "a name on the hub", "directory": "a directory", "gguf": "a GGUF file"}
@@ -92,15 +93,15 @@ def fill(recipe: Recipe, given: Given) -> Filled:
 def memory_lines(given: Given) -> list[str]:
     """What the planner says of the pair on the machine: it counts gemma-mtp's own layout, not the runtime's buffers."""
     sequences = "1 sequence" if given.sequences == 1 else f"{given.sequences} sequences"
-    lines = [f"{given.total_gib:.1f} GiB planned for {sequences} of {given.context} tokens, in gemma-mtp's own layout"]
-    if given.fits is None:
+    planned = shown_bytes(given.total)
+    lines = [f"{planned} planned for {sequences} of {given.context} tokens, in gemma-mtp's own layout"]
+    if given.memory is None:
         return [*lines, "the machine's memory is not known; give --memory to have the context checked against it"]
+    memory = shown_bytes(given.memory)
     if not given.fits:
-        return [*lines, f"this does not fit into {given.memory_gib:.1f} GiB, whatever the context"]
+        return [*lines, f"this does not fit into {memory}, whatever the context"]
     if given.context < given.wanted_context:
-        lines.append(
-            f"{given.wanted_context} tokens do not fit into {given.memory_gib:.1f} GiB: the context is shorter"
-        )
+        lines.append(f"{given.wanted_context} tokens do not fit into {memory}: the context is shorter")
     return lines
 
 

@@ -40,7 +40,8 @@ class Given:
     form            directory, hub or gguf: what the checkpoints are
     context         tokens of a sequence, as many as fit; `wanted_context` is what was asked for
     memory_share    share of the GPU's memory that the plan takes; None where it is not known or does not fit
-    kv_gib          whole GiB that keys and values of all sequences take
+    kv_gib          whole GiB that keys and values of all sequences take, as runtimes are told it
+    total, memory   bytes that the plan takes, and that the machine has
     """
 
     name: str
@@ -54,8 +55,8 @@ class Given:
     wanted_context: int
     sequences: int
     kv_gib: int
-    total_gib: float
-    memory_gib: float | None
+    total: int
+    memory: int | None
     memory_share: float | None
     fits: bool | None
     centroids: bool
@@ -108,7 +109,7 @@ def given(
         name=_short(place), target=place, drafter=drafter_place,
         form="hub" if "hub" in (form, drafter_form) else form, k=k.count, k_source=k.source, device=device,
         context=used, wanted_context=wanted, sequences=sequences, kv_gib=max(1, math.ceil(taken.kv / GIB)),
-        total_gib=taken.total / GIB, memory_gib=None if memory is None else memory / GIB,
+        total=taken.total, memory=memory,
         memory_share=None if share is None else min(MOST_SHARE, share), fits=fits,
         centroids=pair.drafter.use_ordered_embeddings, moe=pair.target.text.enable_moe_block,
         text_only=pair.target.model_type.endswith("_text"),

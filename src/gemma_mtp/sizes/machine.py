@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -11,35 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_mtp.errors import GemmaMtpError
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 CGROUP = Path("/sys/fs/cgroup")
 #: of an array that no cache holds, in bytes a thread, and how often it is read
 PROBE_BYTES, PROBE_REPEATS = 64 << 20, 5
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """The bytes that `24GB` (10**9 each), `24GiB` (2**30 each) or a number mean. Raises GemmaMtpError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise GemmaMtpError(f"{option} is {text!r}, but must be a number of bytes above 0, such as 24GB or 24GiB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def shown_bytes(count: float) -> str:
-    """Returns bytes for people, in powers of ten as memory is sold."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            digits = 0 if count >= 100 * size else 1 if count >= 10 * size else 2
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count:.0f} B"
-
-
-def three_digits(value: float) -> str:
-    """Returns a number for people, rounded to three digits and without a power of ten: 0.168, 23, 5940."""
-    return f"{float(f'{value:.3g}'):.15g}"
 
 
 def total_memory() -> int | None:

@@ -19,11 +19,12 @@ from torch import Tensor
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.training.step import PRODUCT_VALUES, DraftStep
 from gemma_mtp.training.unroll import trained_head
+from gemma_mtp.units import shown_bytes
 
 #: buffers of a tile, of fp32 size, that are alive at once: log q, q, gradient and what the operators need between;
 #: where top-k or top-p sort the vocabulary, 64-bit keys, places and masses
 TILE_BUFFERS, SORTED_TILE_BUFFERS = 6, 14
-MEGABYTE = 1 << 20
+MEGABYTE = 10**6
 #: what PyTorch's CPU allocator says, on Linux and macOS and on Windows, in a plain RuntimeError
 ALLOCATION_FAILED = ("can't allocate memory", "not enough memory")
 
@@ -53,13 +54,13 @@ class BlockPlan:
 
     def describe(self, length: int, limit: int) -> str:
         target, drafter, slab, gradients = (
-            f"{count / MEGABYTE:.1f} MB"
+            shown_bytes(count)
             for count in (self.sequences * self.target_bytes, self.sequences * self.drafter_bytes, self.slab_bytes,
                           self.gradient_bytes)
         )  # fmt: skip
         return (
             f"blocks of up to {self.sequences} x {length} tokens: target {target}, drafter {drafter}, logits of"
-            f" {self.slab_rows} rows {slab}, gradients {gradients}; limit {limit / MEGABYTE:.0f} MB"
+            f" {self.slab_rows} rows {slab}, gradients {gradients}; limit {shown_bytes(limit)}"
         )
 
 
