@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gemma_mtp.checkpoint.tensor_files import load_tensors, save_tensors
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.pieces import PieceFile
-from gemma_mtp.files.replace import new_directory, replace_file
+from gemma_mtp.files.replace import claimed, new_directory, replace_file
 from gemma_mtp.files.safetensors import SafetensorsWriter, read_header, shards
 from gemma_mtp.json_files import write_json
 
@@ -285,6 +286,43 @@ def interrupted(partial: Path) -> None:
 def interrupted_directory(path: Path) -> None:
     with new_directory(path) as directory:
         interrupted(directory / "half")
+
+
+def test_of_two_runs_that_write_a_directory_the_second_is_refused(tmp_path: Path) -> None:
+    """At its start, and the first goes on. One that was killed is in nobody's way."""
+    with new_directory(tmp_path / "above" / "out") as directory:
+        (directory / "file").write_text("first")
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(interrupted_directory, tmp_path / "above" / "out").exception()
+        assert isinstance(error, CheckpointError) and "another run is writing" in str(error)
+        assert (directory / "file").read_text() == "first"
+    assert [path.name for path in (tmp_path / "above").iterdir()] == ["out"]
+
+    killed = tmp_path / ".next.partial"
+    killed.mkdir()
+    (killed / "half").touch()
+    (tmp_path / ".next.lock").touch()
+    with new_directory(tmp_path / "next") as directory:
+        (directory / "file").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["above", "next"]
+    assert [path.name for path in (tmp_path / "next").iterdir()] == ["file"]
+
+
+def test_a_claim_is_one_of_other_processes_too(tmp_path: Path) -> None:
+    hold = (
+        "import sys; from pathlib import Path; from gemma_mtp.files.replace import claimed\n"
+        "with claimed(Path('out'), Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "new" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(CheckpointError, match="another run is writing out"),
+            claimed(Path("out"), tmp_path / "new" / "lock"),
+        ):
+            pass
+        process.communicate(b"\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_threads_may_write_the_same_file(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 
 from gemma_mtp import load_pair
 from gemma_mtp.cli import main
+from gemma_mtp.files.replace import claimed
 from gemma_mtp.training.drafter_trainer import DrafterTrainer
+from gemma_mtp.training.run import STATE
 from gemma_mtp.training.state import load_facts
 
 Train = Callable[..., int]
@@ -380,6 +382,14 @@ def test_an_output_that_can_not_be_written_is_named(tiny: Path, tmp_path: Path, 
     assert train(tiny, tmp_path / "file" / "out", "--drafter", tiny / "drafter", "--steps", 1) == 2
     shown = capfd.readouterr().err
     assert "can not be written" in shown and "file" in shown
+
+
+def test_two_runs_do_not_write_to_one_place(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    with claimed(out, out / STATE / "lock"):
+        assert train(tiny, out, "--drafter", tiny / "drafter", "--steps", 1) == 2
+    assert "another run is writing" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.training.examples import ExampleSet
 from gemma_mtp.training.material import Beginning
-from gemma_mtp.training.written import Writing, write_texts
+from gemma_mtp.training.written import Writing, WrittenStore, write_texts
 
 TEMPERATURES = (0.0, 1.0, 1.0)
 
@@ -64,3 +64,16 @@ def test_writing_stops_at_the_limit_and_goes_on_from_what_is_kept(pair: Pair, tm
     assert texts(every)[: len(few)] == texts(few)
     stored = (tmp_path / "written-target.jsonl").read_text().splitlines()
     assert stored[: len(kept)] == kept and len(stored) == len(every)
+
+
+def test_a_store_that_two_runs_wrote_to_keeps_what_is_whole(tmp_path: Path) -> None:
+    """Each line by one call, those of others beside it; of a kill or of two lines in each other, the rest."""
+    one, other = (WrittenStore(tmp_path / "texts.jsonl") for _ in range(2))
+    long = list(range(20_000))
+    one.put("a", long)
+    other.put("b", [1])
+    lines = one.path.read_bytes()
+    one.path.write_bytes(b'{"key": "c", "ids": [1]}{"key": "d", "ids": [2]}\n[]\n' + lines + b'{"key": "e", "ids": [1')
+    one.put("f", [3])
+    again = WrittenStore(one.path)
+    assert {key: again.get(key) for key in "abcdef"} == {**dict.fromkeys("cde"), "a": long, "b": [1], "f": [3]}

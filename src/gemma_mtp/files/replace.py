@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     The file has the permissions that the umask gives a new one, whatever `write` does. Raises CheckpointError.
     """
-    # other processes and threads may write the same file
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
+    # others may write the same file; in containers they have the same process number
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         _make_directory(path.parent)
         partial.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.chmod(wanted)
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path} can not be written: {error.strerror or error}.") from None
+        raise _unwritable(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -41,20 +41,61 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill beside `path`, renamed to it at the end, or removed where filling it fails.
 
-    Raises CheckpointError where `path` is there already and no empty directory, or can not be written.
+    Raises CheckpointError where `path` is there already and no empty directory, where another run is writing it, or
+    where it can not be written.
     """
+    whole = path.resolve()
+    _check_new(path)
+    partial = whole.with_name(f".{whole.name}.partial")
+    with claimed(path, whole.with_name(f".{whole.name}.lock")):
+        _check_new(path)  # the other run may have come to its end in between
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir()
+            yield partial
+            partial.replace(whole)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, at: Path) -> Iterator[None]:
+    """Inside, no other run claims `path` by the file `at`, which is there meanwhile. One that is killed lets go of it.
+
+    Raises CheckpointError where another run has it, or `at` can not be written.
+    """
+    from filelock import FileLock, Timeout  # a twentieth of a second, which completion does without
+
+    lock, made = FileLock(at, timeout=0), [parent for parent in at.parents if not parent.exists()]
+    try:
+        _make_directory(at.parent)
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(f"another run is writing {path}; wait for its end, or give another --out.") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            at.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # those with something in them stay
+            for directory in made:
+                directory.rmdir()
+
+
+def _check_new(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already and is no empty directory; give a new one.")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} can not be written: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if path.resolve().is_mount():  # which nothing can be renamed to
+        raise CheckpointError(f"{path} is a file system of its own; give a new directory in it.")
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} can not be written: {error.strerror or error}.")
 
 
 def _make_directory(path: Path) -> None:

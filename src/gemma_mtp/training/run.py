@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
+from gemma_mtp.files.replace import claimed
 from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
@@ -218,7 +220,13 @@ def run_training(settings: RunSettings, world: World, say: Callable[[str], None]
 
     Raises DataError, TrainingError, CheckpointError, ConfigError, PairError, TokenizerError.
     """
-    run = Run(settings, world, say if world.leads else lambda text: None)
+    lock = settings.out / STATE / "lock"
+    with claimed(settings.out, lock) if world.leads else contextlib.nullcontext():
+        return _run_training(settings, world, say if world.leads else lambda text: None)
+
+
+def _run_training(settings: RunSettings, world: World, say: Callable[[str], None]) -> Outcome | None:
+    run = Run(settings, world, say)
     material = run.material()
     drafter, starting = run.start()
     prepared = run.state / "examples.safetensors"

@@ -3,8 +3,10 @@ again: a text depends on the target, its beginning, its settings and its seed al
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,14 +119,15 @@ def _key(beginning: Beginning, params: SamplingParams) -> str:
 
 
 class WrittenStore:
-    """A file of lines {"key", "ids"}, appended to as texts are written. A line cut off by a kill is none."""
+    """A file of lines {"key", "ids"}, appended to as texts are written, by several runs too. A line that was cut off by
+    a kill, or that the end of another got into, is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._texts: dict[str, list[int]] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                if line.startswith('{"key"') and line.endswith("]}"):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     self._texts[entry["key"]] = entry["ids"]
 
@@ -135,8 +138,11 @@ class WrittenStore:
         line = json.dumps({"key": key, "ids": ids})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}" if file.tell() else line)
+            with self.path.open("a+b", buffering=0) as file:  # a line at once, lest another run's comes into it
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                cut_off = file.read(1) not in (b"", b"\n")
+                file.write((b"\n" if cut_off else b"") + f"{line}\n".encode())
         except OSError as error:
             raise TrainingError(
                 f"{self.path} can not be written: {error}; make room, then go on with the same command."
