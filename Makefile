@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 NATIVE := $(wildcard src/native/*.h src/native/*.cpp src/native/kernels/*)
 SET_UP := pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
-.PHONY: help demo test slow clients interop real check sanitize arm docs stub format pair example bench peers clean
+.PHONY: help demo test slow clients interop real check sanitize arm docs stub format pair example bench peers dist clean
 
 demo: $(VENV)/.core        ## complete Python with the bundled pair: with and without the drafter, the same bytes
 	$(BIN)/gemma-mtp generate --file examples/prompt.txt --temperature 0.3 --seed 10 --compare --show-drafts
@@ -103,6 +103,11 @@ build/json-schema-suite:
 	  ../../$(BIN)/python -m pip download --quiet --no-deps --no-binary jsonschema jsonschema==4.26.0
 	tar xzf build/jsonschema/jsonschema-4.26.0.tar.gz -C build/jsonschema
 	mv build/jsonschema/jsonschema-4.26.0/json $@
+
+dist: $(VENV)/.dev         ## sdist and wheel for a package index, in dist/: make dist URL=https://HOST/OWNER/NAME
+	rm -rf dist
+	GEMMA_MTP_URL=$(or $(URL),$(error give the project's address: make dist URL=https://HOST/OWNER/NAME)) $(BIN)/python -m build --outdir dist
+	$(BIN)/python tools/project_address.py dist/*
 
 clean:                     ## remove the virtual environment and what was built
 	rm -rf $(VENV) build dist
