@@ -107,7 +107,7 @@ def drafter_bytes(drafter: Drafter) -> int:
     config = drafter.config
     read = {name: size for name, size in _stored_bytes(drafter).items() if not name.endswith("token_ordering")}
     if config.use_ordered_embeddings:
-        table = "model.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
+        table = "model.embed_tokens.weight"
         read[table] = read[table] * config.centroid_intermediate_top_k // config.num_centroids
     return sum(read.values())
 

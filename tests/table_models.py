@@ -216,6 +216,5 @@ def _drafter(target: TextConfig, head: Tensor) -> Drafter:
     drafter.pre_projection.weight[:size, :size] = one  # the last token
     drafter.pre_projection.weight[size:, 3 * size : 4 * size] = one  # and the one before it
     drafter.post_projection.weight[:size, :size] = one
-    assert drafter.lm_head is not None
-    drafter.lm_head.weight.copy_(head)
+    drafter.head.weight.copy_(head)
     return drafter

@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemma_mtp.checkpoint import load_drafter, load_target
+from gemma_mtp.checkpoint import load_drafter, load_target, read_drafter_config, save_drafter
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import load_pair
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.interop.directory import export_directory
+from gemma_mtp.interop.gguf import export_gguf
 from gemma_mtp.measure.memory import inspect_checkpoint
-from gemma_mtp.weight_types import parse_weight_types
+from gemma_mtp.sizes.weights import weight_bytes
+from gemma_mtp.weight_types import WeightTypes, parse_weight_types
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IDS = torch.arange(24)[None] * 7 % 61
@@ -294,14 +297,36 @@ def test_the_head_is_transformers(
         refused(tmp_path / "model", "tie_word_embeddings", "lm_head.weight", strict=True)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("centroids", [False, True])
-def test_a_drafters_head_is_transformers(centroids: bool, tmp_path: Path) -> None:
-    with_head(tmp_path / "drafter", build_drafter("e2b", centroids), True, None, "other")
-    ours = load_drafter(tmp_path / "drafter", torch.float32)
-    theirs = type(build_drafter("e2b")).from_pretrained(tmp_path / "drafter")
-    assert ours.lm_head is not None
-    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
-    assert torch.equal(ours.embed_tokens.weight, theirs.model.embed_tokens.weight)
+def test_a_drafters_head_is_transformers(centroids: bool, tied: bool, tmp_path: Path) -> None:
+    """And it is all that is kept, planned and written, because nothing is looked up in the embedding beside it."""
+    with_head(tmp_path / "drafter", build_drafter("e2b", centroids), tied, None, "other")
+    ours, kind = load_drafter(tmp_path / "drafter", torch.float32), type(build_drafter("e2b"))
+    theirs = kind.from_pretrained(tmp_path / "drafter")
+    assert len(notes(tmp_path / "drafter")) == tied  # a contradiction where config.json ties them
+    assert torch.equal(ours.head.weight, theirs.lm_head.weight)
+    kept = sum(weight.nbytes for weight in ours.checkpoint_tensors().values())
+    all_of_theirs = sum(weight.nbytes for weight in load_file(tmp_path / "drafter" / SINGLE).values())
+    assert all_of_theirs - kept == ours.head.weight.nbytes
+    config = read_drafter_config(tmp_path / "drafter")
+    assert weight_bytes(config, WeightTypes(), 4) == kept
+    report = inspect_checkpoint(tmp_path / "drafter")
+    assert (report.weight_bytes, report.skipped_bytes) == (kept, ours.head.weight.nbytes)
+
+    save_drafter(ours, config, tmp_path / "saved", torch.float32)
+    export_directory(tmp_path / "drafter", tmp_path / "exported", kind="F32")
+    export_gguf(tmp_path / "drafter", tmp_path / "drafter.gguf", "F32", tokenizer=None)
+    for place in ("saved", "exported"):
+        again = kind.from_pretrained(tmp_path / place)
+        assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)
+        assert again.config.tie_word_embeddings
+    read = load_drafter(tmp_path / "drafter.gguf", torch.float32)
+    assert torch.equal(read.head.weight, theirs.lm_head.weight)
+    write_quantised_copy(tmp_path / "drafter", tmp_path / "copy", parse_weight_types("drafter-head=int8"))
+    quantised = load_drafter(tmp_path / "drafter", torch.float32, types=parse_weight_types("drafter-head=int8"))
+    copy = load_drafter(tmp_path / "copy", torch.float32)
+    assert torch.equal(copy.head.stored.dense(), quantised.head.stored.dense())
 
 
 def test_an_untied_model_without_a_head_is_refused(tmp_path: Path) -> None:

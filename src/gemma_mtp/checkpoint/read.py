@@ -122,6 +122,8 @@ def read_contents(location: Location, config: _Config) -> Contents[_Config]:
     headers = _named(source, config, types)
     known = {header.name for header in headers.values()}
     text, head_notes = _with_stored_head(source, config.text, headers)
+    if isinstance(config, DrafterConfig) and not text.tie_word_embeddings:
+        text = _with_head_as_table(text, headers)
     used = {header.name for header in headers.values()}
     unknown = unused_tensors(stored, known, range(text.first_kv_shared_layer, text.num_hidden_layers))
     notes = [*config_notes(source.config()), *source.notes(), *head_notes]
@@ -230,3 +232,13 @@ def _with_stored_head(
         " is used: set tie_word_embeddings to false."
     )
     return replace(config, tie_word_embeddings=False), [note]
+
+
+def _with_head_as_table(config: TextConfig, headers: dict[str, StoredTensor]) -> TextConfig:
+    """The configuration and the headers of a drafter whose head stands apart: it looks nothing up, so its table is the
+    head, and the embedding is left where it is."""
+    for end in ("", SCALES):
+        headers.pop(EMBEDDING + end, None)
+        if HEAD + end in headers:
+            headers[EMBEDDING + end] = headers.pop(HEAD + end)
+    return replace(config, tie_word_embeddings=True)

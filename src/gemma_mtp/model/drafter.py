@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,12 @@ class CentroidHead(nn.Module):
 class Drafter(Stack):
     """Input projection, KV-less decoder layers, head, and the projection fed back to the next step.
 
-    Its own embedding table is only its head; inputs are the target's embeddings and hidden states.
+    Its own embedding table is only its head; inputs are the target's embeddings and hidden states. So of a checkpoint
+    that unties them the table is the head, and what it has as its embedding is never used.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
-        super().__init__(config.text)
+        super().__init__(replace(config.text, tie_word_embeddings=True))
         self.config = config
         text, D = config.text, config.backbone_hidden_size
         self.pre_projection = Linear(2 * D, text.hidden_size)
@@ -86,7 +87,7 @@ class Drafter(Stack):
         Raises QuantisationError where a part is quantised otherwise.
         """
         self.weight_types = merge(self.weight_types, types.of_drafter())
-        quantise_matrices([self.embed_tokens, self.lm_head], types.drafter_head)
+        quantise_matrices([self.embed_tokens], types.drafter_head)
         quantise_matrices([*self.layers.modules(), self.pre_projection, self.post_projection], types.drafter)
 
     def checkpoint_tensors(self) -> dict[str, Weight]:

@@ -65,12 +65,11 @@ def target_shapes(config: TargetConfig) -> list[WeightShape]:
 
 
 def drafter_shapes(config: DrafterConfig) -> list[WeightShape]:
-    """Returns every weight of a drafter."""
+    """Returns every weight of a drafter. Where its head stands apart from its embedding, the latter is not kept."""
     text, D = config.text, config.backbone_hidden_size
     h, V = text.hidden_size, text.vocab_size
     centroids = config.use_ordered_embeddings
-    head = WeightShape("drafter-head", "matrix", V, h, read="rows" if centroids else "whole")
-    shapes = [head] if text.tie_word_embeddings else [WeightShape("drafter-head", "matrix", V, h, read="rows"), head]
+    shapes = [WeightShape("drafter-head", "matrix", V, h, read="rows" if centroids else "whole")]
     for layer in range(text.num_hidden_layers):
         shapes += _layer(text, layer, "drafter")
     shapes += [WeightShape("drafter", "matrix", h, 2 * D), WeightShape("drafter", "matrix", D, h)]
