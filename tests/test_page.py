@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -526,6 +527,24 @@ def test_bad_options_are_not_sent(page: Any) -> None:
     page.click("#run")
     assert page.evaluate("document.activeElement.id") == "max-tokens", "the model's context is the most"
     assert sent == []
+
+
+@browser_test
+def test_without_javascript_the_page_says_how_to_ask(browser: Any, live: Live) -> None:
+    """And shows nothing that does nothing. What it says to type works."""
+    with browser.new_context(java_script_enabled=False, viewport={"width": 390, "height": 800}) as context:
+        page = context.new_page()
+        page.goto(live.url)
+        expect(page.get_by_role("heading", name="This page needs JavaScript")).to_be_visible()
+        for name in ("#controls", "#results", "#theme"):
+            expect(page.locator(name)).to_be_hidden()
+        command = page.locator("noscript pre").inner_text().replace("http://127.0.0.1:8000", live.url)
+        page.get_by_role("link", name="the API's description").click()
+        assert "openapi" in json.loads(page.locator("pre").inner_text())
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["curl", f"{live.url}/v1/completions", "-H"]
+    answer = live.client.post(words[1], content=words[5], headers=dict([words[3].split(": ")]))
+    assert answer.json()["choices"][0]["text"]
 
 
 @browser_test
