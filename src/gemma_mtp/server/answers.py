@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma_mtp import __version__
 from gemma_mtp.chat.marks import Region, Regions
@@ -19,6 +19,8 @@ from gemma_mtp.server.protocol import GenerationRequest
 from gemma_mtp.server.protocol_answers import (
     Answer,
     CallDelta,
+    ChatCompletionChunk,
+    CompletionChunk,
     CompletionTokensDetails,
     FinishReason,
     PromptTokenLogprob,
@@ -124,7 +126,8 @@ class Said:
 class Answers(ABC):
     """Makes the answer to one request from its batch."""
 
-    prefix = ""
+    prefix: ClassVar[str]
+    chunk: ClassVar[type[CompletionChunk | ChatCompletionChunk]]
 
     def __init__(self, body: GenerationRequest, service: Service, batch: Batch, prompts: Sequence[Prompt]) -> None:
         self.body, self.batch, self.prompts, self.tokenizer = body, batch, prompts, service.tokenizer
@@ -142,12 +145,14 @@ class Answers(ABC):
             for i, generation in enumerate(batch.generations)
         ]
 
-    async def whole(self) -> Answer:
+    async def json(self) -> str:
         """The answer, when all choices have ended. Raises ApiError."""
         async for index, updates in self.batch.updates(at_end=True):
             if self.wants_texts:
                 self.choices[index].push(merged(updates))
-        return self._whole({**self.head, "usage": usage(self.batch, self.prompts)})
+        answer = self._whole({**self.head, "usage": usage(self.batch, self.prompts)})
+        nulls = self._nulls(answer)
+        return answer.model_dump_json(exclude={"choices": nulls} if nulls else None)
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events. An error after the first is the last event: no [DONE] follows."""
@@ -193,11 +198,6 @@ class Answers(ABC):
             left_out["choices"] = nulls
         return b"data: " + chunk.model_dump_json(exclude=left_out).encode() + b"\n\n"
 
-    def to_json(self, answer: Answer) -> str:
-        """A whole answer."""
-        nulls = self._nulls(answer)
-        return answer.model_dump_json(exclude={"choices": nulls} if nulls else None)
-
     def _nulls(self, answer: Answer) -> dict[int, Any]:
         """What clients expect to be absent rather than null, by choice."""
         return {}
@@ -233,8 +233,8 @@ class Answers(ABC):
     @abstractmethod
     def _delta(self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]) -> Any: ...
 
-    @abstractmethod
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer: ...
+    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
+        return self.chunk(choices=choices, **self.head, **fields)
 
 
 def finish_reason(reason: str) -> FinishReason:

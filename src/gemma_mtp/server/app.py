@@ -17,7 +17,6 @@ from starlette.staticfiles import StaticFiles
 
 from gemma_mtp import __version__
 from gemma_mtp.chat.prompt import thinking_variable
-from gemma_mtp.server.answers import Answers
 from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.chat_answers import ChatAnswers
 from gemma_mtp.server.completion_answers import CompletionAnswers
@@ -41,7 +40,7 @@ from gemma_mtp.server.protocol_others import (
     TokenizerInfo,
 )
 from gemma_mtp.server.responses_routes import responses_routes
-from gemma_mtp.server.routing import EventStream, JsonRoute, check_model, note_later
+from gemma_mtp.server.routing import JsonRoute, answered, begun, check_model
 from gemma_mtp.server.service import Service
 from gemma_mtp.server.settings import ServerSettings
 from gemma_mtp.server.tidy import Tidy
@@ -110,16 +109,16 @@ def _generation(service: Service, settings: ServerSettings) -> APIRouter:
         """Complete prompts."""
         check_model(body.model, settings)
         prompts, requests = await completion_requests(body, service)
-        batch = service.submit(requests, request.state.deadline)
-        return await _answer(CompletionAnswers(body, service, batch, prompts), request, settings)
+        batch = begun(requests, prompts, request, service)
+        return await answered(CompletionAnswers(body, service, batch, prompts), body.stream)
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=or_events(limited, ChatCompletionChunk))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         check_model(body.model, settings)
         prompt, requests, tools = await chat_requests(body, service)
-        batch = service.submit(requests, request.state.deadline)
-        return await _answer(ChatAnswers(body, service, batch, [prompt], tools), request, settings)
+        batch = begun(requests, [prompt], request, service)
+        return await answered(ChatAnswers(body, service, batch, [prompt], tools), body.stream)
 
     @api.get("/v1/models", responses=responses())
     async def models() -> ModelList:
@@ -197,15 +196,6 @@ def _operations(service: Service) -> APIRouter:
     return api
 
 
-async def _answer(answers: Answers, request: Request, settings: ServerSettings) -> Response:
-    body, batch = answers.body, answers.batch
-    note_later(request, batch, answers.prompts, settings)
-    if body.stream:
-        return EventStream(answers.events())
-    whole = await answers.whole()
-    return Response(answers.to_json(whole), media_type="application/json")
-
-
 def _card(service: Service) -> ModelCard:
     return ModelCard(
         id=service.settings.model_name,
@@ -225,17 +215,12 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
         sentences = {404: "there is nothing at this path.", 405: "this path does not take this method."}
         message = sentences.get(error.status_code, str(error.detail))
         error = ApiError(error.status_code, message, headers=error.headers)
-    return _error_response(request, error)
+    return error.response(request.url.path)
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _error_response(request, from_validation(error.errors()))
-
-
-def _error_response(request: Request, error: ApiError) -> JSONResponse:
-    """In the form of the route's clients."""
-    return error.response(request.url.path)
+    return from_validation(error.errors()).response(request.url.path)
 
 
 async def _index(page: Path) -> FileResponse:

@@ -44,7 +44,7 @@ TEXT_ALONE = {"delta": {"role": True, "tool_calls": True, "reasoning_content": T
 class ChatAnswers(Answers):
     """`tools`: names of those that may be called."""
 
-    prefix = "chatcmpl"
+    prefix, chunk = "chatcmpl", ChatCompletionChunk
 
     def __init__(
         self, body: ChatCompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt],
@@ -136,9 +136,6 @@ class ChatAnswers(Answers):
             logprobs=self._logprobs(update.logprobs, parts),
             finish_reason=None if reason is None else self._reason(self.choices[index], reason),
         )
-
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
-        return ChatCompletionChunk(choices=choices, **self.head, **fields)
 
     def _nulls(self, answer: Answer) -> dict[int, Any]:
         found: dict[int, Any] = {}

@@ -16,11 +16,9 @@ from gemma_mtp.server.translate import Prompt
 
 
 class CompletionAnswers(Answers):
-    prefix = "cmpl"
+    prefix, chunk = "cmpl", CompletionChunk
 
-    def __init__(
-        self, body: CompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt]
-    ) -> None:  # fmt: skip
+    def __init__(self, body: CompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt]) -> None:
         self._body = body
         self._echoed: set[int] = set()
         super().__init__(body, service, batch, prompts)
@@ -57,9 +55,6 @@ class CompletionAnswers(Answers):
             logprobs=logprobs,
             finish_reason=None if update.finish_reason is None else finish_reason(update.finish_reason),
         )
-
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
-        return CompletionChunk(choices=choices, **self.head, **fields)
 
     def _nulls(self, answer: Answer) -> dict[int, Any]:
         choices = answer.choices  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
-from gemma_mtp.server.errors import ApiError
+from gemma_mtp.server.errors import ApiError, wrong_field
 from gemma_mtp.server.formats import JsonObjectFormat, JsonSchemaFormat
 from gemma_mtp.server.protocol import GenerationRequest
 from gemma_mtp.server.service import Service
@@ -27,7 +27,7 @@ async def text_grammar(body: GenerationRequest, service: Service) -> Grammar | N
         return None
     if len(wanted) > 1:
         param, other = wanted[1][0], wanted[0][0]
-        raise ApiError(400, f"{param}: {other} says already what the output must be; give one of them.", param=param)
+        raise wrong_field(param, f"{other} says already what the output must be; give one of them")
     return await compiled(*wanted[0], service)
 
 

@@ -69,6 +69,11 @@ def as_messages_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {**body, "type": kinds.get(error.status_code, body["type"])}}
 
 
+def wrong_field(param: str, message: str) -> ApiError:
+    """A field that asks for what can not be done; `message` has no full stop."""
+    return ApiError(400, f"{param}: {message}.", param=param)
+
+
 def internal_error() -> ApiError:
     """What a client learns of a failure inside: nothing of what failed."""
     return ApiError(500, "the server failed on this request; its log says why, under the request's X-Request-Id.")

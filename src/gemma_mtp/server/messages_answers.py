@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought
-from gemma_mtp.server.answers import usage
 from gemma_mtp.server.errors import ApiError, as_messages_error
 from gemma_mtp.server.messages_protocol import (
     MadeBlock,
@@ -19,70 +18,52 @@ from gemma_mtp.server.messages_protocol import (
     MessageUsage,
     StopReason,
 )
-from gemma_mtp.server.one_turn import OneTurn, sse
+from gemma_mtp.server.one_turn import OneTurn, TurnAnswers, sse
 from gemma_mtp.server.service import Service
-from gemma_mtp.server.translate import Prompt
 
 
-class MessageAnswers:
-    """The answer to one request. `thoughts`: whether they are sent."""
+class MessageAnswers(TurnAnswers):
+    """`thoughts`: whether they are sent."""
 
-    def __init__(self, turn: OneTurn, prompt: Prompt, service: Service, thoughts: bool) -> None:
-        self.turn, self.prompt, self.thoughts = turn, prompt, thoughts
-        self.message = MadeMessage(
+    def __init__(self, turn: OneTurn, service: Service, thoughts: bool) -> None:
+        super().__init__(turn)
+        self.thoughts = thoughts
+        self.made: MadeMessage = MadeMessage(
             id=f"msg_{secrets.token_hex(12)}", model=service.settings.model_name, usage=self._usage()
         )
         self._open: MadeBlock | None = None
         self._arguments = ""
 
-    async def whole(self) -> MadeMessage:
-        """The message when it has ended. Raises ApiError."""
-        async for events in self.turn.events():
-            for _ in self._push(events):
-                pass
-        list(self._end())
-        return self.message
+    def _opening(self) -> Iterator[bytes]:
+        yield sse("message_start", message=self.made.model_dump())
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """The message as server-sent events; an error is the last one."""
-        yield _event("message_start", message=self.message.model_dump())
-        try:
-            async for events in self.turn.events():
-                if said := b"".join(self._push(events)):
-                    yield said
-        except ApiError as error:
-            yield sse("error", json.dumps(as_messages_error(error)))
-        else:
-            yield b"".join(self._end())
-
-    def _push(self, events: Sequence[Event]) -> Iterator[bytes]:
-        for event in events:
-            match event:
-                case Thought(text) if self.thoughts:
-                    if not isinstance(self._open, MadeThought):
-                        yield from self._begin(MadeThought())
-                    assert isinstance(self._open, MadeThought)
-                    self._open.thinking += text
-                    yield self._delta(type="thinking_delta", thinking=text)
-                case Text(text):
-                    if not isinstance(self._open, MadeText):
-                        yield from self._begin(MadeText())
-                    assert isinstance(self._open, MadeText)
-                    self._open.text += text
-                    yield self._delta(type="text_delta", text=text)
-                case CallBegin(name):
-                    yield from self._begin(MadeUse(id=f"toolu_{secrets.token_hex(12)}", name=name))
-                case Arguments(text):
-                    self._arguments += text
-                    yield self._delta(type="input_json_delta", partial_json=text)
-                case CallEnd():
-                    yield from self._close()
+    def _say(self, event: Event) -> Iterator[bytes]:
+        match event:
+            case Thought(text) if self.thoughts:
+                if not isinstance(self._open, MadeThought):
+                    yield from self._begin(MadeThought())
+                assert isinstance(self._open, MadeThought)
+                self._open.thinking += text
+                yield self._delta(type="thinking_delta", thinking=text)
+            case Text(text):
+                if not isinstance(self._open, MadeText):
+                    yield from self._begin(MadeText())
+                assert isinstance(self._open, MadeText)
+                self._open.text += text
+                yield self._delta(type="text_delta", text=text)
+            case CallBegin(name):
+                yield from self._begin(MadeUse(id=f"toolu_{secrets.token_hex(12)}", name=name))
+            case Arguments(text):
+                self._arguments += text
+                yield self._delta(type="input_json_delta", partial_json=text)
+            case CallEnd():
+                yield from self._close()
 
     def _begin(self, block: MadeBlock) -> Iterator[bytes]:
         yield from self._close()
         self._open, self._arguments = block, ""
-        self.message.content = [*self.message.content, block]
-        yield _event("content_block_start", index=self._index, content_block=block.model_dump())
+        self.made.content = [*self.made.content, block]
+        yield sse("content_block_start", index=self._index, content_block=block.model_dump())
 
     def _close(self) -> Iterator[bytes]:
         block = self._open
@@ -93,27 +74,30 @@ class MessageAnswers:
         elif isinstance(block, MadeThought):
             block.signature = "none"  # clients keep it; nothing is checked by it
             yield self._delta(type="signature_delta", signature=block.signature)
-        yield _event("content_block_stop", index=self._index)
+        yield sse("content_block_stop", index=self._index)
         self._open = None
+
+    def _fail(self, error: ApiError) -> Iterator[bytes]:
+        yield sse("error", **as_messages_error(error))
 
     def _end(self) -> Iterator[bytes]:
         yield from self._close()
-        message = self.message
+        message = self.made
         message.usage, message.stop_sequence = self._usage(), self.turn.stop
         message.stop_reason = self._reason()
         delta = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
-        yield _event("message_delta", delta=delta, usage=message.usage.model_dump())
-        yield _event("message_stop")
+        yield sse("message_delta", delta=delta, usage=message.usage.model_dump())
+        yield sse("message_stop")
 
     def _reason(self) -> StopReason:
         if self.turn.result.finish_reason != "stop":
             return "max_tokens"
-        if any(isinstance(block, MadeUse) for block in self.message.content):
+        if any(isinstance(block, MadeUse) for block in self.made.content):
             return "tool_use"
         return "end_turn" if self.turn.stop is None else "stop_sequence"
 
     def _usage(self) -> MessageUsage:
-        found = usage(self.turn.batch, [self.prompt])
+        found = self.turn.usage()
         cached = found.prompt_tokens_details.cached_tokens
         return MessageUsage(
             input_tokens=found.prompt_tokens - cached, output_tokens=found.completion_tokens,
@@ -122,14 +106,10 @@ class MessageAnswers:
 
     @property
     def _index(self) -> int:
-        return len(self.message.content) - 1
+        return len(self.made.content) - 1
 
     def _delta(self, **delta: str) -> bytes:
-        return _event("content_block_delta", index=self._index, delta=delta)
-
-
-def _event(kind: str, **fields: Any) -> bytes:
-    return sse(kind, json.dumps({"type": kind, **fields}, ensure_ascii=False))
+        return sse("content_block_delta", index=self._index, delta=delta)
 
 
 def _object(arguments: str) -> dict[str, Any]:

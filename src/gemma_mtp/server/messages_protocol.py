@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.server.conversation import Strict, TextPart, ToolName, refuse_other_parts
-from gemma_mtp.server.protocol import SEEDS, StopText
+from gemma_mtp.server.protocol import OneTurnRequest, StopText
 
 TextContent = Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)], BeforeValidator(refuse_other_parts)]
 
@@ -91,18 +89,10 @@ class CountRequest(Strict):
     thinking: Annotated[ThinkingOn | ThinkingOther, Field(discriminator="type")] | None = None
 
 
-class MessagesRequest(CountRequest):
+class MessagesRequest(CountRequest, OneTurnRequest):
     max_tokens: int = Field(ge=1, lt=2**31)
-    stream: bool | None = None
     stop_sequences: Annotated[list[StopText], Field(fail_fast=True)] | None = None
-    temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS, description="Extension.")
-    draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = Field(
-        None, description="Extension: drafts a round."
-    )
-    verification: Verification | None = Field(None, description="Extension.")
 
 
 class MadeText(BaseModel):

@@ -14,9 +14,9 @@ from gemma_mtp.server.messages_protocol import (
     TokenCount,
 )
 from gemma_mtp.server.messages_translate import NAMES, chat_fields, check_fields
-from gemma_mtp.server.one_turn import OneTurn, planned
+from gemma_mtp.server.one_turn import begun_turn, planned
 from gemma_mtp.server.openapi import BODY, or_events, responses
-from gemma_mtp.server.routing import EventStream, JsonRoute, check_model, note_later
+from gemma_mtp.server.routing import JsonRoute, answered, check_model
 from gemma_mtp.server.service import Service
 
 
@@ -28,21 +28,16 @@ def messages_routes(service: Service) -> APIRouter:
         """Answer a conversation in Anthropic's form."""
         check_model(body.model, settings)
         check_fields(body)
-        _, plan = await planned(chat_fields(body), service, NAMES)
-        batch = service.submit(plan.requests, request.state.deadline)
-        note_later(request, batch, [plan.prompt], settings)
+        turn = await begun_turn(chat_fields(body), NAMES, request, service)
         thoughts = body.thinking is None or body.thinking.type != "disabled"
-        answers = MessageAnswers(OneTurn(batch, plan.tools), plan.prompt, service, thoughts)
-        if body.stream:
-            return EventStream(answers.events())
-        return Response((await answers.whole()).model_dump_json(), media_type="application/json")
+        return await answered(MessageAnswers(turn, service, thoughts), body.stream)
 
     @api.post("/v1/messages/count_tokens", responses=responses(*BODY))
     async def count(body: CountRequest) -> TokenCount:
         """The tokens of a conversation in Anthropic's form."""
         check_model(body.model, settings)
         check_fields(body)
-        _, plan = await planned(chat_fields(body), service, NAMES)
+        plan = await planned(chat_fields(body), service, NAMES)
         return TokenCount(input_tokens=len(plan.prompt.token_ids))
 
     return api

@@ -64,9 +64,8 @@ def chat_fields(body: CountRequest) -> dict[str, Any]:
     if body.messages[-1].role == "assistant":  # which the answer goes on with
         fields["continue_final_message"] = True
     if isinstance(body, MessagesRequest):
-        same = ("stream", "temperature", "top_k", "top_p", "seed", "draft_tokens", "verification")
-        fields |= {"max_completion_tokens": body.max_tokens, "stop": body.stop_sequences}
-        fields |= {name: getattr(body, name) for name in same}
+        fields |= {"max_completion_tokens": body.max_tokens, "stop": body.stop_sequences, "top_k": body.top_k}
+        fields |= body.same_fields()
     return fields
 
 

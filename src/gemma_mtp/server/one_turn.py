@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping
+import json
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
 
 from gemma_mtp.chat.turn import Event
 from gemma_mtp.engine.request import merged
 from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.server.answers import usage
 from gemma_mtp.server.errors import ApiError, from_validation
 from gemma_mtp.server.fields import Refused, check_others
 from gemma_mtp.server.protocol import ChatCompletionRequest
+from gemma_mtp.server.protocol_answers import Usage
+from gemma_mtp.server.routing import begun
 from gemma_mtp.server.service import Batch, Service
-from gemma_mtp.server.translate import ChatPlan, chat_requests
+from gemma_mtp.server.translate import ChatPlan, Prompt, chat_requests
 
 
 class OneTurn:
     """The one generation of a batch, read as a turn."""
 
-    def __init__(self, batch: Batch, tools: Collection[str]) -> None:
+    def __init__(self, batch: Batch, prompt: Prompt, tools: Collection[str]) -> None:
         (self.generation,) = batch.generations
-        self.batch = batch
+        self.batch, self.prompt = batch, prompt
         self.generation.leave_out_text()  # the reader makes it
         self._reader = self.result.turn_reader(tools)
 
@@ -35,11 +41,59 @@ class OneTurn:
         """The stop string that ended the text."""
         return self._reader.stop
 
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return usage(self.batch, [self.prompt])
+
     async def events(self) -> AsyncIterator[list[Event]]:
         """What each round brings. Raises ApiError."""
         async for _, updates in self.batch.updates():
             update = merged(updates)
             yield self._reader.push(update.token_ids, update.finish_reason in ("stop", "length"))
+
+
+class TurnAnswers(ABC):
+    """Makes the answer to one request from its turn: `made`, as its parts become whole, and the server-sent events that
+    say so."""
+
+    made: BaseModel
+
+    def __init__(self, turn: OneTurn) -> None:
+        self.turn = turn
+        self.failure: ApiError | None = None
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; where the turn fails, the last of them say so."""
+        yield b"".join(self._opening())
+        try:
+            async for events in self.turn.events():
+                if said := b"".join(part for event in events for part in self._say(event)):
+                    yield said
+        except ApiError as error:
+            self.failure = error
+            yield b"".join(self._fail(error))
+        else:
+            yield b"".join(self._end())
+
+    async def json(self) -> str:
+        """The answer when it has ended. Raises ApiError."""
+        async for _ in self.events():
+            pass
+        if self.failure is not None:
+            raise self.failure
+        return self.made.model_dump_json()
+
+    @abstractmethod
+    def _opening(self) -> Iterator[bytes]: ...
+
+    @abstractmethod
+    def _say(self, event: Event) -> Iterator[bytes]: ...
+
+    @abstractmethod
+    def _end(self) -> Iterator[bytes]: ...
+
+    @abstractmethod
+    def _fail(self, error: ApiError) -> Iterator[bytes]: ...
 
 
 class Names(NamedTuple):
@@ -68,12 +122,11 @@ def check_extra(extra: Mapping[str, Any], refused: Refused, route: str, own: Col
             raise ApiError(400, f"{name} is not a field of {route}; use /v1/chat/completions.", param=name)
 
 
-async def planned(fields: Mapping[str, Any], service: Service, names: Names) -> tuple[ChatCompletionRequest, ChatPlan]:
-    """A chat's request of fields, and what is to be decoded for it. Raises ApiError."""
+async def planned(fields: Mapping[str, Any], service: Service, names: Names) -> ChatPlan:
+    """What is to be decoded for a chat's request of these fields. Raises ApiError."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
-        body = ChatCompletionRequest.model_validate(given)
-        return body, await chat_requests(body, service)
+        return await chat_requests(ChatCompletionRequest.model_validate(given), service)
     except ValidationError as error:
         found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
         raise names.error(from_validation(found)) from None
@@ -81,6 +134,12 @@ async def planned(fields: Mapping[str, Any], service: Service, names: Names) -> 
         raise names.error(error) from None
 
 
-def sse(kind: str, data: str) -> bytes:
-    """A server-sent event with a name."""
-    return f"event: {kind}\ndata: {data}\n\n".encode()
+async def begun_turn(fields: Mapping[str, Any], names: Names, request: Request, service: Service) -> OneTurn:
+    """The turn that answers a chat's request of these fields, begun. Raises ApiError."""
+    plan = await planned(fields, service, names)
+    return OneTurn(begun(plan.requests, [plan.prompt], request, service), plan.prompt, plan.tools)
+
+
+def sse(kind: str, **fields: Any) -> bytes:
+    """A server-sent event with a name, which its data has as well."""
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields}, ensure_ascii=False)}\n\n".encode()

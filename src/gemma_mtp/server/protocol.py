@@ -28,6 +28,9 @@ MaxTokens = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
+#: drafts a round
+Drafts = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"]
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 #: lists end at their first fault, so that a large bad body makes no more errors than one
@@ -96,7 +99,7 @@ class GenerationRequest(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
         None, description="Extension: token ids that end the output."
     )
-    draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = Field(
+    draft_tokens: Drafts | None = Field(
         None, description="Extension: drafts a round; 0 decodes plainly; default: the server's."
     )
     verification: Verification | None = Field(
@@ -124,6 +127,22 @@ class GenerationRequest(Strict):
     @property
     def include_rounds(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_rounds)
+
+
+class OneTurnRequest(Strict):
+    """What routes that write one turn in a form of their own have in common with chat, under the same names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    stream: bool | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS, description="Extension.")
+    draft_tokens: Drafts | None = Field(None, description="Extension: drafts a round.")
+    verification: Verification | None = Field(None, description="Extension.")
+
+    def same_fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OneTurnRequest.model_fields}
 
 
 class CompletionRequest(GenerationRequest):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought
-from gemma_mtp.server.answers import usage
 from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.one_turn import OneTurn, sse
+from gemma_mtp.server.one_turn import OneTurn, TurnAnswers, sse
 from gemma_mtp.server.response_store import ResponseStore, Stored, new_id
 from gemma_mtp.server.responses_protocol import (
     Incomplete,
@@ -33,7 +31,6 @@ from gemma_mtp.server.responses_protocol import (
     ResponseUsage,
 )
 from gemma_mtp.server.service import Service
-from gemma_mtp.server.translate import Prompt
 
 _ITEM: TypeAdapter[Item] = TypeAdapter(Item)
 _CALL = "response.function_call_arguments"
@@ -53,17 +50,17 @@ _THOUGHT = _Part("response.reasoning_text", "response.content_part", "content_in
 _SUMMARY = _Part("response.reasoning_summary_text", "response.reasoning_summary_part", "summary_index")
 
 
-class ResponseAnswers:
+class ResponseAnswers(TurnAnswers):
     """The answer to one request, which is kept in a store from its beginning on, if the request wants that."""
 
     def __init__(
-        self, body: ResponsesRequest, given: Sequence[Item], turn: OneTurn, prompt: Prompt, service: Service,
-        store: ResponseStore,
-    ) -> None:  # fmt: skip
-        self.turn, self.prompt, self.store = turn, prompt, store
-        self.response = _begun(body, turn, service)
-        self.stored = Stored(self.response, given, batch=turn.batch)
-        if self.response.store:
+        self, body: ResponsesRequest, given: Sequence[Item], turn: OneTurn, service: Service, store: ResponseStore
+    ) -> None:
+        super().__init__(turn)
+        self.store = store
+        self.made: ModelResponse = _begun(body, turn, service)
+        self.stored = Stored(self.made, given, batch=turn.batch)
+        if self.made.store:
             store.add(self.stored)
         self._summarised = bool(body.reasoning and body.reasoning.summary)
         self._open: OutputItem | None = None
@@ -73,55 +70,30 @@ class ResponseAnswers:
     def _id(self, prefix: str) -> str:
         return new_id(prefix, self._suffix)
 
-    async def whole(self) -> ModelResponse:
-        """The response when it has ended. Raises ApiError."""
-        try:
-            async for events in self.turn.events():
-                for _ in self._push(events):
-                    pass
-        except ApiError as error:
-            list(self._fail(error))
-            if not self.stored.cancelled:
-                raise
-        else:
-            list(self._end())
-        return self.response
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The response as server-sent events."""
+    def _opening(self) -> Iterator[bytes]:
         for kind in ("response.created", "response.in_progress"):
-            yield self._event(kind, response=self.response.model_dump(mode="json"))
-        try:
-            async for events in self.turn.events():
-                if said := b"".join(self._push(events)):
-                    yield said
-        except ApiError as error:
-            yield b"".join(self._fail(error))
-        else:
-            yield b"".join(self._end())
+            yield self._event(kind, response=self.made.model_dump(mode="json"))
 
     def abandon(self) -> None:
         """The client has left, or all is said: what is in work has ended."""
-        if self.response.status == "in_progress":
-            self.response.status = "cancelled"
+        if self.made.status == "in_progress":
+            self.made.status = "cancelled"
             self.store.complete(self.stored, self._made())
 
-    def _push(self, events: Sequence[Event]) -> Iterator[bytes]:
-        for event in events:
-            match event:
-                case Thought(text):
-                    yield from self._more(OutputReasoning, text)
-                case Text(text):
-                    yield from self._more(OutputMessage, text)
-                case CallBegin(name):
-                    call = OutputCall(id=self._id("fc"), call_id=self._id("call"), name=name)
-                    yield from self._begin(call)
-                case Arguments(text):
-                    assert isinstance(self._open, OutputCall)
-                    self._open.arguments += text
-                    yield self._of_item(f"{_CALL}.delta", delta=text)
-                case CallEnd():
-                    yield from self._close()
+    def _say(self, event: Event) -> Iterator[bytes]:
+        match event:
+            case Thought(text):
+                yield from self._more(OutputReasoning, text)
+            case Text(text):
+                yield from self._more(OutputMessage, text)
+            case CallBegin(name):
+                yield from self._begin(OutputCall(id=self._id("fc"), call_id=self._id("call"), name=name))
+            case Arguments(text):
+                assert isinstance(self._open, OutputCall)
+                self._open.arguments += text
+                yield self._of_item(f"{_CALL}.delta", delta=text)
+            case CallEnd():
+                yield from self._close()
 
     def _more(self, kind: type[OutputReasoning | OutputMessage], text: str) -> Iterator[bytes]:
         """More of a thought or a text, which begins where another item was open."""
@@ -146,7 +118,7 @@ class ResponseAnswers:
     def _begin(self, item: OutputItem) -> Iterator[bytes]:
         yield from self._close("incomplete" if isinstance(self._open, OutputCall) else "completed")  # a broken call
         self._open = item
-        self.response.output = [*self.response.output, item]
+        self.made.output = [*self.made.output, item]
         yield self._event("response.output_item.added", output_index=self._index, item=item.model_dump())
 
     def _close(self, status: str = "completed") -> Iterator[bytes]:
@@ -164,7 +136,7 @@ class ResponseAnswers:
         self._open = None
 
     def _end(self) -> Iterator[bytes]:
-        response = self.response
+        response = self.made
         whole = self.turn.result.finish_reason == "stop"
         yield from self._close("completed" if whole else "incomplete")
         response.status = "completed" if whole else "incomplete"
@@ -174,16 +146,17 @@ class ResponseAnswers:
     def _fail(self, error: ApiError) -> Iterator[bytes]:
         yield from self._close("incomplete")
         if self.stored.cancelled:
-            self.response.status = "cancelled"
+            self.failure = None  # it ended as was asked for
+            self.made.status = "cancelled"
             yield from self._finish("response.incomplete")
             return
-        self.response.status = "failed"
-        self.response.error = ResponseFailure(code="server_error", message=str(error.detail))
+        self.made.status = "failed"
+        self.made.error = ResponseFailure(code="server_error", message=str(error.detail))
         yield from self._finish("response.failed")
 
     def _finish(self, kind: str) -> Iterator[bytes]:
-        found = usage(self.turn.batch, [self.prompt])
-        self.response.usage = ResponseUsage(
+        found = self.turn.usage()
+        self.made.usage = ResponseUsage(
             input_tokens=found.prompt_tokens,
             input_tokens_details=InputDetails(cached_tokens=found.prompt_tokens_details.cached_tokens),
             output_tokens=found.completion_tokens,
@@ -191,15 +164,15 @@ class ResponseAnswers:
             total_tokens=found.total_tokens,
         )
         self.store.complete(self.stored, self._made())
-        yield self._event(kind, response=self.response.model_dump(mode="json"))
+        yield self._event(kind, response=self.made.model_dump(mode="json"))
 
     def _made(self) -> dict[str, Item]:
         """The output as items of a later input."""
-        return {item.id: _ITEM.validate_python(item.model_dump()) for item in self.response.output}
+        return {item.id: _ITEM.validate_python(item.model_dump()) for item in self.made.output}
 
     @property
     def _index(self) -> int:
-        return len(self.response.output) - 1
+        return len(self.made.output) - 1
 
     def _of_part(self, kind: str, item: OutputReasoning | OutputMessage) -> bytes:
         names = _part_of(item)
@@ -216,7 +189,7 @@ class ResponseAnswers:
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._count = self._count, self._count + 1
-        return sse(kind, json.dumps({"type": kind, "sequence_number": number, **fields}, ensure_ascii=False))
+        return sse(kind, sequence_number=number, **fields)
 
 
 def _said(item: OutputReasoning | OutputMessage) -> OutputText | OutputThought | OutputSummary:

@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
-from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.server.conversation import Strict, ToolName, refuse_other_parts
 from gemma_mtp.server.formats import JsonObjectFormat, JsonSchema, TextFormat
-from gemma_mtp.server.protocol import SEEDS, ReasoningEffort
+from gemma_mtp.server.protocol import OneTurnRequest, ReasoningEffort
 
 
 class InputText(Strict):
@@ -114,15 +112,12 @@ class ReasoningOptions(Strict):
     )
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(OneTurnRequest):
     """As OpenAI's. Fields of chat that are not here, and others that would change the output, are refused by name."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = Field(None, description="A system message before all others, not kept for later.")
-    stream: bool | None = None
     store: bool | None = Field(None, description="Keep it in memory, to be retrieved and gone on with; default.")
     previous_response_id: str | None = None
     tools: Annotated[list[ResponseTool], Field(fail_fast=True)] | None = None
@@ -131,17 +126,10 @@ class ResponsesRequest(Strict):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
     truncation: Literal["disabled"] | None = Field(None, description="auto is not offered; shorten the input yourself.")
     background: Literal[False] | None = Field(None, description="Not offered.")
     metadata: dict[str, str] | None = None
     user: str | None = None
-    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS, description="Extension.")
-    draft_tokens: Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)] | Literal["auto"] | None = Field(
-        None, description="Extension: drafts a round."
-    )
-    verification: Verification | None = Field(None, description="Extension.")
 
 
 Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]

@@ -6,13 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemma_mtp.server.errors import ApiError
-from gemma_mtp.server.one_turn import OneTurn, planned
+from gemma_mtp.server.one_turn import begun_turn
 from gemma_mtp.server.openapi import BODY, or_events, responses
 from gemma_mtp.server.response_store import ResponseStore
 from gemma_mtp.server.responses_answers import ResponseAnswers
 from gemma_mtp.server.responses_protocol import DeletedResponse, ModelResponse, ResponseEvent, ResponsesRequest
 from gemma_mtp.server.responses_translate import NAMES, chat_fields, check_fields, items_of
-from gemma_mtp.server.routing import EventStream, JsonRoute, check_model, note_later
+from gemma_mtp.server.routing import JsonRoute, answered, check_model
 from gemma_mtp.server.service import Service
 
 
@@ -27,15 +27,10 @@ def responses_routes(service: Service) -> APIRouter:
         check_fields(body)
         given = items_of(body, store)
         fields = chat_fields(body, [*store.history(body.previous_response_id), *given])
-        _, plan = await planned(fields, service, NAMES)
-        batch = service.submit(plan.requests, request.state.deadline)
-        note_later(request, batch, [plan.prompt], settings)
-        answers = ResponseAnswers(body, given, OneTurn(batch, plan.tools), plan.prompt, service, store)
+        turn = await begun_turn(fields, NAMES, request, service)
+        answers = ResponseAnswers(body, given, turn, service, store)
         request.state.cleanup.callback(answers.abandon)
-        if body.stream:
-            return EventStream(answers.events())
-        whole = await answers.whole()
-        return Response(whole.model_dump_json(), media_type="application/json")
+        return await answered(answers, body.stream)
 
     @api.get("/v1/responses/{response_id}", responses=responses(404))
     async def retrieve(response_id: str) -> ModelResponse:

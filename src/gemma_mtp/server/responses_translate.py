@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gemma_mtp.server.errors import ApiError
+from gemma_mtp.server.errors import wrong_field
 from gemma_mtp.server.fields import Refused
 from gemma_mtp.server.formats import TextFormat
 from gemma_mtp.server.one_turn import Names, check_extra
@@ -44,7 +44,7 @@ def check_fields(body: ResponsesRequest) -> None:
     extra = dict(body.model_extra or {})
     include = extra.pop("include", None)
     if isinstance(include, list) and LOGPROBS in include:
-        raise ApiError(400, f"include: {LOGPROBS} is not offered; use /v1/chat/completions.", param="include")
+        raise wrong_field("include", f"{LOGPROBS} is not offered; use /v1/chat/completions")
     extra.pop("stream_options", None)  # obfuscation, of which there is none
     check_extra(extra, REFUSED, "responses", ResponsesRequest.model_fields)
 
@@ -75,12 +75,7 @@ def chat_fields(body: ResponsesRequest, items: Sequence[Item]) -> dict[str, Any]
         "response_format": _format(body),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "max_completion_tokens": body.max_output_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "stream": body.stream,
-        "seed": body.seed,
-        "draft_tokens": body.draft_tokens,
-        "verification": body.verification,
+        **body.same_fields(),
     }  # fmt: skip
 
 

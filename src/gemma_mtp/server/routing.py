@@ -1,21 +1,22 @@
-"""What routes have in common: how bodies are read, streams are sent, and generations are noted in the log."""
+"""What routes have in common: how bodies are read, generations are begun and noted in the log, and answers sent."""
 
 from __future__ import annotations
 
 import email.message
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gemma_mtp.engine.request import Request as Wanted
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.limits import parse_json
 from gemma_mtp.server.logs import note
-from gemma_mtp.server.service import Batch
+from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.settings import ServerSettings
 from gemma_mtp.server.translate import Prompt
 
@@ -36,6 +37,20 @@ class EventStream(Response):
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Answering(Protocol):
+    """Makes the answer to one request. Both raise ApiError, `events` only before the first one."""
+
+    def events(self) -> AsyncIterator[bytes]: ...
+    async def json(self) -> str: ...
+
+
+async def answered(answers: Answering, stream: bool | None) -> Response:
+    """The answer as it comes, or whole."""
+    if stream:
+        return EventStream(answers.events())
+    return Response(await answers.json(), media_type="application/json")
 
 
 class JsonRoute(APIRoute):
@@ -66,10 +81,13 @@ def _is_json(content_type: str) -> bool:
     return message.get_content_type() == "application/json"
 
 
-def note_later(request: Request, batch: Batch, prompts: Sequence[Prompt], settings: ServerSettings) -> None:
-    """When the request ends, cancel what still runs, and say in the log what came of it."""
-    request.state.cleanup.callback(_note_batch, request, batch, prompts, settings)
+def begun(wanted: Sequence[Wanted], prompts: Sequence[Prompt], request: Request, service: Service) -> Batch:
+    """Queue what an HTTP request wants. When that ends, what still runs is cancelled, and the log says what came of it.
+    Raises ApiError."""
+    batch = service.submit(wanted, request.state.deadline)
+    request.state.cleanup.callback(_note_batch, request, batch, prompts, service.settings)
     request.state.cleanup.callback(batch.close)
+    return batch
 
 
 def _note_batch(request: Request, batch: Batch, prompts: Sequence[Prompt], settings: ServerSettings) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from gemma_mtp.chat.marks import region_after
 from gemma_mtp.chat.template import template_of
@@ -15,7 +15,7 @@ from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.request import Request
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import text_grammar
-from gemma_mtp.server.errors import ApiError, from_engine, too_long
+from gemma_mtp.server.errors import ApiError, from_engine, too_long, wrong_field
 from gemma_mtp.server.fields import check_others
 from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from gemma_mtp.server.protocol_others import TokenizerInfo
@@ -44,7 +44,7 @@ async def completion_requests(body: CompletionRequest, service: Service) -> tupl
     """A completion's prompts, and n requests for each of them in turn. Raises ApiError."""
     check_others(body.model_extra)
     if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
-        _refuse("max_tokens", "0 tokens can only be asked for with echo or prompt_logprobs")
+        raise wrong_field("max_tokens", "0 tokens can only be asked for with echo or prompt_logprobs")
     given = _as_list(body.prompt)
     _at_most("prompt", len(given), service.settings.max_prompts, "prompts")
     _at_most("n", len(given) * (body.n or 1), service.engine.settings.max_waiting, "choices in all")
@@ -73,7 +73,8 @@ async def chat_requests(body: ChatCompletionRequest, service: Service) -> ChatPl
     thinking, tools = thinking_of(body, service), await callable_tools(body, service)
     go_on = bool(body.continue_final_message)
     if go_on and body.add_generation_prompt:
-        _refuse("continue_final_message", "a turn that goes on is not begun; leave out add_generation_prompt")
+        message = "a turn that goes on is not begun; leave out add_generation_prompt"
+        raise wrong_field("continue_final_message", message)
     begin_turn = body.add_generation_prompt is not False and not go_on
     text = render(body.messages, service, begin_turn, go_on, thinking.variables, tools.shown)
     prompt = await _prompt(text, False, service, special=False)  # the template writes its own
@@ -153,7 +154,7 @@ def _params(
 ) -> SamplingParams:  # fmt: skip
     stop = _check_limits(body, service.settings)
     if body.stream and body.prompt_logprobs is not None:
-        _refuse("prompt_logprobs", "they are not sent in streams; leave out stream")
+        raise wrong_field("prompt_logprobs", "they are not sent in streams; leave out stream")
     defaults = service.engine.pair.generation
     try:
         return SamplingParams(
@@ -205,8 +206,4 @@ def _given(*values: float | None) -> float:
 
 def _at_most(param: str, value: int, most: int, what: str) -> None:
     if value > most:
-        _refuse(param, f"{value} {what} are more than the {most} that this server allows")
-
-
-def _refuse(param: str, message: str) -> NoReturn:
-    raise ApiError(400, f"{param}: {message}.", param=param)
+        raise wrong_field(param, f"{value} {what} are more than the {most} that this server allows")

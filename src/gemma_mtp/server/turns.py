@@ -16,7 +16,7 @@ from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.server.constraints import compiled
 from gemma_mtp.server.conversation import AssistantMessage, Message, NamedTool, Tool, ToolMessage
-from gemma_mtp.server.errors import ApiError
+from gemma_mtp.server.errors import ApiError, wrong_field
 from gemma_mtp.server.protocol import ChatCompletionRequest
 from gemma_mtp.server.service import Service
 
@@ -53,23 +53,22 @@ def thinking_of(body: ChatCompletionRequest, service: Service) -> Thinking:
     switch, effort = thinking_variable(service.tokenizer), body.reasoning_effort
     for name in given:
         if name in OWN_FIELDS:
-            raise ApiError(400, f"chat_template_kwargs: {name} can not be given there.", param="chat_template_kwargs")
+            raise wrong_field("chat_template_kwargs", f"{name} can not be given there")
         if name not in service.tokenizer.template_variables:
             if name in ("enable_thinking", "thinking") and not given[name]:
                 continue  # it does not think
-            message = f"chat_template_kwargs: the checkpoint's chat template has no variable {name!r}."
-            raise ApiError(400, message, param="chat_template_kwargs")
+            raise wrong_field("chat_template_kwargs", f"the checkpoint's chat template has no variable {name!r}")
     if effort is not None and effort not in THOUGHTLESS and switch is None:
-        message = f"reasoning_effort: this model has no switch for thinking, so {effort} can not be had; leave it out."
-        raise ApiError(400, message, param="reasoning_effort")
+        message = f"this model has no switch for thinking, so {effort} can not be had; leave it out"
+        raise wrong_field("reasoning_effort", message)
     if switch is not None and effort is not None:
         given.setdefault(switch, effort not in THOUGHTLESS)
     limit = body.max_thinking_tokens
     if limit is None and effort in EFFORT_TOKENS:
         limit = EFFORT_TOKENS[effort]
     if body.max_thinking_tokens is not None and service.tokenizer.marks.thought is None:
-        message = "max_thinking_tokens: this model's thoughts have no marks, so they can not be limited; leave it out."
-        raise ApiError(400, message, param="max_thinking_tokens")
+        message = "this model's thoughts have no marks, so they can not be limited; leave it out"
+        raise wrong_field("max_thinking_tokens", message)
     return Thinking(given, switch is not None and bool(given.get(switch)), limit)
 
 
@@ -79,7 +78,7 @@ async def callable_tools(body: ChatCompletionRequest, service: Service) -> ToolS
     names = [tool.function.name for tool in tools]
     if not tools:
         if choice is not None and choice not in ("none", "auto"):
-            raise ApiError(400, "tool_choice: there are no tools to choose from; give tools.", param="tool_choice")
+            raise wrong_field("tool_choice", "there are no tools to choose from; give tools")
         return ToolSet()
     _check_tools(names, service)
     shown = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
@@ -87,7 +86,7 @@ async def callable_tools(body: ChatCompletionRequest, service: Service) -> ToolS
         return ToolSet(shown)
     if isinstance(choice, NamedTool):
         if choice.function.name not in names:
-            raise ApiError(400, "tool_choice: there is no tool of this name among tools.", param="tool_choice")
+            raise wrong_field("tool_choice", "there is no tool of this name among tools")
         names = [choice.function.name]
     must = choice == "required" or isinstance(choice, NamedTool)
     source = json.dumps([_held(tool, must) for tool in tools if tool.function.name in names])
@@ -98,11 +97,11 @@ async def callable_tools(body: ChatCompletionRequest, service: Service) -> ToolS
 
 def _check_tools(names: Sequence[str], service: Service) -> None:
     if len(names) > service.settings.max_tools:
-        message = f"tools: {len(names)} tools are more than the {service.settings.max_tools} that this server allows."
-        raise ApiError(400, message, param="tools")
+        most = service.settings.max_tools
+        raise wrong_field("tools", f"{len(names)} tools are more than the {most} that this server allows")
     if not service.tokenizer.template_knows("tools") or service.tokenizer.marks.call is None:
-        message = "tools: this model knows no tools, because its chat template does not show them; leave them out."
-        raise ApiError(400, message, param="tools")
+        message = "this model knows no tools, because its chat template does not show them; leave them out"
+        raise wrong_field("tools", message)
 
 
 def _held(tool: Tool, must: bool) -> dict[str, Any]:
@@ -118,8 +117,8 @@ def render(
     """A conversation through the checkpoint's template; `go_on`: up to the end of its last message. Raises ApiError."""
     given = _plain(messages, service)
     if go_on and (given[-1]["role"] != "assistant" or not given[-1]["content"] or given[-1].get("tool_calls")):
-        message = "continue_final_message: the last message must be the assistant's, and have text; begin a turn."
-        raise ApiError(400, message, param="continue_final_message")
+        message = "the last message must be the assistant's, and have text; begin a turn"
+        raise wrong_field("continue_final_message", message)
     extra = {**(variables or {}), **({} if tools is None else {"tools": tools})}
     try:
         text = chat_text(Conversation(given, begin_turn, extra), service.tokenizer)
@@ -130,8 +129,8 @@ def render(
     last = Conversation(given).messages[-1]["content"].strip()
     at = text.rfind(last)
     if at < 0:
-        message = "continue_final_message: the chat template changes the last message, so it can not be gone on with."
-        raise ApiError(400, message, param="continue_final_message")
+        message = "the chat template changes the last message, so it can not be gone on with"
+        raise wrong_field("continue_final_message", message)
     return text[: at + len(last)]
 
 
@@ -162,7 +161,7 @@ def _plain(messages: Sequence[Message], service: Service) -> list[dict[str, Any]
         called = isinstance(message, AssistantMessage) and message.tool_calls
         if (called or isinstance(message, ToolMessage)) and not service.tokenizer.template_knows("tool_calls"):
             said = "this model's chat template does not show calls of tools and their answers; leave them out"
-            raise ApiError(400, f"messages[{i}]: {said}.", param=f"messages[{i}]")
+            raise wrong_field(f"messages[{i}]", said)
         if isinstance(message, AssistantMessage) and message.tool_calls:
             names |= {call.id: call.function.name for call in message.tool_calls}
             for call in fields["tool_calls"]:
