@@ -85,7 +85,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(EngineThread, "warm_up", lambda self: None)
         patch.setattr(training_run, "run_training", lambda *_: None)
         patch.setattr(bench_serve_run, "own_server", stopped)
-        patch.setattr(acceptance_run, "acceptance", lambda *_: None)
+        patch.setattr(acceptance_run, "acceptance", lambda **_: None)
         yield root
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from gemma_mtp.cli import application, main
+from gemma_mtp.cli.generate import PromptOptions
 from gemma_mtp.cli.option_groups import long_name
 from gemma_mtp.files.replace import new_directory
 from gemma_mtp.interrupts import ENDING, INTERRUPTED, interruptible
@@ -235,7 +236,7 @@ def nobody_reads(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     "call", ["--help", "plan --help", "--version", "recipe vllm", "recipe vllm --json", "chat"], ids=str
 )
 def test_a_reader_may_leave(call: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("gemma_mtp.cli.chat_run.chat", lambda *_: print("an answer\n" * 9999))
+    monkeypatch.setattr("gemma_mtp.cli.chat_run.chat", lambda **_: print("an answer\n" * 9999))
     assert (main(call.split()), capfd.readouterr().err) == (0, "")
 
 
@@ -243,9 +244,9 @@ def test_a_reader_may_leave(call: str, monkeypatch: pytest.MonkeyPatch, capfd: p
 def test_closed_streams_are_as_the_null_device(
     call: str, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def generate(given: str, *_: object) -> None:
-        print(f"given {given!r}", file=sys.stderr)
-        raise SystemExit(2 if given == "" else 0)
+    def generate(source: PromptOptions, **_: object) -> None:
+        print(f"given {source.given!r}", file=sys.stderr)
+        raise SystemExit(2 if source.given == "" else 0)
 
     monkeypatch.setattr("gemma_mtp.cli.generate_run.generate", generate)
     for name in ("stdin", "stdout", "stderr"):

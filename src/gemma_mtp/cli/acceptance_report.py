@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemma_mtp.cli.console import COLUMNS, print_table
+from gemma_mtp.cli.console import COLUMNS, plain_table, print_table, say
 from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison
 from gemma_mtp.measure.speedup import (
     Interval,
@@ -95,7 +95,7 @@ def _setting(m: Measured) -> dict[str, Any]:
 def print_report(console: Console, measured: Sequence[Measured]) -> None:
     """Tables: lengths, acceptance by position, histogram, by task, what pays; then a sentence for each setting."""
     K, prompts = measured[0].report.draft_tokens, len(measured[0].report.prompts)
-    _say(console, f"{prompts} prompts, {K} drafts a round, {measured[0].report.verification} verification\n")
+    say(console, f"{prompts} prompts, {K} drafts a round, {measured[0].report.verification} verification\n")
     pooled = {m.label: m.report.pooled for m in measured}
     _section(console, "mean lengths", [_lengths(measured)], LENGTHS)
     conditional = {label: acceptance.by_position for label, acceptance in pooled.items()}
@@ -112,25 +112,18 @@ def print_report(console: Console, measured: Sequence[Measured]) -> None:
     if quiet:
         _section(console, PREDICTED, [_paying(quiet)], EXTRAPOLATED if quiet[0].predictions[-1].extrapolated else "")
     for m in measured:
-        _say(console, f"{m.label}: {_verdict(m)}")
+        say(console, f"{m.label}: {_verdict(m)}")
 
 
 def _section(console: Console, title: str, tables: Iterable[Table], note: str = "") -> None:
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    say(console, title, "bold")
     for table in tables:
         print_table(console, table)
-    _say(console, f"{note}\n" if note else "")
-
-
-def _table(columns: Iterable[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
+    say(console, f"{note}\n" if note else "")
 
 
 def _lengths(measured: Sequence[Measured]) -> Table:
-    table = _table(["", "tokens", "rounds", "acceptance length", "accepted drafts"])
+    table = plain_table("", "tokens", "rounds", "acceptance length", "accepted drafts")
     for m in measured:
         pooled, tokens = m.report.pooled, str(m.report.tokens)
         table.add_row(m.label, tokens, str(pooled.rounds), f"{pooled.mean_length:.2f}", f"{pooled.mean_accepted:.2f}")
@@ -142,7 +135,7 @@ def _shares(columns: Sequence[int], rows: Mapping[str, Sequence[float]]) -> Iter
     most = max(1, (COLUMNS - max(map(len, rows))) // SHARE_COLUMNS)
     each = -(-len(columns) // -(-len(columns) // most))
     for first in range(0, len(columns), each):
-        table = _table(["", *map(str, columns[first : first + each])])
+        table = plain_table("", *map(str, columns[first : first + each]))
         for label, shares in rows.items():
             table.add_row(label, *(f"{share:.2f}" for share in shares[first : first + each]))
         yield table
@@ -151,7 +144,7 @@ def _shares(columns: Sequence[int], rows: Mapping[str, Sequence[float]]) -> Iter
 def _by_task(measured: Sequence[Measured]) -> Table:
     """The lowest first: those are what to look at."""
     tasks = [m.report.by_task for m in measured]
-    table = _table(["", *(m.label for m in measured)])
+    table = plain_table("", *(m.label for m in measured))
     for task in sorted(tasks[0], key=lambda task: tasks[0][task].mean_length)[:MOST_TASKS]:
         table.add_row(task, *(f"{own[task].mean_length:.2f}" for own in tasks))
     return table
@@ -159,7 +152,7 @@ def _by_task(measured: Sequence[Measured]) -> Table:
 
 def _paying(measured: Sequence[Measured]) -> Table:
     """A round's cost is the length at which it breaks even; beside it, what length, and what speed-ups are likely."""
-    table = _table(["drafts", *(m.label for m in measured)])
+    table = plain_table("drafts", *(m.label for m in measured))
     for k, rows in enumerate(zip(*(m.predictions for m in measured), strict=True)):
         lengths = (f"{p.expected_length:.2f}{'*' if p.extrapolated else ' '}" for p in rows)
         bounds = (f"{m.intervals[k].low:.2f}-{m.intervals[k].high:.2f}x" for m in measured)
@@ -198,7 +191,3 @@ def _verdict(m: Measured) -> str:
             f" {c.low:+.3f} to {c.high:+.3f})"
         )
     return text
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)

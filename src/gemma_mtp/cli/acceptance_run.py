@@ -14,7 +14,7 @@ from gemma_mtp.backend.processor import processor
 from gemma_mtp.chat.prompt import THINKING_VARIABLES, thinking_variable
 from gemma_mtp.cli import acceptance_report as shown
 from gemma_mtp.cli import options
-from gemma_mtp.cli.acceptance_options import (
+from gemma_mtp.cli.acceptance import (
     THINKING,
     ComparedPair,
     DraftingOptions,
@@ -128,10 +128,10 @@ def acceptance(
     sources = options.sources_of(chosen.data)
     with progress("reading"):
         examples = chosen.examples(sources)
-    pair = models.load(models.drafter)
+    pair = models.pair(models.target, models.drafter)
     if pair.drafter is None:
         raise options.no_drafter("acceptance")
-    other = None if models.against is None else models.load(models.against)
+    other = None if models.against is None else models.pair(models.target, models.against)
     base = shared_params(sampling, pair, examples)
     settings = [
         Setting(replace(base, temperature=t), on)

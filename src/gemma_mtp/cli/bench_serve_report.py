@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from gemma_mtp.cli.console import print_table
+from gemma_mtp.cli.console import plain_table, print_table
 from gemma_mtp.measure.load import OpenLoop
 from gemma_mtp.measure.load_runs import LevelResult, Ratio
 from gemma_mtp.measure.load_stats import QUANTILES, Distribution, LoadSummary
@@ -66,11 +66,10 @@ def _section(console: Console, title: str, *tables: Table) -> None:
     console.print()
 
 
-def _table(*columns: str, texts: int = 1) -> Table:
-    """The first `texts` columns hold words, the others numbers. All of it fits 80 columns; numbers are never cut."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i >= texts else "left", no_wrap=True)
+def _table(*columns: str, words: int = 1) -> Table:
+    """All of it fits 80 columns; numbers are never cut."""
+    table = plain_table(*columns, words=words, no_wrap=True)
+    table.padding = (0, 1, 0, 0)
     return table
 
 
@@ -118,7 +117,7 @@ def _latencies(results: Sequence[LevelResult], chosen: Callable[[LoadSummary], D
 
 def _intervals(results: Sequence[LevelResult], latencies: Mapping[str, Callable[[LoadSummary], Distribution]]) -> Table:
     """Of every latency that has any."""
-    table = _table("", "", "p50", "p99", texts=2)
+    table = _table("", "", "p50", "p99", words=2)
     for title, chosen in latencies.items():
         for result in results:
             own = chosen(result.summary)
@@ -146,7 +145,7 @@ def _duration(seconds: float | None) -> str:
 
 def _ratios(compared: Sequence[tuple[str, dict[str, Ratio]]]) -> Table:
     """A row for each figure: beside each other they do not fit."""
-    table = _table("", "", "ratio", texts=2)
+    table = _table("", "", "ratio", words=2)
     for label, found in compared:
         for i, (name, title) in enumerate(RATIOS.items()):
             table.add_row("" if i else label, title, str(found.get(name, "-")))

@@ -13,7 +13,7 @@ import typer
 
 from gemma_mtp.cli import bench_serve_report as shown
 from gemma_mtp.cli import options
-from gemma_mtp.cli.bench_serve_options import (
+from gemma_mtp.cli.bench_serve import (
     DraftingOptions,
     LoadOptions,
     OutputOptions,

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import typer
 
 from gemma_mtp.cli import chat_files, options
+from gemma_mtp.cli.chat import TalkOptions
 from gemma_mtp.cli.chat_commands import Commands, QuitError
 from gemma_mtp.cli.chat_input import Source, source
-from gemma_mtp.cli.chat_options import TalkOptions
 from gemma_mtp.cli.chat_screen import Screen
 from gemma_mtp.cli.chat_session import Session
-from gemma_mtp.cli.generate_options import DraftingOptions, SamplingOptions
+from gemma_mtp.cli.generate import DraftingOptions, SamplingOptions
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.errors import GemmaMtpError, PromptError, TokenizerError
 from gemma_mtp.interrupts import interrupts_noted

@@ -68,6 +68,21 @@ def console(stderr: bool = False) -> Console:
     return OurConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+def say(out: Console, text: str, style: str | None = None) -> None:
+    """A line as it is, which the terminal breaks where it must."""
+    out.print(text, style=style, highlight=False, soft_wrap=True)
+
+
+def plain_table(*columns: str, words: int = 1, no_wrap: bool = False) -> Table:
+    """A table to fill, of which the first columns hold `words` and the others numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right", no_wrap=no_wrap)
+    return table
+
+
 def print_table(out: Console, table: Table) -> None:
     """A table of which nothing is cut: where not even its longest words fit the terminal, its lines are longer."""
     from rich.cells import cell_len

@@ -17,7 +17,7 @@ from gemma_mtp.chat.prompt import chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Text, Thought
 from gemma_mtp.cli import options, render
 from gemma_mtp.cli.console import console
-from gemma_mtp.cli.generate_options import (
+from gemma_mtp.cli.generate import (
     DraftingOptions,
     GrammarOptions,
     OutputOptions,
@@ -59,7 +59,6 @@ class Run:
 
 
 def generate(
-    given: str | list[int],
     source: PromptOptions,
     models: options.PairOptions,
     drafting: DraftingOptions,
@@ -76,7 +75,7 @@ def generate(
         raise options.no_drafter("--compare")
     defaults = pair.generation.conversation() if source.chat else {}
     params = sampling.params(defaults, logprobs=output.logprobs, grammar=grammar)
-    prompt, draft_tokens = prompt_for(pair, given, source), options.parse_draft_tokens(drafting.draft_tokens)
+    prompt, draft_tokens = prompt_for(pair, source), options.parse_draft_tokens(drafting.draft_tokens)
     params = of_turn(pair, prompt, params, source)
     run = Run(pair, prompt, params, draft_tokens, cast(Verification, drafting.verification))  # checked by the engine
     if output.compare:
@@ -97,8 +96,9 @@ def generate(
         raise typer.Exit(NOT_WHOLE)
 
 
-def prompt_for(pair: Pair, given: str | list[int], source: PromptOptions) -> str | list[int]:
+def prompt_for(pair: Pair, source: PromptOptions) -> str | list[int]:
     """What the pair goes on from: the prompt given, through the chat template with --chat."""
+    given = source.given
     if not source.chat:
         return given
     if pair.tokenizer is None:

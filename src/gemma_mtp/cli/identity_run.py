@@ -10,11 +10,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.console import console, print_table
-from gemma_mtp.cli.identity_options import IdentityOutput, IdentityPrompts, IdentityRequests, Servers
+from gemma_mtp.cli.console import console, plain_table, print_table, say
+from gemma_mtp.cli.identity import IdentityOutput, IdentityPrompts, IdentityRequests, Servers
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.datasets import Example
 from gemma_mtp.errors import ServerError
@@ -119,10 +118,9 @@ def _content(
 def _print(out: Console, compared: Sequence[Compared], found: Sequence[Group], notes: Sequence[str]) -> None:
     whole = [one for one in compared if not one.failed]
     same = sum(one.identical for one in whole)
-    out.print(f"identical outputs: {same} of {len(whole)} ({same / len(whole):.1%})", style="bold", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for column in ("at a time", "prompt tokens", "prompts", "identical", "plain repeats", "drafted repeats", "failed"):
-        table.add_column(column, justify="right")
+    say(out, f"identical outputs: {same} of {len(whole)} ({same / len(whole):.1%})", "bold")
+    columns = ("at a time", "prompt tokens", "prompts", "identical", "plain repeats", "drafted repeats", "failed")
+    table = plain_table(*columns, words=0)
     for group in found:
         counts = (group.identical, group.plain_repeatable, group.drafted_repeatable)
         shares = (f"{count / group.prompts:.1%}" if group.prompts else "-" for count in counts)
@@ -132,13 +130,13 @@ def _print(out: Console, compared: Sequence[Compared], found: Sequence[Group], n
     print_table(out, table)
     parted = [one for one in whole if not one.identical]
     for one in parted[:MOST_SHOWN]:
-        out.print(_parting(one), highlight=False, soft_wrap=True)
+        say(out, _parting(one))
     if len(parted) > MOST_SHOWN:
-        out.print(f"and {len(parted) - MOST_SHOWN} more, which --json has", highlight=False)
+        say(out, f"and {len(parted) - MOST_SHOWN} more, which --json has")
     for error in sorted({error for one in compared for error in one.failed}):
-        out.print(f"failed: {error}", highlight=False, soft_wrap=True)
+        say(out, f"failed: {error}")
     for note in notes:
-        out.print(note, highlight=False, soft_wrap=True)
+        say(out, note)
 
 
 def _parting(one: Compared) -> str:

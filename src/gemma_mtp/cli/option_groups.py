@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -30,11 +31,14 @@ def group(panel: str) -> Callable[[type[Group]], type[Group]]:
     return made
 
 
-def option(default: Any, help: str, *names: str, needs: str | None = None, **more: Any) -> Any:
+def option(
+    default: Any, help: str, *names: str, needs: str | None = None, least: int | None = None, above: int | None = None,
+    **more: Any,
+) -> Any:  # fmt: skip
     """A field's option, `--` and the field's name unless `names` has a long one. `more` is what typer.Option takes.
 
     `needs` is the option without which this one has no effect, such as "--json". The help says so, and the command
-    refuses it where only this one is given.
+    refuses it where only this one is given. It refuses numbers below `least`, or not `above`, too.
     """
     text = help if needs is None else f"With {needs}: {help[0].lower()}{help[1:]}"
 
@@ -42,7 +46,9 @@ def option(default: Any, help: str, *names: str, needs: str | None = None, **mor
         all_names = names if any(given.startswith("--") for given in names) else (name, *names)
         return typer.Option(*all_names, help=text, rich_help_panel=panel, **more)
 
-    return field(default=default, metadata={"read": read, "names": names, "needs": needs})
+    return field(
+        default=default, metadata={"read": read, "names": names, "needs": needs, "least": least, "above": above}
+    )
 
 
 def argument(default: Any, help: str) -> Any:
@@ -53,8 +59,8 @@ def argument(default: Any, help: str) -> Any:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Returns a command of groups as typer reads it, with one parameter for each option.
 
-    It raises OptionError for an option that is given without the one it needs. Raises ValueError where two options have
-    the same name.
+    It raises OptionError for an option that is given without the one it needs, or a number out of its range. Raises
+    ValueError where two options have the same name.
     """
     groups = {name: kind for name, kind in get_type_hints(command).items() if name != "return"}
     all_fields = [f for kind in groups.values() for f in fields(kind)]
@@ -62,12 +68,28 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def called(**values: Any) -> None:
         _check_needs(all_fields, values)
+        _check_ranges(all_fields, values)
         command(**{name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()})
 
     options = [parameter for kind in groups.values() for parameter in _parameters(kind)]
     called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     called.__annotations__ = {option.name: option.annotation for option in options}
     return called
+
+
+def then(module: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function that says what is wrong with its groups. What is right goes to the function of the
+    same name in `gemma_mtp.cli.{module}`, which is imported no sooner: that takes seconds."""
+
+    def made(check: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(check)
+        def command(**groups: Any) -> None:
+            check(**groups)
+            getattr(importlib.import_module(f"gemma_mtp.cli.{module}"), check.__name__)(**groups)
+
+        return command
+
+    return made
 
 
 def _parameters(group: Any) -> Iterator[Parameter]:
@@ -92,6 +114,15 @@ def _check_needs(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) ->
         needs = f.metadata.get("needs")
         if needs is not None and long_name(f) in given and needs not in given:
             raise OptionError(f"{long_name(f)} has no effect without {needs}; give both, or leave it out.")
+
+
+def _check_ranges(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) -> None:
+    for f in all_fields:
+        value, least, above = values[f.name], f.metadata.get("least"), f.metadata.get("above")
+        if value is not None and least is not None and not value >= least:
+            raise OptionError(f"{long_name(f)} is {value:g}, but must be {least} or more.")
+        if value is not None and above is not None and not value > above:
+            raise OptionError(f"{long_name(f)} is {value:g}, but must be more than {above}.")
 
 
 def long_name(option: Field[Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -74,41 +74,53 @@ Strict = Annotated[bool, typer.Option("--strict", help=STRICT, rich_help_panel=M
 
 
 @group(MODELS)
-class PairOptions:
-    """The pair that a command decodes with, and what it takes of the machine."""
-
+class TargetOption:
     target: Path | None = option(None, TARGET)
+
+
+@group(MODELS)
+class TargetAndDrafter(TargetOption):
     drafter: Path | None = option(None, DRAFTER)
+
+
+@group(MODELS)
+class Loading:
+    """How models are loaded, and what they take of the machine. These options come after a base class's beside it."""
+
     adapter: Path | None = option(None, ADAPTER)
-    no_drafter: bool = option(False, NO_DRAFTER)
     dtype: str = option("auto", DTYPE)
     quantize: str | None = option(None, QUANTIZE)
     strict: bool = option(False, STRICT)
     device: str = option("auto", DEVICE)
     threads: int | None = option(None, THREADS)
 
+    def pair(self, target: Path | None, drafter: Path | None, use_drafter: bool = True) -> Pair:
+        """Returns the pair of `load_pair`, and shows meanwhile how far it is. Standard error says which drafter was
+        found for it."""
+        from gemma_mtp.engine.pair import load_pair
+        from gemma_mtp.progress import loading
+
+        with loading() as told:
+            pair = load_pair(
+                target, drafter, adapter=self.adapter, dtype=self.dtype, device=self.device, use_drafter=use_drafter,
+                quantize=self.quantize, strict=self.strict, on_bytes=told,
+            )  # fmt: skip
+        if pair.found_drafter is not None:
+            print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
+        return pair
+
+
+@group(MODELS)
+class PairOptions(Loading, TargetAndDrafter):
+    """The pair that a command decodes with."""
+
+    no_drafter: bool = option(False, NO_DRAFTER)
+
     def check(self) -> None:
         check_exclusive(self.drafter, self.no_drafter)
 
     def load(self) -> Pair:
-        """Returns the pair. Raises what `load_pair` does."""
-        return load_shown(
-            self.target, self.drafter, adapter=self.adapter, dtype=self.dtype, device=self.device,
-            use_drafter=not self.no_drafter, quantize=self.quantize, strict=self.strict,
-        )  # fmt: skip
-
-
-def load_shown(target: Path | None, drafter: Path | None, **how: Any) -> Pair:
-    """Returns the pair of `load_pair`, to which `how` goes, and shows meanwhile how far it is. Standard error says
-    which drafter was found for it."""
-    from gemma_mtp.engine.pair import load_pair
-    from gemma_mtp.progress import loading
-
-    with loading() as told:
-        pair = load_pair(target, drafter, on_bytes=told, **how)
-    if pair.found_drafter is not None:
-        print(f"drafter: {pair.found_drafter}, found by the target's name", file=sys.stderr)
-    return pair
+        return self.pair(self.target, self.drafter, not self.no_drafter)
 
 
 def check_exclusive(drafter: Path | str | None, no_drafter: bool) -> None:
@@ -133,7 +145,7 @@ class ExampleOptions:
     """Which examples of a data set are taken."""
 
     pattern: str = option("*", "Which files of a directory to read, such as '*.py'.")
-    limit: int = option(100, LIMIT)
+    limit: int = option(100, LIMIT, least=1)
 
     def examples(self, sources: Sequence[Path]) -> list[Example]:
         return spread(sources, self.pattern, self.limit)

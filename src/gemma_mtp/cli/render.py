@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from gemma_mtp.cli.console import print_table
+from gemma_mtp.cli.console import plain_table, print_table, say
 from gemma_mtp.engine.result import FinishReason, GenerationResult, TokenKind, token_kinds
 from gemma_mtp.tokenizer import Tokenizer
 
@@ -156,18 +155,15 @@ def comparison(plain: Sequence[GenerationResult], drafted: Sequence[GenerationRe
 def print_comparison(console: Console, plain: Sequence[GenerationResult], drafted: Sequence[GenerationResult]) -> None:
     """A table of both sides, the ratio, and the verdict."""
     compared = comparison(plain, drafted)
-    table = Table(box=None, pad_edge=False)
-    for column, justify in (("", "left"), ("tokens/s", "right"), ("tokens a round", "right"), ("rounds", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = plain_table("", "tokens/s", "tokens a round", "rounds")
     for name, results in (("without drafter", plain), ("with drafter", drafted)):
         first = results[0]
         length = f"{first.mean_acceptance_length:.2f}"
         table.add_row(name, f"{speed(results):.1f}", length, str(len(first.decode_rounds)))
     print_table(console, table)
-    console.print(f"drafts a round: {draft_lengths(drafted[0])}", highlight=False, soft_wrap=True)
-    console.print(
+    say(console, f"drafts a round: {draft_lengths(drafted[0])}")
+    say(
+        console,
         f"ratio {compared['ratio']:.2f}x (decode, median of {len(plain)}, interleaved, K = {drafted[0].draft_tokens},"
         f" {drafted[0].verification} verification); identical output: {'yes' if compared['identical'] else 'NO'}",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -6,32 +6,30 @@ import json
 import math
 from typing import Any
 
-from rich.table import Table
-
-from gemma_mtp.cli.console import console, print_table
+from gemma_mtp.cli.console import console, plain_table, print_table, say
 from gemma_mtp.cli.progress import progress
-from gemma_mtp.cli.score_text import ScoredTarget
+from gemma_mtp.cli.score import ScoredTarget, ScoreOutput, TextOptions
 from gemma_mtp.decoding.params import MAX_LOGPROBS, SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 from gemma_mtp.errors import PromptError, SamplingError
 
 
-def score(text: str, continuation: str | None, models: ScoredTarget, top: int, as_json: bool) -> None:
+def score(source: TextOptions, models: ScoredTarget, output: ScoreOutput) -> None:
     """Load the target, and print the scores of a text, or of its continuation alone."""
-    if not 0 <= top <= MAX_LOGPROBS:
-        raise SamplingError(f"--top is {top}, but must be from 0 to {MAX_LOGPROBS}.")
-    params = SamplingParams(max_tokens=0, prompt_logprobs=top)
-    pair = models.load()
-    prompt = pair.encode(text + (continuation or ""))
-    begin = 1 if continuation is None else _begin(pair, text, prompt)
+    if not 0 <= output.top <= MAX_LOGPROBS:
+        raise SamplingError(f"--top is {output.top}, but must be from 0 to {MAX_LOGPROBS}.")
+    params = SamplingParams(max_tokens=0, prompt_logprobs=output.top)
+    pair, text = models.pair(models.target, None, use_drafter=False), source.given
+    prompt = pair.encode(text + (source.continuation or ""))
+    begin = 1 if source.continuation is None else _begin(pair, text, prompt)
     with progress("scoring"):
         scores = pair.generate(prompt, params, draft_tokens=0).prompt_logprobs
     assert scores is not None
     found = scores[begin - 1 :]
     if not found:
         raise PromptError("there is nothing to score: the first token of all has no probability; give more text.")
-    if as_json:
+    if output.as_json:
         print(json.dumps({**summary(found), "tokens": [_token(pair, entry) for entry in found]}))
     else:
         _print(pair, found)
@@ -68,15 +66,11 @@ def _token(pair: Pair, entry: PromptLogprob) -> dict[str, Any]:
 
 
 def _print(pair: Pair, found: list[PromptLogprob]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("logprob", "rank", "token"):
-        table.add_column(name, justify="left" if name == "token" else "right")
+    table = plain_table("logprob", "rank", words=0)
+    table.add_column("token")
     for entry in found:
         table.add_row(f"{entry.logprob:.4f}", str(entry.rank), repr(_text(pair, entry.token_id)))
     out, facts = console(), summary(found)
     print_table(out, table)
     perplexity = "infinite" if facts["perplexity"] is None else f"{facts['perplexity']:.4f}"
-    out.print(
-        f"{facts['count']} tokens, log-probability {facts['logprob']:.4f}, perplexity {perplexity}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+    say(out, f"{facts['count']} tokens, log-probability {facts['logprob']:.4f}, perplexity {perplexity}")

@@ -41,11 +41,15 @@ class ListeningOptions:
 class EngineOptions:
     """The engine's settings."""
 
-    max_running: int = option(EngineSettings.max_running, "Sequences that decode together.")
-    max_waiting: int = option(EngineSettings.max_waiting, "Sequences that may wait. Requests for more get a 429.")
-    max_tokens: int | None = option(None, "Most tokens of a prompt and its output. Default: the model's context.")
+    max_running: int = option(EngineSettings.max_running, "Sequences that decode together.", above=0)
+    max_waiting: int = option(
+        EngineSettings.max_waiting, "Sequences that may wait. Requests for more get a 429.", above=0
+    )
+    max_tokens: int | None = option(
+        None, "Most tokens of a prompt and its output. Default: the model's context.", above=0
+    )
     kv_memory: int | None = option(
-        None, "Megabytes for keys and values of all sequences. Default: by --max-running and what is free."
+        None, "Megabytes for keys and values of all sequences. Default: by --max-running and what is free.", above=0
     )
     no_prefix_reuse: bool = option(False, "Keep no keys and values for later prompts.")
 
@@ -60,17 +64,16 @@ class EngineOptions:
 class LimitOptions:
     """Limits of requests; the fields have ServerSettings' names."""
 
-    max_body_bytes: int = option(4 << 20, "Most bytes of a request's body.")
-    max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.")
-    max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.")
-    max_choices: int = option(16, "Most choices (n) of a request.")
-    max_prompts: int = option(64, "Most prompts of a request.")
-    max_concurrent: int = option(256, "Most requests at a time. More get a 429.")
-    request_seconds: float = option(600, "Most seconds that a request takes.")
+    max_body_bytes: int = option(4 << 20, "Most bytes of a request's body.", above=0)
+    max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.", above=0)
+    max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.", above=0)
+    max_choices: int = option(16, "Most choices (n) of a request.", above=0)
+    max_prompts: int = option(64, "Most prompts of a request.", above=0)
+    max_concurrent: int = option(256, "Most requests at a time. More get a 429.", above=0)
+    request_seconds: float = option(600, "Most seconds that a request takes.", above=0)
     drain_seconds: float = option(30, "Most seconds that running requests go on after SIGTERM.")
 
     def check(self) -> None:
-        _check_positive(**{**vars(self), "drain_seconds": None})
         if not 0 <= self.drain_seconds < math.inf:
             raise ServerError(f"--drain-seconds is {self.drain_seconds}, but must be 0 or more.")
 
@@ -110,7 +113,6 @@ def serve(
     keys = read_keys(listening.api_key_file, os.environ.get(KEYS_VARIABLE, ""))
     options.use_threads(max(1, (os.cpu_count() or 1) - 1) if models.threads is None else models.threads)
     models.check()
-    _check_positive(**{**vars(engine_options), "no_prefix_reuse": None})
     limits.check()
     try:
         from gemma_mtp.server import logs, run
@@ -167,9 +169,3 @@ def _default_name(target: Path | None) -> str:
     if target is None or (str(target) == BUNDLED and not target.exists()):
         return "gemma-mtp-bundled"
     return str(target) if is_hub_name(str(target)) and not target.exists() else target.resolve().name
-
-
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ServerError(f"--{name.replace('_', '-')} is {value}, but must be above 0.")
