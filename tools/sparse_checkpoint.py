@@ -18,7 +18,7 @@ from gemma_mtp.checkpoint.load import ORDERING
 from gemma_mtp.checkpoint.pieces import NAMES, bytes_of
 from gemma_mtp.checkpoint.safetensors import INDEX_FILE
 from gemma_mtp.checkpoint.save import stored_name
-from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, drafter_config_to_hf, target_config_to_hf
+from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, config_to_hf
 from gemma_mtp.files.safetensors import Layout, lay_out, shards
 from gemma_mtp.json_files import write_json
 from gemma_mtp.weight_types import WeightTypes
@@ -42,7 +42,7 @@ def write_sparse(config: TargetConfig | DrafterConfig, directory: Path, shard_by
             with (directory / file).open("r+b") as opened:
                 opened.seek(entries[ORDERING].offset)
                 opened.write(bytes_of(torch.arange(config.text.vocab_size)))
-    raw = target_config_to_hf(config) if isinstance(config, TargetConfig) else drafter_config_to_hf(config)
+    raw = config_to_hf(config)
     write_json(directory / "config.json", {**raw, "dtype": "bfloat16"})
     return directory
 

@@ -1,21 +1,5 @@
 """Typed errors, all below `GemmaMtpError`.
 
-    GemmaMtpError
-    ├── ConfigError       a config.json that is malformed or describes a model we cannot run
-    ├── CheckpointError   a checkpoint directory that is missing, truncated, or does not match its config
-    ├── QuantisationError a weight type or part that is not known, or weights quantised in a way we can not read
-    ├── DeviceError       a device, or what is installed for it, that a backend can not run on
-    ├── PairError         a drafter that does not fit its target
-    ├── TokenizerError    a tokenizer or chat template that is missing or unusable
-    ├── PromptError       a prompt that cannot be decoded: empty, too long, ids out of range
-    ├── SamplingError     a sampling parameter out of its range
-    ├── EngineError       a request that failed while it ran, or came to an engine that is stopping
-    ├── QueueFullError    a request that came when as many were waiting as may
-    ├── OptionError       options of the command line that are of no use together
-    ├── ServerError       a server that can not be started, reached or measured
-    ├── DataError         a data set that can not be read or used, by file and line
-    └── TrainingError     training data or settings that cannot work
-
 Each message is one sentence: what was wrong, what was expected, what to do. The CLI prints it and exits with 2.
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_mtp.errors import CheckpointError
-from gemma_mtp.files.replace import replace_file
+from gemma_mtp.files.replace import replace_text
 
 #: what a checkpoint may be
 EXPECTED = "a directory in the Hugging Face layout, or a GGUF file, whose name ends in .gguf"
@@ -41,5 +41,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file under a temporary name, then rename it into place. Raises CheckpointError."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.gguf_gemma3 import gemma3_config
-from gemma_mtp.checkpoint.gguf_layers import FULL, SLIDING, layer_count, layer_types_of, matrix_shape, same_of_layers
+from gemma_mtp.checkpoint.gguf_layers import (
+    FULL,
+    SLIDING,
+    layer_count,
+    layer_types_of,
+    matrix_shape,
+    same_of_both,
+    same_of_layers,
+)
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.files.headers import StoredTensor
@@ -120,11 +128,7 @@ def _text_config(
         "rms_norm_eps": metadata.real(f"{prefix}attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": integer("context_length"),
         "rope_parameters": _ropes(metadata, prefix, (full_dim, head_dim), rope_factors),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "pad_token_id": metadata.integer_or_none("tokenizer.ggml.padding_token_id"),
-        "bos_token_id": metadata.integer_or_none("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
-        "hidden_activation": "gelu_pytorch_tanh",
+        **same_of_both(metadata, tensors),
     }
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_mtp.checkpoint.gguf_layers import FULL, SLIDING, layer_count, layer_types_of, matrix_shape, same_of_layers
+from gemma_mtp.checkpoint.gguf_layers import (
+    FULL,
+    SLIDING,
+    layer_count,
+    layer_types_of,
+    matrix_shape,
+    same_of_both,
+    same_of_layers,
+)
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.files.headers import StoredTensor
 
@@ -53,11 +61,7 @@ def gemma3_config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> di
         "rms_norm_eps": metadata.real(f"{PREFIX}attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": context,
         "rope_parameters": _ropes(metadata),
-        "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "pad_token_id": metadata.integer_or_none("tokenizer.ggml.padding_token_id"),
-        "bos_token_id": metadata.integer_or_none("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
-        "hidden_activation": "gelu_pytorch_tanh",
+        **same_of_both(metadata, tensors),
     }
 
 

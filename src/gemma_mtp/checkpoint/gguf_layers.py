@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from gemma_mtp.checkpoint.gguf_metadata import Metadata
 from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.headers import StoredTensor
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def same_of_both(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What both architectures' files say in the same way."""
+    return {
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "pad_token_id": metadata.integer_or_none("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata.integer_or_none("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
 
 
 def layer_count(metadata: Metadata, key: str, tensors: Mapping[str, StoredTensor]) -> int:

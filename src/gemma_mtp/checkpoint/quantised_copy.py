@@ -13,7 +13,7 @@ from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, repo
 from gemma_mtp.checkpoint.save import stored_name, write_shards
 from gemma_mtp.checkpoint.source import Location, OnBytes, Source
 from gemma_mtp.checkpoint.tensors import Int4Changes, converted_tensors, nobody, stored_tensors, stored_views
-from gemma_mtp.config import TargetConfig, drafter_config_to_hf, target_config_to_hf
+from gemma_mtp.config import TargetConfig, config_to_hf
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.replace import new_directory
 from gemma_mtp.json_files import write_json
@@ -49,7 +49,7 @@ def write_quantised_copy(
     with new_directory(Path(out)) as directory:
         contents = read_contents(source, config)
         report(location, contents.notes, strict)
-        _check_written(contents)
+        config_to_hf(contents.config)  # or refused
         model = planned_model(source, contents, dtype, wanted)
         _write_weights(source, model, contents, directory, on_bytes, Int4Changes() if changes is None else changes)
         written: dict[str, Any] = {
@@ -81,12 +81,6 @@ def _write_weights(
     values = converted_tensors(source, views, contents.headers, {}, on_bytes, changes)
     named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
     write_shards(directory, layout, named)
-
-
-def _check_written(contents: Contents[Any]) -> None:
-    """Raises ConfigError for a model that can be read only."""
-    config = contents.config
-    _ = target_config_to_hf(config) if isinstance(config, TargetConfig) else drafter_config_to_hf(config)
 
 
 def _dtype(stored: set[str]) -> torch.dtype:

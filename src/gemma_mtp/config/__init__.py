@@ -5,7 +5,7 @@ from gemma_mtp.config.parse import parse_drafter_config, parse_target_config
 from gemma_mtp.config.presets import PRESETS
 from gemma_mtp.config.rope import RopeConfig
 from gemma_mtp.config.text import FULL, LAYER_TYPES, SLIDING, LayerType, TextConfig
-from gemma_mtp.config.write import drafter_config_to_hf, target_config_to_hf
+from gemma_mtp.config.write import config_to_hf, drafter_config_to_hf, target_config_to_hf
 from gemma_mtp.families.base import LayerOptions
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "RopeConfig",
     "TargetConfig",
     "TextConfig",
+    "config_to_hf",
     "drafter_config_to_hf",
     "parse_drafter_config",
     "parse_target_config",

@@ -23,17 +23,26 @@ def _official_target(hidden: int, intermediate: int, pattern: tuple[int, int], h
     )  # fmt: skip
 
 
-def _official_drafter(target: TextConfig, hidden: int, heads: int, ordered: bool, model_type: str) -> DrafterConfig:
-    types = _layer_pattern(3, 1)
-    text = TextConfig(
-        vocab_size=target.vocab_size, hidden_size=hidden, intermediate_size=8 * hidden, num_hidden_layers=len(types),
+def drafter_stack(
+    target: TextConfig, hidden: int, intermediate: int, heads: int, layers: int, unified: bool
+) -> TextConfig:
+    """Returns the layers of a drafter of the official shape: sliding ones and a full one last, without KV of their
+    own."""
+    types = _layer_pattern(layers - 1, 1)
+    return TextConfig(
+        vocab_size=target.vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=len(types),
         num_attention_heads=heads, num_key_value_heads=target.num_key_value_heads,
         num_global_key_value_heads=target.num_global_key_value_heads, head_dim=target.head_dim,
         global_head_dim=target.global_head_dim, layer_types=types, sliding_window=target.sliding_window,
         num_kv_shared_layers=len(types), attention_k_eq_v=target.attention_k_eq_v,
-        max_position_embeddings=target.max_position_embeddings, eos_token_ids=target.eos_token_ids,
-        model_type="gemma4_unified_text" if "unified" in model_type else "gemma4_text",
+        max_position_embeddings=target.max_position_embeddings, sliding_rope=target.sliding_rope,
+        full_rope=target.full_rope, eos_token_ids=target.eos_token_ids,
+        model_type="gemma4_unified_text" if unified else "gemma4_text",
     )  # fmt: skip
+
+
+def _official_drafter(target: TextConfig, hidden: int, heads: int, ordered: bool, model_type: str) -> DrafterConfig:
+    text = drafter_stack(target, hidden, 8 * hidden, heads, 4, "unified" in model_type)
     return DrafterConfig(text, target.hidden_size, use_ordered_embeddings=ordered, model_type=model_type)
 
 

@@ -14,6 +14,11 @@ from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import family_of, names
 
 
+def config_to_hf(config: TargetConfig | DrafterConfig) -> dict[str, Any]:
+    """The `config.json` dictionary of either. Raises ConfigError for a model that can be read only."""
+    return target_config_to_hf(config) if isinstance(config, TargetConfig) else drafter_config_to_hf(config)
+
+
 def target_config_to_hf(config: TargetConfig) -> dict[str, Any]:
     """The `config.json` dictionary of a target, in the official layout. Inverse of `parse_target_config`."""
     family = _written_family(config.model_type)

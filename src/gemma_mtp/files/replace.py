@@ -37,6 +37,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The same of a UTF-8 text."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill beside `path`, renamed to it at the end, or removed where filling it fails.

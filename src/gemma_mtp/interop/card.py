@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from gemma_mtp.checkpoint.origin import Origin
-from gemma_mtp.files.replace import replace_file
 
 CARD = "README.md"
 #: the hub's name of the library that reads a format
@@ -49,11 +47,3 @@ The {what} of {origin.base_model}, written by `gemma-mtp export --to {to} --type
 `gemma-mtp` reads it as it is. For the command of another program, with versions that work, ask
 `gemma-mtp recipe PROGRAM`.
 """
-
-
-def write_card(
-    directory: Path, origin: Origin, to: str, kind: str, is_target: bool, losses: Sequence[str], name: str = CARD
-) -> None:
-    """Write the card beside the model."""
-    text = card(origin, to, kind, is_target, losses)
-    replace_file(directory / name, lambda partial: partial.write_text(text, encoding="utf-8"))

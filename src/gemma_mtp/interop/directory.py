@@ -22,12 +22,12 @@ from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, repo
 from gemma_mtp.checkpoint.save import stored_name, write_shards
 from gemma_mtp.checkpoint.source import INTEGER_DTYPES, Location, OnBytes, Source
 from gemma_mtp.checkpoint.tensors import nobody, read_values, values_of_both
-from gemma_mtp.config import TargetConfig, drafter_config_to_hf, target_config_to_hf
+from gemma_mtp.config import TargetConfig, config_to_hf
 from gemma_mtp.config.generation import FILE as GENERATION_FILE
 from gemma_mtp.errors import CheckpointError, QuantisationError
 from gemma_mtp.files.headers import StoredTensor
-from gemma_mtp.files.replace import new_directory
-from gemma_mtp.interop.card import write_card
+from gemma_mtp.files.replace import new_directory, replace_text
+from gemma_mtp.interop.card import CARD, card
 from gemma_mtp.interop.packings import EXPERTS, PACKINGS, Packing
 from gemma_mtp.json_files import write_json
 
@@ -120,7 +120,8 @@ def export_directory(
         report(location, losses, strict)
         nbytes = sum(shape.numel() * dtype.itemsize for dtype, shape in plan.layout.values())
         made = Written(len(plan.packed), len(contents.headers) - len(plan.packed), nbytes, changed["packed"], losses)
-        write_card(directory, origin_of(source.path), to, kind, isinstance(contents.config, TargetConfig), losses)
+        of_target = isinstance(contents.config, TargetConfig)
+        replace_text(directory / CARD, card(origin_of(source.path), to, kind, of_target, losses))
     return made
 
 
@@ -188,7 +189,7 @@ def _towers(contents: Contents[Any]) -> tuple[list[StoredTensor], list[str]]:
 
 def _config(source: Source, contents: Contents[Any], packing: Packing, kept: list[str]) -> dict[str, Any]:
     config = contents.config
-    _ = target_config_to_hf(config) if isinstance(config, TargetConfig) else drafter_config_to_hf(config)  # or refused
+    config_to_hf(config)  # or refused
     raw = dict(source.config())
     if raw.get("tie_word_embeddings", config.text.tie_word_embeddings) != config.text.tie_word_embeddings:
         raw["tie_word_embeddings"] = config.text.tie_word_embeddings  # the weights decided otherwise

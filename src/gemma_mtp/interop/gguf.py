@@ -24,17 +24,16 @@ from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.origin import origin_of
 from gemma_mtp.checkpoint.pieces import bytes_of
-from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, read_generation_config, report
+from gemma_mtp.checkpoint.read import Contents, family_table, read_config, read_contents, read_generation_config, report
 from gemma_mtp.checkpoint.source import Location, Source
 from gemma_mtp.checkpoint.tensors import read_values
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.errors import CheckpointError, QuantisationError
-from gemma_mtp.families.known import family_of
 from gemma_mtp.files.gguf import nbytes_of
 from gemma_mtp.files.gguf_write import GgufWriter
-from gemma_mtp.files.replace import replace_file
-from gemma_mtp.interop.card import write_card
+from gemma_mtp.files.replace import replace_file, replace_text
+from gemma_mtp.interop.card import card
 from gemma_mtp.interop.gguf_keys import general_keys, is_gemma3, model_keys, rope_divisors
 from gemma_mtp.interop.gguf_tokenizer import tokenizer_metadata
 from gemma_mtp.locate import GGUF
@@ -94,7 +93,7 @@ def export_gguf(
     report(location, losses, strict)
     replace_file(path, lambda partial: _write(partial, metadata, layout, source, contents, weights))
     of_target = isinstance(contents.config, TargetConfig)
-    write_card(path.parent, origin_of(source.path), "gguf", kind, of_target, losses, f"{path.stem}.md")
+    replace_text(path.with_name(f"{path.stem}.md"), card(origin_of(source.path), "gguf", kind, of_target, losses))
     return Exported(dict(Counter(dtype for dtype, _ in layout.values())), path.stat().st_size, losses)
 
 
@@ -104,8 +103,7 @@ def _write(
 ) -> None:  # fmt: skip
     rope = rope_divisors(contents.config)
     whole = {**layout, **({} if rope is None else {ROPE_FACTORS: ("F32", tuple(rope.shape))})}
-    family = family_of(contents.config.model_type)
-    assert family is not None
+    family = family_table(contents.config)
     with GgufWriter(path, metadata, whole) as writer:
         if rope is not None:
             writer.write(ROPE_FACTORS, bytes_of(rope))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gemma_mtp.training.data import save_json, write_text
+from gemma_mtp.files.replace import replace_text
+from gemma_mtp.training.data import save_json
 
 VOCAB_SIZE = 4096
 PAD, EOS, BOS, UNK, MASK, TURN_OPEN, TURN_CLOSE = 0, 1, 2, 3, 4, 105, 106
@@ -55,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
-    write_text(tokenizer.to_str(pretty=False), directory / "tokenizer.json")
+    replace_text(directory / "tokenizer.json", tokenizer.to_str(pretty=False))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": NAMED[PAD], "eos_token": NAMED[EOS], "bos_token": NAMED[BOS], "unk_token": NAMED[UNK],

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.files.replace import replace_file
+from gemma_mtp.files.replace import replace_text
 
 TokenArray = npt.NDArray[np.uint16]
 
@@ -273,13 +273,8 @@ def beginning(text: str, tokenizer: Tokenizer, shortest: int = 100, longest: int
 
 
 def save_json(value: Any, path: Path) -> None:
-    write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def save_json_lines(values: Iterable[Any], path: Path) -> None:
-    write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a file under a temporary name, then rename it."""
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))

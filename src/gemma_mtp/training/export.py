@@ -11,7 +11,6 @@ from typing import Any
 from gemma_mtp.checkpoint import open_source, read_generation_config, save_drafter
 from gemma_mtp.checkpoint.origin import Origin
 from gemma_mtp.config import DrafterConfig
-from gemma_mtp.files.replace import replace_file
 from gemma_mtp.json_files import write_json
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training.centroids import Recall
@@ -51,16 +50,8 @@ class CardFacts:
     recipe: Mapping[str, Any]
 
 
-def write_card(
-    path: Path, facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recall: Recall | None
-) -> None:
-    """MODEL_CARD.md: what the drafter is for, what it was trained on, how, and the acceptance measured."""
-    text = card(facts, start, now, verdict, recall)
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def card(facts: CardFacts, start: Reports, now: Reports, verdict: Verdict, recall: Recall | None) -> str:
-    """The card's text."""
+    """MODEL_CARD.md: what the drafter is for, what it was trained on, how, and the acceptance measured."""
     head = "" if recall is None else f"\nCentroid head: {recall}.\n"
     K = now[0].draft_tokens
     rows = "\n".join(

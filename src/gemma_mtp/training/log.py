@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from gemma_mtp.errors import TrainingError, missing_extra
-from gemma_mtp.files.replace import replace_file
+from gemma_mtp.files.replace import replace_text
 from gemma_mtp.progress import Display
 
 
@@ -77,7 +77,7 @@ class RunLog:
         if self._file is None:
             self._columns = list(values)
             lines = [",".join(self._columns) + "\n", *self._kept]
-            replace_file(self.path, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+            replace_text(self.path, "".join(lines))
             self._file = self.path.open("a", newline="", encoding="utf-8")
         csv.writer(self._file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values.values()])
 

@@ -19,7 +19,7 @@ from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
-from gemma_mtp.files.replace import claimed
+from gemma_mtp.files.replace import claimed, replace_text
 from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
@@ -34,7 +34,7 @@ from gemma_mtp.training.drafter_trainer import (
     recipe_identity,
 )
 from gemma_mtp.training.examples import ExampleSet
-from gemma_mtp.training.export import CARD, CardFacts, export_drafter, write_card
+from gemma_mtp.training.export import CARD, CardFacts, card, export_drafter
 from gemma_mtp.training.gate import EngineGate, Reports, Speed, Verdict, judge, mean_length, setting
 from gemma_mtp.training.log import RunLog
 from gemma_mtp.training.material import Material, gather, hold_out
@@ -277,7 +277,7 @@ def _conclude(
     write_json(run.state / "gate.json", to_json(outcome))
     if exported:
         run.export(drafter, settings.out)
-        write_card(settings.out / CARD, facts, start, now, verdict, recall)
+        replace_text(settings.out / CARD, card(facts, start, now, verdict, recall))
     return outcome
 
 

@@ -12,7 +12,7 @@ from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.errors import CheckpointError, TrainingError
-from gemma_mtp.files.replace import replace_file
+from gemma_mtp.files.replace import replace_text
 from gemma_mtp.training.drafter_trainer import CHECKPOINT, DrafterRecipe
 from gemma_mtp.training.losses import choice_at
 from gemma_mtp.training.material import HELD_OUT_PROMPTS
@@ -113,7 +113,7 @@ def check_output(settings: RunSettings, state: Path) -> None:
         )
     probe, made = state / "writable", [path for path in (state, *state.parents) if not path.exists()]
     try:
-        replace_file(probe, lambda partial: partial.write_text("yes", encoding="utf-8"))
+        replace_text(probe, "yes")
         probe.unlink()
         for directory in made:
             directory.rmdir()

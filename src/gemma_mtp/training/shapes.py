@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma_mtp.config import FULL, SLIDING, DrafterConfig, LayerType, TargetConfig, TextConfig
+from gemma_mtp.config.presets import drafter_stack
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Attention, DecoderLayer
 from gemma_mtp.model.target import Target
@@ -49,17 +50,9 @@ def new_drafter_config(target: TargetConfig, shape: DrafterShape = DrafterShape(
     """
     text = target.text
     hidden = shape.hidden or _official_hidden(text.hidden_size)
-    types: tuple[LayerType, ...] = (SLIDING,) * (shape.layers - 1) + (FULL,)
     unified = "unified" in target.model_type
-    stack = TextConfig(
-        vocab_size=text.vocab_size, hidden_size=hidden, intermediate_size=shape.intermediate or _wide(hidden),
-        num_hidden_layers=len(types), num_attention_heads=shape.heads or _official_heads(text),
-        num_key_value_heads=text.num_key_value_heads, num_global_key_value_heads=text.num_global_key_value_heads,
-        head_dim=text.head_dim, global_head_dim=text.global_head_dim, layer_types=types,
-        sliding_window=text.sliding_window, num_kv_shared_layers=len(types), attention_k_eq_v=text.attention_k_eq_v,
-        max_position_embeddings=text.max_position_embeddings, sliding_rope=text.sliding_rope, full_rope=text.full_rope,
-        eos_token_ids=text.eos_token_ids, model_type="gemma4_unified_text" if unified else "gemma4_text",
-    )  # fmt: skip
+    intermediate, heads = shape.intermediate or _wide(hidden), shape.heads or _official_heads(text)
+    stack = drafter_stack(text, hidden, intermediate, heads, shape.layers, unified)
     return DrafterConfig(
         stack, text.hidden_size, use_ordered_embeddings=shape.centroids is not None,
         num_centroids=shape.centroids or 2048, centroid_intermediate_top_k=shape.centroid_top_k,
