@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
+
+from gemma_mtp.decoding.schema import pointed_at
 
 #: keywords that constrain, and that a grammar of calls does not know
 REFUSED = (
@@ -64,15 +65,9 @@ def pointed(reference: object, root: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the schema that a path such as #/$defs/a leads to."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         raise UnsupportedError("$ref that is no path in the schema, such as #/$defs/a")
-    node: Any = root
-    for part in unquote(reference)[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
-            node = node[int(name)]
-        elif isinstance(node, dict) and name in node:
-            node = node[name]
-        else:
-            raise UnsupportedError("$ref to what is not there")
+    node = pointed_at(root, reference)
+    if node is None:
+        raise UnsupportedError("$ref to what is not there")
     if not isinstance(node, dict):
         raise UnsupportedError("$ref to what is no schema's object")
     return node

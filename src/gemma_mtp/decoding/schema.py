@@ -12,9 +12,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Generic, TypeVar
+from urllib.parse import unquote
 
 from gemma_mtp.errors import SamplingError
+
+Found = TypeVar("Found")
 
 #: keywords whose values are data, not schemas
 _DATA = {"const", "enum", "default", "examples", "example"}
@@ -46,6 +49,33 @@ def schemas(node: Any, of_names: bool = False) -> Iterator[dict[str, Any]]:
         for key, value in node.items():
             if of_names or key not in _DATA:
                 yield from schemas(value, not of_names and key in _BY_NAME)
+
+
+def pointed_at(root: Any, reference: str) -> Any:
+    """What a path such as #/$defs/a leads to; None where nothing is."""
+    node = root
+    for part in unquote(reference).removeprefix("#").split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list):
+            node = node[int(key)] if key.isdecimal() and int(key) < len(node) else None
+        else:
+            node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+class References(Generic[Found]):
+    """What is found of the parts that a schema's references point at. Each part is looked at once; `before` stands for
+    it until it is known, where it refers to itself."""
+
+    def __init__(self, root: Any, before: Found) -> None:
+        self._root, self._before = root, before
+        self._known: dict[str, Found] = {}
+
+    def found(self, reference: str, look: Callable[[Any], Found]) -> Found:
+        if reference not in self._known:
+            self._known[reference] = self._before
+            self._known[reference] = look(pointed_at(self._root, reference))
+        return self._known[reference]
 
 
 def check_drafts(schema: dict[str, Any], name: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_mtp.decoding.expression_cost import check_expression
-from gemma_mtp.decoding.schema import schemas
-from gemma_mtp.decoding.schema_depth import named_references, pointed_at
+from gemma_mtp.decoding.schema import References, schemas
+from gemma_mtp.decoding.schema_depth import named_references
 from gemma_mtp.errors import SamplingError
 
 #: parts of all expressions, each of which counts itself, and a `format` as so many
@@ -120,11 +120,11 @@ _PLAIN = _Joined()
 
 
 class _Joining:
-    """What one schema puts together. What a reference points at is looked at once."""
+    """What one schema puts together."""
 
     def __init__(self, root: dict[str, Any], name: str) -> None:
-        self._root, self._name = root, name
-        self._known: dict[str, _Joined] = {}
+        self._name = name
+        self._references = References(root, _PLAIN)
         self._steps = 0
 
     def of(self, schema: Any) -> _Joined:
@@ -140,7 +140,7 @@ class _Joining:
                 ways = sum(part.ways for part in parts)
                 found = self._both(found, _Joined(either.patterns, ways, either.inside))
         reference = schema.get("$ref")
-        return self._both(found, self._pointed(reference)) if isinstance(reference, str) else found
+        return self._both(found, self._references.found(reference, self.of)) if isinstance(reference, str) else found
 
     def _own(self, schema: Mapping[str, Any]) -> _Joined:
         patterns = isinstance(schema.get("pattern"), str) + isinstance(schema.get("format"), str)
@@ -152,12 +152,6 @@ class _Joining:
         )
         inside = {key: joined for key, joined in inside.items() if joined is not _PLAIN}
         return _Joined(patterns, 1, inside) if patterns or inside else _PLAIN
-
-    def _pointed(self, reference: str) -> _Joined:
-        if reference not in self._known:
-            self._known[reference] = _PLAIN  # of a reference into itself
-            self._known[reference] = self.of(pointed_at(self._root, reference))
-        return self._known[reference]
 
     def _both(self, one: _Joined, other: _Joined) -> _Joined:
         """Where two schemas hold."""

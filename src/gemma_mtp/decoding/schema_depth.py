@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import unquote
 
+from gemma_mtp.decoding.schema import References
 from gemma_mtp.errors import SamplingError
 
 #: objects and lists inside each other; a tenth of what ends a process with a stack of 8 MB
@@ -27,11 +27,11 @@ def check_depth(schema: dict[str, Any], name: str) -> None:
 
 
 class _Heights:
-    """Heights of the parts of one schema; what a reference points at is looked at once."""
+    """Heights of the parts of one schema."""
 
     def __init__(self, root: dict[str, Any], name: str) -> None:
-        self._root, self._name = root, name
-        self._known: dict[str, int] = {}
+        self._name = name
+        self._references = References(root, 0)  # those into themselves are not gone down twice
 
     def of(self, node: Any, level: int) -> int:
         """How many containers are inside each other from this one on. `level`: how many are around it."""
@@ -48,27 +48,9 @@ class _Heights:
             )
         inner = max((self.of(child, level + 1) for child in node.values() if isinstance(child, dict | list)), default=0)
         reference = node.get("$ref")
-        return 1 + max(inner, self._pointed(reference, level + 1) if isinstance(reference, str) else 0)
-
-    def _pointed(self, reference: str, level: int) -> int:
-        if reference not in self._known:
-            self._known[reference] = 0  # of a reference into itself, which is not gone down twice
-            self._known[reference] = self.of(pointed_at(self._root, reference), level)
-        return self._known[reference]
-
-
-def pointed_at(root: Any, reference: str) -> Any:
-    """What a path such as #/$defs/a leads to; None where nothing is."""
-    node = root
-    for part in unquote(reference).removeprefix("#").split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-            node = node[int(key)]
-        elif isinstance(node, dict) and key in node:
-            node = node[key]
-        else:
-            return None
-    return node
+        if not isinstance(reference, str):
+            return 1 + inner
+        return 1 + max(inner, self._references.found(reference, lambda part: self.of(part, level + 1)))
 
 
 def _containers(node: Any) -> Iterator[Any]:
