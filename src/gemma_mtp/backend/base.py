@@ -161,6 +161,11 @@ class Backend(Protocol):
         """Returns a backend of the same target and another drafter."""
         ...
 
+    def workspace_bytes(self, sequences: int, context: int) -> int:
+        """Returns the bytes of a card that decoding takes beside weights and a pool, of so many sequences of so many
+        tokens at most: what a pool leaves free. Where there is no card, 0."""
+        ...
+
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
         """Returns a pool of so many blocks of each kind, for so many open sequences."""
         ...

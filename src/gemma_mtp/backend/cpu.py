@@ -67,6 +67,9 @@ class CpuBackend:
     def with_drafter(self, drafter: Drafter | None) -> CpuBackend:
         return CpuBackend(self.target, drafter, self._stack)
 
+    def workspace_bytes(self, sequences: int, context: int) -> int:
+        return 0
+
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
         return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
 

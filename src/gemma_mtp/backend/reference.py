@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.backend.base import DraftedTokens, DraftRows, DraftStep, Rows
+from gemma_mtp.backend.device_memory import CARD_RESERVE_BYTES
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import chance
@@ -61,6 +62,9 @@ class ReferenceBackend:
 
     def with_drafter(self, drafter: Drafter | None) -> ReferenceBackend:
         return ReferenceBackend(self.target, drafter)
+
+    def workspace_bytes(self, sequences: int, context: int) -> int:
+        return CARD_RESERVE_BYTES if self.device.type == "cuda" else 0
 
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
         return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)

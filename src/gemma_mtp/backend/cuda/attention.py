@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemma_mtp.backend.cuda.launch import Launch, power_of_two
 from gemma_mtp.kv.blocks import BLOCK_ROWS
+from gemma_mtp.sizes.card import SPANS_BYTES
 
 SPAN = 256
 #: stacked rows of a program: what the tensor core takes
@@ -23,7 +24,7 @@ STACKED = 16
 #: programs that walk the spans of one group of rows
 SLOTS = 16
 #: bytes of spans' results, at most: beyond, one program joins all of its spans
-MOST_SCRATCH = 1 << 28
+MOST_SCRATCH = SPANS_BYTES
 
 
 class Stacks(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import triton
@@ -25,16 +26,16 @@ from gemma_mtp.errors import DeviceError
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.sizes import card
 
-#: prompt rows of one call, at most
-CHUNK_ROWS = 512
+_Made = TypeVar("_Made")
 
 
 class CudaBackend:
     """Runs a pair by Triton kernels. The models' weights must stay as they are while it lives."""
 
     kv_dtype = torch.bfloat16
-    chunk_rows = CHUNK_ROWS
+    chunk_rows = card.CARD_CHUNK_ROWS
     watches_drafts = False
     chooses: frozenset[ChoiceKind] = frozenset({"argmax", "drawn", "filtered"})
 
@@ -76,10 +77,21 @@ class CudaBackend:
             lambda reach: PairCalls(launch, target, drafts, ropes.reaching(reach)), self.target.config, drafter, replays
         )
 
+    def workspace_bytes(self, sequences: int, context: int) -> int:
+        drafter = None if self.drafter is None else self.drafter.config
+        return card.workspace_bytes(self.target.config, drafter, sequences, context)
+
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
         return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
 
+    def _with_room(self, call: Callable[[], _Made]) -> _Made:
+        """Returns what a call gives that may be made again; what is recorded makes room for it."""
+        return call() if self.rounds is None else self.rounds.with_room(call)
+
     def forward(self, calls: Sequence[Rows]) -> Tensor:
+        return self._with_room(lambda: self._forward(calls))
+
+    def _forward(self, calls: Sequence[Rows]) -> Tensor:
         parts = [Part(call.cache, call.token_ids, call.cache.table.length) for call in calls]
         batch = make_batch(self.target.config, parts, self.device)
         hidden_RD = self.on_device.forward(
@@ -95,7 +107,7 @@ class CudaBackend:
         caches[0].pool.states.index_copy_(0, slots[0], hidden_RD.index_select(0, slots[1]))
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        return self.on_device.logits(self.launch, hidden_RD)
+        return self._with_room(lambda: self.on_device.logits(self.launch, hidden_RD))
 
     def choose(
         self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
@@ -103,11 +115,14 @@ class CudaBackend:
     ) -> list[int]:  # fmt: skip
         picked = torch.tensor(list(rows), dtype=torch.int32).to(self.device)
         draws = draws_on(self.device, temperatures, keys, filters)
-        found = self.on_device.choose(self.launch, hidden_RD.contiguous(), picked, draws)
+        found = self._with_room(lambda: self.on_device.choose(self.launch, hidden_RD.contiguous(), picked, draws))
         tokens: list[int] = found.tolist()
         return tokens
 
     def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
+        return self._with_room(lambda: self._draft(calls))
+
+    def _draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
         drafted = [DraftedTokens([], []) for _ in calls]
         watched = [i for i, call in enumerate(calls) if call.stop is not None]
         plain = [i for i, call in enumerate(calls) if call.stop is None]
@@ -118,6 +133,9 @@ class CudaBackend:
         return drafted
 
     def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
+        return self._with_room(lambda: self._draft_step(caches, token_ids_R, hidden_RD))
+
+    def _draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
         assert self.drafts is not None
         state, projected = self._step(caches, token_ids_R, hidden_RD)
         return DraftStep(*self.drafts.candidates(self.launch, state), projected)

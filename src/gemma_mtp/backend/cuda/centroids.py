@@ -28,12 +28,13 @@ class DeviceCentroids:
 
 @triton.jit(do_not_specialize=["R", "C"])
 def clusters_kernel(parts, best, R, C, COUNT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """best int32 [R, COUNT]: a row's best clusters, the first of equals first."""
+    """best int32 [R, COUNT]: a row's best clusters, the first of equals first. Of NaN, which a broken drafter has, some
+    cluster that there is: another would be read beyond the table."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     scores = sum_parts(parts, row * C + at, at < C, R.to(tl.int64) * C, PARTS)
     scores = tl.where(at < C, scores, float("-inf"))
     for i in range(COUNT):
-        first = tl.min(tl.where(scores == tl.max(scores, 0), at, BLOCK), 0)
+        first = tl.minimum(tl.min(tl.where(scores == tl.max(scores, 0), at, BLOCK), 0), C - 1)
         tl.store(best + row * COUNT + i, first)
         scores = tl.where(at == first, float("-inf"), scores)
 

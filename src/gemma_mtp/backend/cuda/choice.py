@@ -14,6 +14,7 @@ from gemma_mtp.backend.cuda.filters import filtered
 from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.tiles import TILES, tile
 from gemma_mtp.backend.cuda.weights import DeviceWeight
+from gemma_mtp.sizes.card import FILTERED_ROWS
 
 #: numbers that a program reads at once
 READ = 1024
@@ -111,12 +112,16 @@ def logits(
 def choose(
     launch: Launch, hidden_RD: Tensor, weight: DeviceWeight, cap: float | None, picked_N: Tensor, draws: Draws | None
 ) -> Tensor:
-    """Returns the token of each of these rows of `hidden_RD`, int64 [N]; logits are stored for filters alone.
+    """Returns the token of each of these rows of `hidden_RD`, int64 [N]; logits are stored for filters alone, of so
+    many rows at once that they take little memory.
 
     `picked_N`: int32. `draws`: None where all temperatures are 0.
     """
     if draws is not None and draws.filters is not None:
-        return best_of(launch, logits(launch, hidden_RD, weight, cap, picked_N), None, draws)
+        return torch.cat([
+            best_of(launch, logits(launch, hidden_RD, weight, cap, picked), None, of_them)
+            for picked, of_them in zip(picked_N.split(FILTERED_ROWS), draws.split(FILTERED_ROWS), strict=True)
+        ])  # fmt: skip
     N, device = len(picked_N), hidden_RD.device
     tiles = triton.cdiv(weight.rows, tile(N, HEAD_TILES).columns)
     best = torch.empty(N, tiles, dtype=torch.float32 if draws is None else torch.float64, device=device)

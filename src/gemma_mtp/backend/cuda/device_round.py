@@ -1,5 +1,9 @@
 """Rounds that the device plays as a whole, recorded once for each shape, with the host one round behind.
 
+A recording saves time and nothing else. Where it fails, the same calls are made one by one, to the same bits. A pool
+keeps so many recorded at most, and gives up the one that was played longest ago. Where memory is short, all are given
+up before anything else fails for it.
+
 While the host reads what a round committed, the device already plays the next one of the same sequences, from the state
 that the first left on it. Where a sequence has ended meanwhile, or lost its blocks, that round's part is thrown away:
 rows beyond the committed length are garbage to everyone, and the device does in order what it is asked for.
@@ -7,10 +11,13 @@ rows beyond the committed length are garbage to everyone, and the device does in
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,11 +48,13 @@ from gemma_mtp.decoding.noise import signed
 from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.kv.blocks import OutOfBlocksError
 from gemma_mtp.kv.pool import KVCache, KVPool
+from gemma_mtp.sizes.card import LEAST_REACH, places_of, recorded_rounds
+
+log = logging.getLogger(__name__)
+_Made = TypeVar("_Made")
 
 #: drafts of a recorded round; a sequence that wants fewer than the next of them has a lower limit
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-#: positions that the smallest recorded round reaches
-LEAST_REACH = 1024
 
 
 class _Staging(NamedTuple):
@@ -96,6 +105,9 @@ class DeviceRounds:
     ) -> None:  # fmt: skip
         """`models_for`: the pair's calls for positions below a reach, whose memory stays where it is."""
         self.models_for, self.target, self.drafter, self.replays = models_for, target, drafter, replays
+        self._pools: weakref.WeakSet[_PoolRounds] = weakref.WeakSet()
+        self._lock = threading.Lock()  # of the pools, of which each may have a thread
+        self._warned = False
 
     @property
     def longest(self) -> int:
@@ -104,9 +116,50 @@ class DeviceRounds:
     def play(self, pool: KVPool, calls: Sequence[RoundRows]) -> list[Committed]:
         return self._of_pool(pool).play(calls)
 
+    def with_room(self, call: Callable[[], _Made]) -> _Made:
+        """Returns what a call gives that may be made again. Where memory is short for it, what is recorded is given up,
+        and it is made once more."""
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_short(error) or not self.give_up():
+                raise
+            log.warning("recorded rounds are given up, because memory is short (%s)", _first_line(error))
+        return call()  # here, where nothing holds what the failed call had made
+
+    def record(self, shape: Shape, body: Callable[[], None]) -> Callable[[], None] | None:
+        """Returns what replays a round that has been played once; None where it can not be recorded. Then what is
+        recorded is given up, too: what it takes may be what was missing, and the attempt's part of the memory that all
+        share with it."""
+        try:
+            return self.replays.capture(body)
+        except RuntimeError as error:  # the lack of memory, and whatever CUDA or Triton say
+            self.say_unrecorded(shape, error)
+        self.give_up()
+        return None
+
+    def say_unrecorded(self, shape: Shape, error: Exception) -> None:
+        """Log that a shape of round is played launch by launch from now on: the first as a warning."""
+        level, self._warned = (logging.DEBUG if self._warned else logging.WARNING), True
+        log.log(
+            level, "rounds of %d drafts and %d sequences are not recorded as a CUDA graph, and play launch by launch,"
+            " which is slower: %s: %s", shape.drafts, shape.places, type(error).__name__, _first_line(error),
+        )  # fmt: skip
+
+    def give_up(self) -> bool:
+        """Forget all that is recorded, and give its memory back. Returns whether there was anything. Raises
+        RuntimeError where it is the device that failed."""
+        self.replays.give_back()
+        with self._lock:
+            found = [pool.forget() for pool in self._pools]
+        self.replays.give_back()
+        return any(found)
+
     def _of_pool(self, pool: KVPool) -> _PoolRounds:
         if self not in pool.handles:
-            pool.handles[self] = _PoolRounds(self, pool)
+            pool.handles[self] = made = _PoolRounds(self, pool)
+            with self._lock:
+                self._pools.add(made)
         found: _PoolRounds = pool.handles[self]
         return found
 
@@ -120,7 +173,11 @@ class _PoolRounds:
         #: by a proxy: the pool keeps this object, and its memory must be free as soon as nobody else uses it
         self.pool: KVPool = weakref.proxy(pool)
         self.rounds, self.state = rounds, SlotState(last_S, length_S)
-        self.recorded: dict[Shape, _Recorded] = {}
+        #: those that were played longest ago first; a thread that is short of memory makes them forget
+        self.recorded: OrderedDict[Shape, _Recorded] = OrderedDict()
+        self.most_recorded = recorded_rounds(slots)
+        self.unrecordable: set[Shape] = set()
+        self._lock = threading.Lock()
         self.ahead: _Flight | None = None
 
     def play(self, calls: Sequence[RoundRows]) -> list[Committed]:
@@ -154,19 +211,47 @@ class _PoolRounds:
         """Ask for a round; `under_way` as above, or None where the host knows how far the sequences are."""
         shape = self._shape(calls, under_way)
         recorded = self._recorded(shape)
-        staging = recorded.spare.pop() if recorded.spare else self._staging(shape)
+        staging = recorded.spare.pop() if recorded.spare else self._staging(recorded.buffers)
         self._write(staging, calls, fresh=under_way is None)
         buffers = recorded.buffers
         buffers.control_FB.copy_(staging.control_FB, non_blocking=True)
         buffers.tables_NBW.copy_(staging.tables_NBW, non_blocking=True)
-        if recorded.replay is None:
-            recorded.body()
-            recorded.replay = self.rounds.replays.capture(recorded.body)
-        else:
-            recorded.replay()
+        self._play(shape, recorded)
         staging.result_BT.copy_(buffers.result_BT, non_blocking=True)
         parts = [(weakref.ref(call.cache), call.most) for call in calls]
         return _Flight(parts, recorded, staging, self.rounds.replays.mark())
+
+    def _play(self, shape: Shape, recorded: _Recorded) -> None:
+        """Play a round that was written to its buffers, by its recording or launch by launch. What fails for lack of
+        memory has changed nothing that the round reads (`play_round`), so it can be played again."""
+        replay = recorded.replay
+        if replay is not None:
+            try:
+                replay()
+                return
+            except RuntimeError as error:
+                self.unrecordable.add(shape)
+                self.rounds.say_unrecorded(shape, error)
+            recorded.replay = replay = None
+            self.rounds.give_up()
+        self.rounds.with_room(recorded.body)
+        if shape in self.unrecordable:
+            return
+        replay = self.rounds.record(shape, recorded.body)
+        if replay is None:
+            self.unrecordable.add(shape)
+        recorded.replay = replay
+
+    def forget(self) -> bool:
+        """Give up all recordings, those of rounds under way too: a device plays these to their end. Returns whether
+        there were any."""
+        with self._lock:
+            recorded = list(self.recorded.values())
+            self.recorded.clear()
+        found = any(one.replay is not None for one in recorded)
+        for one in recorded:
+            one.replay = None
+        return found
 
     def _shape(self, calls: Sequence[RoundRows], under_way: Sequence[int] | None) -> Shape:
         most = max(call.most for call in calls)
@@ -174,21 +259,27 @@ class _PoolRounds:
         end = max(call.cache.table.length + rows + call.most + 1 for call, rows in zip(calls, ahead, strict=True))
         return Shape(
             next(count for count in COUNTS if count >= most),
-            min(1 << (len(calls) - 1).bit_length(), len(self.pool.states)),
+            min(places_of(len(calls)), len(self.pool.states)),
             _choice(calls),
             max(LEAST_REACH, 1 << (end - 1).bit_length()),
         )
 
     def _recorded(self, shape: Shape) -> _Recorded:
-        if shape not in self.recorded:
+        with self._lock:
+            found = self.recorded.pop(shape, None)
+        if found is None:
             rounds, pool, state = self.rounds, self.pool, self.state
             models = rounds.models_for(shape.reach)
             buffers = Buffers(shape, rounds.target, rounds.drafter, pool.device)
-            self.recorded[shape] = _Recorded(buffers, lambda: play_round(models, buffers, state, pool))
-        return self.recorded[shape]
+            found = _Recorded(buffers, lambda: play_round(models, buffers, state, pool))
+        with self._lock:
+            while len(self.recorded) >= self.most_recorded:
+                self.recorded.popitem(last=False)
+            self.recorded[shape] = found
+        return found
 
-    def _staging(self, shape: Shape) -> _Staging:
-        buffers, staging = self.recorded[shape].buffers, self.rounds.replays.staging
+    def _staging(self, buffers: Buffers) -> _Staging:
+        staging = self.rounds.replays.staging
         control, tables, result = buffers.control_FB, buffers.tables_NBW, buffers.result_BT
         return _Staging(*(staging(tuple(one.shape), one.dtype) for one in (control, tables, result)))
 
@@ -224,6 +315,15 @@ class _PoolRounds:
 def _place(flights: Sequence[_Flight], cache: KVCache) -> tuple[int, int]:
     """Returns the flight that a sequence is in, by number, and its place there."""
     return next((i, place) for i, flight in enumerate(flights) if (place := flight.find(cache)) is not None)
+
+
+def is_short(error: RuntimeError) -> bool:
+    """Whether memory was missing, whoever says so: PyTorch, CUDA or Triton."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _choice(calls: Sequence[RoundRows]) -> ChoiceKind:

@@ -42,6 +42,14 @@ class Draws(NamedTuple):
         temperatures = self.temperatures_R.repeat_interleave(count, output_size=len(self.temperatures_R) * count)
         return Draws(temperatures, self.keys_R, DeviceFilters(*wide) if wide else None)
 
+    def split(self, rows: int) -> list[Draws]:
+        """Returns so many rows' at a time, one after another: views."""
+        pieces = [tensor.split(rows) for tensor in (self.temperatures_R, self.keys_R, *(self.filters or ()))]
+        return [
+            Draws(temperatures, keys, DeviceFilters(*of_filters) if of_filters else None)
+            for temperatures, keys, *of_filters in zip(*pieces, strict=True)
+        ]
+
 
 def draws_on(
     device: torch.device, temperatures: Sequence[float], keys: Sequence[int], filters: Sequence[Filters]

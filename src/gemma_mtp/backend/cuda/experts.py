@@ -36,7 +36,8 @@ def route_kernel(
     residual, router, router_scale, expert_scale, experts, weights, D, factor, eps,
     TOP_K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A row's experts, int32 [R, TOP_K], the likeliest first, and their weights, float32."""
+    """A row's experts, int32 [R, TOP_K], the likeliest first, and their weights, float32. Of NaN, experts that there
+    are."""
     row, at, expert = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     x = tl.load(residual + row * D + at, mask=at < D, other=0.0)
     root = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
@@ -53,12 +54,12 @@ def route_kernel(
     likely = tl.exp(scores - tl.max(scores, 0))
     total, left = 0.0, scores
     for _ in range(TOP_K):
-        first = tl.min(tl.where(left == tl.max(left, 0), expert, BLOCK_E), 0)
+        first = tl.minimum(tl.min(tl.where(left == tl.max(left, 0), expert, BLOCK_E), 0), E - 1)
         total += tl.sum(tl.where(expert == first, likely, 0.0), 0)
         left = tl.where(expert == first, float("-inf"), left)
     left = scores
     for i in range(TOP_K):
-        first = tl.min(tl.where(left == tl.max(left, 0), expert, BLOCK_E), 0)
+        first = tl.minimum(tl.min(tl.where(left == tl.max(left, 0), expert, BLOCK_E), 0), E - 1)
         weight = tl.sum(tl.where(expert == first, likely, 0.0), 0) / total * tl.load(expert_scale + first)
         tl.store(experts + row * TOP_K + i, first)
         tl.store(weights + row * TOP_K + i, weight)

@@ -24,13 +24,12 @@ from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.layers import DecoderLayer
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops import reference as ops
+from gemma_mtp.sizes.card import rope_rows
 
 #: cos and sin of the dimensions that turn, float32 [positions, rotated] each, by kind of layer
 Ropes = Mapping[LayerType, tuple[Tensor, Tensor]]
 #: positions whose rotary tables are made at once
 ROPE_PIECE = 8192
-#: positions that rotary tables have at first
-LEAST_ROPE_ROWS = 256
 
 
 def ropes_of(config: TextConfig, rows: int, device: torch.device) -> Ropes:
@@ -63,7 +62,7 @@ class RopeTables:
     def reaching(self, rows: int) -> Ropes:
         """Returns tables of so many positions and more."""
         if rows > self._rows:
-            self._rows = max(rows, min(2 * rows, self.config.max_position_embeddings), LEAST_ROPE_ROWS)
+            self._rows = rope_rows(rows)
             self._tables = ropes_of(self.config, self._rows, self.device)
         return self._tables
 

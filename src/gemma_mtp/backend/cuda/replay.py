@@ -3,19 +3,24 @@ wait for."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gemma_mtp.backend.device_memory import WHOLE_CARD, give_back
+
 
 class Replays(Protocol):
     """A runtime that plays recorded work again, into the same memory."""
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Record what a function asks of the device, without doing it. Returns what does it, each time anew."""
+        """Record what a function asks of the device, without doing it. Returns what does it, each time anew.
+
+        Raises RuntimeError where it can not be recorded, for lack of memory or for another reason. Then nothing was
+        done, and what is asked for next is done as before."""
         ...
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -26,9 +31,10 @@ class Replays(Protocol):
         """Returns what waits until everything asked for so far is done. Each call of it is a host wait."""
         ...
 
-
-#: recording begins by waiting for the card and giving memory back, which nobody may do while another thread records
-_RECORDING = threading.Lock()
+    def give_back(self) -> None:
+        """Wait until everything is done, and give the memory back that nobody uses any more. Raises RuntimeError where
+        the device does nothing any more."""
+        ...
 
 
 class CudaReplays:
@@ -36,16 +42,36 @@ class CudaReplays:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._begin()
+
+    def _begin(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # PyTorch's own for this is of the card that first recorded something
+        # PyTorch's own stream for this is of the card that first recorded something
+        self._stream = torch.cuda.Stream(self._device)
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads may go on allocating and waiting meanwhile
-        recording = torch.cuda.graph(graph, self._memory, self._stream, "thread_local")
-        with _RECORDING, torch.cuda.device(self._device), recording:
-            body()
+        # recording begins by waiting for the card and giving memory back
+        with WHOLE_CARD, torch.cuda.device(self._device):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # "thread_local": other threads may go on allocating and waiting meanwhile
+                with torch.cuda.graph(graph, self._memory, self._stream, "thread_local"):
+                    body()
+            except BaseException:
+                self._leave(graph)
+                raise
+            finally:
+                torch.cuda.set_stream(stream)  # PyTorch leaves its own current where a recording does not end well
         return graph.replay
+
+    def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what a failed recording leaves: up to 2.12, PyTorch goes on allocating for it where CUDA does not end
+        it. The next one begins in memory of its own."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
+        with contextlib.suppress(RuntimeError):
+            graph.reset()
+        self._begin()
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
@@ -54,3 +80,6 @@ class CudaReplays:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
+
+    def give_back(self) -> None:
+        give_back(self._device)

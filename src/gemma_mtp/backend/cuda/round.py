@@ -109,7 +109,8 @@ class Buffers:
 def play_round(models: RoundModels, buffers: Buffers, state: SlotState, pool: KVPool) -> None:
     """Play one round of the sequences in `buffers`, and leave its result there and each sequence's state in its slot.
 
-    A row beyond a place's limit is padding: it computes nothing that anyone reads, and stores no keys and values.
+    A row beyond a place's limit is padding: it computes nothing that anyone reads, and stores no keys and values. A
+    round that ends in an error on its way has changed nothing that another of the same buffers reads.
     """
     (K, B, choice, reach), control_FB = buffers.shape, buffers.control_FB
     T, device = K + 1, control_FB.device
@@ -139,10 +140,13 @@ def play_round(models: RoundModels, buffers: Buffers, state: SlotState, pool: KV
     final_B = choices_BT.gather(1, accepted_B[:, None])[:, 0]
     rows_B = torch.arange(B, device=device) * T + accepted_B
     new_BD = torch.where(active_B[:, None], hidden_RD.index_select(0, rows_B), hidden_BD)
+    last_B, length_B = torch.where(active_B, final_B, last_B), length_B + count_B
+    result_BT = torch.cat((count_B[:, None], choices_BT), 1)
+    # all at the end, where nothing is left that could lack memory: until here the round may be played again
     pool.states.index_copy_(0, slot_B, new_BD)
-    state.last_S.index_copy_(0, slot_B, torch.where(active_B, final_B, last_B))
-    state.length_S.index_copy_(0, slot_B, length_B + count_B)
-    buffers.result_BT.copy_(torch.cat((count_B[:, None], choices_BT), 1))
+    state.last_S.index_copy_(0, slot_B, last_B)
+    state.length_S.index_copy_(0, slot_B, length_B)
+    buffers.result_BT.copy_(result_BT)
 
 
 def _draws(control_FB: Tensor, choice: ChoiceKind, keys_BT: Tensor) -> Draws | None:
