@@ -8,16 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.gguf_gemma3 import gemma3_config
-from gemma_mtp.checkpoint.gguf_layers import (
-    FULL,
-    SLIDING,
-    layer_count,
-    layer_types_of,
-    matrix_shape,
-    same_of_both,
-    same_of_layers,
-)
-from gemma_mtp.checkpoint.gguf_metadata import Metadata
+from gemma_mtp.checkpoint.gguf_metadata import FULL, SLIDING, Metadata, layer_count, matrix_shape, same_of_both
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.files.headers import StoredTensor
 
@@ -94,7 +85,7 @@ def _text_config(
 
     layers = layer_count(metadata, f"{prefix}block_count", tensors)
     vocab, _ = matrix_shape(metadata, tensors, "model.embed_tokens.weight")
-    layer_types = layer_types_of(metadata, f"{prefix}attention.sliding_window_pattern", layers)
+    layer_types = metadata.layer_types(f"{prefix}attention.sliding_window_pattern", layers)
     shared = integer("attention.shared_kv_layers", layers if drafter else 0)
     wide = _feed_forward(metadata, f"{prefix}feed_forward_length", layers, shared)
     full_dim, head_dim = _head_dims(metadata, prefix)
@@ -107,7 +98,7 @@ def _text_config(
         "hidden_size": integer("embedding_length"),
         **wide,
         "num_hidden_layers": layers,
-        "num_attention_heads": same_of_layers(metadata, f"{prefix}attention.head_count", layers),
+        "num_attention_heads": metadata.same_of_layers(f"{prefix}attention.head_count", layers),
         **_key_value_heads(metadata, prefix, layer_types, shared, tensors, full_dim),
         "head_dim": head_dim,
         "global_head_dim": full_dim,
@@ -121,7 +112,7 @@ def _text_config(
         "enable_moe_block": experts > 0,
         "num_experts": experts or None,
         "top_k_experts": integer("expert_used_count") if experts else None,
-        "moe_intermediate_size": same_of_layers(metadata, f"{prefix}expert_feed_forward_length", layers)
+        "moe_intermediate_size": metadata.same_of_layers(f"{prefix}expert_feed_forward_length", layers)
         if experts
         else None,
         "final_logit_softcapping": softcap or None,

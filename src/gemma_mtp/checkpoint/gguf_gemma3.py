@@ -9,16 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_mtp.checkpoint.gguf_layers import (
-    FULL,
-    SLIDING,
-    layer_count,
-    layer_types_of,
-    matrix_shape,
-    same_of_both,
-    same_of_layers,
-)
-from gemma_mtp.checkpoint.gguf_metadata import Metadata
+from gemma_mtp.checkpoint.gguf_metadata import FULL, SLIDING, Metadata, layer_count, matrix_shape, same_of_both
 from gemma_mtp.files.headers import StoredTensor
 
 PREFIX = "gemma3."
@@ -40,7 +31,7 @@ def gemma3_config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> di
     for name in ("attention.value_length", "rope.dimension_count"):
         if integer(name, head_dim) != head_dim:
             raise metadata.wrong(PREFIX + name, f"{head_dim}, as of keys,")
-    heads = same_of_layers(metadata, f"{PREFIX}attention.head_count", layers)
+    heads = metadata.same_of_layers(f"{PREFIX}attention.head_count", layers)
     if heads < 1:
         raise metadata.wrong(f"{PREFIX}attention.head_count", "a number above 0")
     context = integer("context_length")
@@ -49,10 +40,10 @@ def gemma3_config(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> di
         "model_type": "gemma3_text",
         "vocab_size": matrix_shape(metadata, tensors, "model.embed_tokens.weight")[0],
         "hidden_size": hidden,
-        "intermediate_size": same_of_layers(metadata, f"{PREFIX}feed_forward_length", layers),
+        "intermediate_size": metadata.same_of_layers(f"{PREFIX}feed_forward_length", layers),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": same_of_layers(metadata, f"{PREFIX}attention.head_count_kv", layers),
+        "num_key_value_heads": metadata.same_of_layers(f"{PREFIX}attention.head_count_kv", layers),
         "head_dim": head_dim,
         "query_pre_attn_scalar": score_scalar(layers, hidden, heads, head_dim),
         "layer_types": _layer_types(metadata, layers),
@@ -74,7 +65,7 @@ def _layer_types(metadata: Metadata, layers: int) -> list[str]:
     if metadata.integer(f"{PREFIX}attention.sliding_window", 0) == 0:
         return [FULL] * layers
     if PATTERN in metadata.values:
-        return layer_types_of(metadata, PATTERN, layers)
+        return metadata.layer_types(PATTERN, layers)
     return [SLIDING if (i + 1) % DEFAULT_PATTERN else FULL for i in range(layers)]
 
 

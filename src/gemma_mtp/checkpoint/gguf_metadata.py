@@ -1,4 +1,4 @@
-"""Metadata of a GGUF file by key, held to be of the kind that is asked for."""
+"""Metadata of a GGUF file by key, held to be of the kind that is asked for, and what all architectures say in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from gemma_mtp.errors import ConfigError
+from gemma_mtp.errors import CheckpointError, ConfigError
+from gemma_mtp.files.headers import StoredTensor
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class Metadata:
@@ -57,12 +60,55 @@ class Metadata:
             raise self.wrong(key, "whole numbers")
         return list(value)
 
+    def same_of_layers(self, key: str, layers: int) -> int:
+        """Returns the number that is the same for all layers."""
+        values = self.of_layers(key, layers)
+        if len(set(values)) != 1:
+            raise self.wrong(key, "one number for all layers")
+        return values[0]
+
+    def layer_types(self, key: str, layers: int) -> list[str]:
+        """Of a flag for each layer; of a number n, every n-th layer is a full one."""
+        pattern = self.values.get(key)
+        if type(pattern) is int and pattern > 0:
+            pattern = [(i + 1) % pattern != 0 for i in range(layers)]
+        flags = isinstance(pattern, list) and all(isinstance(flag, bool) for flag in pattern)
+        if not isinstance(pattern, list) or not flags or len(pattern) != layers:
+            raise self.wrong(key, f"a flag for each of {layers} layers")
+        return [SLIDING if flag else FULL for flag in pattern]
+
     def wrong(self, key: str, expected: str) -> ConfigError:
         value = self.values.get(key)
         if value is None:
             return ConfigError(f"{self.path} has no {key!r} in its metadata; convert the model again.")
         shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
         return ConfigError(f"{self.path} has {key} = {shown}, but {expected} was expected; convert the model again.")
+
+
+def same_of_both(metadata: Metadata, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What both architectures' files say in the same way."""
+    return {
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "pad_token_id": metadata.integer_or_none("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata.integer_or_none("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.integer_or_none("tokenizer.ggml.eos_token_id"),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+
+
+def layer_count(metadata: Metadata, key: str, tensors: Mapping[str, StoredTensor]) -> int:
+    """Returns the number of layers, of which each has a tensor."""
+    layers = metadata.integer(key)
+    if not 0 < layers <= len(tensors):
+        raise metadata.wrong(key, f"a number above 0 and no more than the {len(tensors)} tensors there are")
+    return layers
+
+
+def matrix_shape(metadata: Metadata, tensors: Mapping[str, StoredTensor], name: str) -> tuple[int, ...]:
+    """Returns rows and columns of a matrix that the model needs."""
+    if name not in tensors or len(tensors[name].shape) != 2:
+        raise CheckpointError(f"{metadata.path} has no matrix {name}; convert the model again.")
+    return tensors[name].shape
 
 
 def _whole_numbers(value: Any) -> TypeGuard[array.array[int]]:

@@ -81,15 +81,12 @@ class Measurement:
         prompts = prompts_of(self.pair, self.examples, self.prompt_tokens, **variables)
         draft_tokens, verification = self.drafting.draft_tokens, cast(Verification, self.drafting.verification)
 
-        def report(side: Pair, name: str) -> AcceptanceReport:
-            done = itertools.count(1)
-            return measure_acceptance(
-                side, prompts, draft_tokens, setting.params, verification,
-                lambda _: tell(name, next(done), len(prompts)),
-            )  # fmt: skip
-
         def tell(name: str, done: int, of: int) -> None:
             self.say(f"{setting.label}{name}: {done} prompts of {of}", done / of)
+
+        def report(side: Pair, name: str) -> AcceptanceReport:
+            told = functools.partial(tell, name)
+            return measure_acceptance(side, prompts, draft_tokens, setting.params, verification, told)
 
         own = report(self.pair, "")
         comparison = None if self.other is None else compare(report(self.other, ", the other drafter"), own)

@@ -64,12 +64,12 @@ class EngineOptions:
 class LimitOptions:
     """Limits of requests; the fields have ServerSettings' names."""
 
-    max_body_bytes: int = option(4 << 20, "Most bytes of a request's body.", above=0)
+    max_body_bytes: int = option(ServerSettings.max_body_bytes, "Most bytes of a request's body.", above=0)
     max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.", above=0)
     max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.", above=0)
-    max_choices: int = option(16, "Most choices (n) of a request.", above=0)
-    max_prompts: int = option(64, "Most prompts of a request.", above=0)
-    max_concurrent: int = option(256, "Most requests at a time. More get a 429.", above=0)
+    max_choices: int = option(ServerSettings.max_choices, "Most choices (n) of a request.", above=0)
+    max_prompts: int = option(ServerSettings.max_prompts, "Most prompts of a request.", above=0)
+    max_concurrent: int = option(ServerSettings.max_concurrent, "Most requests at a time. More get a 429.", above=0)
     request_seconds: float = option(600, "Most seconds that a request takes.", above=0)
     drain_seconds: float = option(30, "Most seconds that running requests go on after SIGTERM.")
 

@@ -29,6 +29,12 @@ from gemma_mtp.measure.defaults import PROMPT_TOKENS
 #: counts alike
 GREEDY = SamplingParams(max_tokens=128, ignore_eos=True)
 RESAMPLES = 10_000
+#: is told how many prompts are done, and of how many
+OnPrompt = Callable[[int, int], object]
+
+
+def nobody(done: int, of: int) -> None:
+    """An `OnPrompt` for work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +207,12 @@ def measure_acceptance(
     draft_tokens: int = 4,
     params: SamplingParams = GREEDY,
     verification: Verification = "exact",
-    on_prompt: Callable[[PromptAcceptance], object] = lambda prompt: None,
+    on_prompt: OnPrompt = nobody,
 ) -> AcceptanceReport:
     """Complete each prompt with `draft_tokens` drafts a round and count what was accepted.
 
-    Prompt i is sampled with seed `params.seed` + i, so that prompts do not share their noise. `on_prompt` is called as
-    each is done. Raises SamplingError where no whole round could be played, PromptError as `Pair.generate`.
+    Prompt i is sampled with seed `params.seed` + i, so that prompts do not share their noise. Raises SamplingError
+    where no whole round could be played, PromptError as `Pair.generate`.
     """
     if draft_tokens < 1:
         raise SamplingError(f"draft_tokens is {draft_tokens}, but must be 1 or more to measure acceptance.")
@@ -223,7 +229,7 @@ def measure_acceptance(
         measured.append(
             PromptAcceptance(prompt.name, prompt.task, len(result.prompt_token_ids), len(result.token_ids), acceptance)
         )
-        on_prompt(measured[-1])
+        on_prompt(i + 1, len(prompts))
     return AcceptanceReport(draft_tokens, params, verification, tuple(measured))
 
 

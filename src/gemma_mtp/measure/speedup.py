@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from gemma_mtp.decoding.round_costs import RoundCosts
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.engine.costs import MOST_ELSEWHERE, measure_costs
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, Prompt
+from gemma_mtp.measure.acceptance import GREEDY, Acceptance, AcceptanceReport, OnPrompt, Prompt, nobody
 
 #: drafts a round that are looked at beyond the measured ones
 LONGEST_PREDICTED = 8
@@ -155,11 +155,11 @@ def measure_speedup(
     params: SamplingParams = GREEDY,
     verification: Verification = "exact",
     repeats: int = 3,
-    on_prompt: Callable[[int, int], object] = lambda done, of: None,
+    on_prompt: OnPrompt = nobody,
 ) -> MeasuredSpeedup:
     """Decode every prompt plainly and drafted, one after the other, so that both sides meet the same machine.
 
-    `on_prompt` is told how many prompts are done, those of every repeat counted, and of how many.
+    `on_prompt` is told of the prompts of every repeat.
     """
     sides = (0, draft_tokens)
     for k in sides:  # the first generation of a process allocates and is slow

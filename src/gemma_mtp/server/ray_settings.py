@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -143,15 +144,12 @@ class RaySettings(BaseModel):
     def server(self, keys: tuple[str, ...]) -> ServerSettings:
         """Of the ingress and of each replica: both hold to the same limits."""
         name = self.model_name or ("gemma-mtp-bundled" if self.target is None else self.target.name)
-        return ServerSettings(
-            model_name=name, api_keys=keys, public_metrics=self.public_metrics, metrics_prefix=self.metrics_prefix,
-            allow_origins=self.allow_origin,
-            loopback_names_only=not keys and not self.no_auth, draft_tokens=self.draft_tokens,
-            max_body_bytes=self.max_body_bytes, max_prompt_tokens=self.max_prompt_tokens,
-            max_output_tokens=self.max_output_tokens, max_choices=self.max_choices, max_prompts=self.max_prompts,
-            max_concurrent=self.max_concurrent, request_seconds=self.request_seconds,
-            drain_seconds=self.drain_seconds, log_text=self.log_text,
-        )  # fmt: skip
+        own = {
+            "model_name": name, "api_keys": keys, "allow_origins": self.allow_origin,
+            "loopback_names_only": not keys and not self.no_auth,
+        }  # fmt: skip
+        same = {field.name for field in dataclasses.fields(ServerSettings)} & type(self).model_fields.keys()
+        return ServerSettings(**{**{field: getattr(self, field) for field in same}, **own})
 
     def replica_options(self) -> dict[str, Any]:
         """Serve's options of the engine replicas, but for the router."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gemma_mtp.checkpoint import load_drafter
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import Pair
-from gemma_mtp.measure.acceptance import AcceptanceReport, Comparison, Prompt, compare, measure_acceptance
+from gemma_mtp.measure.acceptance import (
+    AcceptanceReport,
+    Comparison,
+    OnPrompt,
+    Prompt,
+    compare,
+    measure_acceptance,
+    nobody,
+)
 from gemma_mtp.measure.speedup import MeasuredSpeedup, best, measure_speedup, predict
 from gemma_mtp.weight_types import WeightTypes
 
@@ -20,12 +27,6 @@ TIMED_PROMPTS = 4
 
 #: one report for each temperature
 Reports = tuple[AcceptanceReport, ...]
-#: is told how many prompts are done, and of how many
-OnPrompt = Callable[[int, int], object]
-
-
-def nobody(done: int, of: int) -> None:
-    """An `OnPrompt` for work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,20 @@ class EngineGate:
         return self.pair.with_drafter(drafter)
 
     def measure(self, directory: Path, on_prompt: OnPrompt = nobody) -> Reports:
-        """Acceptance of the drafter in `directory`, at each temperature. `on_prompt` is told how many prompts are done,
-        and of how many."""
+        """Acceptance of the drafter in `directory`, at each temperature. `on_prompt` is told of all temperatures'
+        prompts."""
         pair = self.with_drafter(directory)
-        done, total = itertools.count(1), len(self.prompts) * len(self.temperatures)
 
-        def tell(_: Any) -> None:
-            on_prompt(next(done), total)
+        def tell(before: int, done: int, of: int) -> None:
+            on_prompt(before * of + done, len(self.temperatures) * of)
 
         return tuple(
-            measure_acceptance(pair, self.prompts, self.draft_tokens, self._params(t), on_prompt=tell)
-            for t in self.temperatures
+            measure_acceptance(pair, self.prompts, self.draft_tokens, self._params(t), on_prompt=partial(tell, i))
+            for i, t in enumerate(self.temperatures)
         )
 
     def speed(self, directory: Path, reports: Reports, on_prompt: OnPrompt = nobody) -> Speed:
-        """What the drafter in `directory`, with these reports, gains; greedy. `on_prompt` as in `measure`."""
+        """What the drafter in `directory`, with these reports, gains; greedy."""
         pair = self.with_drafter(directory)
         predicted = best(predict(reports[0].pooled, pair.round_costs())).speedup
         params = replace(self._params(0.0), max_tokens=self.max_tokens)
