@@ -41,13 +41,11 @@ FAILED = 1
 class Plan:
     """What is sent: how, what, and how often."""
 
-    shapes: Sequence[Shape]
-    sides: dict[str, dict[str, Any]]
     load: LoadOptions
-    examples: Sequence[Example]
-    output_tokens: tuple[int, int]
-    settings: dict[str, Any]
     prompts: PromptOptions
+    asked: RequestOptions
+    drafting: DraftingOptions
+    examples: Sequence[Example]
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,7 @@ def bench_serve(
     output: OutputOptions,
 ) -> None:
     """Play the loads, write what was asked for, and print the report."""
-    plan = Plan(
-        shapes=load.shapes(), sides=drafting.sides(), load=load, prompts=prompts,
-        examples=prompts.examples(options.sources_of(prompts.data)), output_tokens=asked.lengths(),
-        settings=asked.settings(),
-    )  # fmt: skip
+    plan = Plan(load, prompts, asked, drafting, prompts.examples(options.sources_of(prompts.data)))
     with contextlib.ExitStack() as stack, progress("starting the server") as say:
         address = server.url or stack.enter_context(own_server(server.words())).url
         measured = asyncio.run(_measure(plan, address, server.api_key, server.model, say))
@@ -113,10 +107,12 @@ async def _measure(
         if shared:
             text = "\n\n".join(str(example.content) for example in plan.examples)
             prefix = await shared_prefix(client, name, text, shared)
-        mix = RequestMix(plan.examples, name, plan.output_tokens, plan.settings, prefix, plan.prompts.fresh, load.seed)
-        sides = {side: _sender(client, mix, extensions, load.timeout) for side, extensions in plan.sides.items()}
+        mix = RequestMix(
+            plan.examples, name, plan.asked.lengths(), plan.asked.settings(), prefix, plan.prompts.fresh, load.seed
+        )
+        sides = {side: _sender(client, mix, more, load.timeout) for side, more in plan.drafting.sides().items()}
         results = await measure_levels(
-            plan.shapes, sides, load.extent(), load.repeats, load.seed, load.max_in_flight, say
+            load.shapes(), sides, load.extent(), load.repeats, load.seed, load.max_in_flight, say
         )
         return Measured(name, results)
 
@@ -134,8 +130,8 @@ def _content(plan: Plan, measured: Measured, server: ServerOptions, records: boo
         "serve_options": server.serve_options if server.url is None else None,
         "model": measured.model,
         "prompts": len(plan.examples),
-        "output_tokens": list(plan.output_tokens),
-        "settings": plan.settings,
+        "output_tokens": list(plan.asked.lengths()),
+        "settings": plan.asked.settings(),
         "shared_prefix_tokens": plan.prompts.shared_prefix_tokens,
         "fresh_prompts": plan.prompts.fresh,
         "extent": asdict(plan.load.extent()),

@@ -174,7 +174,7 @@ class DrafterTrainer:
         advice = f"lower --memory (now {recipe.memory_mb} MB), --length or --draft-steps"
         with memory_reported(f"in one sequence of {self.length} tokens", "lower --length or --draft-steps"):
             plan = plan_blocks(self.draft_step, self.length, recipe.batch_size, limit)
-        log.say(plan.describe(self.length, limit))
+        log.display.say(plan.describe(self.length, limit))
         clock = time.monotonic() - self.seconds
         try:
             self._steps(plan, clock, advice, log, gate)

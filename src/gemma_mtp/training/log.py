@@ -22,24 +22,25 @@ class RunLog:
     Raises TrainingError where the CSV can not be written, or TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, directory: Path, name: str, resumed_step: int = 0, tensorboard: bool = False,
-                 quiet: bool = False, console_only: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, directory: Path, name: str, resumed_step: int = 0, tensorboard: bool = False, quiet: bool = False
+    ) -> None:
         self.path, self.name = directory / f"{name}.csv", name
-        self._display = Display(name, 0.0, quiet)
+        self.display = Display(name, 0.0, quiet)
         self._writer = _summary_writer(directory / "tensorboard", resumed_step) if tensorboard and not quiet else None
         self._quiet = quiet
-        self._kept = [] if console_only or quiet else _rows_until(self.path, resumed_step)
+        self._kept = [] if quiet else _rows_until(self.path, resumed_step)
         self._file: TextIO | None = None
         self._columns: list[str] = []
 
     def __enter__(self) -> RunLog:
-        self._display.__enter__()
+        self.display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._display.__exit__(kind, error, trace)
+        self.display.__exit__(kind, error, trace)
         for opened in filter(None, (self._file, self._writer)):
             with self._reported() if error is None else contextlib.suppress(OSError):  # the first error is the cause
                 opened.close()
@@ -53,19 +54,7 @@ class RunLog:
             if self._writer is not None:
                 for name, value in values.items():
                     self._writer.add_scalar(f"{self.name}/{name}", value, step)
-        self.show(share_done, text)
-
-    def show(self, share_done: float, text: str) -> None:
-        """What is on the screen: the bar, or a line where the last is long ago."""
-        self._display.show(text, share_done)
-
-    def note(self, text: str) -> None:
-        """What goes on while no step is made; the share that is done stays."""
-        self._display.show(text, self._display.share)
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._display.say(text)
+        self.display.show(text, share_done)
 
     def flush(self) -> None:
         """Make sure that what was logged is in the file."""

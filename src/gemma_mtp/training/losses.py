@@ -128,5 +128,10 @@ def _total_variation_gradient(p: Tensor, q: Tensor) -> Tensor:
     return (q * below.sum(-1, keepdim=True)).sub_(below)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What losses of such numbers are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide(x.dtype))

@@ -160,12 +160,9 @@ class Run:
             pair = self.gate([]).with_drafter(starting)
         beginnings = material.beginnings(data.length, data.max_new_tokens)
         cache, name = data.cache or self.state / "cache", self.target_name
-        with RunLog(self.state, "writing", console_only=True) as log:
-
-            def show(tokens: int, share: float) -> None:
-                log.show(share, f"{tokens} tokens")
-
-            return write_texts(pair, beginnings, writing, cache, name, show)
+        with Display("writing", 0.0) as display:
+            return write_texts(pair, beginnings, writing, cache, name,
+                               lambda tokens, share: display.show(f"{tokens} tokens", share))  # fmt: skip
 
     def gate(self, prompts: list[Prompt]) -> EngineGate:
         objective, settings = self.settings.recipe.objective, self.settings
@@ -245,7 +242,10 @@ def _run_training(settings: RunSettings, world: World, say: Callable[[str], None
 
     def measured(step: int) -> float:
         run.export(drafter, candidate)
-        reports = gate.measure(candidate, lambda done, of: log.note(f"measuring: prompt {done} of {of}"))
+        display = log.display  # on which the share of steps that is done stays
+        reports = gate.measure(
+            candidate, lambda done, of: display.show(f"measuring: prompt {done} of {of}", display.share)
+        )
         run.say(f"step {step}: mean acceptance length {_lengths(reports)}")
         return mean_length(reports)
 

@@ -24,7 +24,7 @@ from gemma_mtp.model.layers import rope_for, slice_rope
 from gemma_mtp.model.target import Target
 from gemma_mtp.ops.reference import softcap
 from gemma_mtp.training.examples import Batch
-from gemma_mtp.training.losses import LossKind, Wanted, choice_at, slab_loss, wanted
+from gemma_mtp.training.losses import LossKind, Wanted, choice_at, slab_loss, wanted, wide
 from gemma_mtp.training.optim import traceable
 from gemma_mtp.training.unroll import TargetRows, query_rope, target_rows, trained_head, unroll
 
@@ -114,7 +114,7 @@ class DraftStep:
         table = trained_head(self.drafter)
         head = table_gradient
         if backward and head is None:
-            head = torch.zeros_like(table, dtype=_wide(table))
+            head = torch.zeros_like(table, dtype=wide(table.dtype))
         with torch.no_grad():
             for slab in self._slabs(block, tokens_BT, rows, states, slab_rows or self.best_slab_rows):
                 slab.run(self.objective, counts, stats, gradients, head)
@@ -250,7 +250,7 @@ class Slab:
         """What the drafter's logits are compared with, of every row."""
         scores = self.target.scores(self.hidden_RD[self.rows.index_N + 1])
         cap = self.target.config.final_logit_softcapping
-        probs = torch.empty(scores.shape, dtype=_wide(scores), device=scores.device)
+        probs = torch.empty(scores.shape, dtype=wide(scores.dtype), device=scores.device)
         entropy = probs.new_empty(len(probs))
         for tile in self._tiles(len(probs)):
             aim = wanted(softcap(scores[tile], cap), choice, hard_share)
@@ -262,7 +262,7 @@ class Slab:
     ) -> tuple[Tensor, Tensor]:
         """The loss and the chance of acceptance of each row [N]. The gradient takes the logits' place, each row's times
         its `weight`."""
-        loss, chance = (torch.empty(len(logits), dtype=_wide(logits), device=logits.device) for _ in range(2))
+        loss, chance = (torch.empty(len(logits), dtype=wide(logits.dtype), device=logits.device) for _ in range(2))
         for tile in self._tiles(len(logits)):
             result = slab_loss(kind, logits[tile], aims.rows(tile.start, tile.stop), tokens[tile], choice)
             loss[tile], chance[tile] = result.loss_N, result.chance_N
@@ -282,7 +282,3 @@ def _add_product(sums_VH: Tensor, gradient_NV: Tensor, state_NH: Tensor) -> None
     at_once = PRODUCT_VALUES // sums_VH.shape[1]
     for sums, gradient in zip(sums_VH.split(at_once), gradient_NV.split(at_once, dim=1), strict=True):
         sums.add_(gradient.T @ state_NH)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
