@@ -14,22 +14,9 @@ from gemma_mtp.chat.marks import Region, Regions
 from gemma_mtp.chat.turn import TurnReader
 from gemma_mtp.engine.request import Generation, Update, merged
 from gemma_mtp.engine.result import GenerationResult, PromptLogprob, token_kinds
+from gemma_mtp.server import protocol_answers as wire
 from gemma_mtp.server.errors import ApiError
 from gemma_mtp.server.protocol import GenerationRequest
-from gemma_mtp.server.protocol_answers import (
-    Answer,
-    CallDelta,
-    ChatCompletionChunk,
-    CompletionChunk,
-    CompletionTokensDetails,
-    FinishReason,
-    PromptTokenLogprob,
-    PromptTokenLogprobs,
-    PromptTokensDetails,
-    RoundReport,
-    RoundToken,
-    Usage,
-)
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import Prompt
 from gemma_mtp.tokenizer import Tokenizer
@@ -39,7 +26,7 @@ FINGERPRINT = f"gemma-mtp-{__version__}"
 END = b"data: [DONE]\n\n"
 
 
-def usage(batch: Batch, prompts: Sequence[Prompt]) -> Usage:
+def usage(batch: Batch, prompts: Sequence[Prompt]) -> wire.Usage:
     """Tokens so far; a prompt counts once, however many choices it has. Accepted and rejected ones are drafts."""
     results = [generation.result for generation in batch.generations]
     prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -47,12 +34,12 @@ def usage(batch: Batch, prompts: Sequence[Prompt]) -> Usage:
     accepted, drafted = sum(result.accepted for result in results), sum(result.drafted for result in results)
     each = max(1, len(results) // len(prompts))
     cached = sum(generation.cached_tokens for generation in batch.generations[::each])
-    return Usage(
+    return wire.Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-        completion_tokens_details=CompletionTokensDetails(
+        prompt_tokens_details=wire.PromptTokensDetails(cached_tokens=cached),
+        completion_tokens_details=wire.CompletionTokensDetails(
             accepted_prediction_tokens=accepted,
             rejected_prediction_tokens=drafted - accepted,
             reasoning_tokens=sum(map(thought_tokens, results)),
@@ -88,7 +75,7 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     reader: TurnReader | None = None
     regions: Regions | None = None  # of tokens with log-probabilities or reports
-    calls: list[CallDelta] = field(default_factory=list)  # each call's beginning
+    calls: list[wire.CallDelta] = field(default_factory=list)  # each call's beginning
     complete_calls: int = 0
 
     def parts(self, token_ids: Sequence[int]) -> list[Region]:
@@ -117,7 +104,7 @@ class Said:
 
     text: str = ""
     thought: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    calls: list[wire.CallDelta] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.text or self.thought or self.calls)
@@ -127,7 +114,7 @@ class Answers(ABC):
     """Makes the answer to one request from its batch."""
 
     prefix: ClassVar[str]
-    chunk: ClassVar[type[CompletionChunk | ChatCompletionChunk]]
+    chunk: ClassVar[type[wire.CompletionChunk | wire.ChatCompletionChunk]]
 
     def __init__(self, body: GenerationRequest, service: Service, batch: Batch, prompts: Sequence[Prompt]) -> None:
         self.body, self.batch, self.prompts, self.tokenizer = body, batch, prompts, service.tokenizer
@@ -172,7 +159,7 @@ class Answers(ABC):
         else:
             yield END
 
-    def _update(self, index: int, update: Update) -> Answer | None:
+    def _update(self, index: int, update: Update) -> wire.Answer | None:
         """The chunk that says what an update brought; None where it brought nothing to say yet."""
         choice = self.choices[index]
         texts = choice.push(update) if self.wants_texts else []
@@ -181,10 +168,10 @@ class Answers(ABC):
         if self.body.include_rounds and update.round is not None:
             kinds = token_kinds(update.round, not choice.begun)
             tokens = [
-                RoundToken(id=token_id, text=text, kind=kind, part=part)
+                wire.RoundToken(id=token_id, text=text, kind=kind, part=part)
                 for token_id, text, kind, part in zip(update.token_ids, texts, kinds, parts, strict=True)
             ]
-            report = RoundReport(
+            report = wire.RoundReport(
                 drafted=update.round.drafted, accepted=update.round.accepted, tokens=tokens, seconds=update.seconds
             )
         choice.begun = True
@@ -192,30 +179,30 @@ class Answers(ABC):
             return None
         return self._chunk([self._delta(index, update, said, texts, parts)], gemma_mtp=report)
 
-    def _event(self, chunk: Answer) -> bytes:
+    def _event(self, chunk: wire.Answer) -> bytes:
         left_out: dict[str, Any] = dict(self._left_out)
         if nulls := self._nulls(chunk):
             left_out["choices"] = nulls
         return b"data: " + chunk.model_dump_json(exclude=left_out).encode() + b"\n\n"
 
-    def _nulls(self, answer: Answer) -> dict[int, Any]:
+    def _nulls(self, answer: wire.Answer) -> dict[int, Any]:
         """What clients expect to be absent rather than null, by choice."""
         return {}
 
     def _say(self, choice: Choice, update: Update) -> Said:
         return Said(update.text)
 
-    def prompt_logprobs(self, result: GenerationResult) -> PromptTokenLogprobs | None:
+    def prompt_logprobs(self, result: GenerationResult) -> wire.PromptTokenLogprobs | None:
         """Those of a prompt, where the request has asked for them by this name."""
         top, scores = self.body.prompt_logprobs, result.prompt_logprobs
         if top is None or scores is None:
             return None
         return [None, *(self._of_prompt(entry, top) for entry in scores)]
 
-    def _of_prompt(self, entry: PromptLogprob, top: int) -> dict[str, PromptTokenLogprob]:
+    def _of_prompt(self, entry: PromptLogprob, top: int) -> dict[str, wire.PromptTokenLogprob]:
         found = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top[:top], start=1)]
         return {
-            str(token_id): PromptTokenLogprob(
+            str(token_id): wire.PromptTokenLogprob(
                 logprob=logprob, rank=rank, decoded_token=token_text(token_id, self.tokenizer)
             )
             for token_id, logprob, rank in [(entry.token_id, entry.logprob, entry.rank), *found]
@@ -225,17 +212,17 @@ class Answers(ABC):
         return 0
 
     @abstractmethod
-    def _whole(self, head: dict[str, Any]) -> Answer: ...
+    def _whole(self, head: dict[str, Any]) -> wire.Answer: ...
 
     @abstractmethod
-    def _opening(self) -> Iterator[Answer]: ...
+    def _opening(self) -> Iterator[wire.Answer]: ...
 
     @abstractmethod
     def _delta(self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]) -> Any: ...
 
-    def _chunk(self, choices: list[Any], **fields: Any) -> Answer:
+    def _chunk(self, choices: list[Any], **fields: Any) -> wire.Answer:
         return self.chunk(choices=choices, **self.head, **fields)
 
 
-def finish_reason(reason: str) -> FinishReason:
+def finish_reason(reason: str) -> wire.FinishReason:
     return "stop" if reason == "stop" else "length"

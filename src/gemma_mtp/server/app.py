@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from gemma_mtp import __version__
 from gemma_mtp.chat.prompt import thinking_variable
+from gemma_mtp.server import protocol_others as wire
 from gemma_mtp.server.auth import Guard, for_pages
 from gemma_mtp.server.chat_answers import ChatAnswers
 from gemma_mtp.server.completion_answers import CompletionAnswers
@@ -27,18 +28,6 @@ from gemma_mtp.server.messages_routes import messages_routes
 from gemma_mtp.server.openapi import BODY, describe, or_events, responses
 from gemma_mtp.server.protocol import ChatCompletionRequest, CompletionRequest
 from gemma_mtp.server.protocol_answers import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
-from gemma_mtp.server.protocol_others import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    Health,
-    ModelAbilities,
-    ModelCard,
-    ModelList,
-    TokenizeChatRequest,
-    TokenizeRequest,
-    TokenizeResponse,
-    TokenizerInfo,
-)
 from gemma_mtp.server.responses_routes import responses_routes
 from gemma_mtp.server.routing import JsonRoute, answered, begun, check_model
 from gemma_mtp.server.service import Service
@@ -121,12 +110,12 @@ def _generation(service: Service, settings: ServerSettings) -> APIRouter:
         return await answered(ChatAnswers(body, service, batch, [prompt], tools), body.stream)
 
     @api.get("/v1/models", responses=responses())
-    async def models() -> ModelList:
+    async def models() -> wire.ModelList:
         """The served model."""
-        return ModelList(data=[_card(service)])
+        return wire.ModelList(data=[_card(service)])
 
     @api.get("/v1/models/{model_id:path}", responses=responses(404))
-    async def model(model_id: str) -> ModelCard:
+    async def model(model_id: str) -> wire.ModelCard:
         """The served model, by its name."""
         check_model(model_id, settings)
         return _card(service)
@@ -139,30 +128,30 @@ def _tokens(service: Service, settings: ServerSettings) -> APIRouter:
     api = APIRouter(route_class=JsonRoute)
 
     @api.post("/tokenize", responses=responses(*BODY))
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: wire.TokenizeRequest) -> wire.TokenizeResponse:
         """Token ids of a text or a conversation."""
         check_model(body.model, settings)
-        if isinstance(body, TokenizeChatRequest):
+        if isinstance(body, wire.TokenizeChatRequest):
             text = render(body.messages, service, body.add_generation_prompt is not False)
             tokens = await encode(text, service, special=False)
         else:
             tokens = await encode(body.prompt, service, body.add_special_tokens is not False)
         named = service.tokenizer.raw.id_to_token
         strings = [named(token) or "" for token in tokens] if body.return_token_strs else None
-        return TokenizeResponse(
+        return wire.TokenizeResponse(
             count=len(tokens), max_model_len=service.engine.max_tokens, tokens=tokens, token_strs=strings
         )
 
     @api.get("/tokenizer_info", responses=responses())
-    async def tokenizer_info() -> TokenizerInfo:
+    async def tokenizer_info() -> wire.TokenizerInfo:
         """What clients that encode here need to know of the tokenizer."""
         return tokenizer_facts(service)
 
     @api.post("/detokenize", responses=responses(*BODY))
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+    async def detokenize(body: wire.DetokenizeRequest) -> wire.DetokenizeResponse:
         """The text of token ids."""
         check_model(body.model, settings)
-        return DetokenizeResponse(prompt=decode(body.tokens, service))
+        return wire.DetokenizeResponse(prompt=decode(body.tokens, service))
 
     return api
 
@@ -173,20 +162,20 @@ def _operations(service: Service) -> APIRouter:
 
     @api.get("/health", responses=responses(503))
     @api.get("/health/live", responses=responses(503))
-    async def live() -> Health:
+    async def live() -> wire.Health:
         """The server answers and its engine runs."""
         if not (service.engine.alive or service.draining):
             raise ApiError(503, "the engine has stopped; start the server anew.")
         if service.engine.step_seconds > service.settings.request_seconds:
             raise ApiError(503, "the engine hangs: a step takes longer than a request may; start the server anew.")
-        return Health()
+        return wire.Health()
 
     @api.get("/health/ready", responses=responses(503))
-    async def ready() -> Health:
+    async def ready() -> wire.Health:
         """The server takes requests."""
         if service.draining:
             raise shutting_down()
-        return Health()
+        return wire.Health()
 
     @api.get("/metrics", response_class=Response, responses={**responses(), 200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -196,12 +185,12 @@ def _operations(service: Service) -> APIRouter:
     return api
 
 
-def _card(service: Service) -> ModelCard:
-    return ModelCard(
+def _card(service: Service) -> wire.ModelCard:
+    return wire.ModelCard(
         id=service.settings.model_name,
         created=service.created,
         max_model_len=service.engine.max_tokens,
-        gemma_mtp=ModelAbilities(
+        gemma_mtp=wire.ModelAbilities(
             chat=service.tokenizer.chat_template is not None,
             drafter=service.engine.pair.drafter is not None,
             thinking=thinking_variable(service.tokenizer) is not None,

@@ -10,25 +10,9 @@ from gemma_mtp.chat.marks import Region
 from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought
 from gemma_mtp.engine.request import Update
 from gemma_mtp.engine.result import TokenLogprob
+from gemma_mtp.server import protocol_answers as wire
 from gemma_mtp.server.answers import Answers, Choice, Said, finish_reason, regions_of, token_text
 from gemma_mtp.server.protocol import ChatCompletionRequest
-from gemma_mtp.server.protocol_answers import (
-    Answer,
-    CallDelta,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprob,
-    ChatLogprobs,
-    ChatMessage,
-    Delta,
-    FinishReason,
-    FunctionDelta,
-    MadeCall,
-    MadeFunction,
-    TopLogprob,
-)
 from gemma_mtp.server.service import Batch, Service
 from gemma_mtp.server.translate import Prompt
 
@@ -44,7 +28,7 @@ TEXT_ALONE = {"delta": {"role": True, "tool_calls": True, "reasoning_content": T
 class ChatAnswers(Answers):
     """`tools`: names of those that may be called."""
 
-    prefix, chunk = "chatcmpl", ChatCompletionChunk
+    prefix, chunk = "chatcmpl", wire.ChatCompletionChunk
 
     def __init__(
         self, body: ChatCompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt],
@@ -58,13 +42,13 @@ class ChatAnswers(Answers):
                 choice.generation.leave_out_text()
                 choice.reader, choice.regions = result.turn_reader(tools), regions_of(result)
 
-    def _whole(self, head: dict[str, Any]) -> ChatCompletion:
+    def _whole(self, head: dict[str, Any]) -> wire.ChatCompletion:
         choices = [self._choice(i) for i in range(len(self.choices))]
-        return ChatCompletion(
+        return wire.ChatCompletion(
             choices=choices, prompt_logprobs=self.prompt_logprobs(self.choices[0].generation.result), **head
         )
 
-    def _choice(self, index: int) -> ChatChoice:
+    def _choice(self, index: int) -> wire.ChatChoice:
         choice = self.choices[index]
         result = choice.generation.result
         said = Said(result.text or "")
@@ -72,15 +56,15 @@ class ChatAnswers(Answers):
             said = self._of_events(choice, choice.reader.push(result.token_ids, last=result.ended))
         parts = choice.parts(result.token_ids) if result.logprobs is not None else []
         calls = [
-            MadeCall(
+            wire.MadeCall(
                 id=call.id or "",
-                function=MadeFunction(name=call.function.name or "", arguments=call.function.arguments),
+                function=wire.MadeFunction(name=call.function.name or "", arguments=call.function.arguments),
             )
             for call in said.calls
         ]  # fmt: skip
-        return ChatChoice(
+        return wire.ChatChoice(
             index=index,
-            message=ChatMessage(
+            message=wire.ChatMessage(
                 content=said.text or (None if calls else ""), tool_calls=calls or None,
                 reasoning_content=said.thought or None, reasoning=said.thought or None,
             ),
@@ -104,43 +88,45 @@ class ChatAnswers(Answers):
                 case Thought(text) if self.shows_thoughts:
                     said.thought += text
                 case CallBegin(name):
-                    made = CallDelta(
+                    made = wire.CallDelta(
                         index=len(choice.calls), id=f"call_{secrets.token_hex(12)}", type="function",
-                        function=FunctionDelta(name=name),
+                        function=wire.FunctionDelta(name=name),
                     )  # fmt: skip
                     choice.calls.append(made)
                     said.calls.append(made)
                 case Arguments(json):
                     index = len(choice.calls) - 1
                     if not said.calls or said.calls[-1].index != index:
-                        said.calls.append(CallDelta(index=index, function=FunctionDelta()))
+                        said.calls.append(wire.CallDelta(index=index, function=wire.FunctionDelta()))
                     said.calls[-1].function.arguments += json
                 case CallEnd():
                     choice.complete_calls += 1
         return said
 
-    def _opening(self) -> Iterator[Answer]:
+    def _opening(self) -> Iterator[wire.Answer]:
         for index in range(len(self.choices)):
-            yield self._chunk([ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
+            yield self._chunk([wire.ChatChunkChoice(index=index, delta=wire.Delta(role="assistant", content=""))])
 
-    def _delta(self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]) -> ChatChunkChoice:
+    def _delta(
+        self, index: int, update: Update, said: Said, texts: list[str], parts: list[Region]
+    ) -> wire.ChatChunkChoice:
         other = said.thought or said.calls
-        delta = Delta(
+        delta = wire.Delta(
             content=said.text if said.text or not other else None, reasoning_content=said.thought or None,
             reasoning=said.thought or None, tool_calls=said.calls or None,
         )  # fmt: skip
         reason = update.finish_reason
-        return ChatChunkChoice(
+        return wire.ChatChunkChoice(
             index=index,
             delta=delta,
             logprobs=self._logprobs(update.logprobs, parts),
             finish_reason=None if reason is None else self._reason(self.choices[index], reason),
         )
 
-    def _nulls(self, answer: Answer) -> dict[int, Any]:
+    def _nulls(self, answer: wire.Answer) -> dict[int, Any]:
         found: dict[int, Any] = {}
         for i, choice in enumerate(answer.choices):  # type: ignore[attr-defined]
-            name = "message" if isinstance(choice, ChatChoice) else "delta"
+            name = "message" if isinstance(choice, wire.ChatChoice) else "delta"
             part = getattr(choice, name)
             if name == "delta" and part.role is part.reasoning is part.tool_calls is None and part.content is not None:
                 found[i] = TEXT_ALONE
@@ -155,23 +141,23 @@ class ChatAnswers(Answers):
             found[i] = {name: left_out}
         return found
 
-    def _reason(self, choice: Choice, reason: str) -> FinishReason:
+    def _reason(self, choice: Choice, reason: str) -> wire.FinishReason:
         return "tool_calls" if reason == "stop" and choice.complete_calls else finish_reason(reason)
 
-    def _logprobs(self, logprobs: list[TokenLogprob] | None, parts: Sequence[Region]) -> ChatLogprobs | None:
+    def _logprobs(self, logprobs: list[TokenLogprob] | None, parts: Sequence[Region]) -> wire.ChatLogprobs | None:
         """Of the text's tokens; `parts` say which those are."""
         if logprobs is None:
             return None
         kept = [entry for entry, part in zip(logprobs, parts, strict=True) if part == "text"]
-        return ChatLogprobs(content=[self._logprob(entry) for entry in kept])
+        return wire.ChatLogprobs(content=[self._logprob(entry) for entry in kept])
 
-    def _logprob(self, entry: TokenLogprob) -> ChatLogprob:
+    def _logprob(self, entry: TokenLogprob) -> wire.ChatLogprob:
         top = [self._top(token_id, logprob) for token_id, logprob in entry.top]
         chosen = self._top(entry.token_id, entry.logprob)
-        return ChatLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
+        return wire.ChatLogprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)
 
-    def _top(self, token_id: int, logprob: float) -> TopLogprob:
+    def _top(self, token_id: int, logprob: float) -> wire.TopLogprob:
         text = token_text(token_id, self.tokenizer)
         # the text of a part of a character is none that could be encoded
         raw = text.encode() if "\ufffd" not in text else self.tokenizer.token_bytes(token_id)
-        return TopLogprob(token=text, logprob=logprob, bytes=list(raw))
+        return wire.TopLogprob(token=text, logprob=logprob, bytes=list(raw))

@@ -8,16 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from gemma_mtp.chat.turn import Arguments, CallBegin, CallEnd, Event, Text, Thought
+from gemma_mtp.server import messages_protocol as wire
 from gemma_mtp.server.errors import ApiError, as_messages_error
-from gemma_mtp.server.messages_protocol import (
-    MadeBlock,
-    MadeMessage,
-    MadeText,
-    MadeThought,
-    MadeUse,
-    MessageUsage,
-    StopReason,
-)
 from gemma_mtp.server.one_turn import OneTurn, TurnAnswers, sse
 from gemma_mtp.server.service import Service
 
@@ -28,10 +20,10 @@ class MessageAnswers(TurnAnswers):
     def __init__(self, turn: OneTurn, service: Service, thoughts: bool) -> None:
         super().__init__(turn)
         self.thoughts = thoughts
-        self.made: MadeMessage = MadeMessage(
+        self.made: wire.MadeMessage = wire.MadeMessage(
             id=f"msg_{secrets.token_hex(12)}", model=service.settings.model_name, usage=self._usage()
         )
-        self._open: MadeBlock | None = None
+        self._open: wire.MadeBlock | None = None
         self._arguments = ""
 
     def _opening(self) -> Iterator[bytes]:
@@ -40,26 +32,26 @@ class MessageAnswers(TurnAnswers):
     def _say(self, event: Event) -> Iterator[bytes]:
         match event:
             case Thought(text) if self.thoughts:
-                if not isinstance(self._open, MadeThought):
-                    yield from self._begin(MadeThought())
-                assert isinstance(self._open, MadeThought)
+                if not isinstance(self._open, wire.MadeThought):
+                    yield from self._begin(wire.MadeThought())
+                assert isinstance(self._open, wire.MadeThought)
                 self._open.thinking += text
                 yield self._delta(type="thinking_delta", thinking=text)
             case Text(text):
-                if not isinstance(self._open, MadeText):
-                    yield from self._begin(MadeText())
-                assert isinstance(self._open, MadeText)
+                if not isinstance(self._open, wire.MadeText):
+                    yield from self._begin(wire.MadeText())
+                assert isinstance(self._open, wire.MadeText)
                 self._open.text += text
                 yield self._delta(type="text_delta", text=text)
             case CallBegin(name):
-                yield from self._begin(MadeUse(id=f"toolu_{secrets.token_hex(12)}", name=name))
+                yield from self._begin(wire.MadeUse(id=f"toolu_{secrets.token_hex(12)}", name=name))
             case Arguments(text):
                 self._arguments += text
                 yield self._delta(type="input_json_delta", partial_json=text)
             case CallEnd():
                 yield from self._close()
 
-    def _begin(self, block: MadeBlock) -> Iterator[bytes]:
+    def _begin(self, block: wire.MadeBlock) -> Iterator[bytes]:
         yield from self._close()
         self._open, self._arguments = block, ""
         self.made.content = [*self.made.content, block]
@@ -69,9 +61,9 @@ class MessageAnswers(TurnAnswers):
         block = self._open
         if block is None:
             return
-        if isinstance(block, MadeUse):
+        if isinstance(block, wire.MadeUse):
             block.input = _object(self._arguments)
-        elif isinstance(block, MadeThought):
+        elif isinstance(block, wire.MadeThought):
             block.signature = "none"  # clients keep it; nothing is checked by it
             yield self._delta(type="signature_delta", signature=block.signature)
         yield sse("content_block_stop", index=self._index)
@@ -89,17 +81,17 @@ class MessageAnswers(TurnAnswers):
         yield sse("message_delta", delta=delta, usage=message.usage.model_dump())
         yield sse("message_stop")
 
-    def _reason(self) -> StopReason:
+    def _reason(self) -> wire.StopReason:
         if self.turn.result.finish_reason != "stop":
             return "max_tokens"
-        if any(isinstance(block, MadeUse) for block in self.made.content):
+        if any(isinstance(block, wire.MadeUse) for block in self.made.content):
             return "tool_use"
         return "end_turn" if self.turn.stop is None else "stop_sequence"
 
-    def _usage(self) -> MessageUsage:
+    def _usage(self) -> wire.MessageUsage:
         found = self.turn.usage()
         cached = found.prompt_tokens_details.cached_tokens
-        return MessageUsage(
+        return wire.MessageUsage(
             input_tokens=found.prompt_tokens - cached, output_tokens=found.completion_tokens,
             cache_read_input_tokens=cached,
         )  # fmt: skip

@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gemma_mtp.server import responses_protocol as wire
 from gemma_mtp.server.errors import wrong_field
 from gemma_mtp.server.fields import Refused
 from gemma_mtp.server.formats import TextFormat
 from gemma_mtp.server.one_turn import Names, check_extra
 from gemma_mtp.server.response_store import ResponseStore
-from gemma_mtp.server.responses_protocol import (
-    FunctionCallItem,
-    FunctionCallOutputItem,
-    InputText,
-    Item,
-    ItemReference,
-    MessageItem,
-    NamedResponseTool,
-    ReasoningItem,
-    Refusal,
-    ResponseSchemaFormat,
-    ResponsesRequest,
-)
 
 NAMES = Names({
     "messages": "input", "prompt": "input", "max_completion_tokens": "max_output_tokens",
@@ -39,30 +27,30 @@ REFUSED: Refused = {
 LOGPROBS = "message.output_text.logprobs"
 
 
-def check_fields(body: ResponsesRequest) -> None:
+def check_fields(body: wire.ResponsesRequest) -> None:
     """Raise ApiError for a field that would change the output and is not offered here."""
     extra = dict(body.model_extra or {})
     include = extra.pop("include", None)
     if isinstance(include, list) and LOGPROBS in include:
         raise wrong_field("include", f"{LOGPROBS} is not offered; use /v1/chat/completions")
     extra.pop("stream_options", None)  # obfuscation, of which there is none
-    check_extra(extra, REFUSED, "responses", ResponsesRequest.model_fields)
+    check_extra(extra, REFUSED, "responses", wire.ResponsesRequest.model_fields)
 
 
-def items_of(body: ResponsesRequest, store: ResponseStore) -> list[Item]:
+def items_of(body: wire.ResponsesRequest, store: ResponseStore) -> list[wire.Item]:
     """The items that a request brings, with those that it refers to. Raises ApiError."""
     if isinstance(body.input, str):
-        return [MessageItem(role="user", content=body.input)]
-    return [store.item(item.id) if isinstance(item, ItemReference) else item for item in body.input]
+        return [wire.MessageItem(role="user", content=body.input)]
+    return [store.item(item.id) if isinstance(item, wire.ItemReference) else item for item in body.input]
 
 
-def chat_fields(body: ResponsesRequest, items: Sequence[Item]) -> dict[str, Any]:
+def chat_fields(body: wire.ResponsesRequest, items: Sequence[wire.Item]) -> dict[str, Any]:
     """Fields of the chat's request."""
     messages = list(messages_of(items))
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     choice: Any = body.tool_choice
-    if isinstance(choice, NamedResponseTool):
+    if isinstance(choice, wire.NamedResponseTool):
         choice = {"type": "function", "function": {"name": choice.name}}
     return {
         "messages": messages,
@@ -79,36 +67,36 @@ def chat_fields(body: ResponsesRequest, items: Sequence[Item]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _format(body: ResponsesRequest) -> dict[str, Any] | None:
+def _format(body: wire.ResponsesRequest) -> dict[str, Any] | None:
     wanted = body.text.format if body.text else None
     if wanted is None or isinstance(wanted, TextFormat):
         return None
     fields = wanted.model_dump(by_alias=True, exclude_none=True)
-    if not isinstance(wanted, ResponseSchemaFormat):
+    if not isinstance(wanted, wire.ResponseSchemaFormat):
         return fields
     kind = fields.pop("type")
     return {"type": kind, "json_schema": fields}
 
 
-def messages_of(items: Iterable[Item]) -> Iterable[dict[str, Any]]:
+def messages_of(items: Iterable[wire.Item]) -> Iterable[dict[str, Any]]:
     """Items as a chat's messages: a thought, a text and calls that follow each other are one of the assistant's."""
     turn: dict[str, Any] = {}
     for item in items:
-        if isinstance(item, ReasoningItem):
+        if isinstance(item, wire.ReasoningItem):
             yield from _whole(turn, "content", "tool_calls")
             turn["reasoning_content"] = "".join(part.text for part in item.content or item.summary or ()) or None
-        elif isinstance(item, MessageItem) and item.role == "assistant":
+        elif isinstance(item, wire.MessageItem) and item.role == "assistant":
             yield from _whole(turn, "content", "tool_calls")
             turn["content"] = _text(item.content)
-        elif isinstance(item, FunctionCallItem):
+        elif isinstance(item, wire.FunctionCallItem):
             function = {"name": item.name, "arguments": item.arguments}
             turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
         else:
             yield from _whole(turn, "content", "tool_calls")
             turn.clear()  # a thought that led to nothing
-            if isinstance(item, MessageItem):
+            if isinstance(item, wire.MessageItem):
                 yield {"role": item.role, "content": _text(item.content)}
-            elif isinstance(item, FunctionCallOutputItem):
+            elif isinstance(item, wire.FunctionCallOutputItem):
                 yield {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
     yield from _whole(turn, "content", "tool_calls")
 
@@ -120,7 +108,7 @@ def _whole(turn: dict[str, Any], *parts: str) -> Iterable[dict[str, Any]]:
         turn.clear()
 
 
-def _text(content: str | list[InputText | Refusal]) -> str:
+def _text(content: str | list[wire.InputText | wire.Refusal]) -> str:
     if isinstance(content, str):
         return content
-    return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
+    return "".join(part.refusal if isinstance(part, wire.Refusal) else part.text for part in content)
