@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from byte_fallback import gemma_like
 
-from gemma_mtp.chat.conversation import Conversation
-from gemma_mtp.chat.prompt import chat_ids, chat_text, thinking_variable
+from gemma_mtp.chat.prompt import Conversation, chat_ids, chat_text, thinking_variable
 from gemma_mtp.datasets import Example
 from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.tokenizer import Tokenizer

@@ -28,8 +28,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_mtp.chat.conversation import Conversation, Message
-from gemma_mtp.chat.prompt import chat_text
+from gemma_mtp.chat.prompt import Conversation, Message, chat_text
 from gemma_mtp.errors import DataError, TokenizerError
 from gemma_mtp.text import check_text
 from gemma_mtp.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from gemma_mtp.chat.conversation import Conversation
-from gemma_mtp.chat.prompt import chat_ids, thinking_variable
+from gemma_mtp.chat.prompt import Conversation, chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Event, Thought
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.params import SamplingParams

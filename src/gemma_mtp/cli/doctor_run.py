@@ -9,8 +9,7 @@ from pathlib import Path
 
 import typer
 
-from gemma_mtp.chat.conversation import Conversation
-from gemma_mtp.chat.prompt import chat_ids
+from gemma_mtp.chat.prompt import Conversation, chat_ids
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.doctor_checks import Check, Status, machine_checks, pair_checks

@@ -11,9 +11,8 @@ from typing import cast
 import typer
 from rich.text import Text as Dimmed
 
-from gemma_mtp.chat.conversation import Conversation
 from gemma_mtp.chat.marks import region_after
-from gemma_mtp.chat.prompt import chat_ids, thinking_variable
+from gemma_mtp.chat.prompt import Conversation, chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Text, Thought
 from gemma_mtp.cli import options, render
 from gemma_mtp.cli.console import console

@@ -11,8 +11,8 @@ from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
+from gemma_mtp.server.conversation import JsonObjectFormat, JsonSchemaFormat
 from gemma_mtp.server.errors import ApiError, wrong_field
-from gemma_mtp.server.formats import JsonObjectFormat, JsonSchemaFormat
 from gemma_mtp.server.protocol import GenerationRequest
 from gemma_mtp.server.service import Service
 

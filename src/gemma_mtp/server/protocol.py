@@ -14,8 +14,16 @@ from gemma_mtp.decoding.grammar import MAX_SOURCE_LENGTH
 from gemma_mtp.decoding.noise import MAX_DRAFT_TOKENS
 from gemma_mtp.decoding.params import MAX_LOGPROBS
 from gemma_mtp.decoding.verify import Verification
-from gemma_mtp.server.conversation import Content, Message, Strict, Tool, ToolChoice
-from gemma_mtp.server.formats import Choices, ResponseFormat, StructuredOutputs
+from gemma_mtp.server.conversation import (
+    Choices,
+    Content,
+    Message,
+    ResponseFormat,
+    Strict,
+    StructuredOutputs,
+    Tool,
+    ToolChoice,
+)
 
 #: a server may allow fewer
 MAX_LOGIT_BIAS = 4096

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gemma_mtp.server.conversation import Strict, ToolName, refuse_other_parts
-from gemma_mtp.server.formats import JsonObjectFormat, JsonSchema, TextFormat
+from gemma_mtp.server.conversation import JsonObjectFormat, JsonSchema, Strict, TextFormat, ToolName, refuse_other_parts
 from gemma_mtp.server.protocol import OneTurnRequest, ReasoningEffort
 
 

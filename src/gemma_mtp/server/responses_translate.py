@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gemma_mtp.server import responses_protocol as wire
+from gemma_mtp.server.conversation import TextFormat
 from gemma_mtp.server.errors import wrong_field
 from gemma_mtp.server.fields import Refused
-from gemma_mtp.server.formats import TextFormat
 from gemma_mtp.server.one_turn import Names, check_extra
 from gemma_mtp.server.response_store import ResponseStore
 

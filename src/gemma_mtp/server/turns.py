@@ -7,9 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_mtp.chat.conversation import Conversation
 from gemma_mtp.chat.marks import Region, TurnMarks
-from gemma_mtp.chat.prompt import chat_text, thinking_variable
+from gemma_mtp.chat.prompt import Conversation, chat_text, thinking_variable
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
