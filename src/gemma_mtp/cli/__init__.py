@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -25,39 +24,29 @@ COMMANDS = (
 )  # fmt: skip
 
 
-class Command(TyperCommand):
-    """A command whose flags are as plain as they can be (`_plain_flags`), and whose readers may leave."""
+class _Plain:
+    """Flags are as plain as they can be (`_plain_flags`), and readers of the help may leave."""
 
     def get_params(self, ctx: Any) -> Any:
-        return _plain_flags(super().get_params(ctx))
+        return _plain_flags(super().get_params(ctx))  # type: ignore[misc]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        with _help():
-            super().format_help(ctx, formatter)
+        try:
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+        except SystemExit:  # by Typer's own console, where nobody reads, and for nothing else
+            raise typer.Exit from None
 
 
-class Commands(TyperGroup):
-    """The same for the options before a command's name."""
+class Command(_Plain, TyperCommand):
+    """One of the commands."""
 
-    def get_params(self, ctx: Any) -> Any:
-        return _plain_flags(super().get_params(ctx))
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        with _help():
-            super().format_help(ctx, formatter)
+class Commands(_Plain, TyperGroup):
+    """All of them, with the options before their names. Readers of what they print may leave."""
 
     def invoke(self, ctx: Any) -> Any:
         with readers_may_leave():
             return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _help() -> Iterator[None]:
-    """Typer's own console ends the program where nobody reads the help, and for nothing else."""
-    try:
-        yield
-    except SystemExit:
-        raise typer.Exit from None
 
 
 def _plain_flags(params: Any) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import argument, group, grouped, option, then
+from gemma_mtp.cli.option_groups import argument, at_least, group, grouped, option, then
 from gemma_mtp.cli.options import DATA, DRAFTING, MODELS, OUTPUT, SAMPLING
 from gemma_mtp.errors import SamplingError
 from gemma_mtp.measure.defaults import PROMPT_TOKENS
-from gemma_mtp.measure.figure import check_plot
 
 THINKING = {"default": (None,), "on": (True,), "off": (False,), "both": (False, True)}
 
@@ -42,7 +41,7 @@ class PromptOptions(options.ExampleOptions):
     prompt_tokens: int = option(
         PROMPT_TOKENS,
         "Texts and source files are cut to their first lines, of so many tokens. Prompts and messages are taken whole.",
-        least=2,
+        check=at_least(2),
     )
     thinking: str = option(
         "default",
@@ -90,11 +89,8 @@ class OutputOptions:
     """What is measured beside acceptance, and how all is shown."""
 
     speed: bool = option(False, "Measure the speed-up too: each prompt with and without drafts, in turn.")
-    plot: Path | None = option(None, "Draw acceptance and histograms to this file, .png, .svg or .pdf.")
+    plot: Path | None = options.plot("acceptance and histograms")
     as_json: bool = option(False, options.JSON, "--json")
-
-    def check(self) -> None:
-        check_plot(self.plot)
 
 
 @grouped
@@ -111,6 +107,5 @@ def acceptance(
     Says, by costs that are measured, how many drafts a round pay on this machine.
     """
     chosen.check()
-    output.check()
     options.check_drafter("acceptance", models.target, models.drafter)
     options.use_threads(models.threads)

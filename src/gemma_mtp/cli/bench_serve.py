@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import argument, group, grouped, option, then
+from gemma_mtp.cli.option_groups import above, argument, at_least, group, grouped, option, then
 from gemma_mtp.cli.options import DATA, DRAFTING, OUTPUT, SAMPLING
 from gemma_mtp.errors import DataError, SamplingError, ServerError, missing_extra
-from gemma_mtp.measure.figure import check_plot
 
 if TYPE_CHECKING:
     from gemma_mtp.measure.load import Extent, Shape
@@ -64,16 +63,16 @@ class LoadOptions:
     )
     fixed_intervals: bool = option(False, "Equal gaps instead of Poisson arrivals.", needs="--rate")
     requests: int | None = option(
-        None, f"Requests of each load. Default: {REQUESTS}, or what --duration allows.", above=0
+        None, f"Requests of each load. Default: {REQUESTS}, or what --duration allows.", check=above(0)
     )
-    duration: float | None = option(None, "Seconds in which each load sends requests.", above=0)
-    warmup: int = option(4, "First requests of each load, which are not counted.", least=0)
-    repeats: int = option(1, "Runs of each load. The sides of --compare-drafting take turns.", above=0)
+    duration: float | None = option(None, "Seconds in which each load sends requests.", check=above(0))
+    warmup: int = option(4, "First requests of each load, which are not counted.", check=at_least(0))
+    repeats: int = option(1, "Runs of each load. The sides of --compare-drafting take turns.", check=above(0))
     max_in_flight: int | None = option(
-        None, "Most requests under way. Others wait, and their wait counts.", needs="--rate", above=0
+        None, "Most requests under way. Others wait, and their wait counts.", needs="--rate", check=above(0)
     )
-    timeout: float = option(600.0, "Seconds after which a request has failed.", above=0)
-    seed: int = option(0, "For arrivals, order of prompts, lengths and sampling.", least=0)
+    timeout: float = option(600.0, "Seconds after which a request has failed.", check=above(0))
+    seed: int = option(0, "For arrivals, order of prompts, lengths and sampling.", check=at_least(0))
 
     def shapes(self) -> list[Shape]:
         """The loads to play. Raises SamplingError."""
@@ -102,9 +101,11 @@ class PromptOptions(options.ExampleOptions):
         "JSON lines with text, prompt or messages, plain text, source files, or directories of them. Texts are"
         " completed; prompts and messages are sent as chats. Default: the bundled pair's held-out Python.",
     )
-    limit: int = option(1000, options.LIMIT, least=1)
+    limit: int = option(1000, options.LIMIT, check=at_least(1))
     shared_prefix_tokens: int = option(
-        0, "Begin all prompts with the same text of about so many tokens. Needs the server's /tokenize.", least=0
+        0,
+        "Begin all prompts with the same text of about so many tokens. Needs the server's /tokenize.",
+        check=at_least(0),
     )
     fresh: bool = option(
         True,
@@ -172,7 +173,7 @@ class OutputOptions:
 
     as_json: Path | None = option(None, "Write all figures to this file.", "--json")
     records: bool = option(False, "Every request's times and counts too.", needs="--json")
-    plot: Path | None = option(None, "Draw latencies and throughput to this file, .png, .svg or .pdf.")
+    plot: Path | None = options.plot("latencies and throughput")
     max_failed: float = option(
         0.01,
         "Exit with 1 where more than this share of requests failed, or none was completed. Refusals with Retry-After"
@@ -180,7 +181,6 @@ class OutputOptions:
     )
 
     def check(self) -> None:
-        check_plot(self.plot)
         if self.as_json is not None and self.as_json.is_dir():
             raise DataError(f"--json is {self.as_json}, which is a directory; name a file.")
         if not 0 <= self.max_failed <= 1:

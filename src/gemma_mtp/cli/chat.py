@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.generate import DraftingOptions, SamplingOptions
-from gemma_mtp.cli.option_groups import group, grouped, option, then
+from gemma_mtp.cli.option_groups import at_least, group, grouped, option, then
 from gemma_mtp.errors import OptionError, PromptError
 from gemma_mtp.text import check_text
 
@@ -18,7 +18,9 @@ class TalkOptions:
     system: str | None = option(None, "System message.")
     load: Path | None = option(None, "Go on with a conversation that /save wrote.", metavar="FILE")
     thinking: bool = option(False, "Let the model think first; thoughts are dimmed.")
-    context: int | None = option(None, "Most tokens of the conversation. Default: the model's context.", least=2)
+    context: int | None = option(
+        None, "Most tokens of the conversation. Default: the model's context.", check=at_least(2)
+    )
     show_drafts: bool = option(False, "Colour accepted, corrected and bonus tokens.")
     quiet: bool = option(False, "No statistics after answers.", "-q")
 

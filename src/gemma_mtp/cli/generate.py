@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import argument, group, grouped, option, then
+from gemma_mtp.cli.option_groups import argument, at_least, group, grouped, option, then
 from gemma_mtp.cli.options import DRAFTING, GRAMMAR, OUTPUT, SAMPLING
 from gemma_mtp.errors import OptionError, PromptError, SamplingError
 from gemma_mtp.text import check_text, read_text
@@ -125,7 +125,7 @@ class OutputOptions:
     compare: bool = option(
         False, "Run with and without the drafter, in turn: both speeds, and whether the outputs are identical."
     )
-    repeats: int = option(3, "Runs of each side.", needs="--compare", least=1)
+    repeats: int = option(3, "Runs of each side.", needs="--compare", check=at_least(1))
     show_drafts: bool = option(False, "Colour accepted, corrected and bonus tokens.")
     as_json: bool = option(False, options.JSON, "--json")
     quiet: bool = option(False, "No summary on standard error.", "-q")

@@ -8,10 +8,9 @@ from typing import Any
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.bench_serve import SERVER, check_client, numbers
-from gemma_mtp.cli.option_groups import REQUIRED, argument, group, grouped, option, then
+from gemma_mtp.cli.option_groups import REQUIRED, above, argument, at_least, group, grouped, option, then
 from gemma_mtp.cli.options import DATA, OUTPUT, SAMPLING
 from gemma_mtp.errors import DataError, OptionError
-from gemma_mtp.measure.figure import check_plot
 
 
 @group(SERVER)
@@ -49,7 +48,7 @@ class IdentityPrompts(options.ExampleOptions):
         "JSON lines with text, prompt or messages, plain text, source files, or directories of them. May be repeated."
         " Default: the bundled pair's held-out Python.",
     )
-    limit: int = option(20, options.LIMIT, least=1)
+    limit: int = option(20, options.LIMIT, check=at_least(1))
     cut: str | None = option(None, "Cut texts to so many characters. 40,200,800 asks with three lengths.")
 
     def lengths(self) -> list[int] | None:
@@ -61,10 +60,10 @@ class IdentityRequests:
     """How prompts are asked."""
 
     clients: str = option("1,4", "Requests at a time. 1,4 asks with one, then with four.")
-    repeats: int = option(2, "Times that each side is asked each prompt.", above=0)
-    max_tokens: int = option(64, "Tokens to ask for.", "-n", above=0)
+    repeats: int = option(2, "Times that each side is asked each prompt.", check=above(0))
+    max_tokens: int = option(64, "Tokens to ask for.", "-n", check=above(0))
     temperature: float = option(0.0, "0 is greedy. Above it, prompt i is sampled with seed i.", "-t")
-    timeout: float = option(600.0, "Seconds after which a request has failed.", above=0)
+    timeout: float = option(600.0, "Seconds after which a request has failed.", check=above(0))
 
     def levels(self) -> list[int]:
         return numbers("--clients", self.clients, int, "1,4,16")
@@ -74,11 +73,8 @@ class IdentityRequests:
 class IdentityOutput:
     """How it is shown."""
 
-    plot: Path | None = option(None, "Draw what was found to this file, .png, .svg or .pdf.")
+    plot: Path | None = options.plot("what was found")
     as_json: bool = option(False, options.JSON, "--json")
-
-    def check(self) -> None:
-        check_plot(self.plot)
 
 
 def _object(name: str, text: str) -> dict[str, Any]:
@@ -99,6 +95,5 @@ def identity(servers: Servers, prompts: IdentityPrompts, asked: IdentityRequests
     Where they differ: at which token, how close the two tokens were, and whether each side repeats its own output.
     Exits with 1 where outputs differ or requests failed.
     """
-    output.check()
     servers.fields(), asked.levels(), prompts.lengths()  # which refuse what can not be asked
     check_client("identity")

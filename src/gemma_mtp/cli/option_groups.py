@@ -31,14 +31,17 @@ def group(panel: str) -> Callable[[type[Group]], type[Group]]:
     return made
 
 
+#: raises an error for a value that is given, of an option of this name, and that can not be
+Check = Callable[[str, Any], object]
+
+
 def option(
-    default: Any, help: str, *names: str, needs: str | None = None, least: int | None = None, above: int | None = None,
-    **more: Any,
-) -> Any:  # fmt: skip
+    default: Any, help: str, *names: str, needs: str | None = None, check: Check | None = None, **more: Any
+) -> Any:
     """A field's option, `--` and the field's name unless `names` has a long one. `more` is what typer.Option takes.
 
     `needs` is the option without which this one has no effect, such as "--json". The help says so, and the command
-    refuses it where only this one is given. It refuses numbers below `least`, or not `above`, too.
+    refuses it where only this one is given, and what `check` raises an error for.
     """
     text = help if needs is None else f"With {needs}: {help[0].lower()}{help[1:]}"
 
@@ -46,9 +49,27 @@ def option(
         all_names = names if any(given.startswith("--") for given in names) else (name, *names)
         return typer.Option(*all_names, help=text, rich_help_panel=panel, **more)
 
-    return field(
-        default=default, metadata={"read": read, "names": names, "needs": needs, "least": least, "above": above}
-    )
+    return field(default=default, metadata={"read": read, "names": names, "needs": needs, "check": check})
+
+
+def at_least(least: int) -> Check:
+    """Refuses smaller numbers."""
+
+    def check(name: str, value: float) -> None:
+        if not value >= least:
+            raise OptionError(f"{name} is {value:g}, but must be {least} or more.")
+
+    return check
+
+
+def above(bound: int) -> Check:
+    """Refuses numbers that are not greater."""
+
+    def check(name: str, value: float) -> None:
+        if not value > bound:
+            raise OptionError(f"{name} is {value:g}, but must be more than {bound}.")
+
+    return check
 
 
 def argument(default: Any, help: str) -> Any:
@@ -59,8 +80,8 @@ def argument(default: Any, help: str) -> Any:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Returns a command of groups as typer reads it, with one parameter for each option.
 
-    It raises OptionError for an option that is given without the one it needs, or a number out of its range. Raises
-    ValueError where two options have the same name.
+    It raises OptionError for an option that is given without the one it needs, and what an option's check raises.
+    Raises ValueError where two options have the same name.
     """
     groups = {name: kind for name, kind in get_type_hints(command).items() if name != "return"}
     all_fields = [f for kind in groups.values() for f in fields(kind)]
@@ -68,7 +89,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def called(**values: Any) -> None:
         _check_needs(all_fields, values)
-        _check_ranges(all_fields, values)
+        for f in all_fields:
+            if values[f.name] is not None and (check := f.metadata.get("check")) is not None:
+                check(long_name(f), values[f.name])
         command(**{name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in groups.items()})
 
     options = [parameter for kind in groups.values() for parameter in _parameters(kind)]
@@ -114,15 +137,6 @@ def _check_needs(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) ->
         needs = f.metadata.get("needs")
         if needs is not None and long_name(f) in given and needs not in given:
             raise OptionError(f"{long_name(f)} has no effect without {needs}; give both, or leave it out.")
-
-
-def _check_ranges(all_fields: Sequence[Field[Any]], values: Mapping[str, Any]) -> None:
-    for f in all_fields:
-        value, least, above = values[f.name], f.metadata.get("least"), f.metadata.get("above")
-        if value is not None and least is not None and not value >= least:
-            raise OptionError(f"{long_name(f)} is {value:g}, but must be {least} or more.")
-        if value is not None and above is not None and not value > above:
-            raise OptionError(f"{long_name(f)} is {value:g}, but must be more than {above}.")
 
 
 def long_name(option: Field[Any]) -> str:

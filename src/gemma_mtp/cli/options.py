@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_mtp.cli.option_groups import group, option
+from gemma_mtp.cli.option_groups import at_least, group, option
 from gemma_mtp.errors import PromptError, SamplingError
 from gemma_mtp.locate import bundled_directory, find_drafter, locate
+from gemma_mtp.measure.figure import check_plot
 
 if TYPE_CHECKING:
     from gemma_mtp.datasets import Example
@@ -71,6 +72,11 @@ LIMIT = "Most prompts; they are spread evenly over the data."
 JSON = "Print one JSON object."
 #: of commands without groups
 Strict = Annotated[bool, typer.Option("--strict", help=STRICT, rich_help_panel=MODELS)]
+
+
+def plot(what: str) -> Any:
+    """An option that draws it."""
+    return option(None, f"Draw {what} to this file, .png, .svg or .pdf.", check=check_plot)
 
 
 @group(MODELS)
@@ -145,7 +151,7 @@ class ExampleOptions:
     """Which examples of a data set are taken."""
 
     pattern: str = option("*", "Which files of a directory to read, such as '*.py'.")
-    limit: int = option(100, LIMIT, least=1)
+    limit: int = option(100, LIMIT, check=at_least(1))
 
     def examples(self, sources: Sequence[Path]) -> list[Example]:
         return spread(sources, self.pattern, self.limit)

@@ -15,7 +15,6 @@ def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output
     allows: the most that drafting can give.
     """
     options.check_exclusive(models.drafter, models.no_drafter)
-    output.check()
 
     from gemma_mtp.cli import plan_run
 

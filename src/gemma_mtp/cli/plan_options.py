@@ -7,7 +7,6 @@ from pathlib import Path
 from gemma_mtp.cli import options
 from gemma_mtp.cli.option_groups import argument, group, option
 from gemma_mtp.cli.options import MODELS, OUTPUT
-from gemma_mtp.measure.figure import check_plot
 
 LOAD, MACHINE = "Load", "Machine"
 
@@ -55,8 +54,5 @@ class MachineOptions:
 class OutputOptions:
     """How it is shown."""
 
-    plot: Path | None = option(None, "Draw memory against context to this file, .png, .svg or .pdf.")
+    plot: Path | None = options.plot("memory against context")
     as_json: bool = option(False, options.JSON, "--json")
-
-    def check(self) -> None:
-        check_plot(self.plot)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.option_groups import group, grouped, option
+from gemma_mtp.cli.option_groups import above, group, grouped, option
 from gemma_mtp.cli.options import DRAFTING, MODELS
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.settings import EngineSettings
@@ -41,15 +41,17 @@ class ListeningOptions:
 class EngineOptions:
     """The engine's settings."""
 
-    max_running: int = option(EngineSettings.max_running, "Sequences that decode together.", above=0)
+    max_running: int = option(EngineSettings.max_running, "Sequences that decode together.", check=above(0))
     max_waiting: int = option(
-        EngineSettings.max_waiting, "Sequences that may wait. Requests for more get a 429.", above=0
+        EngineSettings.max_waiting, "Sequences that may wait. Requests for more get a 429.", check=above(0)
     )
     max_tokens: int | None = option(
-        None, "Most tokens of a prompt and its output. Default: the model's context.", above=0
+        None, "Most tokens of a prompt and its output. Default: the model's context.", check=above(0)
     )
     kv_memory: int | None = option(
-        None, "Megabytes for keys and values of all sequences. Default: by --max-running and what is free.", above=0
+        None,
+        "Megabytes for keys and values of all sequences. Default: by --max-running and what is free.",
+        check=above(0),
     )
     no_prefix_reuse: bool = option(False, "Keep no keys and values for later prompts.")
 
@@ -64,13 +66,15 @@ class EngineOptions:
 class LimitOptions:
     """Limits of requests; the fields have ServerSettings' names."""
 
-    max_body_bytes: int = option(ServerSettings.max_body_bytes, "Most bytes of a request's body.", above=0)
-    max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.", above=0)
-    max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.", above=0)
-    max_choices: int = option(ServerSettings.max_choices, "Most choices (n) of a request.", above=0)
-    max_prompts: int = option(ServerSettings.max_prompts, "Most prompts of a request.", above=0)
-    max_concurrent: int = option(ServerSettings.max_concurrent, "Most requests at a time. More get a 429.", above=0)
-    request_seconds: float = option(600, "Most seconds that a request takes.", above=0)
+    max_body_bytes: int = option(ServerSettings.max_body_bytes, "Most bytes of a request's body.", check=above(0))
+    max_prompt_tokens: int | None = option(None, "Most tokens of a prompt. Default: --max-tokens.", check=above(0))
+    max_output_tokens: int | None = option(None, "Most tokens of an output. Default: --max-tokens.", check=above(0))
+    max_choices: int = option(ServerSettings.max_choices, "Most choices (n) of a request.", check=above(0))
+    max_prompts: int = option(ServerSettings.max_prompts, "Most prompts of a request.", check=above(0))
+    max_concurrent: int = option(
+        ServerSettings.max_concurrent, "Most requests at a time. More get a 429.", check=above(0)
+    )
+    request_seconds: float = option(600, "Most seconds that a request takes.", check=above(0))
     drain_seconds: float = option(30, "Most seconds that running requests go on after SIGTERM.")
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def sound_header(path: Path, kind: str, parse: Callable[[PieceFile], Header]) ->
 
     Raises CheckpointError for that, and where the file can not be read.
     """
-    with PieceFile(path) as file:
+    with closing(PieceFile(path)) as file:
         try:
             return parse(file)
         except UnsoundError as reason:

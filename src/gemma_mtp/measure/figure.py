@@ -31,16 +31,14 @@ GROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 LABEL_GAP = 11.0
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(option: str, path: Path) -> None:
     """Before anything is measured: DataError where the picture could not be written afterwards."""
-    if path is None:
-        return
     if path.suffix not in FORMATS:
-        raise DataError(f"--plot is {path}, but must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+        raise DataError(f"{option} is {path}, but must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
     if not path.absolute().parent.is_dir():
-        raise DataError(f"--plot is {path}, but its directory does not exist; create it.")
+        raise DataError(f"{option} is {path}, but its directory does not exist; create it.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise DataError(missing_extra("--plot", "matplotlib", "plot"))
+        raise DataError(missing_extra(option, "matplotlib", "plot"))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

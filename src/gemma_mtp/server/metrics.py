@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -78,9 +78,6 @@ class _Labelled(Collector):
     def __init__(self, inner: CollectorRegistry, labels: Mapping[str, str], prefix: str) -> None:
         self._inner, self._labels, self._prefix = inner, labels, prefix
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
     def collect(self) -> Iterator[Metric]:
         for family in self._inner.collect():
             if not family.name.startswith(PREFIX):
@@ -101,9 +98,6 @@ class _EngineCollector(Collector):
 
     def __init__(self, engine: EngineThread) -> None:
         self._engine = engine
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # nothing is read before the first scrape
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()

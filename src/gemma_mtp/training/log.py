@@ -6,7 +6,6 @@ import contextlib
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from gemma_mtp.errors import TrainingError, missing_extra
@@ -37,9 +36,7 @@ class RunLog:
         self.display.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.display.__exit__(kind, error, trace)
         for opened in filter(None, (self._file, self._writer)):
             with self._reported() if error is None else contextlib.suppress(OSError):  # the first error is the cause
