@@ -27,7 +27,7 @@ from gemma_mtp.files.headers import StoredTensor
 from gemma_mtp.files.safetensors import read_header
 from gemma_mtp.json_files import existing, read_json
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 #: what an adapter's tensor is to its module, by the end of its name; the longest that fits
 ROLES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "table A", ".lora_embedding_B": "table B",
@@ -63,7 +63,7 @@ class Adapter:
         self.config: AdapterConfig = parse_adapter_config(read_json(self.path / FILE))
         self.file = self.path / WEIGHTS
         if not self.file.is_file():
-            pickled = " (adapter_model.bin is pickled, and is never loaded)" if _pickled(self.path) else ""
+            pickled = f" ({PICKLED} is pickled, and is never loaded)" if (self.path / PICKLED).exists() else ""
             raise CheckpointError(f"{self.path} has no {WEIGHTS}{pickled}; save the adapter as safetensors.")
         stored = read_header(self.file).tensors
         self.outside = sorted(name for name in stored if OUTSIDE_TEXT & set(name.split(".")))
@@ -142,10 +142,6 @@ class AdaptedSource(WrappedSource):
         kind = "DoRA" if self.adapter.config.dora else "LoRA"
         count = len(self.adapter.modules) - saved
         return [*self.inner.summary(), f"{kind} adapter {self.adapter.path.name}: {count} matrices merged{kept}"]
-
-
-def _pickled(directory: Path) -> bool:
-    return (directory / "adapter_model.bin").exists()
 
 
 def _ties(config: object) -> bool:

@@ -133,7 +133,8 @@ class GgufSource:
 
     def _whole(self, name: str, entry: StoredTensor) -> StoredTensor:
         """A tensor as Hugging Face's files have it: without what the format adds to a family's norms."""
-        stored, added = replace(entry, name=name), GEMMA3.added(name) if self._is_gemma3 else 0.0
+        architecture = self._header.metadata.get(ARCHITECTURE)
+        stored, added = replace(entry, name=name), GEMMA3.added(name) if architecture == GEMMA3_ARCHITECTURE else 0.0
         if not added or entry.dtype not in (*FLOAT_DTYPES, *READ):
             return stored
         blocks = entry.dtype in READ
@@ -143,10 +144,6 @@ class GgufSource:
             return values[rows.start : rows.stop] - added
 
         return derived(name, entry.shape, "F32" if blocks else entry.dtype, [Part(stored, 0)], decode)
-
-    @property
-    def _is_gemma3(self) -> bool:
-        return self._header.metadata.get(ARCHITECTURE) == GEMMA3_ARCHITECTURE
 
     @functools.cached_property
     def _joined(self) -> dict[str, tuple[StoredTensor, StoredTensor]]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
 import typer
 
 from gemma_mtp.cli import bench_serve_report as shown
@@ -110,17 +109,15 @@ async def _measure(
         mix = RequestMix(
             plan.examples, name, plan.asked.lengths(), plan.asked.settings(), prefix, plan.prompts.fresh, load.seed
         )
-        sides = {side: _sender(client, mix, more, load.timeout) for side, more in plan.drafting.sides().items()}
+
+        def sender(more: dict[str, Any]) -> Callable[[int], Send]:
+            return lambda run: lambda number: stream(client, mix.ask(run, number, **more), load.timeout)
+
+        sides = {side: sender(more) for side, more in plan.drafting.sides().items()}
         results = await measure_levels(
             load.shapes(), sides, load.extent(), load.repeats, load.seed, load.max_in_flight, say
         )
         return Measured(name, results)
-
-
-def _sender(
-    client: httpx.AsyncClient, mix: RequestMix, extensions: dict[str, Any], timeout: float
-) -> Callable[[int], Send]:
-    return lambda run: lambda number: stream(client, mix.ask(run, number, **extensions), timeout)
 
 
 def _content(plan: Plan, measured: Measured, server: ServerOptions, records: bool) -> dict[str, Any]:

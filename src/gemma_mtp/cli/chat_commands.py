@@ -45,17 +45,21 @@ class Commands:
     def run(self, line: str) -> bool:
         """Run one. Raises PromptError and TokenizerError for what can not be done, QuitError at the end."""
         name, _, rest = line[1:].strip().partition(" ")
-        known: dict[str, Callable[[str], bool | None]] = {
-            "retry": self._retry, "edit": self._edit, "system": self._system, "think": self._think,
-            "drafts": self._drafts, "drop": self._drop, "reset": self._reset, "save": self._save, "help": self._help,
-            "quit": self._quit,
+        alone: dict[str, Callable[[], bool | None]] = {
+            "retry": self._retry, "drafts": self._drafts, "reset": self._reset, "help": self._help, "quit": self._quit,
         }  # fmt: skip
-        if name not in known:
+        followed: dict[str, Callable[[str], bool | None]] = {
+            "edit": self._edit, "system": self._system, "think": self._think, "drop": self._drop, "save": self._save,
+        }  # fmt: skip
+        if name in followed:
+            return bool(followed[name](rest.strip()))
+        if name not in alone:
             raise PromptError(f"there is no command /{name}; /help lists them, and // begins a message with a slash.")
-        return bool(known[name](rest.strip()))
+        if rest:
+            raise PromptError(f"/{name} is followed by nothing; // begins a message with a slash.")
+        return bool(alone[name]())
 
-    def _retry(self, rest: str) -> bool:
-        self._takes_nothing("retry", rest)
+    def _retry(self) -> bool:
         if self.session.last_message is None:
             raise PromptError("there is nothing to answer again; send a message first.")
         if not self.session.waiting:
@@ -88,8 +92,7 @@ class Commands:
         self.session.thinking = rest == "on"
         self.screen.tell(f"Thinking is {rest}.")
 
-    def _drafts(self, rest: str) -> None:
-        self._takes_nothing("drafts", rest)
+    def _drafts(self) -> None:
         self.screen.drafts = not self.screen.drafts
         self.screen.tell(f"Colours of drafts are {'on' if self.screen.drafts else 'off'}.")
 
@@ -101,8 +104,7 @@ class Commands:
             raise PromptError("there is no older turn to leave out; /reset begins anew.")
         self.screen.tell(f"Left out the oldest {'turn' if dropped == 1 else f'{dropped} turns'}.")
 
-    def _reset(self, rest: str) -> None:
-        self._takes_nothing("reset", rest)
+    def _reset(self) -> None:
         self.session.messages.clear()
         self.screen.tell("The conversation begins anew.")
 
@@ -112,14 +114,8 @@ class Commands:
         chat_files.save(Path(rest), self.session.system, self.session.messages)
         self.screen.tell(f"Saved to {rest}.")
 
-    def _help(self, rest: str) -> None:
-        self._takes_nothing("help", rest)
+    def _help(self) -> None:
         self.screen.tell(HELP)
 
-    def _quit(self, rest: str) -> None:
-        self._takes_nothing("quit", rest)
+    def _quit(self) -> None:
         raise QuitError
-
-    def _takes_nothing(self, name: str, rest: str) -> None:
-        if rest:
-            raise PromptError(f"/{name} is followed by nothing; // begins a message with a slash.")

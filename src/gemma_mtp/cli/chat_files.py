@@ -72,8 +72,8 @@ class InputHistory:
         self.lines = self._read()
 
     def add(self, text: str) -> None:
-        """Append what was typed, unless it is what was typed last."""
-        if self.lines and self.lines[-1] == text:
+        """Append what was typed, unless it is nothing, no text, or what was typed last."""
+        if not text.strip() or not is_text(text) or self.lines[-1:] == [text]:
             return
         self.lines.append(text)
         if self._path is None:

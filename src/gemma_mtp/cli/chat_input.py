@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from gemma_mtp.cli.chat_files import InputHistory
 from gemma_mtp.errors import PromptError
-from gemma_mtp.text import is_text
 
 PROMPT, MORE = "> ", ". "
 
@@ -66,8 +65,7 @@ class Lines:
         if lines[0] is None:
             return None
         text = "\n".join([*((line or "").removesuffix("\\") for line in lines[:-1]), lines[-1] or ""])
-        if text.strip() and is_text(text):
-            self._history.add(text)
+        self._history.add(text)
         return text
 
     def _line(self, prompt: str, default: str = "") -> str | None:
@@ -117,6 +115,5 @@ class Editor:
             text = str(self._session.prompt(PROMPT, default=default))
         except EOFError:
             return None
-        if text.strip() and is_text(text):
-            self._history.add(text)
+        self._history.add(text)
         return text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from gemma_mtp.cli import options
 from gemma_mtp.cli.doctor_options import DoctorData, DoctorOutput, ExaminedPair
-from gemma_mtp.cli.option_groups import grouped
+from gemma_mtp.cli.option_groups import grouped, then
 
 
 @grouped
+@then("doctor_run")
 def doctor(models: ExaminedPair, given: DoctorData, output: DoctorOutput) -> None:
     """Find what is slow or wrong: in the machine, the installation and, with --target, a pair.
 
@@ -15,7 +16,3 @@ def doctor(models: ExaminedPair, given: DoctorData, output: DoctorOutput) -> Non
     """
     models.check()
     options.use_threads(models.threads)
-
-    from gemma_mtp.cli import doctor_run
-
-    doctor_run.doctor(models, given, output)

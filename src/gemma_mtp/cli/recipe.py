@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from gemma_mtp.cli.option_groups import grouped
+from gemma_mtp.cli.option_groups import grouped, then
 from gemma_mtp.cli.recipe_options import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions, RecipeOutput
 
 
 @grouped
+@then("recipe_run")
 def recipe(
     models: RecipeOptions, drafts: RecipeDrafts, used: RecipeLoad, machine: RecipeMachine, output: RecipeOutput
 ) -> None:
@@ -16,7 +17,3 @@ def recipe(
     """
     drafts.check()
     machine.check()
-
-    from gemma_mtp.cli import recipe_run
-
-    recipe_run.recipe(models, drafts, used, machine, output)

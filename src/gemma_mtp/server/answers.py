@@ -70,7 +70,7 @@ class Choice:
 
     generation: Generation
     decoder: TextDecoder
-    offset: int
+    offset: int = 0  # of the next token's text
     begun: bool = False
     texts: list[str] = field(default_factory=list)
     reader: TurnReader | None = None
@@ -127,10 +127,7 @@ class Answers(ABC):
             "model": service.settings.model_name,
             "system_fingerprint": FINGERPRINT,
         }
-        self.choices = [
-            Choice(generation, self.tokenizer.stream(), self._first_offset(i))
-            for i, generation in enumerate(batch.generations)
-        ]
+        self.choices = [Choice(generation, self.tokenizer.stream()) for generation in batch.generations]
 
     async def json(self) -> str:
         """The answer, when all choices have ended. Raises ApiError."""
@@ -207,9 +204,6 @@ class Answers(ABC):
             )
             for token_id, logprob, rank in [(entry.token_id, entry.logprob, entry.rank), *found]
         }
-
-    def _first_offset(self, index: int) -> int:
-        return 0
 
     @abstractmethod
     def _whole(self, head: dict[str, Any]) -> wire.Answer: ...

@@ -17,11 +17,13 @@ from gemma_mtp.server.translate import Prompt
 
 class CompletionAnswers(Answers):
     prefix, chunk = "cmpl", CompletionChunk
+    body: CompletionRequest
 
     def __init__(self, body: CompletionRequest, service: Service, batch: Batch, prompts: Sequence[Prompt]) -> None:
-        self._body = body
-        self._echoed: set[int] = set()
         super().__init__(body, service, batch, prompts)
+        self._echoed: set[int] = set()
+        for index, choice in enumerate(self.choices):
+            choice.offset = len(self._echo(index))
 
     def _whole(self, head: dict[str, Any]) -> Completion:
         return Completion(choices=[self._choice(i) for i in range(len(self.choices))], **head)
@@ -60,25 +62,22 @@ class CompletionAnswers(Answers):
         choices = answer.choices  # type: ignore[attr-defined]
         return {i: {"prompt_logprobs": True} for i, choice in enumerate(choices) if choice.prompt_logprobs is None}
 
-    def _first_offset(self, index: int) -> int:
-        return len(self._echo(index))
-
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // (len(self.batch.generations) // len(self.prompts))]
 
     def _echo(self, index: int) -> str:
-        return self._prompt(index).text if self._body.echo else ""
+        return self._prompt(index).text if self.body.echo else ""
 
     @property
     def _scored_echo(self) -> bool:
-        return bool(self._body.echo) and self._body.logprobs is not None
+        return bool(self.body.echo) and self.body.logprobs is not None
 
     def _of_echo(self, index: int) -> CompletionLogprobs | None:
         """The log-probabilities of a choice's prompt, which is echoed; of its first token there are none."""
         scores = self.batch.generations[index].result.prompt_logprobs
         if not self._scored_echo or scores is None:
             return None
-        prompt, top = self._prompt(index), self._body.logprobs or 0
+        prompt, top = self._prompt(index), self.body.logprobs or 0
         decoder = self.tokenizer.stream(skip_special_tokens=not prompt.special)
         offsets, length = [], 0
         for token_id in prompt.token_ids:

@@ -11,7 +11,7 @@ from gemma_mtp.decoding.grammar import Grammar, GrammarKind
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.errors import GemmaMtpError
-from gemma_mtp.server.conversation import JsonObjectFormat, JsonSchemaFormat
+from gemma_mtp.server.conversation import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
 from gemma_mtp.server.errors import ApiError, wrong_field
 from gemma_mtp.server.protocol import GenerationRequest
 from gemma_mtp.server.service import Service
@@ -51,39 +51,32 @@ def _of_format(body: GenerationRequest) -> list[Wanted]:
     if isinstance(wanted, JsonSchemaFormat):
         return [("response_format", "json_schema", json.dumps(wanted.json_schema.schema_))]
     if isinstance(wanted, JsonObjectFormat):
-        return [_of_object("response_format", wanted.schema_)]
+        schema = wanted.schema_
+        return [("response_format", "json_object", "") if schema is None
+                else ("response_format", "json_schema", json.dumps(schema))]  # fmt: skip
     return []
 
 
-def _of_object(param: str, schema: dict[str, Any] | None) -> Wanted:
-    return (param, "json_object", "") if schema is None else (param, "json_schema", json.dumps(schema))
-
-
 def _of_other_fields(body: GenerationRequest) -> list[Wanted]:
-    found: list[Wanted] = []
-    outputs, param = body.structured_outputs, "structured_outputs"
-    if body.regex is not None:
-        found.append(("regex", "regex", body.regex))
-    if body.guided_json is not None:
-        found.append(("guided_json", "json_schema", _schema_text(body.guided_json)))
-    if body.guided_regex is not None:
-        found.append(("guided_regex", "regex", body.guided_regex))
-    if body.guided_choice is not None:
-        found.append(("guided_choice", "regex", _one_of(body.guided_choice)))
-    if outputs is not None and outputs.json_ is not None:
-        found.append((param, "json_schema", _schema_text(outputs.json_)))
-    if outputs is not None and outputs.regex is not None:
-        found.append((param, "regex", outputs.regex))
-    if outputs is not None and outputs.choice is not None:
-        found.append((param, "regex", _one_of(outputs.choice)))
-    if outputs is not None and outputs.json_object:
-        found.append((param, "json_object", ""))
-    return found
+    outputs, param = body.structured_outputs or StructuredOutputs(), "structured_outputs"
+    fields: list[tuple[str, GrammarKind, str | None]] = [
+        ("regex", "regex", body.regex),
+        ("guided_json", "json_schema", _schema_text(body.guided_json)),
+        ("guided_regex", "regex", body.guided_regex),
+        ("guided_choice", "regex", _one_of(body.guided_choice)),
+        (param, "json_schema", _schema_text(outputs.json_)),
+        (param, "regex", outputs.regex),
+        (param, "regex", _one_of(outputs.choice)),
+        (param, "json_object", "" if outputs.json_object else None),
+    ]
+    return [(name, kind, source) for name, kind, source in fields if source is not None]
 
 
-def _schema_text(schema: dict[str, Any] | str) -> str:
-    return schema if isinstance(schema, str) else json.dumps(schema)
+def _schema_text(schema: dict[str, Any] | str | None) -> str | None:
+    return json.dumps(schema) if isinstance(schema, dict) else schema
 
 
-def _one_of(texts: list[str]) -> str:
+def _one_of(texts: list[str] | None) -> str | None:
+    if texts is None:
+        return None
     return "|".join(re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", text) for text in texts)

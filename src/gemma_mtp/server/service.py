@@ -126,9 +126,9 @@ class Batch:
 
     def close(self) -> None:
         """Cancel what still runs."""
+        self.cancel()
         for member in self.members:
             if member.reason is None:
-                member.generation.cancel()
                 self._end(member, "cancelled")
 
     def cancel(self) -> None:

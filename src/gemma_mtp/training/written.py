@@ -90,7 +90,7 @@ def _written(
         return beginning, params, text
 
     for beginning, params in plan:
-        kept = store.get(_key(beginning, params))
+        kept = store.texts.get(_key(beginning, params))
         text = engine.submit(Request(beginning.ids, params, drafts)) if kept is None else kept
         ahead.append((beginning, params, text))
         if len(ahead) == TEXTS_AHEAD:
@@ -124,15 +124,12 @@ class WrittenStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._texts: dict[str, list[int]] = {}
+        self.texts: dict[str, list[int]] = {}
         if path.exists():
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
-                    self._texts[entry["key"]] = entry["ids"]
-
-    def get(self, key: str) -> list[int] | None:
-        return self._texts.get(key)
+                    self.texts[entry["key"]] = entry["ids"]
 
     def put(self, key: str, ids: list[int]) -> None:
         line = json.dumps({"key": key, "ids": ids})
