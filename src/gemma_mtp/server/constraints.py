@@ -58,7 +58,7 @@ def _of_format(body: GenerationRequest) -> list[Wanted]:
 
 
 def _of_other_fields(body: GenerationRequest) -> list[Wanted]:
-    outputs, param = body.structured_outputs or StructuredOutputs(), "structured_outputs"
+    outputs, param = body.structured_outputs or StructuredOutputs(json=None), "structured_outputs"
     fields: list[tuple[str, GrammarKind, str | None]] = [
         ("regex", "regex", body.regex),
         ("guided_json", "json_schema", _schema_text(body.guided_json)),
