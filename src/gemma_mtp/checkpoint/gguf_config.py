@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.gguf_gemma3 import gemma3_config
-from gemma_mtp.checkpoint.gguf_metadata import FULL, SLIDING, Metadata, layer_count, matrix_shape, same_of_both
+from gemma_mtp.checkpoint.gguf_metadata import Metadata, layer_count, matrix_shape, same_of_both
+from gemma_mtp.config import FULL, SLIDING
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.files.headers import StoredTensor
 

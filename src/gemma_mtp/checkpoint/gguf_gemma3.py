@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_mtp.checkpoint.gguf_metadata import FULL, SLIDING, Metadata, layer_count, matrix_shape, same_of_both
+from gemma_mtp.checkpoint.gguf_metadata import Metadata, layer_count, matrix_shape, same_of_both
+from gemma_mtp.config import FULL, SLIDING
 from gemma_mtp.files.headers import StoredTensor
 
 PREFIX = "gemma3."

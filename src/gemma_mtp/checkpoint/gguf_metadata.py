@@ -10,10 +10,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from gemma_mtp.config import FULL, SLIDING
 from gemma_mtp.errors import CheckpointError, ConfigError
 from gemma_mtp.files.headers import StoredTensor
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class Metadata:
