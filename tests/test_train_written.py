@@ -76,4 +76,4 @@ def test_a_store_that_two_runs_wrote_to_keeps_what_is_whole(tmp_path: Path) -> N
     one.path.write_bytes(b'{"key": "c", "ids": [1]}{"key": "d", "ids": [2]}\n[]\n' + lines + b'{"key": "e", "ids": [1')
     one.put("f", [3])
     again = WrittenStore(one.path)
-    assert {key: again.get(key) for key in "abcdef"} == {**dict.fromkeys("cde"), "a": long, "b": [1], "f": [3]}
+    assert {key: again.texts.get(key) for key in "abcdef"} == {**dict.fromkeys("cde"), "a": long, "b": [1], "f": [3]}

@@ -27,6 +27,7 @@ from gemma_mtp.backend.native import set_threads
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.files.replace import replace_text
 from gemma_mtp.freed_memory import keep_freed_memory
 from gemma_mtp.json_files import read_json, write_json
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
@@ -157,11 +158,11 @@ def write_bundle(recipes: Mapping[str, TargetRecipe | DrafterRecipe], trained_on
     for part in ("target", "drafter"):
         copy_directory(work / part, out / part, leave_out=(STATE, CARD))  # the pair has a card of its own
     for name in ("heldout.json", "heldout_prompts.jsonl", "sources.json"):
-        data.write_text((work / name).read_text(encoding="utf-8"), out / name)
+        replace_text(out / name, (work / name).read_text(encoding="utf-8"))
     bundle.write_record(record, acceptances, out)
     shown = {name: asdict(recipe) for name, recipe in recipes.items()}
     card = bundle.model_card(record, acceptances, read_json(work / "sources.json"), shown)
-    data.write_text(card, out / "MODEL_CARD.md")
+    replace_text(out / "MODEL_CARD.md", card)
     lengths = ", ".join(f"{t:g}/{n}: {measured.pooled.mean_length:.2f}" for (t, n), measured in acceptances.items())
     print(f"wrote {out}: held-out loss {record.held_out_nats_per_token:.3f} nats a token, mean acceptance length by"
           f" temperature/tokens {lengths}")  # fmt: skip
