@@ -74,7 +74,7 @@ def ours(
         masters.clear()
         table = masters.gradient(trained_head(model))
         for first, last in plan.blocks(0, args.batch):
-            step.block(batch.rows(first, last), counts, stats, slab_rows or plan.slab_rows, table_gradient=table)
+            step.block(batch.rows(first, last), counts, stats, table, slab_rows or plan.slab_rows)
             masters.accumulate()
         masters.clip()
         optimiser.step(1.0)

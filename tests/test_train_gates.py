@@ -207,7 +207,7 @@ def trainer_acceptance(
     sums = []
     for b in (batch, later):
         stats = StepStats.zeros(step.objective.steps, torch.device("cpu"))
-        step.block(b, b.reached(step.objective.steps), stats, backward=False)
+        step.block(b, b.reached(step.objective.steps), stats, None)
         sums.append(stats)
     return ((sums[0].reached_K - sums[1].reached_K).tolist(), (sums[0].accepted_K - sums[1].accepted_K).tolist())
 

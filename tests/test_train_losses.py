@@ -17,7 +17,7 @@ from gemma_mtp.decoding.sampling import choose, process
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.training import step as step_module
 from gemma_mtp.training.examples import Batch
-from gemma_mtp.training.losses import LK_ETA, LOSSES, LossKind, choice_at, coupled_chance, slab_loss, wanted
+from gemma_mtp.training.losses import LK_ETA, LOSSES, LossKind, choice_at, coupled_chance, slab_loss, wanted, wide
 from gemma_mtp.training.step import TILE_LOGITS, DraftStep, Objective, SlabRows, StepStats, slab_spans
 
 N, V = 5, 11
@@ -99,8 +99,23 @@ def test_the_coupled_chance_is_that_of_the_engine() -> None:
 
 def loss_of(step: DraftStep, batch: Batch, counts: list[int]) -> float:
     stats = StepStats.zeros(step.objective.steps, torch.device("cpu"))
-    step.block(batch, counts, stats, backward=False)
+    step.block(batch, counts, stats, None)
     return stats.loss.item()
+
+
+def gradients_of(
+    step: DraftStep, drafter: Drafter, blocks: list[Batch], counts: list[int], stats: StepStats, rows: int | None = None
+) -> dict[str, Tensor]:
+    """Each parameter's gradient by its name, of no other step; the output table's is of fp32, or of fp64."""
+    table = drafter.embed_tokens.weight
+    of_table = torch.zeros_like(table, dtype=wide(table.dtype))
+    for block in blocks:
+        step.block(block, counts, stats, of_table, rows)
+    assert table.grad is None
+    found = {name: p.grad for name, p in drafter.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(drafter.parameters())) - 1
+    drafter.zero_grad()
+    return {**found, "embed_tokens.weight": of_table}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +139,8 @@ def test_gradients_are_finite_differences(kind: LossKind, batch: Batch) -> None:
     """
     step, drafter = doubled_step(Objective(kind, steps=3, own_tokens=0.0))
     counts = batch.reached(3)
-    step.block(batch, counts, StepStats.zeros(3, torch.device("cpu")))
+    stats = StepStats.zeros(3, torch.device("cpu"))
+    gradients = gradients_of(step, drafter, [batch], counts, stats)
     generator, h = torch.Generator().manual_seed(1), 5e-7
     for name, parameter in drafter.named_parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -135,8 +151,7 @@ def test_gradients_are_finite_differences(kind: LossKind, batch: Batch) -> None:
                 slope.append(loss_of(step, batch, counts))
                 parameter.sub_(sign * h * direction)
         numeric = (slope[0] - slope[1]) / (2 * h)
-        assert parameter.grad is not None, name
-        assert (parameter.grad * direction).sum().item() == pytest.approx(numeric, rel=2e-5, abs=2e-8), name
+        assert (gradients[name] * direction).sum().item() == pytest.approx(numeric, rel=2e-5, abs=2e-8), name
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -146,9 +161,7 @@ def test_a_step_is_its_obvious_form(kind: LossKind, own_tokens: float, batch: Ba
     objective = Objective(kind, steps=3, own_tokens=own_tokens)
     step, drafter = doubled_step(objective)
     stats, counts = StepStats.zeros(3, torch.device("cpu")), batch.reached(3)
-    step.block(batch, counts, stats)
-    gradients = {name: p.grad for name, p in drafter.named_parameters()}
-    drafter.zero_grad()
+    gradients = gradients_of(step, drafter, [batch], counts, stats)
     loss, reached_K, accepted_K = obvious_step(step, batch, counts)
     loss.backward()
     assert stats.loss.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -195,14 +208,9 @@ def test_blocks_slabs_and_tiles_of_any_size_give_the_same_gradient(
         monkeypatch.setitem(TILE_LOGITS, "cpu", tile * TINY.vocab_size)
         assert step.tile_rows == tile
         stats = StepStats.zeros(3, torch.device("cpu"))
-        for first in range(0, 4, block):
-            step.block(batch.rows(first, first + block), counts, stats, rows)
-        found.append(
-            [stats.loss, stats.reached_K, stats.accepted_K]
-            + [p.grad.clone() for p in drafter.parameters() if p.grad is not None]
-        )
-        drafter.zero_grad()
-    assert all(len(each) == len(found[0]) for each in found)
+        blocks = [batch.rows(first, first + block) for first in range(0, 4, block)]
+        gradients = gradients_of(step, drafter, blocks, counts, stats, rows)
+        found.append([stats.loss, stats.reached_K, stats.accepted_K, *gradients.values()])
     for each in found[1:]:
         for one, other in zip(found[0], each, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
@@ -212,21 +220,19 @@ def test_blocks_slabs_and_tiles_of_any_size_give_the_same_gradient(
 def test_the_tables_gradient_goes_where_it_is_wanted(
     dtype: torch.dtype, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Added to what is there, in pieces or whole, and to the same values as the parameter's own gradient."""
+    """Added to what is there, in pieces or whole, and not to the parameter's own gradient."""
     step, drafter = doubled_step(Objective(steps=3))
     step.target.to(dtype), drafter.to(dtype)
     step = DraftStep(step.target, drafter, step.objective, 24)
     counts, stats = batch.reached(3), StepStats.zeros(3, torch.device("cpu"))
     table = drafter.embed_tokens.weight
-    step.block(batch, counts, stats)
-    assert table.grad is not None
-    own, table.grad = table.grad, None
-    given = torch.ones(table.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    own = gradients_of(step, drafter, [batch], counts, stats)["embed_tokens.weight"]
+    added = torch.ones_like(own)
     monkeypatch.setattr(step_module, "PRODUCT_VALUES", 7 * table.shape[1])
-    step.block(batch, counts, stats, table_gradient=given)
+    step.block(batch, counts, stats, added)
     assert table.grad is None
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
-    torch.testing.assert_close((given - 1).to(dtype), own, rtol=tolerance, atol=tolerance * own.abs().max().item())
+    torch.testing.assert_close(added - 1, own, rtol=tolerance, atol=tolerance * own.abs().max().item())
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -196,7 +196,7 @@ def test_a_step_of_a_large_vocabulary_stays_within_the_memory_given(
     def blocks() -> None:
         table = masters.gradient(drafter.embed_tokens.weight)
         for first, last in plan.blocks(0, 4):
-            step.block(batch.rows(first, last), batch.reached(3), stats, plan.slab_rows, table_gradient=table)
+            step.block(batch.rows(first, last), batch.reached(3), stats, table, plan.slab_rows)
             masters.accumulate()
 
     peak = allocated_peak(blocks)
@@ -222,7 +222,7 @@ def test_what_the_plan_counts_is_what_a_block_holds() -> None:
 @pytest.mark.parametrize("leaky", [False, True])
 def test_the_targets_states_live_no_longer_than_their_block(leaky: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a step that keeps what it computed is noticed."""
-    step, _ = step_of()
+    step, drafter = step_of()
     alive: list[weakref.ref[torch.Tensor]] = []
     most, hoard = 0, []
     compute = step.compute_rows
@@ -239,9 +239,9 @@ def test_the_targets_states_live_no_longer_than_their_block(leaky: bool, monkeyp
 
     monkeypatch.setattr(step, "compute_rows", watched)
     batch = BatchOrder(examples_of([50] * 8), 8, 0).batch(0)
-    stats = StepStats.zeros(3, torch.device("cpu"))
+    stats, table = StepStats.zeros(3, torch.device("cpu")), torch.zeros_like(drafter.embed_tokens.weight)
     for first in range(0, 8, 2):
-        step.block(batch.rows(first, first + 2), batch.reached(3), stats)
+        step.block(batch.rows(first, first + 2), batch.reached(3), stats, table)
     assert len(alive) == 4 and (most == 1) == (not leaky)
 
 

@@ -212,7 +212,7 @@ class DrafterTrainer:
         self.masters.clear()
         table = self.masters.gradient(trained_head(self.drafter))
         for first, last in plan.blocks(start, stop):
-            self.draft_step.block(batch.rows(first, last), counts, stats, plan.slab_rows, table_gradient=table)
+            self.draft_step.block(batch.rows(first, last), counts, stats, table, plan.slab_rows)
             self.masters.accumulate()
         self._sum_over_processes(stats)
         norm, loss = self.masters.clip(recipe.clip), stats.loss.item()

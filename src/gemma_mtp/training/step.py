@@ -98,30 +98,23 @@ class DraftStep:
         return max(self.tile_rows, SLAB_ROWS)
 
     def block(
-        self, block: Batch, counts: list[int], stats: StepStats, slab_rows: int | None = None, backward: bool = True,
-        table_gradient: Tensor | None = None,
+        self, block: Batch, counts: list[int], stats: StepStats, table_gradient: Tensor | None,
+        slab_rows: int | None = None,
     ) -> None:  # fmt: skip
         """One block of a batch in which draft i has `counts[i]` rows. Adds to `stats` and to the gradients; that of the
-        drafter's output table [V, H] is added to `table_gradient` where given, of fp32 (fp64 of fp64), so that it is
-        there once for all blocks. A slab has `slab_rows` rows, by default the `best_slab_rows`."""
+        drafter's output table [V, H] is added to `table_gradient`, of fp32 (fp64 of fp64), so that it is there once for
+        all blocks. With None for it, no gradient is computed. A slab has `slab_rows` rows, by default the
+        `best_slab_rows`."""
         tokens_BT = block.tokens_BT.to(self.device)
         rows = self.compute_rows(tokens_BT) if self.stored_rows is None else self.stored_rows(block, self.compute_rows)
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(table_gradient is not None):
             states = self.unroll(rows, tokens_BT.shape[1])
-        gradients = (
-            [torch.zeros_like(state, memory_format=torch.contiguous_format) for state in states] if backward else []
-        )
-        table = trained_head(self.drafter)
-        head = table_gradient
-        if backward and head is None:
-            head = torch.zeros_like(table, dtype=wide(table.dtype))
+        gradients = [torch.zeros_like(state, memory_format=torch.contiguous_format) for state in states]
         with torch.no_grad():
             for slab in self._slabs(block, tokens_BT, rows, states, slab_rows or self.best_slab_rows):
-                slab.run(self.objective, counts, stats, gradients, head)
-        if head is not None:
+                slab.run(self.objective, counts, stats, gradients, table_gradient)
+        if table_gradient is not None:
             torch.autograd.backward(states, gradients)
-        if head is not None and table_gradient is None:
-            table.grad = head.to(table.dtype) if table.grad is None else table.grad.add_(head)
 
     def compute_rows(self, tokens_BT: Tensor) -> TargetRows:
         """The target's pass over tokens [B, T]."""
