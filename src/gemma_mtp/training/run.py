@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ from gemma_mtp.engine.pair import Pair, choose_device, load_pair
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.files.replace import claimed, replace_text
 from gemma_mtp.json_files import write_json
-from gemma_mtp.measure.acceptance import Prompt, prompts_of
+from gemma_mtp.measure.acceptance import OnPrompt, Prompt, prompts_of
 from gemma_mtp.model.drafter import CentroidHead, Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.progress import Display, loading
@@ -52,6 +52,9 @@ from gemma_mtp.weights.matrix import matrices
 STATE = "training"
 #: settings that change nothing of what comes out, or that the card gives by what came of them
 OF_THE_MACHINE = {"store_target", "cache", "memory_mb", "checkpoint_steps", "compile", "held_out_prompts"}
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Run:
             check_output(settings, self.state)
         with loading(quiet=not world.leads) as on_bytes:
             self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict,
-                                                 functools.partial(on_bytes, "target"))  # fmt: skip
+                                                 partial(on_bytes, "target"))  # fmt: skip
             quantised = any(matrix.stored.quantised for matrix in matrices(self.target))
             self.target.dequantise_()
         self.target_name = _target_name(settings)
@@ -235,7 +238,7 @@ def _run_training(settings: RunSettings, world: World, say: Callable[[str], None
         f"training on {len(examples)} texts, {len(examples.tokens)} tokens; {len(material.held_out)} held-out prompts"
     )
     gate = run.gate(material.held_out)
-    start = _measured(gate, starting, "measuring the start") if world.leads else ()
+    start = _displayed("measuring the start", partial(gate.measure, starting)) if world.leads else ()
     if start:
         run.say(f"start: mean acceptance length {_lengths(start)}")
     candidate = run.state / "candidate"
@@ -269,9 +272,10 @@ def _conclude(
     """Measure what was trained, and export it where it is not worse than the start."""
     settings, candidate = run.settings, run.state / "candidate"
     run.export(drafter, candidate)
-    now = _measured(gate, candidate, "measuring what was trained")
+    now = _displayed("measuring what was trained", partial(gate.measure, candidate))
     verdict = judge(start, now)
-    speeds = _timed(gate, starting, start, "timing the start"), _timed(gate, candidate, now, "timing what was trained")
+    speeds = (_displayed("timing the start", partial(gate.speed, starting, start)),
+              _displayed("timing what was trained", partial(gate.speed, candidate, now)))  # fmt: skip
     exported = verdict.not_worse or settings.force
     outcome = Outcome(exported, verdict, start, now, speeds, result, facts, recall)
     write_json(run.state / "gate.json", to_json(outcome))
@@ -281,18 +285,10 @@ def _conclude(
     return outcome
 
 
-def _measured(gate: EngineGate, directory: Path, name: str) -> Reports:
+def _displayed(name: str, measure: Callable[[OnPrompt], T]) -> T:
+    """Returns what is measured, while it is shown how many of the prompts are done."""
     with Display(name) as display:
-        return gate.measure(directory, functools.partial(_show_prompts, display))
-
-
-def _timed(gate: EngineGate, directory: Path, reports: Reports, name: str) -> Speed:
-    with Display(name) as display:
-        return gate.speed(directory, reports, functools.partial(_show_prompts, display))
-
-
-def _show_prompts(display: Display, done: int, of: int) -> None:
-    display.show(f"prompt {done} of {of}", done / of)
+        return measure(lambda done, of: display.show(f"prompt {done} of {of}", done / of))
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
