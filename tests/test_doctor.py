@@ -15,8 +15,8 @@ import torch
 from gemma_mtp.backend.native import native_available
 from gemma_mtp.backend.select import make_backend
 from gemma_mtp.cli import main
+from gemma_mtp.cli.doctor import ExaminedPair
 from gemma_mtp.cli.doctor_checks import _gpu_checks, as_loaded, machine_checks, pair_checks
-from gemma_mtp.cli.doctor_options import ExaminedPair
 from gemma_mtp.cli.options import spread
 from gemma_mtp.config import FULL, TextConfig
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair

@@ -20,7 +20,7 @@ from gemma_mtp.backend.native import native_available, usable
 from gemma_mtp.backend.processor import processor
 from gemma_mtp.backend.select import kv_dtype
 from gemma_mtp.checkpoint import open_source
-from gemma_mtp.cli.doctor_options import ExaminedPair
+from gemma_mtp.cli.doctor import ExaminedPair
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.engine.cost_cache import cache_directory
 from gemma_mtp.engine.pair import choose_device, choose_dtype

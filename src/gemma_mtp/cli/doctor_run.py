@@ -12,8 +12,8 @@ import typer
 from gemma_mtp.chat.prompt import Conversation, chat_ids
 from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
+from gemma_mtp.cli.doctor import DoctorData, ExaminedPair
 from gemma_mtp.cli.doctor_checks import Check, Status, machine_checks, pair_checks
-from gemma_mtp.cli.doctor_options import DoctorData, DoctorOutput, ExaminedPair
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
@@ -27,7 +27,7 @@ PROMPTS, PROMPT_TOKENS = 6, 192
 MARKS: dict[Status, str] = {"ok": " ", "note": "-", "problem": "!"}
 
 
-def doctor(models: ExaminedPair, given: DoctorData, output: DoctorOutput) -> None:
+def doctor(models: ExaminedPair, given: DoctorData, output: options.JsonOutput) -> None:
     """Print what was found. Exits with 1 where something is wrong."""
     checks = machine_checks()
     findings: list[Finding] = []

@@ -146,6 +146,13 @@ def no_drafter(needed_by: str) -> PromptError:
     return PromptError(f"{needed_by} needs a drafter; give --drafter, or no --target for the bundled pair.")
 
 
+@group(OUTPUT)
+class JsonOutput:
+    """How it is shown."""
+
+    as_json: bool = option(False, JSON, "--json")
+
+
 @group(DATA)
 class ExampleOptions:
     """Which examples of a data set are taken."""

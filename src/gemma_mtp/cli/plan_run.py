@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma_mtp.cli.console import console, print_table
-from gemma_mtp.cli.plan_options import LoadOptions, MachineOptions, OutputOptions, PlannedPair
+from gemma_mtp.cli.plan import LoadOptions, MachineOptions, OutputOptions, PlannedPair
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.errors import QuantisationError, SamplingError
 from gemma_mtp.measure.plan import (

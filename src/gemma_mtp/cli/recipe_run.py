@@ -7,9 +7,10 @@ import platform
 
 from rich.console import Console
 
+from gemma_mtp.cli import options
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.plan_run import memory_of
-from gemma_mtp.cli.recipe_options import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions, RecipeOutput
+from gemma_mtp.cli.recipe import RecipeDrafts, RecipeLoad, RecipeMachine, RecipeOptions
 from gemma_mtp.errors import DataError
 from gemma_mtp.json_files import read_json
 from gemma_mtp.recipes.fill import Filled, fill
@@ -24,7 +25,7 @@ TRIED = {
 
 
 def recipe(
-    models: RecipeOptions, drafts: RecipeDrafts, used: RecipeLoad, machine: RecipeMachine, output: RecipeOutput
+    models: RecipeOptions, drafts: RecipeDrafts, used: RecipeLoad, machine: RecipeMachine, output: options.JsonOutput
 ) -> None:
     """Fill the recipe in, and print it."""
     read = read_recipe(models.runtime)
