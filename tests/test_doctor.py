@@ -21,7 +21,15 @@ from gemma_mtp.cli.options import spread
 from gemma_mtp.config import FULL, TextConfig
 from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure.acceptance import GREEDY, Prompt, measure_acceptance, prompts_of
-from gemma_mtp.measure.diagnosis import Finding, compare_shares, diagnose, first_drafts, surely_better
+from gemma_mtp.measure.diagnosis import (
+    Finding,
+    compare_shares,
+    diagnose,
+    explains,
+    first_drafts,
+    knows_something,
+    surely_above,
+)
 from gemma_mtp.measure.plan_models import planned
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.weight_types import WeightTypes
@@ -46,7 +54,7 @@ def test_a_pair_in_order(pair: Pair, prompts: list[Prompt]) -> None:
     verdicts = dict(found(diagnose(pair, prompts, prompts)))
     assert verdicts == {
         "first drafts": "in order", "donor layers": "not it", "sliding window": "not it",
-        "the target's fine-tune": "not it",
+        "the drafter itself": "not it", "the target's fine-tune": "not it",
     }  # fmt: skip
 
 
@@ -93,30 +101,68 @@ def test_another_fine_tune_is_found(pair: Pair, prompts: list[Prompt]) -> None:
     pair.backend = make_backend(target, pair.drafter)
     findings = diagnose(pair, prompts, prompts)
     assert dict(found(findings))["the target's fine-tune"] == "cause", findings
-    assert "another fine-tune" in findings[3].advice
+    assert dict(found(findings))["the drafter itself"] == "not it", findings
+    assert "another fine-tune" in findings[4].advice
 
 
-def test_a_drafter_that_knows_nothing_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_drafter_that_knows_nothing_has_no_other_cause(seed: int, pair: Pair, prompts: list[Prompt]) -> None:
+    """Random weights guess one token everywhere, or nothing; other layers' keys and values make another guess of it."""
     assert pair.drafter is not None
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     stranger = Drafter(pair.drafter.config).eval().requires_grad_(False)
     for parameter in stranger.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     pair.backend = make_backend(pair.target, stranger)
-    findings = diagnose(pair, prompts, prompts)
-    assert findings[0].verdict == "cause"
+    findings = diagnose(pair, prompts, prompts if seed == 0 else ())
+    causes = [finding.name for finding in findings if finding.verdict == "cause"]
+    assert causes == ["first drafts", "the drafter itself"], findings
     assert "untrained, damaged or of another model" in findings[3].advice
-    assert "not measured" in dict(found(diagnose(pair, prompts)))["the target's fine-tune"]
+
+
+def test_a_drafter_that_knows_little_is_to_be_trained(pair: Pair, prompts: list[Prompt]) -> None:
+    assert pair.drafter is not None
+    torch.manual_seed(0)
+    for name, parameter in pair.drafter.named_parameters():
+        if "post_projection" not in name and parameter.ndim > 1:
+            parameter.add_(0.65 * parameter.std() * torch.randn_like(parameter))
+    pair.backend = make_backend(pair.target, pair.drafter)
+    findings = diagnose(pair, prompts, prompts)
+    assert dict(found(findings))["the drafter itself"] == "cause", findings
+    assert "train it longer" in findings[3].advice
 
 
 def test_differences_must_be_sure() -> None:
     few, half = torch.tensor([True, False, False, False]), torch.tensor([True, True, False, False])
-    assert not surely_better(few, half)
-    assert surely_better(few.repeat(50), half.repeat(50))
-    assert not surely_better(half.repeat(50), few.repeat(50))
+    assert not explains(few, half)
+    assert explains(few.repeat(50), half.repeat(50))
+    assert not explains(half.repeat(50), few.repeat(50))
+    none, some = torch.zeros(400, dtype=torch.bool), torch.arange(400) < 80
+    assert not explains(none, some)  # a fifth is no drafter that fits
     for times, verdict in ((1, "not it"), (100, "cause")):
         assert compare_shares("x", few.repeat(times), half.repeat(times), "a", "b", "do").verdict == verdict
+    assert compare_shares("x", none, some, "a", "b", "do").verdict == "not it"
+
+
+def test_the_best_of_many_alternatives_is_rarely_chance() -> None:
+    """Of 1000 questions with 20 alternatives each, all as good as what there is: false alarms stay within the bound,
+    which a bound that leaves out how many were tried breaks."""
+    generator = torch.Generator().manual_seed(0)
+    differences = torch.randint(-1, 2, (1000, 20, 400), generator=generator)
+    best = differences[torch.arange(1000), differences.sum(-1).argmax(-1)]
+    alarms = sum(surely_above(row, 0.0, 20) for row in best)
+    assert alarms <= 22  # 1% are 10; a binomial is above 22 once in 10,000 times
+    assert sum(surely_above(row) for row in best) > 100
+
+
+def test_who_says_one_thing_everywhere_knows_nothing() -> None:
+    choices = torch.tensor([7, 7, 7, 1, 2, 3] * 50)
+    says_seven = choices == 7
+    assert not knows_something(choices, [says_seven, choices == 1])
+    assert knows_something(choices, [says_seven, says_seven | (choices == 1)])
+    assert not knows_something(torch.arange(300), [torch.arange(300) < 20])  # more than one guess, and next to none
+    assert not knows_something(torch.arange(0), [])
 
 
 def test_the_command_without_a_pair(capsys: pytest.CaptureFixture[str]) -> None:

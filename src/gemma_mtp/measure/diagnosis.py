@@ -2,7 +2,11 @@
 
 The target writes; then the first draft of every position is made under other assumptions than the pair's: other donor
 layers, other windows, text that the target did not write. All of that is one pass of the target and one of the drafter
-for each assumption, over whole sequences. What differs is tested with the interval of the difference over positions.
+for each assumption, over whole sequences.
+
+A cause is named where it is more than noise: what differs is tested position by position (a normal bound on the mean of
+paired differences), at a chance of a false alarm that all alternatives that are tried share (Bonferroni), and with it
+mended the pair must draft. A drafter that is no better than one guess for every position has none of these causes.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -25,11 +30,16 @@ from gemma_mtp.model.target import Target
 
 #: first drafts accepted at which a pair is taken to be in order
 ENOUGH = 0.5
-#: an assumption counts as better where it gains so much, and that surely (two standard errors)
-LEAST_GAIN, SURE = 0.05, 2.0
+#: an assumption counts as better where it gains so much, and explains what is wrong where so many hits come of it
+LEAST_GAIN, EXPLAINS = 0.05, 0.25
+#: how often a question may name a cause that is chance, if positions were independent; being of one text, they are less
+FALSE_ALARM = 0.01
+#: hits that are as good as none
+NEAR_ZERO = 0.1
 #: of text that others wrote: what share of the target's own hits a drafter of the same family makes
 KNOWS_TEXT = 0.5
 WRITTEN_TOKENS = 96
+ITSELF, FINE_TUNE = "the drafter itself", "the target's fine-tune"
 Verdict = Literal["in order", "cause", "not it", "not measured"]
 
 
@@ -69,14 +79,21 @@ def diagnose(pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = 
         written.append(target_rows(pair.target, [*ids, *pair.generate(ids, params, draft_tokens=0).token_ids]))
     begins = [len(pair.encode(prompt.content)) for prompt in prompts]
     base = hits(pair, drafter, written, begins)
-    share = _share(base)
+    share, in_order = _share(base), not surely_above(ENOUGH - base.double())
     overall = Finding(
-        "first drafts", "in order" if share >= ENOUGH else "cause",
+        "first drafts", "in order" if in_order else "cause",
         f"{share:.0%} of {len(base)} first drafts are the target's choice, on text that it wrote itself",
     )  # fmt: skip
-    causes = [_donors(pair, drafter, written, begins, base), _window(pair, drafter, written, begins, base)]
-    wiring = any(finding.verdict == "cause" for finding in causes)
-    return [overall, *causes, _fine_tune(pair, drafter, foreign, share, wiring)]
+    wirings = [make(pair, drafter, written, begins, base) for make in (_donors, _window)]
+    found = [overall, *(finding for finding, _ in wirings)]
+    if in_order:
+        return [*found, *(Finding(name, "not it", overall.measured) for name in (ITSELF, FINE_TUNE))]
+    if any(finding.verdict == "cause" for finding, _ in wirings):
+        first = "another cause comes first: mend that, and look again"
+        return [*found, *(Finding(name, "not measured", first) for name in (ITSELF, FINE_TUNE))]
+    choices = torch.cat([rows.choices_T[1:][max(0, begin - 1) :] for rows, begin in zip(written, begins, strict=True)])
+    tried = [base, *(alternative for _, alternatives in wirings for alternative in alternatives)]
+    return [*found, *_itself(pair, drafter, foreign, share, knows_something(choices, tried))]
 
 
 def target_rows(target: Target, token_ids: Sequence[int]) -> Rows:
@@ -126,86 +143,125 @@ def _share(hits: Tensor) -> float:
     return float(hits.double().mean()) if len(hits) else 0.0
 
 
-def surely_better(one: Tensor, other: Tensor) -> bool:
-    """Whether `other` hits more than `one` by `LEAST_GAIN` and by more than chance: paired, position by position."""
-    difference = other.double() - one.double()
+def sigmas(comparisons: int = 1) -> float:
+    """Returns the standard errors that a mean must be above zero by, so that `FALSE_ALARM` bounds the chance that one
+    of so many is by accident."""
+    return NormalDist().inv_cdf(1 - FALSE_ALARM / comparisons)
+
+
+def surely_above(difference: Tensor, least: float = 0.0, comparisons: int = 1) -> bool:
+    """Whether the mean of differences [positions] is at least `least`, and above zero by more than chance, of the best
+    of so many comparisons."""
     if len(difference) < 2:
         return False
-    error = float(difference.std()) / math.sqrt(len(difference))
-    return float(difference.mean()) >= max(LEAST_GAIN, SURE * error)
+    error = float(difference.double().std()) / math.sqrt(len(difference))
+    mean = float(difference.double().mean())
+    return mean > 0 and mean >= max(least, sigmas(comparisons) * error)
 
 
-def _donors(pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor) -> Finding:
+def explains(one: Tensor, other: Tensor, comparisons: int = 1) -> bool:
+    """Whether `other`, the best of so many alternatives, surely hits more than `one`, and often enough to be a drafter
+    that fits: boolean [positions], the same positions."""
+    gained = other.double() - one.double()
+    return _share(other) >= EXPLAINS and surely_above(gained, LEAST_GAIN, comparisons)
+
+
+def knows_something(choices: Tensor, tried: Sequence[Tensor]) -> bool:
+    """Whether hits under any assumption that was tried, boolean [positions] each, are more than those of who says the
+    commonest of the choices [positions] everywhere, and more than next to none."""
+    if not len(choices):
+        return False
+    constant = (choices == choices.mode().values).double()
+    return any(_share(hits) >= NEAR_ZERO and surely_above(hits.double() - constant, 0.0, len(tried)) for hits in tried)
+
+
+def _donors(
+    pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor
+) -> tuple[Finding, list[Tensor]]:
     """Whether the keys and values of other layers than the pair's donors suit the drafter better."""
     config = pair.target.config
-    best, place = base, ""
+    best, place, tried = base, "", list[Tensor]()
     for kind in LAYER_TYPES:
         if kind not in drafter.config.text.layer_types:
             continue
         for layer in range(config.first_kv_shared_layer):
             if config.layer_types[layer] == kind and layer != config.donor_layers[kind]:
                 found = hits(pair, drafter, written, begins, donors={kind: layer})
+                tried.append(found)
                 if found.sum() > best.sum():
                     best, place = found, f"layer {layer} in place of {config.donor_layers[kind]} ({kind})"
     name = "donor layers"
     if not place:
-        return Finding(name, "not it", "no other layer's keys and values give more hits")
+        return Finding(name, "not it", "no other layer's keys and values give more hits"), tried
     measured = f"{_share(best):.0%} with {place}, {_share(base):.0%} as configured"
-    if not surely_better(base, best):
-        return Finding(name, "not it", measured)
-    return Finding(
-        name, "cause", measured,
+    if not explains(base, best, len(tried)):
+        return Finding(name, "not it", measured), tried
+    advice = (
         "the drafter was trained on other layers' keys and values: restore layer_types and num_kv_shared_layers of the"
-        " target's config.json from its source",
-    )  # fmt: skip
+        " target's config.json from its source"
+    )
+    return Finding(name, "cause", measured, advice), tried
 
 
-def _window(pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor) -> Finding:
+def _window(
+    pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor
+) -> tuple[Finding, list[Tensor]]:
     """Whether another sliding window suits the drafter better."""
     name, window = "sliding window", drafter.config.text.sliding_window
     longest = max(len(rows.tokens_T) for rows in written)
     if SLIDING not in drafter.config.text.layer_types:
-        return Finding(name, "not measured", "the drafter has no sliding layers")
+        return Finding(name, "not measured", "the drafter has no sliding layers"), []
     others = (window // 4, window // 2, 2 * window, longest)
     tried = sorted({w for w in others if w >= 2 and min(w, longest) != min(window, longest)})
     if not tried:
-        return Finding(name, "not measured", f"no text reaches beyond {window // 4} tokens; give longer prompts")
+        return Finding(name, "not measured", f"no text reaches beyond {window // 4} tokens; give longer prompts"), []
     scores = {w: hits(pair, drafter, written, begins, window=w) for w in tried}
+    alternatives = list(scores.values())
     best = max(scores, key=lambda w: int(scores[w].sum()))
     measured = f"{_share(scores[best]):.0%} with a window of {best} tokens, {_share(base):.0%} with {window}"
-    if not surely_better(base, scores[best]):
-        return Finding(name, "not it", measured)
-    return Finding(
-        name, "cause", measured,
-        "the drafter was trained with another window: restore sliding_window of both config.json files from the source",
-    )  # fmt: skip
+    if not explains(base, scores[best], len(tried)):
+        return Finding(name, "not it", measured), alternatives
+    advice = (
+        "the drafter was trained with another window: restore sliding_window of both config.json files from the source"
+    )
+    return Finding(name, "cause", measured, advice), alternatives
 
 
-def _fine_tune(pair: Pair, drafter: Drafter, foreign: Sequence[Prompt], share: float, wiring: bool) -> Finding:
-    """Whether the drafter foretells text, but not this target."""
-    name = "the target's fine-tune"
-    if share >= ENOUGH:
-        return Finding(name, "not it", f"{share:.0%} of first drafts are right")
-    if wiring:
-        return Finding(name, "not measured", "another cause comes first: mend that, and look again")
+def _itself(pair: Pair, drafter: Drafter, foreign: Sequence[Prompt], share: float, something: bool) -> list[Finding]:
+    """Of a pair that is put together as it should be: whether the drafter knows nothing, little, or another target."""
     rows = [target_rows(pair.target, pair.encode(text.content)) for text in foreign]
     rows = [row for row in rows if len(row.tokens_T) >= 3]
     if not rows:
-        return Finding(name, "not measured", "it needs text that others wrote; give --data")
-    begins = [1] * len(rows)
+        needed = "it needs text that others wrote; give --data"
+        return [
+            Finding(ITSELF, "not measured", needed) if something else _unfit(f"{share:.0%} of first drafts are right"),
+            Finding(FINE_TUNE, "not measured", needed),
+        ]
     texts = [replace(row, choices_T=torch.cat((row.tokens_T[1:], row.tokens_T[-1:]))) for row in rows]
-    right = _share(hits(pair, drafter, [_cut(row) for row in texts], begins))
-    targets = _share(torch.cat([row.choices_T[1:-1] == row.tokens_T[2:] for row in rows]))
-    measured = f"of others' text the drafter foretells {right:.0%} of tokens and the target {targets:.0%}"
-    if targets > 0 and right >= KNOWS_TEXT * targets:
-        return Finding(
-            name, "cause", f"{measured}, but only {share:.0%} of what the target chooses itself",
+    right = hits(pair, drafter, [_cut(row) for row in texts], [1] * len(rows))
+    targets = torch.cat([row.choices_T[1:-1] == row.tokens_T[2:] for row in rows])
+    measured = (
+        f"of others' text the drafter foretells {_share(right):.0%} of tokens and the target {_share(targets):.0%}"
+    )
+    if surely_above(right.double() - KNOWS_TEXT * targets.double()):
+        advice = (
             "the drafter was made for another fine-tune of this model: adapt it with gemma-mtp train --target TARGET"
-            " --drafter DRAFTER --data YOUR-TEXT --out DIRECTORY",
-        )  # fmt: skip
+            " --drafter DRAFTER --data YOUR-TEXT --out DIRECTORY"
+        )
+        of_others = f"{measured}, but only {share:.0%} of what the target chooses itself"
+        return [Finding(ITSELF, "not it", measured), Finding(FINE_TUNE, "cause", of_others, advice)]
+    says_little = Finding(FINE_TUNE, "not it", measured)
+    if not something and not knows_something(torch.cat([row.tokens_T[2:] for row in rows]), [right]):
+        return [_unfit(f"{measured}, and {share:.0%} of what the target chooses itself"), says_little]
+    advice = "the drafter knows some of the text, but little: train it longer, or on more, with gemma-mtp train"
+    return [Finding(ITSELF, "cause", measured, advice), says_little]
+
+
+def _unfit(measured: str) -> Finding:
     return Finding(
-        name, "cause", f"{measured}: it foretells neither",
-        "the drafter is untrained, damaged or of another model: copy it again, or make one with gemma-mtp train --new",
+        ITSELF, "cause", f"{measured}: no more than one guess for all, however the pair is put together",
+        "the drafter does not fit this target at all: it is untrained, damaged or of another model; copy it again, or"
+        " make one with gemma-mtp train --new",
     )  # fmt: skip
 
 
@@ -251,6 +307,6 @@ def compare_shares(name: str, own: Tensor, other: Tensor, how: str, else_how: st
     """Whether `other` has surely the larger share of hits; the positions are not the same ones."""
     error = math.sqrt(0.25 / max(1, len(own)) + 0.25 / max(1, len(other)))
     measured = f"{_share(own):.0%} {how}, {_share(other):.0%} {else_how}"
-    if _share(other) - _share(own) < max(2 * LEAST_GAIN, 2 * SURE * error):
+    if _share(other) < EXPLAINS or _share(other) - _share(own) < max(2 * LEAST_GAIN, 2 * sigmas() * error):
         return Finding(name, "not it", measured)
     return Finding(name, "cause", measured, advice)
