@@ -16,6 +16,7 @@ from rich.console import Console
 import gemma_mtp
 from gemma_mtp.cli import main, render
 from gemma_mtp.cli.generate_run import NOT_WHOLE
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine import round as rounds
 from gemma_mtp.engine.pair import Pair, load_pair
@@ -194,6 +195,18 @@ def test_compare(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (content["plain"]["draft_tokens"], content["drafted"]["draft_tokens"]) == (0, 4)
     assert main(["generate", *IDS, *models(tiny), "--compare", "--repeats", "1", "-n", "30"]) == 0
     assert "identical output: yes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [None, 0.05, 0.62])
+def test_speeds_of_a_busy_machine_are_said_to_be(
+    share: float | None, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuClock, "share_elsewhere", lambda clock: share)
+    asked = ["generate", *IDS, *models(tiny), "--compare", "--repeats", "1", "-n", "5"]
+    assert main(asked) == 0
+    assert ("other work took 62% of the processor" in capsys.readouterr().out) == (share == 0.62)
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["share_elsewhere"] == share
 
 
 def test_compare_sees_a_verification_that_accepts_everything(

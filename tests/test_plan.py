@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,7 +43,8 @@ from gemma_mtp.measure.plan import (
     takes,
 )
 from gemma_mtp.measure.plan_models import known_name, planned
-from gemma_mtp.sizes.machine import free_memory, read_bandwidth, total_memory
+from gemma_mtp.sizes import machine
+from gemma_mtp.sizes.machine import cores, free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.sizes.weights import native_copies, target_read_bytes, weight_bytes
 from gemma_mtp.units import parse_bytes, shown_bytes
@@ -313,6 +315,27 @@ def test_a_gguf_file_is_planned_as_its_directory(tmp_path: Path) -> None:
             for pair in (found, expected)
         )
         assert ours == theirs
+
+
+def test_cores_are_those_that_a_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its affinity, and by its container's share, as both versions of cgroups say it."""
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+    assert cores() == 64
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, expected in (("-1\n", 64), ("250000\n", 3)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+        assert cores() == expected
+    for text, expected in (("max 100000\n", 64), ("50000 100000\n", 1), ("400000 100000\n", 4), ("9900000 100000", 64)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert cores() == expected
 
 
 def test_bytes_are_read_and_shown() -> None:

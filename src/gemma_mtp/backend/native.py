@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.errors import EngineError
+from gemma_mtp.sizes.machine import cores
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.matrix import Matrix, matrices
 from gemma_mtp.weights.panels import Panels
@@ -48,7 +49,7 @@ def native_available() -> bool:
         )
         return False
     check_instruction_set(os.environ.get("GEMMA_MTP_ISA"), [*_native.isas(), "portable", "control"])
-    _native.set_threads(torch.get_num_threads())
+    _native.set_threads(min(torch.get_num_threads(), cores()))  # PyTorch does not know of a container's share
     return True
 
 

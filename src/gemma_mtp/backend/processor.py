@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from pathlib import Path
 
 import torch
+
+from gemma_mtp.sizes.machine import cores
 
 
 def processor(device: torch.device) -> str:
@@ -23,4 +24,4 @@ def processor(device: torch.device) -> str:
     exactly = "".join(
         f", {fact.removeprefix('cpu ')} {facts[fact]}" for fact in ("cpu family", "model") if fact in facts
     )
-    return f"{name}{exactly}, {os.cpu_count()} cores"
+    return f"{name}{exactly}, {cores()} cores"

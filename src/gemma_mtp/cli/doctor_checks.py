@@ -26,7 +26,7 @@ from gemma_mtp.engine.cost_cache import cache_directory
 from gemma_mtp.engine.pair import choose_device, choose_dtype
 from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.measure.plan_models import Planned, planned
-from gemma_mtp.sizes.machine import free_memory, read_bandwidth, total_memory
+from gemma_mtp.sizes.machine import cores, free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.units import shown_bytes, three_digits
 from gemma_mtp.weight_types import WeightTypes, merge, parse_weight_types
@@ -95,13 +95,18 @@ def _processor_checks() -> list[Check]:
 
         better = ", ".join(_native.isas())
         checks.append(Check("operators", f"native, for {_native.isa()} (of {better})"))
-        checks.append(Check("threads", f"{_native.threads()} of {os.cpu_count()} cores"))
+        checks.append(Check("threads", _threads(_native.threads())))
         return checks
     off = os.environ.get("GEMMA_MTP_NATIVE") == "0"
     why = "GEMMA_MTP_NATIVE is 0" if off else str(caught[0].message) if caught else "they were not built"
     advice = "unset GEMMA_MTP_NATIVE" if off else "install a C++ compiler and reinstall gemma-mtp"
     checks.append(Check("operators", f"PyTorch's, which are slower: {why}", "problem", advice))
-    return [*checks, Check("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
+    return [*checks, Check("threads", _threads(torch.get_num_threads()))]
+
+
+def _threads(threads: int) -> str:
+    there, usable = os.cpu_count(), cores()
+    return f"{threads} of {usable} cores" + ("" if usable == there else f" that it may use, of the machine's {there}")
 
 
 def _gpu_checks() -> list[Check]:

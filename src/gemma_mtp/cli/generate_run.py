@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from typing import cast
@@ -24,11 +25,13 @@ from gemma_mtp.cli.generate import (
     SamplingOptions,
 )
 from gemma_mtp.cli.progress import progress
+from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.draft_length import DraftTokens
 from gemma_mtp.decoding.grammar import Grammar
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.turn_rules import TurnRules
 from gemma_mtp.decoding.verify import Verification
+from gemma_mtp.engine.costs import MOST_ELSEWHERE
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import GenerationResult
 from gemma_mtp.errors import PromptError, TokenizerError
@@ -188,11 +191,13 @@ def _compare(run: Run, output: OutputOptions) -> GenerationResult:
     with progress("comparing") as say:
         for k in (0, None):
             run.once(draft_tokens=k, max_tokens=16)
+        clock = CpuClock([os.getpid()])
         for i in range(output.repeats):
             say(f"comparing: run {i + 1} of {output.repeats}")
             plain.append(run.once(draft_tokens=0))
             drafted.append(run.once())
-    compared = render.comparison(plain, drafted)
+    busy = clock.share_elsewhere()
+    compared = {**render.comparison(plain, drafted), "share_elsewhere": busy}
     if output.as_json:
         sides = {"plain": render.to_json(plain[-1]), "drafted": render.to_json(drafted[-1])}
         print(json.dumps({**compared, **sides}))
@@ -206,6 +211,12 @@ def _compare(run: Run, output: OutputOptions) -> GenerationResult:
             print(" ".join(map(str, drafted[-1].token_ids)) if text is None else text)
         print()
         render.print_comparison(shown, plain, drafted)
+        if busy is not None and busy > MOST_ELSEWHERE:
+            shown.print(
+                f"other work took {busy:.0%} of the processor meanwhile: these speeds say little; compare on a quiet"
+                " machine",
+                soft_wrap=True,
+            )
     if run.verification == "exact" and not compared["identical"]:
         raise typer.Exit(1)
     return drafted[-1]

@@ -30,7 +30,7 @@ from gemma_mtp.measure.plan import (
 )
 from gemma_mtp.measure.plan_models import Planned, planned
 from gemma_mtp.measure.plan_plot import plot_plan
-from gemma_mtp.sizes.machine import read_bandwidth, total_memory
+from gemma_mtp.sizes.machine import cores, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
 from gemma_mtp.units import parse_bytes, shown_bytes, three_digits
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, merge, parse_weight_types
@@ -128,7 +128,7 @@ def _loaded(models: PlannedPair, machine: MachineOptions, pair: Planned, types: 
     dense = _kind("--dtype", dtype)
     operators: Operators = "native" if native else "reference"
     kv = kv_element_bytes(operators, dense) if models.kv_type == "auto" else _kind("--kv-type", models.kv_type)
-    return Loaded(pair.target, pair.drafter, types, dense, kv, operators, os.cpu_count() or 1)
+    return Loaded(pair.target, pair.drafter, types, dense, kv, operators, cores())
 
 
 def _kind(option_name: str, dtype: str) -> int:

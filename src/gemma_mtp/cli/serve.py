@@ -114,8 +114,10 @@ def serve(
     logging: LogOptions,
 ) -> None:
     """Serve a pair over HTTP, by OpenAI's and Anthropic's APIs."""
+    from gemma_mtp.sizes.machine import cores
+
     keys = read_keys(listening.api_key_file, os.environ.get(KEYS_VARIABLE, ""))
-    options.use_threads(max(1, (os.cpu_count() or 1) - 1) if models.threads is None else models.threads)
+    options.use_threads(max(1, cores() - 1) if models.threads is None else models.threads)
     models.check()
     limits.check()
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from gemma_mtp.config import PRESETS, DrafterConfig, TargetConfig, parse_drafter_config, parse_target_config
 from gemma_mtp.config.pairing import check_pair
 from gemma_mtp.errors import CheckpointError
-from gemma_mtp.json_files import read_json
+from gemma_mtp.json_files import existing, read_json
 from gemma_mtp.locate import BUNDLED, DRAFTER_SUFFIX, GGUF, Role, find_drafter, locate
 from gemma_mtp.weight_types import Quantisation, WeightTypes, merge, parse_quantization_config
 
@@ -87,6 +87,8 @@ def _raw(name: str, role: Role) -> TargetConfig | DrafterConfig | Any:
             " give one of them, or a config.json."
         )
     found = locate(name, role)
+    if not found.is_file():
+        existing(found)
     if found.suffix == GGUF or (not (found / "config.json").exists() and any(found.glob(f"*{GGUF}"))):
         return _of_gguf(found, role)
     return read_json(found if found.is_file() else found / "config.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gemma_mtp.errors import DataError, OptionError, PairError, SamplingError
 from gemma_mtp.locate import BUNDLED, GGUF, bundled_directory, is_hub_name, locate
 from gemma_mtp.measure.plan import Load, largest_context, takes
 from gemma_mtp.measure.plan_models import OWNER, known_name, planned
+from gemma_mtp.sizes.machine import cores
 from gemma_mtp.sizes.run import Loaded
 
 #: drafts a round that vLLM's own recipes give for the official pairs (the least of a range)
@@ -94,7 +94,7 @@ def given(
     for name, value, high in (("--context", wanted, most), ("--sequences", sequences, 4096)):
         if not 1 <= value <= high:
             raise SamplingError(f"{name} is {value}, but must be from 1 to {high}.")
-    loaded = Loaded(pair.target, pair.drafter, pair.types, 2 if pair.narrow else 4, 2, "reference", os.cpu_count() or 1)
+    loaded = Loaded(pair.target, pair.drafter, pair.types, 2 if pair.narrow else 4, 2, "reference", cores())
     gpu, k = device == "cuda", drafts or default_drafts(target)
     fitting = wanted if memory is None else largest_context(loaded, Load(sequences, wanted, k.count), memory, gpu)
     used = min(wanted, fitting) or wanted
@@ -113,7 +113,7 @@ def given(
         memory_share=None if share is None else min(MOST_SHARE, share), fits=fits,
         centroids=pair.drafter.use_ordered_embeddings, moe=pair.target.text.enable_moe_block,
         text_only=pair.target.model_type.endswith("_text"),
-        quantised=any(kind is not None for kind in pair.types.parts.values()), threads=os.cpu_count() or 1,
+        quantised=any(kind is not None for kind in pair.types.parts.values()), threads=cores(),
         drafter_has_tokenizer=form == "gguf" or (Path(drafter_place) / "tokenizer.json").is_file(),
     )  # fmt: skip
 

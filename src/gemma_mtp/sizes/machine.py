@@ -1,8 +1,10 @@
-"""What a machine has: memory, and how fast it is read. Neither needs PyTorch."""
+"""What a machine has: cores, memory, and how fast it is read. None of it needs PyTorch."""
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +15,13 @@ import numpy as np
 CGROUP = Path("/sys/fs/cgroup")
 #: of an array that no cache holds, in bytes a thread, and how often it is read
 PROBE_BYTES, PROBE_REPEATS = 64 << 20, 5
+
+
+def cores() -> int:
+    """Returns the cores that this process may use: those that it may run on, or its container's share of them."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    share = _cgroup_cores()
+    return allowed if share is None else max(1, min(allowed, math.ceil(share)))
 
 
 def total_memory() -> int | None:
@@ -32,7 +41,7 @@ def free_memory() -> int | None:
 
 def read_bandwidth(threads: int | None = None) -> float:
     """Returns bytes a second that all cores together read of memory: the best of a few passes over arrays."""
-    count = threads or os.cpu_count() or 1
+    count = threads or cores()
     arrays = [np.ones(PROBE_BYTES // 4, dtype=np.float32) for _ in range(count)]
     best = 0.0
     for _ in range(PROBE_REPEATS):
@@ -55,6 +64,17 @@ def _meminfo() -> Mapping[str, int]:
             return {}
         return {"MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def _cgroup_cores() -> float | None:
+    """How many cores' time the container has; None where it is not limited."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        quota, period = (str(_number(CGROUP / f"cpu/cpu.cfs_{name}_us")) for name in ("quota", "period"))
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return None
+    return int(quota) / int(period)
 
 
 def _cgroup_limit() -> int | None:
