@@ -15,7 +15,9 @@ from rich.console import Console
 
 import gemma_mtp
 from gemma_mtp.cli import main, render
+from gemma_mtp.cli.generate import PromptOptions
 from gemma_mtp.cli.generate_run import NOT_WHOLE
+from gemma_mtp.cli.score import TextOptions
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine import round as rounds
@@ -365,3 +367,18 @@ def test_text_needs_a_tokenizer(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     latin.write_bytes(b"caf\xe9")
     assert "is not UTF-8 text" in refused(capsys, ["generate", "--file", str(latin)])
     assert f"token id {VOCAB}" in refused(capsys, ["generate", "--token-ids", str(VOCAB), *models(tiny)])
+
+
+def test_a_text_that_names_a_file_is_a_text_and_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("from a file")
+    monkeypatch.chdir(tmp_path)
+    for read in (lambda text: PromptOptions(prompt=text).given, lambda text: TextOptions(text=text).given):
+        assert read("prompt.txt") == "prompt.txt"
+        assert "to read that file, give --file prompt.txt" in capsys.readouterr().err
+        for text in ("absent.txt", "x" * 9000, "a\0b", "."):
+            assert read(text) == text
+        monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+        assert read("-") == "from a pipe"
+    assert capsys.readouterr().err == ""

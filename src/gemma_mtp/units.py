@@ -39,5 +39,10 @@ def three_digits(value: float) -> str:
     return f"{float(f'{value:.3g}'):.15g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number of things: 1 token, 2 tokens."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def _unit(count: float) -> tuple[str, float]:
     return next((entry for entry in SHOWN if abs(count) >= entry[1]), SHOWN[-1])

@@ -13,6 +13,7 @@ from gemma_mtp.cli.chat_session import Answer, Piece
 from gemma_mtp.cli.console import console
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.result import GenerationResult
+from gemma_mtp.units import counted
 
 THOUGHT_STYLE = "dim italic"
 
@@ -73,7 +74,7 @@ class Screen:
 def statistics(result: GenerationResult, cached_tokens: int) -> str:
     """One line: speed, drafts, what was not read again, and why the answer ended if not by itself."""
     tokens, prompt = len(result.token_ids), len(result.prompt_token_ids)
-    line = f"{tokens} tokens, {result.tokens_per_second:.1f} tokens/s"
+    line = f"{counted(tokens, 'token')}, {result.tokens_per_second:.1f} tokens/s"
     if result.drafted:
         line += f", {result.accepted} of {result.drafted} drafts accepted"
     if result.decode_rounds:

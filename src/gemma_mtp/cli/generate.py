@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ INPUT = "Prompt"
 class PromptOptions:
     """Where the prompt comes from."""
 
-    prompt: str | None = argument(None, "Text to complete. Default: --file, or standard input.")
+    prompt: str | None = argument(None, "Text to complete; - is standard input. Default: --file, or standard input.")
     file: Path | None = option(None, "Read the prompt from a file.", "-f")
     token_ids: str | None = option(None, 'Prompt as token ids, such as "2 5 7".')
     chat: bool = option(
@@ -49,7 +50,7 @@ class PromptOptions:
         if self.file is not None:
             return read_text(self.file, "prompt file", PromptError)
         if self.prompt is not None:
-            return check_text(self.prompt, "the prompt", PromptError)
+            return argument_text(self.prompt, "the prompt")
         return standard_input()
 
 
@@ -133,6 +134,18 @@ class OutputOptions:
     def check(self) -> None:
         if self.as_json and self.show_drafts:
             raise OptionError("--json and --show-drafts exclude each other; give one of them.")
+
+
+def argument_text(text: str, name: str) -> str:
+    """A text given as an argument, where - is standard input; standard error says where it is the name of a file that
+    was perhaps meant. Raises PromptError."""
+    if text == "-":
+        return standard_input()
+    check_text(text, name, PromptError)
+    with contextlib.suppress(OSError):  # too long for a name
+        if Path(text).is_file():
+            print(f"{name} is the text {text!r} itself; to read that file, give --file {text}", file=sys.stderr)
+    return text
 
 
 def standard_input() -> str:

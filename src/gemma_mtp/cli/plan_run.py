@@ -32,7 +32,7 @@ from gemma_mtp.measure.plan_models import Planned, planned
 from gemma_mtp.measure.plan_plot import plot_plan
 from gemma_mtp.sizes.machine import cores, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
-from gemma_mtp.units import parse_bytes, shown_bytes, three_digits
+from gemma_mtp.units import counted, parse_bytes, shown_bytes, three_digits
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, merge, parse_weight_types
 
 KV_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -181,7 +181,7 @@ def _print_pair(out: Console, pair: Planned, row: Row, load: Load) -> None:
     out.print(f"{pair.name} {drafter}, {row.weights}, {row.loaded.operators} operators", soft_wrap=True)
     drafts = "" if pair.drafter is None else f" {load.draft_tokens} drafts a round,"
     out.print(
-        f"{load.sequences} sequence{'s' * (load.sequences > 1)} of {load.context} tokens,{drafts} keys and values of"
+        f"{counted(load.sequences, 'sequence')} of {load.context} tokens,{drafts} keys and values of"
         f" {row.loaded.kv_bytes} bytes\n",
         soft_wrap=True,
     )

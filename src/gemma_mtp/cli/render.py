@@ -12,6 +12,7 @@ from rich.text import Text
 from gemma_mtp.cli.console import plain_table, print_table, say
 from gemma_mtp.engine.result import FinishReason, GenerationResult, TokenKind, token_kinds
 from gemma_mtp.tokenizer import Tokenizer
+from gemma_mtp.units import counted
 
 ShownKind = Literal["first", "accepted", "corrected", "bonus"]
 #: what is shown of how a token came about
@@ -80,7 +81,7 @@ def summary(result: GenerationResult) -> str:
     """One line: tokens, why they ended, time, speed, and what drafting did."""
     tokens, rounds = len(result.token_ids), len(result.decode_rounds)
     line = (
-        f"{tokens} tokens, ended by {ENDS[result.finish_reason]}, prefill"
+        f"{counted(tokens, 'token')}, ended by {ENDS[result.finish_reason]}, prefill"
         f" {result.prefill_seconds:.2f} s, decode {result.decode_seconds:.2f} s"
         f" ({result.tokens_per_second:.1f} tokens/s)"
     )

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 from gemma_mtp.cli import options
-from gemma_mtp.cli.generate import INPUT, standard_input
+from gemma_mtp.cli.generate import INPUT, argument_text, standard_input
 from gemma_mtp.cli.option_groups import argument, group, grouped, option, then
 from gemma_mtp.errors import PromptError
 from gemma_mtp.text import check_text, read_text
@@ -16,7 +16,7 @@ from gemma_mtp.text import check_text, read_text
 class TextOptions:
     """Where the text comes from."""
 
-    text: str | None = argument(None, "Text to score. Default: --file, or standard input.")
+    text: str | None = argument(None, "Text to score; - is standard input. Default: --file, or standard input.")
     file: Path | None = option(None, "Read the text from a file.", "-f")
     continuation: str | None = option(None, "Score this text alone, as it follows the other one.")
 
@@ -29,7 +29,7 @@ class TextOptions:
             check_text(self.continuation, "--continuation", PromptError)
         if self.file is not None:
             return read_text(self.file, "text file", PromptError)
-        return standard_input() if self.text is None else check_text(self.text, "the text", PromptError)
+        return standard_input() if self.text is None else argument_text(self.text, "the text")
 
 
 @group(options.MODELS)

@@ -13,6 +13,7 @@ from gemma_mtp.decoding.params import MAX_LOGPROBS, SamplingParams
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.engine.result import PromptLogprob
 from gemma_mtp.errors import PromptError, SamplingError
+from gemma_mtp.units import counted
 
 
 def score(source: TextOptions, models: ScoredTarget, output: ScoreOutput) -> None:
@@ -73,4 +74,4 @@ def _print(pair: Pair, found: list[PromptLogprob]) -> None:
     out, facts = console(), summary(found)
     print_table(out, table)
     perplexity = "infinite" if facts["perplexity"] is None else f"{facts['perplexity']:.4f}"
-    say(out, f"{facts['count']} tokens, log-probability {facts['logprob']:.4f}, perplexity {perplexity}")
+    say(out, f"{counted(facts['count'], 'token')}, log-probability {facts['logprob']:.4f}, perplexity {perplexity}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from gemma_mtp.measure.figure import SOFT, End, colours, finish, key, label_ends, new_figure, save_figure
 from gemma_mtp.measure.plan import Load, takes
 from gemma_mtp.sizes.run import Loaded
-from gemma_mtp.units import shown_bytes
+from gemma_mtp.units import counted, shown_bytes
 
 POINTS = 40
 #: parts of a plan from the bottom, and what they are called
@@ -27,7 +27,7 @@ def plot_plan(
     where the file can not be written."""
 
     of = "" if memory is None else f" · {shown_bytes(memory)} of memory"
-    sequences = "1 sequence" if load.sequences == 1 else f"{load.sequences} sequences"
+    sequences = counted(load.sequences, "sequence")
     figure = new_figure(11, 5.0, f"What {name} takes", f"{sequences}{of} · planned, not measured")
     left, right = figure.subplots(1, 2)
     most = next(iter(choices.values())).target.text.max_position_embeddings

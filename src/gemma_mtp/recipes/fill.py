@@ -14,7 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from gemma_mtp.errors import OptionError
 from gemma_mtp.recipes.given import Given
 from gemma_mtp.recipes.read import Recipe, Statement, Step, TextFile, Version
-from gemma_mtp.units import shown_bytes
+from gemma_mtp.units import counted, shown_bytes
 
 #: what the forms of checkpoints are called
 FORMS = {"hub": "a name on the hub", "directory": "a directory", "gguf": "a GGUF file"}
@@ -92,7 +92,7 @@ def fill(recipe: Recipe, given: Given) -> Filled:
 
 def memory_lines(given: Given) -> list[str]:
     """What the planner says of the pair on the machine: it counts gemma-mtp's own layout, not the runtime's buffers."""
-    sequences = "1 sequence" if given.sequences == 1 else f"{given.sequences} sequences"
+    sequences = counted(given.sequences, "sequence")
     planned = shown_bytes(given.total)
     lines = [f"{planned} planned for {sequences} of {given.context} tokens, in gemma-mtp's own layout"]
     if given.memory is None:
