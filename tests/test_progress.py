@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import logging
 import re
 import sys
 import types
@@ -11,6 +12,7 @@ from live_server import wait_for
 from rich.console import Console
 
 from gemma_mtp import progress
+from gemma_mtp.cli.console import LogLines
 from gemma_mtp.progress import Display
 
 TEXT = "step 120 loss 1.234 accepts 0.81 0.74 0.69 0.66 0.61 length 3.41 5210 tokens/s"
@@ -121,6 +123,23 @@ def test_a_stage_inside_another_is_shown_in_its_place(terminal: bool, monkeypatc
         begin = stream.tell()
         wait_for(lambda: "generating" in stream.getvalue()[begin:])
     assert not Display._entered and "a line" in stream.getvalue()
+
+
+def test_what_is_said_or_logged_meanwhile_stands_above_the_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would come into the bar's own line, if it were written past what draws that."""
+    stream, logger = console(monkeypatch, terminal=True), logging.getLogger("gemma_mtp.test")
+    monkeypatch.setattr(logger, "handlers", [LogLines()])
+    monkeypatch.setattr(logger, "propagate", False)
+    with Display("loading", patience=0.0):
+        wait_for(lambda: "loading" in stream.getvalue())
+        logger.warning("a warning")
+        progress.say("a line")
+    assert re.search(r"\r(\x1b\[\d?[A-Z])*a warning\n", stream.getvalue())
+    assert re.search(r"\r(\x1b\[\d?[A-Z])*a line\n", stream.getvalue())
+    logger.warning("a warning after")
+    assert capsys.readouterr().err == "a warning after\n"
 
 
 def test_what_is_printed_to_a_file_meanwhile_goes_there(

@@ -38,6 +38,17 @@ def loading(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda part, done, of: display.show_bytes(done, of, f"loading the {part}")
 
 
+def say(text: str) -> None:
+    """Writes a line to standard error, which stays, above whatever bar there is."""
+    with Display._lock:
+        shown = Display._entered[-1]._console if Display._entered else _console()
+        shown.print(text, soft_wrap=True)
+
+
+def _console(quiet: bool = False) -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+
+
 class _Share(ProgressColumn):
     """Bar, percentage or time left, where it is known how far the work is; nothing elsewhere."""
 
@@ -64,7 +75,7 @@ class Display:
         self.name, self.text = name, ""
         self.share: float | None = None
         self._quiet, self._patience = quiet, PATIENCE_SECONDS if patience is None else patience
-        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=quiet)
+        self._console = _console(quiet)
         self._redraws = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
         self._ended, self._waited = threading.Event(), False
         self._made_bar = self._new_bar() if self._redraws else None
@@ -111,10 +122,9 @@ class Display:
         self.show(shown_bytes_of(done, of), done / of if of else None, name)
 
     def say(self, text: str) -> None:
-        """A line of its own, which stays, above whatever bar there is."""
-        with self._lock:
-            shown = self._entered[-1] if self._entered and not self._quiet else self
-            shown._console.print(text, soft_wrap=True)
+        """A line of its own, as `say` has it."""
+        if not self._quiet:
+            say(text)
 
     def _watch(self) -> None:
         """Starts the bar after a while, or writes lines while the work says nothing."""

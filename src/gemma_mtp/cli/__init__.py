@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from gemma_mtp import __version__
 from gemma_mtp.cli import environment  # noqa: F401 (before what imports torch)
-from gemma_mtp.cli.console import discard, forget_no_size, open_streams, print_anything, readers_may_leave
+from gemma_mtp.cli.console import LogLines, discard, forget_no_size, open_streams, print_anything, readers_may_leave
 from gemma_mtp.errors import GemmaMtpError
 from gemma_mtp.interrupts import INTERRUPTED, interruptible
 
@@ -95,7 +95,7 @@ def common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is loaded and skipped.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", callback=_version)] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[LogLines()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,16 @@ def forget_no_size() -> None:
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "").isdigit() and not int(os.environ[name]):
             del os.environ[name]
+
+
+class LogLines(logging.Handler):
+    """Prints what is logged to standard error as it is then: above a progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):  # nobody reads it
+            self.handleError(record)
 
 
 def discard(stream: TextIO) -> None:

@@ -161,6 +161,7 @@ def train(
 
     from gemma_mtp.engine.pair import choose_device
     from gemma_mtp.freed_memory import keep_freed_memory
+    from gemma_mtp.progress import say
     from gemma_mtp.training.parallel import joined_world
     from gemma_mtp.training.run import run_training
     from gemma_mtp.training.settings import RunSettings
@@ -177,13 +178,12 @@ def train(
         resume=running.resume, tensorboard=running.tensorboard,
     )  # fmt: skip
     keep_freed_memory()
-    log = console(stderr=True)
     with joined_world(choose_device(running.device)) as world:
         try:
-            outcome = run_training(settings, world, lambda text: log.print(text, soft_wrap=True))
+            outcome = run_training(settings, world, say)
         except KeyboardInterrupt:
             if world.leads:
-                log.print(how_to_go_on(models.out), soft_wrap=True)
+                say(how_to_go_on(models.out))
             raise
     if outcome is not None:
         _report(outcome, models.out)
