@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gemma_mtp import SamplingParams, load_pair
-from gemma_mtp.checkpoint import load_drafter, load_target, read_config, read_headers
+from gemma_mtp.checkpoint import load_drafter, load_target, read_config, read_headers, text_headers
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
 from gemma_mtp.engine.pair import bundled_directory
@@ -242,6 +242,19 @@ def test_a_drafter_takes_a_tokenizer_along(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TARGET / "tokenizer.json").read_bytes()
     own = read_json(DRAFTER / "generation_config.json")
     assert read_json(tmp_path / "out" / "generation_config.json") == own != read_json(TARGET / "generation_config.json")
+
+
+def test_bytes_done_are_told(wide: Path, tmp_path: Path) -> None:
+    """Of what is written, and of what is read again."""
+    size = sum(header.nbytes for header in text_headers(wide / "target").values())
+    told: dict[str, list[tuple[int, int]]] = {"gguf": [], "directory": [], "checked": []}
+    export_gguf(wide / "target", tmp_path / "t.gguf", tokenizer=None, on_bytes=lambda *done: told["gguf"].append(done))
+    export_directory(
+        wide / "target", tmp_path / "out", on_bytes=lambda *done: told["directory"].append(done),
+        on_checked=lambda *done: told["checked"].append(done),
+    )  # fmt: skip
+    for of_one in told.values():
+        assert len(of_one) > 20 and of_one == sorted(of_one) and of_one[-1] == (size, size)
 
 
 def test_refusals_leave_nothing(wide: Path, tmp_path: Path) -> None:

@@ -180,10 +180,7 @@ def _verdict(m: Measured) -> str:
         last = m.predictions[-1].draft_tokens
         text += f", breaks even up to {most}" + (" or more" if most == last else "")
     if m.speedup is not None:
-        text += (
-            f"; measured at {m.report.draft_tokens}: {m.speedup.drafted_tokens_per_second:.0f} against"
-            f" {m.speedup.plain_tokens_per_second:.0f} tokens/s, {m.speedup.ratio:.2f}x"
-        )
+        text += f"; measured at {m.report.draft_tokens} drafts: {m.speedup}"
     if m.comparison is not None:
         c = m.comparison
         text += (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -63,15 +64,16 @@ def export(
             from gemma_mtp.interop.gguf import export_gguf
 
             words = {} if tokenizer is None else {"tokenizer": open_source(tokenizer).tokenizer()}
-            file = export_gguf(source, out, chosen, **words, strict=strict)
+            file = export_gguf(source, out, chosen, **words, strict=strict, on_bytes=display.show_bytes)
             held = ", ".join(f"{count} tensors of {dtype}" for dtype, count in sorted(file.types.items()))
             nbytes = file.nbytes
         else:
             from gemma_mtp.interop.directory import export_directory
 
             made = export_directory(
-                source, out, to.value, chosen, tokenizer=tokenizer, strict=strict, on_bytes=display.show_bytes
-            )
+                source, out, to.value, chosen, tokenizer=tokenizer, strict=strict, on_bytes=display.show_bytes,
+                on_checked=partial(display.show_bytes, name="reading again"),
+            )  # fmt: skip
             held, nbytes = f"{made.floats} tensors as {chosen}", made.nbytes
             if made.packed:
                 held = f"{made.packed} matrices as {chosen}, {made.floats} other tensors"

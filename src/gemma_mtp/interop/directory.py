@@ -86,12 +86,14 @@ def export_directory(
     tokenizer: Location | None = None,
     strict: bool = False,
     on_bytes: OnBytes = nobody,
+    on_checked: OnBytes = nobody,
 ) -> Written:
     """Write a target or a drafter to the new directory `out`, as the type `kind` of the format `to` (`PACKINGS`).
 
     `tokenizer`: a checkpoint whose tokenizer goes along, for a drafter that has none. Weights are read and written
-    piece by piece, then read again and held against what they were: nothing is left where that fails. `strict` refuses
-    what is lost. Raises CheckpointError, ConfigError, QuantisationError or TokenizerError.
+    piece by piece, then read again and held against what they were: nothing is left where that fails. `on_bytes` and
+    `on_checked` are told of either how many bytes of the source are done, and of how many. `strict` refuses what is
+    lost. Raises CheckpointError, ConfigError, QuantisationError or TokenizerError.
     """
     packing = _packing(to, kind)
     source = open_source(location)
@@ -115,7 +117,7 @@ def export_directory(
             open_source(tokenizer).copy_companions(directory)
             (directory / GENERATION_FILE).unlink(missing_ok=True)  # of the other checkpoint
         source.copy_companions(directory)
-        changed = _checked(plan, directory)
+        changed = _checked(plan, directory, on_checked)
         losses = [*left, *_losses(changed, kind)]
         report(location, losses, strict)
         nbytes = sum(shape.numel() * dtype.itemsize for dtype, shape in plan.layout.values())
@@ -196,7 +198,7 @@ def _config(source: Source, contents: Contents[Any], packing: Packing, kept: lis
     return {**raw, "dtype": str(packing.dtype).removeprefix("torch."), **packing.config(kept)}
 
 
-def _checked(plan: _Plan, directory: Path) -> dict[str, Changed]:
+def _checked(plan: _Plan, directory: Path, on_checked: OnBytes) -> dict[str, Changed]:
     """Read what was written, and return what became of packed matrices ("packed") and of all else ("floats").
 
     Raises CheckpointError where the model is another one, or a tensor further off than its type's rounding.
@@ -206,11 +208,13 @@ def _checked(plan: _Plan, directory: Path) -> dict[str, Changed]:
     if read.config != contents.config:
         raise CheckpointError(f"{plan.source.path} would be read as another model than it is; please report this.")
     planned_model(written, read, torch.float32, None)
-    whole = {"packed": Changed(), "floats": Changed()}
+    whole, done, total = {"packed": Changed(), "floats": Changed()}, 0, sum(h.nbytes for h in contents.headers.values())
     for name, header in contents.headers.items():
         of_one, is_packed = Changed(), name in plan.packed
         for before, after in values_of_both(plan.source, header, written, read.headers[name]):
             of_one.count(before, after)
+        done += header.nbytes
+        on_checked(done, total)
         if not of_one.error <= (plan.packing.worst if is_packed else ROUNDING):  # an infinite one is not a number
             raise CheckpointError(
                 f"{name} is off by {of_one.error:.3g} of its size once written; its values are out of the type's range,"

@@ -25,8 +25,8 @@ from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.origin import origin_of
 from gemma_mtp.checkpoint.pieces import bytes_of
 from gemma_mtp.checkpoint.read import Contents, family_table, read_config, read_contents, read_generation_config, report
-from gemma_mtp.checkpoint.source import Location, Source
-from gemma_mtp.checkpoint.tensors import read_values
+from gemma_mtp.checkpoint.source import Location, OnBytes, Source
+from gemma_mtp.checkpoint.tensors import nobody, read_values
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.errors import CheckpointError, QuantisationError
@@ -63,14 +63,15 @@ def export_gguf(
     *,
     tokenizer: Tokenizer | Literal["own"] | None = "own",
     strict: bool = False,
+    on_bytes: OnBytes = nobody,
 ) -> Exported:
     """Write a target's text model, or a drafter, to the file `out`, its matrices as `kind`, one of `FILE_TYPES`.
 
     Vectors are float32, and so are matrices that the type's blocks do not fit. The generation config goes along, and
     the checkpoint's own tokenizer, another one or none. What was written is read again before the file has its name; a
     model card is written beside it, under its name with the suffix `.md`. Weights are read and written piece by piece,
-    and never in memory as a whole. `strict` refuses what is lost. Raises CheckpointError, ConfigError,
-    QuantisationError or TokenizerError.
+    and never in memory as a whole. `strict` refuses what is lost; `on_bytes` is told of the source how many bytes are
+    done, and of how many. Raises CheckpointError, ConfigError, QuantisationError or TokenizerError.
     """
     if kind not in FILE_TYPES:
         raise QuantisationError(f"type {kind!r} can not be written to GGUF; use one of {', '.join(FILE_TYPES)}.")
@@ -91,7 +92,7 @@ def export_gguf(
     losses = _losses(contents, metadata, kind, layout)
     report(location, contents.notes, strict)
     report(location, losses, strict)
-    replace_file(path, lambda partial: _write(partial, metadata, layout, source, contents, weights))
+    replace_file(path, lambda partial: _write(partial, metadata, layout, source, contents, weights, on_bytes))
     of_target = isinstance(contents.config, TargetConfig)
     replace_text(path.with_name(f"{path.stem}.md"), card(origin_of(source.path), "gguf", kind, of_target, losses))
     return Exported(dict(Counter(dtype for dtype, _ in layout.values())), path.stat().st_size, losses)
@@ -99,7 +100,7 @@ def export_gguf(
 
 def _write(
     path: Path, metadata: Mapping[str, Any], layout: Mapping[str, tuple[str, tuple[int, ...]]], source: Source,
-    contents: Contents[Any], weights: list[str],
+    contents: Contents[Any], weights: list[str], on_bytes: OnBytes,
 ) -> None:  # fmt: skip
     rope = rope_divisors(contents.config)
     whole = {**layout, **({} if rope is None else {ROPE_FACTORS: ("F32", tuple(rope.shape))})}
@@ -107,7 +108,7 @@ def _write(
     with GgufWriter(path, metadata, whole) as writer:
         if rope is not None:
             writer.write(ROPE_FACTORS, bytes_of(rope))
-        for name, rows, value in read_values(source, weights, contents.headers, {}):
+        for name, rows, value in read_values(source, weights, contents.headers, {}, on_bytes):
             dtype, shape = layout[_name(name)]
             nbytes = nbytes_of(dtype, shape)
             assert nbytes is not None

@@ -137,15 +137,27 @@ def speedup_intervals(report: AcceptanceReport, costs: SteadyCosts) -> list[Inte
 
 @dataclass(frozen=True)
 class MeasuredSpeedup:
-    """Decode speeds in tokens/s, the median over `repeats` passes through the prompts, and their quotient."""
+    """Decode speeds in tokens/s, the median over `repeats` passes through the prompts, and their quotient. `busy`: the
+    share of the processor that other work took meanwhile; 0 where nobody tells."""
 
     plain_tokens_per_second: float
     drafted_tokens_per_second: float
     repeats: int
+    busy: float = 0.0
 
     @property
     def ratio(self) -> float:
         return self.drafted_tokens_per_second / self.plain_tokens_per_second if self.plain_tokens_per_second else 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work was such that the speeds say little."""
+        return self.busy > MOST_ELSEWHERE
+
+    def __str__(self) -> str:
+        speeds = f"{self.drafted_tokens_per_second:.0f} against {self.plain_tokens_per_second:.0f} tokens/s"
+        text = f"{self.ratio:.2f}x ({speeds})"
+        return f"{text}, of little worth: other work took {self.busy:.0%} of the processor" if self.disturbed else text
 
 
 def measure_speedup(
@@ -164,7 +176,7 @@ def measure_speedup(
     sides = (0, draft_tokens)
     for k in sides:  # the first generation of a process allocates and is slow
         pair.generate(prompts[0].content, params, draft_tokens=k, verification=verification)
-    speeds: dict[int, list[float]] = {k: [] for k in sides}
+    clock, speeds = CpuClock([os.getpid()]), dict[int, list[float]]({k: [] for k in sides})
     for repeat in range(repeats):
         tokens, seconds = dict.fromkeys(sides, 0), dict.fromkeys(sides, 0.0)
         for i, prompt in enumerate(prompts):
@@ -176,4 +188,4 @@ def measure_speedup(
         for k in sides:
             speeds[k].append(tokens[k] / seconds[k] if seconds[k] else 0.0)
     plain, drafted = (statistics.median(speeds[k]) for k in sides)
-    return MeasuredSpeedup(plain, drafted, repeats)
+    return MeasuredSpeedup(plain, drafted, repeats, clock.share_elsewhere() or 0.0)
