@@ -325,6 +325,23 @@ def test_a_claim_is_one_of_other_processes_too(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a directory in which nobody can make a file")
+def test_a_place_where_nothing_can_be_written_is_not_said_to_be_taken() -> None:
+    with (
+        pytest.raises(CheckpointError, match="/proc/out can not be written: No such file"),
+        new_directory(Path("/proc/out")),
+    ):
+        pass
+
+
+def test_a_mounted_directory_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one could be written to, but nothing can be renamed to it."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(CheckpointError, match="a file system of its own"), new_directory(tmp_path / "mounted"):
+        pass
+
+
 def test_threads_may_write_the_same_file(tmp_path: Path) -> None:
     both, errors = threading.Barrier(2), list[BaseException]()
 

@@ -76,6 +76,7 @@ def claimed(path: Path, at: Path) -> Iterator[None]:
     lock, made = FileLock(at, timeout=0), [parent for parent in at.parents if not parent.exists()]
     try:
         _make_directory(at.parent)
+        at.touch()  # the lock would wait where no file can be made
         lock.acquire()
     except Timeout:
         raise CheckpointError(f"another run is writing {path}; wait for its end, or give another --out.") from None
@@ -95,7 +96,7 @@ def claimed(path: Path, at: Path) -> Iterator[None]:
 def _check_new(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already and is no empty directory; give a new one.")
-    if path.resolve().is_mount():  # which nothing can be renamed to
+    if os.path.ismount(path.resolve()):  # which nothing can be renamed to
         raise CheckpointError(f"{path} is a file system of its own; give a new directory in it.")
 
 
