@@ -51,7 +51,9 @@ def found(findings: list[Finding]) -> Iterator[tuple[str, str]]:
 
 
 def test_a_pair_in_order(pair: Pair, prompts: list[Prompt]) -> None:
-    verdicts = dict(found(diagnose(pair, prompts, prompts)))
+    told: list[str] = []
+    verdicts = dict(found(diagnose(pair, prompts, prompts, told.append)))
+    assert told[:2] == ["the target writes text 1 of 2", "the target writes text 2 of 2"] and len(told) > 2
     assert verdicts == {
         "first drafts": "in order", "donor layers": "not it", "sliding window": "not it",
         "the drafter itself": "not it", "the target's fine-tune": "not it",

@@ -47,7 +47,7 @@ def test_every_part_of_a_run_shows_how_far_it_is(
         assert [line for line in shown if line.startswith(name)][-4:] == [
             f"{name} {i / 4:.0%} prompt {i} of 4" for i in range(1, 5)
         ]
-    assert any(re.fullmatch(r"loading the target 100% .* MB", line) for line in shown)
+    assert any(re.fullmatch(r"loading the target 100% .* [kM]B", line) for line in shown)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def _diagnosis(models: ExaminedPair, data: Sequence[Path] | None) -> list[Findin
         plain, templated, foreign = _prompts(pair, data)
         if not plain:
             return [Finding("first drafts", "not measured", "the target's directory has no tokenizer.json; add it")]
-        findings = diagnose(pair, templated or plain, foreign)
+        findings = diagnose(pair, templated or plain, foreign, say)
         if templated:
             findings.append(compare_prompts(pair, plain, templated))
         else:

@@ -12,7 +12,7 @@ mended the pair must draft. A drafter that is no better than one guess for every
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
@@ -64,17 +64,21 @@ class Rows:
 
 
 @torch.inference_mode()
-def diagnose(pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = ()) -> list[Finding]:
+def diagnose(
+    pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = (),
+    tell: Callable[[str], object] = lambda what: None,
+) -> list[Finding]:  # fmt: skip
     """Returns what was found of a pair with a drafter, the acceptance itself first.
 
     `prompts` are as the pair is used; `foreign` is text that the target did not write, at least 3 tokens each. Each
-    prompt is gone on from, greedily.
+    prompt is gone on from, greedily. `tell` is told what is under way.
     """
     drafter = pair.drafter
     assert drafter is not None
     params = SamplingParams(max_tokens=WRITTEN_TOKENS, ignore_eos=True)
     written = []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
+        tell(f"the target writes text {i + 1} of {len(prompts)}")
         ids = pair.encode(prompt.content)
         written.append(target_rows(pair.target, [*ids, *pair.generate(ids, params, draft_tokens=0).token_ids]))
     begins = [len(pair.encode(prompt.content)) for prompt in prompts]
@@ -84,6 +88,7 @@ def diagnose(pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = 
         "first drafts", "in order" if in_order else "cause",
         f"{share:.0%} of {len(base)} first drafts are the target's choice, on text that it wrote itself",
     )  # fmt: skip
+    tell("drafting with other layers and windows")
     wirings = [make(pair, drafter, written, begins, base) for make in (_donors, _window)]
     found = [overall, *(finding for finding, _ in wirings)]
     if in_order:
@@ -92,6 +97,7 @@ def diagnose(pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = 
         first = "another cause comes first: mend that, and look again"
         return [*found, *(Finding(name, "not measured", first) for name in (ITSELF, FINE_TUNE))]
     choices = torch.cat([rows.choices_T[1:][max(0, begin - 1) :] for rows, begin in zip(written, begins, strict=True)])
+    tell("drafting text that others wrote")
     tried = [base, *(alternative for _, alternatives in wirings for alternative in alternatives)]
     return [*found, *_itself(pair, drafter, foreign, share, knows_something(choices, tried))]
 
