@@ -224,7 +224,7 @@ def _sequences(backend: CudaBackend, count: int, context: int, lengths: tuple[in
         cache.open()
         prompt = [3 + (i + j) % 50 for j in range(context)]
         found.append(open_sequence(backend, cache, SamplingParams(), prompt, end=room))
-        cache.table.begin(context)
+        cache.table.reserve(context)
         cache.table.commit(context)
         found[-1].last_token, found[-1].length = 3 + i, context + 1
     return found

@@ -150,7 +150,7 @@ def test_tables_hold_exactly_the_visible_rows(calls: list[tuple[int, float]]) ->
     written = Written(counts)
     table = written.table(2000)
     for rows, kept_share in calls:
-        table.begin(rows)
+        table.reserve(rows)
         end = table.length + rows
         written.write(table, range(table.length, end))
         for kind in (S, F):
@@ -169,7 +169,7 @@ def test_sliding_layers_have_blocks_for_window_and_call() -> None:
     blocks = {kind: Blocks(count) for kind, count in counts.items()}
     table, largest = BlockTable(blocks, TINY.sliding_window, 4000), 0
     while table.length + 5 <= 4000:
-        table.begin(5)
+        table.reserve(5)
         table.commit(3)
         largest = max(largest, counts[S] - blocks[S].available)
     assert largest == counts[S], "none too many"
@@ -257,7 +257,7 @@ class Written:
         """Append rows with marks that are made of the tokens up to them, and register what is full."""
         while rows:
             count = min(rows, BLOCK_ROWS)
-            table.begin(count)
+            table.reserve(count)
             self.write(table, [hash(tuple(token_ids[: i + 1])) for i in range(table.length, table.length + count)])
             table.commit(count)
             table.register(token_ids)
@@ -341,7 +341,7 @@ def test_rows_that_were_discarded_are_not_shared() -> None:
     written, text = Written(POOL), list(range(40)) * 4
     first = written.table()
     written.append(first, text, 30)
-    first.begin(5)
+    first.reserve(5)
     first.commit(1)
     first.register(text)
     assert written.table().adopt(text) == 0, "31 rows fill no block"

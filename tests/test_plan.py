@@ -143,7 +143,7 @@ def test_the_engine_takes_what_was_planned(sequences: int, context: int) -> None
         cache.open()
         for begin in range(0, context, 64):
             rows = min(64, context - begin)
-            cache.table.begin(rows)
+            cache.table.reserve(rows)
             cache.table.commit(rows)
 
 

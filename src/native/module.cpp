@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "address.h"
 #include "dispatch.h"
 #include "drafter.h"
@@ -46,10 +48,11 @@ std::vector<Segment> segments_of(const Views& views, const Positions& positions)
     return segments_of(views, ones, ones, positions);
 }
 
-std::vector<Choice> choices_of(const std::vector<double>& temperatures, const std::vector<uint64_t>& keys) {
-    std::vector<Choice> all;
-    all.reserve(keys.size());
-    for (size_t i = 0; i < keys.size(); i++) all.push_back({temperatures.at(i), keys[i]});
+// Of so many rows, which have no noise where nothing is given.
+std::vector<Choice> choices_of(size_t rows, const std::vector<double>& temperatures,
+                               const std::vector<uint64_t>& keys) {
+    std::vector<Choice> all(rows);
+    for (size_t i = 0; i < keys.size(); i++) all.at(i) = {temperatures.at(i), keys[i]};
     return all;
 }
 
@@ -58,7 +61,7 @@ std::vector<int64_t> choose(Stack& s, At<const float> hidden, const Numbers& row
     std::vector<const float*> states;
     for (size_t row : rows) states.push_back(hidden + row * s.config.hidden);
     std::vector<int64_t> tokens(rows.size());
-    s.choose(states, choices_of(temperatures, keys).data(), tokens.data());
+    s.choose(states, choices_of(rows.size(), temperatures, keys).data(), tokens.data());
     return tokens;
 }
 
@@ -68,9 +71,15 @@ void draft(DraftStack& d, const std::vector<int64_t>& last, const std::vector<At
            const std::vector<uint64_t>& keys, At<int64_t> tokens, At<float> confidences, At<int64_t> made) {
     const std::vector<const float*> states(hidden.begin(), hidden.end());
     const std::vector<Segment> segments = segments_of(views, positions);
-    const std::vector<Choice> choices = choices_of(temperatures, keys);
+    const std::vector<Choice> choices = choices_of(keys.size(), temperatures, keys);
     d.draft({last.data(), states, segments, caches.layers.data(), counts, stops, choices.data()},
             {tokens, confidences, made});
+}
+
+// Copies rows of a matrix to the places of another one, which has as many columns.
+void copy_rows(At<const float> from, const Numbers& rows, At<float> to, const Numbers& places, size_t columns) {
+    for (size_t i = 0; i < rows.size(); i++)
+        std::copy_n(from + rows[i] * columns, columns, to + places.at(i) * columns);
 }
 
 void bind_constants(nb::module_& m) {
@@ -204,6 +213,7 @@ void bind_calls(nb::module_& m) {
             new (view) View{{sliding, full}, {sliding_cos, full_cos}, {sliding_sin, full_sin}};
         },
         "sliding"_a, "full"_a, "sliding_cos"_a, "sliding_sin"_a, "full_cos"_a, "full_sin"_a);
+    m.def("copy_rows", &copy_rows, "from"_a, "rows"_a, "to"_a, "places"_a, "columns"_a);
     nb::class_<StopRule>(m, "StopRule")
         .def(
             "__init__",
@@ -216,9 +226,9 @@ void bind_calls(nb::module_& m) {
         .def(nb::init<const Config&, const std::vector<Layer>&>(), "config"_a, "layers"_a)
         .def(
             "forward",
-            [](Stack& s, At<const int64_t> tokens, const Caches& caches, const Views& views, const Numbers& rows,
-               const Numbers& keep, const Positions& positions, At<float> hidden) {
-                s.forward(tokens, segments_of(views, rows, keep, positions), caches.layers.data(), hidden);
+            [](Stack& s, const std::vector<int64_t>& tokens, const Caches& caches, const Views& views,
+               const Numbers& rows, const Numbers& keep, const Positions& positions, At<float> hidden) {
+                s.forward(tokens.data(), segments_of(views, rows, keep, positions), caches.layers.data(), hidden);
             },
             "tokens"_a, "caches"_a, "views"_a, "rows"_a, "keep"_a, "positions"_a, "hidden"_a, release())
         .def(

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.early_stop import StopRule
-from gemma_mtp.decoding.params import ChoiceKind, Filters, SamplingParams
+from gemma_mtp.decoding.params import NO_FILTERS, ChoiceKind, Filters, SamplingParams
 from gemma_mtp.kv.pool import KVCache, KVPool
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
-NO_FILTERS = Filters()
 #: what no backend chooses itself
 PROCESSED: ChoiceKind = "processed"
 
@@ -183,14 +182,14 @@ class Backend(Protocol):
         ...
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float] = (), keys: Sequence[int] = (),
         filters: Sequence[Filters] = (),
     ) -> list[int]:  # fmt: skip
         """Returns the token of each of these rows of `hidden_RD`, the lowest id among equals.
 
         At temperature 0 it is the arg max of the logits; else of logits / temperature plus Gumbel noise of that key, of
-        what the row's filters keep. No `filters` are none for any row; a backend that does not choose filtered is given
-        none.
+        what the row's filters keep. No `temperatures` and `keys` are 0 for all rows, and no `filters` are none for any
+        row; a backend that does not choose filtered is given none.
         """
         ...
 

@@ -7,7 +7,7 @@ activations are float32 whatever the weights are.
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
@@ -74,28 +74,20 @@ class CpuBackend:
         return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
 
     def forward(self, calls: Sequence[Rows]) -> Tensor:
-        token_ids, views, rows, lengths, keep = array("q"), [], [], [], []
-        for call in calls:
-            table = call.cache.table
-            token_ids.extend(call.token_ids)
-            views.append(self._view(call.cache))
-            rows.append(table.rows)
-            lengths.append(table.length)
-            keep.append(call.keep)
-        pool = _pool([call.cache for call in calls])
-        return self._stack.forward(token_ids, _layers(pool), views, rows, keep, lengths)
+        caches, token_ids, keep = zip(*calls, strict=True)
+        rows, tokens = [len(of_one) for of_one in token_ids], list(itertools.chain.from_iterable(token_ids))
+        views, lengths = self._places(caches)
+        return self._stack.forward(tokens, _layers(caches[0].pool), views, rows, keep, lengths)
 
     def keep_states(self, caches: Sequence[KVCache], hidden_RD: Tensor, rows: Sequence[int]) -> None:
-        states, row_bytes = caches[0].pool.states, 4 * hidden_RD.shape[1]
-        begin, source = states.data_ptr(), hidden_RD.data_ptr()
-        for cache, row in zip(caches, rows, strict=True):
-            ctypes.memmove(begin + cache.slot * row_bytes, source + row * row_bytes, row_bytes)
+        states, slots = caches[0].pool.states, [cache.slot for cache in caches]
+        _native.copy_rows(floats(hidden_RD), rows, floats(states), slots, states.shape[1])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         return self._stack.logits(hidden_RD)
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float] = (), keys: Sequence[int] = (),
         filters: Sequence[Filters] = (),
     ) -> list[int]:  # fmt: skip
         assert not any(one.active for one in filters), "filtered choices are made elsewhere"
@@ -105,35 +97,39 @@ class CpuBackend:
         assert self._drafts is not None
         caches = [call.cache for call in calls]
         states = caches[0].pool.states
-        return self._drafts.draft(calls, [floats_of_row(states, cache.slot) for cache in caches], *self._places(caches))
+        begun = [floats_of_row(states, cache.slot) for cache in caches]
+        return self._drafts.draft(calls, begun, self._donors(caches), *self._places(caches))
 
     def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
         assert self._drafts is not None
         inputs_R2D = torch.cat((self.target.embed(token_ids_R).float(), hidden_RD), -1)
-        states_RH, projected_RD = self._drafts.step(inputs_R2D, *self._places(caches))
+        states_RH, projected_RD = self._drafts.step(inputs_R2D, self._donors(caches), *self._places(caches))
         return DraftStep(*self._drafts.candidates(states_RH), projected_RD)
 
-    def _places(self, caches: Sequence[KVCache]) -> tuple[_native.Caches, list[_native.View], list[int]]:
-        """Returns the donor layers in the order of the drafter's layers, and where each sequence is in them."""
+    def _donors(self, caches: Sequence[KVCache]) -> _native.Caches:
+        """Returns the donor layers in the order of the drafter's layers."""
         assert self.drafter is not None
-        pool = _pool(caches)
-        layers = [pool.config.donor_layers[kind] for kind in self.drafter.config.text.layer_types]
-        views = [self._view(cache) for cache in caches]
-        return _layers(pool, layers), views, [cache.table.length for cache in caches]
+        donors = caches[0].pool.config.donor_layers
+        return _layers(caches[0].pool, [donors[kind] for kind in self.drafter.config.text.layer_types])
 
-    def _view(self, cache: KVCache) -> _native.View:
-        """Returns the addresses of a sequence's block tables and rotary tables, made at its first call."""
-        if cache.handle is None:
-            rope = self._rope_for(cache.table.max_length)
-            sliding, full = (rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
-            tables = cache.table.tables
-            view = _native.View(
-                int32s_in(tables[SLIDING]), int32s_in(tables[FULL]),
-                floats(sliding[0]), floats(sliding[1]), floats(full[0]), floats(full[1]),
-            )  # fmt: skip
-            cache.handle = view, rope  # which keeps its tables, even when longer ones are made
-        handle: _native.View = cache.handle[0]
-        return handle
+    def _places(self, caches: Sequence[KVCache]) -> tuple[list[_native.View], list[int]]:
+        """Returns where each sequence lies in the pool, and how many rows it has."""
+        pool = caches[0].pool
+        assert all(cache.pool is pool for cache in caches), "sequences of one call share a pool"
+        views = [(cache.handle or self._open(cache))[0] for cache in caches]
+        return views, [cache.table.length for cache in caches]
+
+    def _open(self, cache: KVCache) -> tuple[_native.View, Mapping[LayerType, Rope]]:
+        """Keep the addresses of a sequence's block tables and rotary tables with it, from its first call on."""
+        rope = self._rope_for(cache.table.max_length)
+        sliding, full = (rope.get(kind, (None, None)) for kind in (SLIDING, FULL))
+        tables = cache.table.tables
+        view = _native.View(
+            int32s_in(tables[SLIDING]), int32s_in(tables[FULL]),
+            floats(sliding[0]), floats(sliding[1]), floats(full[0]), floats(full[1]),
+        )  # fmt: skip
+        cache.handle = view, rope  # which keeps its tables, even when longer ones are made
+        return view, rope
 
     def _rope_for(self, rows: int) -> Mapping[LayerType, Rope]:
         """Returns rotary tables of so many positions and more."""
@@ -175,12 +171,12 @@ class TargetStack:
         self._stack = _native.Stack(stack, layers)
 
     def forward(
-        self, token_ids: array[int], layers: _native.Caches, views: list[_native.View], rows: list[int],
-        keep: list[int], lengths: list[int],
+        self, token_ids: list[int], layers: _native.Caches, views: list[_native.View], rows: list[int],
+        keep: Sequence[int], lengths: list[int],
     ) -> Tensor:  # fmt: skip
         """Returns hidden states after the final norm, float32 [sum of keep, D]."""
         hidden = torch.empty(sum(keep), self.hidden_size)
-        self._stack.forward(int64s_in(token_ids), layers, views, rows, keep, lengths, floats(hidden))
+        self._stack.forward(token_ids, layers, views, rows, keep, lengths, floats(hidden))
         return hidden
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -313,13 +309,6 @@ def _moe(memory: Memory, moe: MoE) -> _native.MoE:
     out.pre_sparse = memory.vector(moe.pre_feedforward_layernorm_2.weight)
     out.post_sparse = memory.vector(moe.post_feedforward_layernorm_2.weight)
     return out
-
-
-def _pool(caches: Sequence[KVCache]) -> KVPool:
-    """Returns the pool that all of them are of."""
-    pool = caches[0].pool
-    assert all(cache.pool is pool for cache in caches), "sequences of one call share a pool"
-    return pool
 
 
 def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> _native.Caches:

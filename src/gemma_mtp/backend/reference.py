@@ -80,13 +80,14 @@ class ReferenceBackend:
         return torch.cat([self.target.logits(row_1D.clone()) for row_1D in hidden_RD.split(1)])
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float] = (), keys: Sequence[int] = (),
         filters: Sequence[Filters] = (),
     ) -> list[int]:  # fmt: skip
         assert not any(one.active for one in filters), "filtered choices are made elsewhere"
+        of_rows = zip(rows, temperatures or [0.0] * len(rows), keys or [0] * len(rows), strict=True)
         scores = [
             _noisy(self.target.logits(hidden_RD[row : row + 1].clone()), temperature, key)
-            for row, temperature, key in zip(rows, temperatures, keys, strict=True)
+            for row, temperature, key in of_rows
         ]
         tokens: list[int] = torch.cat([scores_1V.argmax(-1) for scores_1V in scores]).tolist()  # the first of equals
         return tokens

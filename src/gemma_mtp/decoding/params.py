@@ -30,7 +30,10 @@ class Filters(NamedTuple):
 
     @property
     def active(self) -> bool:
-        return self != Filters()
+        return self != NO_FILTERS
+
+
+NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +145,10 @@ class SamplingParams:
             return "argmax"
         return "filtered" if self.filters.active else "drawn"
 
-    @property
+    @functools.cached_property
     def filters(self) -> Filters:
         """What draws are filtered by; nothing where the choice is greedy, which no filter changes."""
-        return Filters() if self.greedy else Filters(self.top_k, float(self.top_p), float(self.min_p))
+        return NO_FILTERS if self.greedy else Filters(self.top_k, float(self.top_p), float(self.min_p))
 
     @property
     def forbids(self) -> bool:

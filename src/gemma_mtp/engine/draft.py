@@ -40,7 +40,7 @@ def propose(backend: Backend, turns: Items[Turn]) -> list[Drafts]:
     drafting = [i for i, turn in enumerate(turns) if turn.draft_tokens]
     if not drafting or backend.drafter is None:
         return drafts
-    plain = [i for i in drafting if turns[i].backend_chooses(backend, turns[i].draft_tokens)]
+    plain = [i for i in drafting if turns[i].backend_chooses(turns[i].draft_tokens)]
     if plain:
         made = backend.draft([_draft_rows(turns[i]) for i in plain])
         for i, of_one in zip(plain, made, strict=True):

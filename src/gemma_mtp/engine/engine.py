@@ -15,36 +15,28 @@ import logging
 import threading
 import time
 from collections.abc import Sequence as Items
-from typing import NamedTuple
 
 import torch
 
-from gemma_mtp.backend.base import PROCESSED, choice_of
+from gemma_mtp.backend.base import PROCESSED
 from gemma_mtp.backend.device_memory import free_for_pool
+from gemma_mtp.decoding.draft_length import PLAIN, Plan
 from gemma_mtp.decoding.params import ChoiceKind
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.draft_policy import DraftPolicy, batch_size
-from gemma_mtp.engine.execution import Chunk, Outcome, StepResult, run_step
+from gemma_mtp.engine.execution import Outcome, StepResult, run_step
 from gemma_mtp.engine.job import Job
 from gemma_mtp.engine.loaded import LoadedPair
 from gemma_mtp.engine.output import OutputBuilder
 from gemma_mtp.engine.pool_size import pool_blocks
 from gemma_mtp.engine.request import Generation, Request
 from gemma_mtp.engine.round import RoundOutput
-from gemma_mtp.engine.scheduler import Entry, Schedule, Scheduler
-from gemma_mtp.engine.sequence import Turn, open_sequence
+from gemma_mtp.engine.scheduler import Schedule, Scheduler
+from gemma_mtp.engine.sequence import open_sequence
 from gemma_mtp.engine.settings import EngineSettings, EngineStats, StatsKeeper
 from gemma_mtp.errors import EngineError, PromptError, SamplingError
 
 log = logging.getLogger(__name__)
-
-
-class Step(NamedTuple):
-    """What a schedule asks of decoding: rounds, then chunks, and in the same order whose each is."""
-
-    turns: list[Turn]
-    chunks: list[Chunk]
-    jobs: list[Job]
 
 
 class Engine:
@@ -63,10 +55,9 @@ class Engine:
         free = free_for_pool(backend.device, backend.workspace_bytes(self.settings.max_running, self.max_tokens))
         counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element, free)
         self.pool = backend.make_pool(counts, self.settings.max_running)
-        self.scheduler = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
+        self.scheduler: Scheduler[Job] = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
         self.policy = DraftPolicy(pair.round_costs, backend.watches_drafts, pair.policies)
         self._lock = threading.RLock()  # of the scheduler and of what is cancelled
-        self._jobs: dict[Entry, Job] = {}
         self._arrivals = itertools.count()
         self._cancelled: set[Generation] = set()
         self._stats = StatsKeeper()
@@ -108,15 +99,17 @@ class Engine:
         limit = min(request.params.max_tokens, self.max_tokens - len(prompt))
         output = OutputBuilder(result, request.params, limit, self.pair.eos_token_ids)
         cache = self.pool.cache(len(prompt) + limit + (LONGEST if drafts == "auto" else drafts) + 1)
-        order = (request.priority, next(self._arrivals))
-        entry = Entry(order, list(prompt), cache.table, scored=request.params.prompt_logprobs is not None)
-        return Job(Generation(request, result, self.cancel), entry, cache, output)
+        return Job(
+            (request.priority, next(self._arrivals)), list(prompt), cache.table,
+            scored=request.params.prompt_logprobs is not None,
+            generation=Generation(request, result, self.cancel), cache=cache, output=output,
+            fixed_plan=None if drafts == "auto" else Plan(drafts) if drafts else PLAIN,
+        )  # fmt: skip
 
     def add(self, job: Job) -> Generation:
         """Queue what `prepare` made. Raises QueueFullError."""
         with self._lock:
-            self.scheduler.add(job.entry)
-            self._jobs[job.entry] = job
+            self.scheduler.add(job)
         return job.generation
 
     def cancel(self, generation: Generation) -> None:
@@ -127,7 +120,7 @@ class Engine:
     def cancel_all(self) -> None:
         """Cancel whatever waits or runs."""
         with self._lock:
-            self._cancelled.update(job.generation for job in self._jobs.values())
+            self._cancelled.update(job.generation for job in self.scheduler.entries)
 
     @property
     def idle(self) -> bool:
@@ -149,16 +142,19 @@ class Engine:
     def _step(self) -> None:
         began = time.perf_counter()
         try:
-            step = self._schedule()
-            if step.jobs:
-                result = run_step(self.pair.backend, step.turns, step.chunks)
-                self._settle(step, result, time.perf_counter() - began)
+            schedule = self._schedule()
+            jobs = [*schedule.rounds, *(job for job, _ in schedule.chunks)]
+            if jobs:
+                turns = [job.turn() for job in schedule.rounds]
+                chunks = [job.chunk(token_ids) for job, token_ids in schedule.chunks]
+                result = run_step(self.pair.backend, turns, chunks)
+                self._settle(schedule, jobs, result, time.perf_counter() - began)
         except Exception as error:
             running = tuple(self.scheduler.running)
             if not running:
                 raise
-            for entry in running:
-                self._fail(self._jobs[entry], error)
+            for job in running:
+                self._fail(job, error)
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of the counters."""
@@ -171,118 +167,100 @@ class Engine:
                 stats.kv_blocks_kept += blocks.kept
         return stats
 
-    def _schedule(self) -> Step:
+    def _schedule(self) -> Schedule[Job]:
         """Returns the next step: who is cancelled leaves, who can be admitted comes, and each has its part."""
+        scheduler, policy = self.scheduler, self.policy
         with self._lock:
             self._take_cancellations()
-            for entry in self.scheduler.admit():
-                self._open(self._jobs[entry])
-            running = [self._jobs[entry] for entry in self.scheduler.running]
-        self.policy.begin_step(self.scheduler.ran_lately)
+            for job in scheduler.admit():
+                self._open(job)
+            running = tuple(scheduler.running)
+        policy.begin_step(scheduler.ran_lately)
         for job in running:
-            if not job.entry.reading:
-                choice = choice_of(self.pair.backend, job.request.params)
-                job.plan = job.fixed_plan or self.policy.plan(choice, job.policies)
+            if not job.reading:
+                job.plan = job.fixed_plan or policy.plan(job.choice, job.policies)
+                job.drafts = job.plan.longest and self._drafts_of(job)
         with self._lock:
-            schedule = self.scheduler.schedule(self._drafts_of)
-            for entry in schedule.preempted:
-                self._jobs[entry].cache.close()
+            schedule = scheduler.schedule()
+            for job in schedule.preempted:
+                job.cache.close()
         if schedule.preempted:
             with self._stats as stats:
                 stats.preemptions += len(schedule.preempted)
-        return self._step_of(schedule)
+        return schedule
 
-    def _step_of(self, schedule: Schedule) -> Step:
-        step = Step([], [], [])
-        for entry, drafts in schedule.rounds:
-            job = self._jobs[entry]
-            step.turns.append(job.turn(drafts))
-            step.jobs.append(job)
-        for entry, token_ids in schedule.chunks:
-            job = self._jobs[entry]
-            assert job.sequence is not None, "who runs was opened"
-            ends = entry.table.length + len(token_ids) == entry.rows_wanted
-            step.chunks.append(Chunk(job.sequence, token_ids, ends, entry.started, job.wanted_scores(len(token_ids))))
-            step.jobs.append(job)
-        return step
+    def _drafts_of(self, job: Job) -> int:
+        """Returns the drafts of a job's round at most: no more rows at once than the pool has blocks for, whatever one
+        request asks for."""
+        return min(job.plan.longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
 
-    def _drafts_of(self, entry: Entry) -> int:
-        """Returns the drafts of an entry's round at most: no more rows at once than the pool has blocks for, whatever
-        one request asks for."""
-        job = self._jobs[entry]
-        longest = job.plan.longest
-        return longest and min(longest, max(0, job.output.remaining - 1), self.pair.backend.chunk_rows - 1)
-
-    def _settle(self, step: Step, result: StepResult, seconds: float) -> None:
-        """Learn from a step, hand its tokens out, and end what is done."""
-        outcomes = result.outcomes
-        rounds = outcomes[: len(step.turns)]
-        rows = sum(output.drafted + 1 for output in rounds if isinstance(output, RoundOutput))
-        self.scheduler.note(max(1, rows + sum(len(chunk.token_ids) for chunk in step.chunks)), seconds)
-        self._learn(step, rounds, seconds, result.drafting_seconds)
-        for i, job in enumerate(step.jobs[len(step.turns) :]):
+    def _settle(self, schedule: Schedule[Job], jobs: Items[Job], result: StepResult, seconds: float) -> None:
+        """Learn from a step, hand its tokens out, and end what is done. `jobs`: those of the outcomes."""
+        outcomes, players = result.outcomes, len(schedule.rounds)
+        rounds = [output for output in outcomes[:players] if isinstance(output, RoundOutput)]
+        rows = len(rounds) + sum([output.drafted for output in rounds])
+        self.scheduler.note(max(1, rows + sum([len(token_ids) for _, token_ids in schedule.chunks])), seconds)
+        if self.policy.planned:
+            self._learn(schedule, outcomes, seconds, result.drafting_seconds)
+        for i, (job, token_ids) in enumerate(schedule.chunks):
             if i in result.scores:
-                job.take_scores(result.scores[i], len(step.chunks[i].token_ids))
+                job.take_scores(result.scores[i], len(token_ids))
             # at once: what slides out of the window is kept if it is registered
-            job.entry.reading = job.entry.table.length < job.entry.rows_wanted
-            self.scheduler.register(job.entry)
-        counts = [_delivered(job, outcome, seconds) for job, outcome in zip(step.jobs, outcomes, strict=True)]
-        self._count(rounds, counts)
-        for job, outcome, count in zip(step.jobs, outcomes, counts, strict=True):
-            if isinstance(count, Exception):
-                self._fail(job, count)
+            job.reading = job.table.length < job.rows_wanted
+            self.scheduler.register(job)
+        delivered = [_delivered(job, outcome, seconds) for job, outcome in zip(jobs, outcomes, strict=True)]
+        self._count(rounds, delivered)
+        for job, outcome, token_ids in zip(jobs, outcomes, delivered, strict=True):
+            if isinstance(token_ids, Exception):
+                self._fail(job, token_ids)
                 continue
             if job.result.ended:  # before the reader knows, so that who waits for the end finds the blocks free
                 self._end(job, job.result.finish_reason)
             if outcome is not None:
-                job.tell(count)
+                job.tell(token_ids)
 
-    def _count(self, rounds: Items[Outcome], counts: Items[int | Exception]) -> None:
+    def _count(self, rounds: Items[RoundOutput], delivered: Items[list[int] | Exception]) -> None:
         with self._stats as stats:
             stats.steps += 1
-            for count in counts:
-                if isinstance(count, int):
-                    stats.output_tokens += count
-            for outcome in rounds:
-                if isinstance(outcome, RoundOutput):
-                    stats.rounds_of[outcome.drafted, outcome.accepted] += 1
+            for token_ids in delivered:
+                if isinstance(token_ids, list):
+                    stats.output_tokens += len(token_ids)
+            for output in rounds:
+                stats.rounds_of[output.drafted, output.accepted] += 1
 
-    def _learn(self, step: Step, rounds: Items[Outcome], seconds: float, drafting: float) -> None:
+    def _learn(self, schedule: Schedule[Job], outcomes: Items[Outcome], seconds: float, drafting: float) -> None:
         """Let the policies know what came of their plans."""
-        if not self.policy.planned:
-            return
         planned: dict[ChoiceKind, list[RoundOutput]] = {}
-        for job, outcome in zip(step.jobs, rounds, strict=False):
-            if isinstance(outcome, RoundOutput) and job.result.draft_tokens == "auto":
-                choice = choice_of(self.pair.backend, job.request.params)
-                planned.setdefault(choice, []).append(outcome)
+        for job, outcome in zip(schedule.rounds, outcomes, strict=False):
+            if isinstance(outcome, RoundOutput) and job.fixed_plan is None:
+                planned.setdefault(job.choice, []).append(outcome)
         for choice, outputs in planned.items():
-            alone = len(outputs) == len(step.jobs)  # nobody else took part in the step
+            alone = len(outputs) == len(outcomes)  # nobody else took part in the step
             self.policy.learn(choice, outputs, *((seconds, drafting) if alone else (0.0, 0.0)))
 
     def _open(self, job: Job) -> None:
         """Give an admitted job what decoding holds; one that can not be opened ends."""
-        entry, params = job.entry, job.request.params
+        params = job.request.params
         try:
             job.cache.open()
             if job.sequence is None:
                 grammar = self.pair.grammar_state(params)
-                end = len(entry.tokens) + job.output.remaining
-                job.sequence = open_sequence(self.pair.backend, job.cache, params, entry.tokens, grammar, end)
+                end = len(job.tokens) + job.output.remaining
+                job.sequence = open_sequence(self.pair.backend, job.cache, params, job.tokens, grammar, end)
         except Exception as error:
             self._fail(job, error)
             return
-        if not entry.admitted:
-            entry.admitted = True
-            job.generation.admit(entry.reused)
+        if not job.admitted:
+            job.admitted = True
+            job.generation.admit(job.reused)
             with self._stats as stats:
-                stats.prompt_tokens += len(entry.tokens)
-                stats.prefix_hit_tokens += entry.reused
+                stats.prompt_tokens += len(job.tokens)
+                stats.prefix_hit_tokens += job.reused
 
     def _take_cancellations(self) -> None:
         if not self._cancelled:
             return
-        for job in [job for job in self._jobs.values() if job.generation in self._cancelled]:
+        for job in [job for job in self.scheduler.entries if job.generation in self._cancelled]:
             self._end(job, "cancelled")
             job.result.finish_reason = "cancelled"
             job.generation.update([], None, None, "cancelled")
@@ -303,15 +281,14 @@ class Engine:
     def _end(self, job: Job, reason: str) -> None:
         """Free what a job holds and count how it ended."""
         with self._lock:
-            self.scheduler.remove(job.entry)
+            self.scheduler.remove(job)
             job.cache.close()
-            del self._jobs[job.entry]
         with self._stats as stats:
             stats.finished[reason] += 1
 
 
-def _delivered(job: Job, outcome: Outcome, seconds: float) -> int | Exception:
-    """Returns how many tokens a job's part of a step brought, or the exception that ends the job."""
+def _delivered(job: Job, outcome: Outcome, seconds: float) -> list[int] | Exception:
+    """Returns the tokens that a job's part of a step brought, or the exception that ends the job."""
     if isinstance(outcome, Exception):
         return outcome
     try:

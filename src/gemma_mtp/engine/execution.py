@@ -52,6 +52,8 @@ def run_step(backend: Backend, turns: Items[Turn], chunks: Items[Chunk]) -> Step
     A part that fails by itself ends in its exception. What is raised came from the call that all share. Rounds that the
     backend plays as a whole are not part of that call.
     """
+    if backend.rounds is None:
+        return _run_call(backend, turns, chunks)
     whole = play_whole(backend, turns, chunks[0].sequence if chunks else None)
     others = [i for i, output in enumerate(whole) if output is None]
     rest = _run_call(backend, [turns[i] for i in others], chunks)

@@ -15,6 +15,8 @@ PLAIN_ROUND = RoundStats(0, 0, 1)
 class OutputBuilder:
     """Collects one sequence's committed tokens into a `GenerationResult`."""
 
+    __slots__ = ("_text", "_watched", "max_tokens", "result", "stop_token_ids")
+
     def __init__(
         self, result: GenerationResult, params: SamplingParams, max_tokens: int, eos_token_ids: Collection[int]
     ) -> None:
@@ -22,6 +24,7 @@ class OutputBuilder:
         self.max_tokens = max_tokens
         self.stop_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         self._text = result.text_reader() if result.stop else None  # else readers make text of the tokens themselves
+        self._watched = self._text is not None or not max_tokens  # tokens are looked at one by one, or not wanted
         result.logprobs = None if params.logprobs is None else []
         result.prompt_logprobs = None if params.prompt_logprobs is None else []
 
@@ -36,8 +39,9 @@ class OutputBuilder:
 
     def push(self, output: RoundOutput) -> list[int]:
         """Take a round's tokens up to the one that ends the output; returns them."""
-        result = self.result
-        taken, stops = self._taken(output)
+        result, taken, stops = self.result, output.token_ids, False
+        if self._watched or output.complete_after is not None or not self.stop_token_ids.isdisjoint(taken):
+            taken, stops = self._taken(output)
         result.token_ids += taken
         plain = not output.drafted and len(taken) == 1
         result.rounds.append(
@@ -55,8 +59,6 @@ class OutputBuilder:
         """The tokens up to the first that ends the output, and whether one does."""
         if not self.max_tokens:
             return [], False  # the prompt alone was wanted
-        if self._text is None and output.complete_after is None and self.stop_token_ids.isdisjoint(output.token_ids):
-            return output.token_ids, False
         token_ids = output.token_ids[: output.complete_after]
         for count, token_id in enumerate(token_ids, start=1):
             if self._text is not None:

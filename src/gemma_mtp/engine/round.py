@@ -46,9 +46,9 @@ def verify_rows(turn: Turn, drafts: Drafts) -> Rows:
 
 
 def forward(backend: Backend, calls: Items[Rows]) -> Tensor:
-    """Begin the calls of the caches and run them. Returns the wanted hidden states, [sum of keep, D]."""
-    for call in calls:
-        call.cache.table.begin(len(call.token_ids))
+    """Take the blocks for the calls' rows and run them. Returns the wanted hidden states, [sum of keep, D]."""
+    for cache, token_ids, _ in calls:
+        cache.table.reserve(len(token_ids))
     return backend.forward(calls)
 
 
@@ -81,8 +81,10 @@ def settle(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[R
     Returns each turn's output, or the exception that it ended in: a turn that fails does not touch the others. All
     turns of a kind share one pass over the head, and the host reads the device once for each kind.
     """
-    plain = [i for i, (turn, drafts, _) in enumerate(scored) if turn.backend_chooses(backend, len(drafts))]
-    committed = dict(zip(plain, _choose_plain(backend, [scored[i] for i in plain], hidden_RD), strict=True))
+    plain = [i for i, (turn, drafts, _) in enumerate(scored) if turn.backend_chooses(len(drafts.token_ids))]
+    committed: dict[int, list[int]] = {}
+    if plain:
+        committed.update(zip(plain, _choose_plain(backend, [scored[i] for i in plain], hidden_RD), strict=True))
     logprobs: dict[int, TopLogprobs] = {}
     outputs: dict[int, RoundOutput | Exception] = {}
     if len(plain) < len(scored):
@@ -104,19 +106,12 @@ def settle(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[R
 
 def _choose_plain(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) -> list[list[int]]:
     """Returns the committed tokens of turns whose choices the backend makes."""
-    if not scored:
-        return []
     rows: list[int] = []
-    temperatures: list[float] = []
-    keys: list[int] = []
-    filters: list[Filters] = []
+    drawn = False
     for turn, drafts, begin in scored:
-        count = len(drafts.token_ids) + 1
-        rows += range(begin, begin + count)
-        temperatures += [turn.sequence.params.temperature] * count
-        keys += turn.sequence.keys(count)
-        filters += [turn.sequence.params.filters] * count
-    tokens = backend.choose(hidden_RD, rows, temperatures, keys, filters)
+        rows += range(begin, begin + len(drafts.token_ids) + 1)
+        drawn = drawn or turn.sequence.choice != "argmax"
+    tokens = backend.choose(hidden_RD, rows, *(_draws(backend, scored) if drawn else ()))
     committed, at = [], 0
     for _, drafts, _ in scored:
         count = len(drafts.token_ids) + 1
@@ -124,6 +119,19 @@ def _choose_plain(backend: Backend, scored: Items[Scored], hidden_RD: Tensor) ->
         at += count
         committed.append(choices[: agreeing(choices, drafts.token_ids) + 1] if count > 1 else choices)
     return committed
+
+
+def _draws(backend: Backend, scored: Items[Scored]) -> tuple[list[float], list[int], list[Filters]]:
+    """Returns the temperature, noise key and, where the backend knows them, filters of every row."""
+    temperatures: list[float] = []
+    keys: list[int] = []
+    filters: list[Filters] = []
+    for (sequence, *_), drafts, _ in scored:
+        count = len(drafts.token_ids) + 1
+        temperatures += [sequence.params.temperature] * count
+        keys += sequence.keys(count)
+        filters += [sequence.params.filters] * count
+    return temperatures, keys, filters if "filtered" in backend.chooses else []
 
 
 def _choose_processed(
@@ -154,15 +162,14 @@ def _choose_processed(
 
 def _commit(one: Scored, committed: list[int], logprobs: TopLogprobs | None) -> RoundOutput:
     """Move a sequence on by the tokens of its round."""
-    (sequence, *_), drafts, _ = one
-    count, table = len(committed), sequence.cache.table
+    sequence, drafts, count = one.turn.sequence, one.drafts, len(committed)
     if sequence.history is not None:
         sequence.history.commit(torch.tensor(committed, device=sequence.history.output_V.device))
     complete_after = None if sequence.grammar is None else sequence.grammar.commit(committed)
-    if table.rows:  # a round's; those of a prompt are committed chunk by chunk
-        table.commit(count)
     sequence.length += count
     sequence.last_token = committed[-1]
+    table = sequence.cache.table
+    table.commit(sequence.length - 1 - table.length)  # none of a prompt's, which are committed chunk by chunk
     return RoundOutput(committed, len(drafts.token_ids), count - 1, logprobs, drafts.confidences, complete_after)
 
 

@@ -7,9 +7,10 @@ computed anew.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.settings import EngineSettings
@@ -20,7 +21,7 @@ from gemma_mtp.kv.blocks import BLOCK_ROWS, BlockTable, OutOfBlocksError, block_
 ROW_SECONDS_WEIGHT = 0.2
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """A request as the scheduler sees it: its tokens, its blocks, and how far it is."""
 
@@ -32,6 +33,7 @@ class Entry:
     admitted: bool = False  # whether it has run at all
     reused: int = 0  # rows that it took from earlier requests when it was admitted first
     scored: bool = False  # whether its prompt's rows are wanted: none are reused before they were all computed
+    drafts: int = 0  # of its next round, at most
 
     def __lt__(self, other: Entry) -> bool:
         return self.order < other.order
@@ -42,24 +44,27 @@ class Entry:
         return len(self.tokens) - self.started
 
 
+E = TypeVar("E", bound=Entry)
+
+
 @dataclass
-class Schedule:
-    """What is run together in a step: rounds with so many drafts at most, and chunks of tokens to read."""
+class Schedule(Generic[E]):
+    """What is run together in a step: entries that play a round, and chunks of tokens to read."""
 
-    rounds: list[tuple[Entry, int]] = field(default_factory=list)
-    chunks: list[tuple[Entry, list[int]]] = field(default_factory=list)
-    preempted: list[Entry] = field(default_factory=list)
+    rounds: list[E] = field(default_factory=list)
+    chunks: list[tuple[E, list[int]]] = field(default_factory=list)
+    preempted: list[E] = field(default_factory=list)
 
 
-class Scheduler:
+class Scheduler(Generic[E]):
     """Decides. `chunk_rows`: rows of prompts that one step reads at most. `window`: rows that sliding layers see."""
 
     def __init__(self, settings: EngineSettings, chunk_rows: int, window: int) -> None:
         self.settings = settings
         self.chunk_rows = chunk_rows
         self.window = window
-        self.waiting: list[Entry] = []
-        self.running: list[Entry] = []
+        self.waiting: list[E] = []
+        self.running: list[E] = []
         #: sequences that ran lately, readers too. It falls by one a step: where some have ended others often follow,
         #: and drafts would keep those waiting
         self.ran_lately = 0
@@ -70,7 +75,12 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
-    def add(self, entry: Entry) -> None:
+    @property
+    def entries(self) -> list[E]:
+        """Whoever waits or runs."""
+        return [*self.waiting, *self.running]
+
+    def add(self, entry: E) -> None:
         """Queue a new entry. Raises QueueFullError."""
         if len(self.waiting) >= self.settings.max_waiting:
             raise QueueFullError(
@@ -78,7 +88,7 @@ class Scheduler:
             )
         heapq.heappush(self.waiting, entry)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: E) -> None:
         """Take an entry out wherever it is, free its blocks, and keep what they hold for prompts to come."""
         if entry in self.running:
             self.running.remove(entry)
@@ -87,7 +97,7 @@ class Scheduler:
             heapq.heapify(self.waiting)
         self._give_blocks_back(entry)
 
-    def admit(self) -> list[Entry]:
+    def admit(self) -> list[E]:
         """Begin a step: let waiting entries run while there are places and blocks. Returns those."""
         admitted = []
         while self.waiting and len(self.running) < self.settings.max_running and self._has_room_for(self.waiting[0]):
@@ -98,24 +108,29 @@ class Scheduler:
         self.ran_lately = max(len(self.running), self.ran_lately - 1)
         return admitted
 
-    def schedule(self, drafts_of: Callable[[Entry], int]) -> Schedule:
-        """Returns every running entry's part in the next step, with the blocks for it. `drafts_of` says how many drafts
-        an entry's round makes at most."""
-        schedule = Schedule()
-        room = self._chunk_room(not all(entry.reading for entry in self.running))
+    def schedule(self) -> Schedule[E]:
+        """Returns every running entry's part in the next step, with the blocks for it."""
+        schedule: Schedule[E] = Schedule()
+        room = self._chunk_room()
         for entry in tuple(self.running):
             if entry in schedule.preempted:
                 continue
-            if not entry.reading:
-                drafts = drafts_of(entry)
-                if self._reserve(entry, drafts + 1, schedule):
-                    schedule.rounds.append((entry, drafts))
-            elif room > 0:
+            rows = entry.drafts + 1
+            if entry.reading:
+                rows = min(room, entry.rows_wanted - entry.table.length)
+                if not rows:
+                    continue
+            try:
+                entry.table.reserve(rows)
+            except OutOfBlocksError:
+                if not self._preempt_for(entry, rows, schedule):
+                    continue
+            if entry.reading:
                 begin = entry.table.length
-                rows = min(room, entry.rows_wanted - begin)
-                if self._reserve(entry, rows, schedule):
-                    schedule.chunks.append((entry, entry.tokens[begin : begin + rows]))
-                    room -= rows
+                schedule.chunks.append((entry, entry.tokens[begin : begin + rows]))
+                room -= rows
+            else:
+                schedule.rounds.append(entry)
         return schedule
 
     def note(self, rows: int, seconds: float) -> None:
@@ -129,14 +144,14 @@ class Scheduler:
         if self.settings.prefix_reuse:
             entry.table.register(entry.tokens)
 
-    def _chunk_room(self, others_wait: bool) -> int:
+    def _chunk_room(self) -> int:
         """Returns how many rows of prompts the next step may read."""
-        if not others_wait or not self._row_seconds:
+        if not self._row_seconds or all(entry.reading for entry in self.running):
             return self.chunk_rows
         rows = int(self.settings.max_stall_seconds / self._row_seconds)
         return max(BLOCK_ROWS, min(self.chunk_rows, rows))
 
-    def _has_room_for(self, entry: Entry) -> bool:
+    def _has_room_for(self, entry: E) -> bool:
         """Returns whether the blocks that an entry needs to be read and to play a round are there; takes what it can
         reuse."""
         table = entry.table
@@ -152,21 +167,20 @@ class Scheduler:
             entry.reused = hit
         return True
 
-    def _reserve(self, entry: Entry, rows: int, schedule: Schedule) -> bool:
-        """Take the blocks for an entry's rows. Where there are too few, the entry that comes last, which has no part in
-        the step yet, loses its own. Returns whether the entry still runs."""
+    def _preempt_for(self, entry: E, rows: int, schedule: Schedule[E]) -> bool:
+        """Take the blocks for an entry's rows from the entry that comes last, which has no part in the step yet, as
+        often as it takes. Returns whether the entry still runs."""
         while True:
-            try:
+            last = self.running.pop()
+            self._give_blocks_back(last)
+            last.reading = True
+            heapq.heappush(self.waiting, last)
+            schedule.preempted.append(last)
+            if last is entry:
+                return False
+            with contextlib.suppress(OutOfBlocksError):
                 entry.table.reserve(rows)
                 return True
-            except OutOfBlocksError:
-                last = self.running.pop()
-                self._give_blocks_back(last)
-                last.reading = True
-                heapq.heappush(self.waiting, last)
-                schedule.preempted.append(last)
-                if last is entry:
-                    return False
 
     def _give_blocks_back(self, entry: Entry) -> None:
         self.register(entry)

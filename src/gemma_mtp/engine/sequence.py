@@ -6,19 +6,19 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gemma_mtp.backend.base import Backend
+from gemma_mtp.backend.base import PROCESSED, Backend, choice_of
 from gemma_mtp.decoding.early_stop import StopRule
 from gemma_mtp.decoding.grammar_state import GrammarState
 from gemma_mtp.decoding.history import TokenHistory
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key
-from gemma_mtp.decoding.params import SamplingParams
+from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
 from gemma_mtp.decoding.verify import Verification
 from gemma_mtp.kv.pool import KVCache
 
 
-@dataclass
+@dataclass(slots=True)
 class Sequence:
-    """A sequence of `length` committed tokens.
+    """A sequence of `length` committed tokens. `choice`: how the backend chooses them.
 
     Between rounds its cache has length - 1 rows, because the last token has not been through the target yet, and its
     slot holds the target's state that produced the last token. `grammar` is there if and only if the parameters have
@@ -26,6 +26,7 @@ class Sequence:
     """
 
     params: SamplingParams
+    choice: ChoiceKind
     cache: KVCache
     history: TokenHistory | None = None
     grammar: GrammarState | None = None
@@ -35,7 +36,7 @@ class Sequence:
 
     def keys(self, count: int) -> list[int]:
         """Returns the noise keys of the next `count` positions; 0 where the choice has no noise."""
-        if self.params.greedy:
+        if self.choice == "argmax":
             return [0] * count
         seed = self.params.seed
         return [row_key(seed, position, STREAM_CHOICE) for position in range(self.length, self.length + count)]
@@ -49,11 +50,11 @@ class Turn(NamedTuple):
     verification: Verification = "exact"
     stop: StopRule | None = None
 
-    def backend_chooses(self, backend: Backend, drafts: int) -> bool:
+    def backend_chooses(self, drafts: int) -> bool:
         """Returns whether the backend makes the choices of this turn itself: by logits, by noise of their
         positions, and by filters."""
-        choice = self.sequence.params.choice
-        return choice == "argmax" or (choice in backend.chooses and (self.verification == "exact" or not drafts))
+        choice = self.sequence.choice
+        return choice == "argmax" or (choice != PROCESSED and (not drafts or self.verification == "exact"))
 
 
 def open_sequence(
@@ -68,4 +69,4 @@ def open_sequence(
     assert (grammar is None) == (params.grammar is None), "a grammar needs a GrammarState"
     vocab_size = backend.target.config.vocab_size
     history = TokenHistory(prompt_ids, vocab_size, backend.device) if params.uses_history else None
-    return Sequence(params, cache, history, grammar, length=len(prompt_ids), end=end)
+    return Sequence(params, choice_of(backend, params), cache, history, grammar, length=len(prompt_ids), end=end)

@@ -16,7 +16,7 @@ def plays_whole(backend: Backend, turn: Turn) -> bool:
     drafts = turn.draft_tokens if backend.drafter is not None else 0
     return (
         backend.rounds is not None and turn.stop is None and drafts <= backend.rounds.longest
-        and turn.backend_chooses(backend, drafts)
+        and turn.backend_chooses(drafts)
     )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def play_whole(backend: Backend, turns: Items[Turn], other: Sequence | None = No
     calls = [_round_rows(backend, turns[i]) for i in places]
     for i, (token_ids, drafted) in zip(places, backend.rounds.play(anyone.cache.pool, calls), strict=True):
         sequence = turns[i].sequence
-        sequence.cache.table.begin(len(token_ids))
+        sequence.cache.table.reserve(len(token_ids))
         sequence.cache.table.commit(len(token_ids))
         sequence.length += len(token_ids)
         sequence.last_token = token_ids[-1]

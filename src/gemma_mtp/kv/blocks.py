@@ -105,15 +105,18 @@ class Window:
 class BlockTable:
     """The blocks of one sequence of at most `max_length` rows, and how far it has come.
 
-    One call of the target is `begin(rows)`, the call itself, then `commit(rows kept)`.
+    One call of the target is `reserve(rows)`, the call itself, then `commit(rows kept)`.
     """
+
+    __slots__ = (
+        "_held", "_name", "_registered", "_room", "blocks", "length", "max_length", "tables", "windows",
+    )  # fmt: skip
 
     def __init__(self, blocks: Mapping[LayerType, Blocks], sliding_window: int, max_length: int) -> None:
         self.blocks = blocks
         self.windows = {SLIDING: Window(sliding_window), FULL: Window(None)}
         self.max_length = max_length
         self.length = 0  # committed rows
-        self.rows = 0  # rows of the call under way
         self.tables = {kind: array("i", [-1]) * blocks_of(max_length) for kind in LAYER_TYPES}
         self._held = {kind: [0, 0] for kind in LAYER_TYPES}  # first block held, first one not held yet
         self._room = 0  # rows that the blocks held so far have places for
@@ -121,7 +124,7 @@ class BlockTable:
         self._name = b""  # of the last of them
 
     def reserve(self, rows: int) -> None:
-        """Take the blocks that the next `rows` rows need. Raises OutOfBlocksError."""
+        """Take the blocks of a call's rows, at the positions length .. length + rows - 1. Raises OutOfBlocksError."""
         assert 0 < rows and self.length + rows <= self.max_length, "the caller sizes the table for its sequence"
         if self.length + rows <= self._room:
             return
@@ -135,16 +138,10 @@ class BlockTable:
                 held[1] += 1
         self._room = end * BLOCK_ROWS
 
-    def begin(self, rows: int) -> None:
-        """Announce a call whose rows take the positions length .. length + rows - 1."""
-        self.reserve(rows)
-        self.rows = rows
-
     def commit(self, rows: int) -> None:
         """Keep the first `rows` rows of the call and discard the others."""
-        assert 0 <= rows <= self.rows
         self.length += rows
-        self.rows = 0
+        assert 0 <= rows and self.length <= self._room, "the rows were reserved"
 
     def release(self) -> None:
         """Give all blocks back and forget every row. Of them, the pool gives up the last ones first."""

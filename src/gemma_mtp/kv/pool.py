@@ -55,7 +55,7 @@ class KVPool:
         return KVCache(self, BlockTable(self.blocks, self.config.sliding_window, max_length))
 
 
-@dataclass
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class KVCache:
     """One sequence's part of a pool: its blocks, and the slot of its state while it is open (else -1).
 

@@ -110,7 +110,7 @@ class CudaBackend:
         return self._with_room(lambda: self.on_device.logits(self.launch, hidden_RD))
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int],
+        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float] = (), keys: Sequence[int] = (),
         filters: Sequence[Filters] = (),
     ) -> list[int]:  # fmt: skip
         picked = torch.tensor(list(rows), dtype=torch.int32).to(self.device)
