@@ -213,7 +213,7 @@ def open_caches(backend: Backend, count: int, rows: int) -> list[KVCache]:
 @torch.inference_mode()
 def run_rows(backend: Backend, cache: KVCache, token_ids: list[int]) -> Tensor:
     """Run rows of one sequence and commit them; returns all of their hidden states, [T, D]."""
-    hidden_TD = forward(backend, [Rows(cache, token_ids, len(token_ids))])
+    hidden_TD = forward(backend, [Rows(cache, token_ids, len(token_ids))]).clone()
     cache.table.commit(len(token_ids))
     return hidden_TD
 

@@ -116,6 +116,7 @@ def test_a_model_is_run_and_chosen_from(name: str, family: str) -> None:
     keys = [row_key(row, row, STREAM_CHOICE) for row in range(rows)]
     temperatures, filters = [one.temperature for one in params], [one.filters for one in params]
     assert backend.choose(hidden_RD, range(rows), temperatures, keys, filters) == wanted
+    assert backend.choose(hidden_RD, range(rows)) == backend.choose(hidden_RD, range(rows), [0.0] * rows, keys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -291,7 +291,7 @@ def test_sequences_in_one_call_are_each_alone(name: str, weights: str) -> None:
         caches, out = open_caches(backend, count, 80), []
         for tokens, last_only in ((prompts, True), *((rows, False) for rows in rounds), (rounds[0], True)):
             calls = [Rows(cache, row, 1 if last_only else len(row)) for cache, row in zip(caches, tokens, strict=True)]
-            out += [forward(backend, part) for part in ([calls] if together else [[call] for call in calls])]
+            out += [forward(backend, part).clone() for part in ([calls] if together else [[call] for call in calls])]
             for call in calls:
                 call.cache.table.commit(len(call.token_ids))
         return torch.cat(out)
@@ -320,12 +320,25 @@ def test_rows_that_are_not_wanted_change_nothing(name: str, threads: int) -> Non
             keep = [len(tokens) if every else count for tokens, count in zip(call, wanted, strict=True)]
             rows = [Rows(*row) for row in zip(caches, call, keep, strict=True)]
             states_of = forward(backend, rows).split(keep)
-            out += [of_one[-count:] for of_one, count in zip(states_of, wanted, strict=True)]
+            out += [of_one[-count:].clone() for of_one, count in zip(states_of, wanted, strict=True)]
             for row in rows:
                 row.cache.table.commit(len(row.token_ids))
         return out
 
     assert all(torch.equal(a, b) for a, b in zip(played(every=False), played(every=True), strict=True))
+
+
+@torch.inference_mode()
+def test_the_states_of_a_call_are_overwritten_by_calls_of_its_own_pool_alone() -> None:
+    """And they are those that choices are made from and that sequences keep."""
+    backend = CpuBackend(random_target(6))
+    (one,), (other,) = open_caches(backend, 1, 40), open_caches(backend, 1, 40)
+    first = forward(backend, [Rows(one, [3, 5], 2)])
+    kept, chosen = first.clone(), backend.choose(first, range(2))
+    assert not torch.equal(forward(backend, [Rows(other, [7, 9], 2)]), kept)
+    assert torch.equal(first, kept) and backend.choose(first, range(2)) == chosen == backend.choose(kept, range(2))
+    backend.keep_states([one], first, [1])
+    assert torch.equal(one.state, kept[1]) and not other.state.any()
 
 
 @torch.inference_mode()

@@ -46,8 +46,8 @@ def test_a_server_whose_engine_ended_says_so(pair: Pair) -> None:
 
 
 def test_a_server_whose_engine_hangs_says_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, step = threading.Event(), Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (go_on.wait(SECONDS), step(self)))
+    go_on, step = threading.Event(), Engine.play
+    monkeypatch.setattr(Engine, "play", lambda self: (go_on.wait(SECONDS), step(self)))
     with serving(pair, request_seconds=0.2) as live:
         assert live.client.get("/health/live").status_code == 200
         try:

@@ -77,9 +77,9 @@ void draft(DraftStack& d, const std::vector<int64_t>& last, const std::vector<At
 }
 
 // Copies rows of a matrix to the places of another one, which has as many columns.
-void copy_rows(At<const float> from, const Numbers& rows, At<float> to, const Numbers& places, size_t columns) {
+void copy_rows(At<const float> source, const Numbers& rows, At<float> target, const Numbers& places, size_t columns) {
     for (size_t i = 0; i < rows.size(); i++)
-        std::copy_n(from + rows[i] * columns, columns, to + places.at(i) * columns);
+        std::copy_n(source + rows[i] * columns, columns, target + places.at(i) * columns);
 }
 
 void bind_constants(nb::module_& m) {
@@ -213,7 +213,7 @@ void bind_calls(nb::module_& m) {
             new (view) View{{sliding, full}, {sliding_cos, full_cos}, {sliding_sin, full_sin}};
         },
         "sliding"_a, "full"_a, "sliding_cos"_a, "sliding_sin"_a, "full_cos"_a, "full_sin"_a);
-    m.def("copy_rows", &copy_rows, "from"_a, "rows"_a, "to"_a, "places"_a, "columns"_a);
+    m.def("copy_rows", &copy_rows, "source"_a, "rows"_a, "target"_a, "places"_a, "columns"_a);
     nb::class_<StopRule>(m, "StopRule")
         .def(
             "__init__",

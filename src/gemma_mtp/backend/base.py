@@ -170,7 +170,8 @@ class Backend(Protocol):
         ...
 
     def forward(self, calls: Sequence[Rows]) -> Tensor:
-        """Run rows of sequences of one pool. Returns hidden states after the final norm, [sum of keep, D]."""
+        """Run rows of sequences of one pool. Returns hidden states after the final norm, [sum of keep, D], which the
+        pool's next call may overwrite."""
         ...
 
     def keep_states(self, caches: Sequence[KVCache], hidden_RD: Tensor, rows: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from gemma_mtp.backend.native import (
     Memory,
     floats,
     floats_in,
-    floats_of_row,
     int32s_in,
     int64s,
     int64s_in,
@@ -57,6 +56,7 @@ class CpuBackend:
         self._stack = stack or TargetStack(target)
         self._drafts = None if drafter is None else DrafterStack(drafter, self._stack)
         self._rope: tuple[int, Mapping[LayerType, Rope]] = 0, {}  # how many positions, and their tables
+        self._last: _States | None = None  # of the last call
 
     @property
     def identity(self) -> Mapping[str, str | int]:
@@ -76,12 +76,16 @@ class CpuBackend:
     def forward(self, calls: Sequence[Rows]) -> Tensor:
         caches, token_ids, keep = zip(*calls, strict=True)
         rows, tokens = [len(of_one) for of_one in token_ids], list(itertools.chain.from_iterable(token_ids))
-        views, lengths = self._places(caches)
-        return self._stack.forward(tokens, _layers(caches[0].pool), views, rows, keep, lengths)
+        pool = caches[0].pool
+        self._last = states = _states(pool, sum(keep))
+        self._stack.forward(
+            tokens, _layers(pool, tuple(pool.layers)), *self._places(caches), rows, keep, states.address
+        )
+        return states.hidden_RD
 
     def keep_states(self, caches: Sequence[KVCache], hidden_RD: Tensor, rows: Sequence[int]) -> None:
-        states, slots = caches[0].pool.states, [cache.slot for cache in caches]
-        _native.copy_rows(floats(hidden_RD), rows, floats(states), slots, states.shape[1])
+        begin, slots = _slots(caches[0].pool), [cache.slot for cache in caches]
+        _native.copy_rows(self._address(hidden_RD), rows, begin, slots, self._stack.hidden_size)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         return self._stack.logits(hidden_RD)
@@ -91,14 +95,14 @@ class CpuBackend:
         filters: Sequence[Filters] = (),
     ) -> list[int]:  # fmt: skip
         assert not any(one.active for one in filters), "filtered choices are made elsewhere"
-        return self._stack.choose(hidden_RD, rows, temperatures, keys)
+        return self._stack.choose(self._address(hidden_RD), rows, temperatures, keys)
 
     def draft(self, calls: Sequence[DraftRows]) -> list[DraftedTokens]:
         assert self._drafts is not None
         caches = [call.cache for call in calls]
-        states = caches[0].pool.states
-        begun = [floats_of_row(states, cache.slot) for cache in caches]
-        return self._drafts.draft(calls, begun, self._donors(caches), *self._places(caches))
+        begin, row_bytes = _slots(caches[0].pool), 4 * self._stack.hidden_size
+        states = [cast("Floats", begin + row_bytes * cache.slot) for cache in caches]
+        return self._drafts.draft(calls, states, self._donors(caches), *self._places(caches))
 
     def draft_step(self, caches: Sequence[KVCache], token_ids_R: Tensor, hidden_RD: Tensor) -> DraftStep:
         assert self._drafts is not None
@@ -110,7 +114,12 @@ class CpuBackend:
         """Returns the donor layers in the order of the drafter's layers."""
         assert self.drafter is not None
         donors = caches[0].pool.config.donor_layers
-        return _layers(caches[0].pool, [donors[kind] for kind in self.drafter.config.text.layer_types])
+        return _layers(caches[0].pool, tuple([donors[kind] for kind in self.drafter.config.text.layer_types]))
+
+    def _address(self, hidden_RD: Tensor) -> Floats:
+        """Returns the address of hidden states, which is known of the last call's."""
+        last = self._last  # once: other threads may call with other pools
+        return last.address if last is not None and last.hidden_RD is hidden_RD else floats(hidden_RD)
 
     def _places(self, caches: Sequence[KVCache]) -> tuple[list[_native.View], list[int]]:
         """Returns where each sequence lies in the pool, and how many rows it has."""
@@ -171,13 +180,11 @@ class TargetStack:
         self._stack = _native.Stack(stack, layers)
 
     def forward(
-        self, token_ids: list[int], layers: _native.Caches, views: list[_native.View], rows: list[int],
-        keep: Sequence[int], lengths: list[int],
-    ) -> Tensor:  # fmt: skip
-        """Returns hidden states after the final norm, float32 [sum of keep, D]."""
-        hidden = torch.empty(sum(keep), self.hidden_size)
-        self._stack.forward(token_ids, layers, views, rows, keep, lengths, floats(hidden))
-        return hidden
+        self, token_ids: list[int], layers: _native.Caches, views: list[_native.View], lengths: list[int],
+        rows: list[int], keep: Sequence[int], out: Floats,
+    ) -> None:  # fmt: skip
+        """Write hidden states after the final norm, float32 [sum of keep, D]."""
+        self._stack.forward(token_ids, layers, views, rows, keep, lengths, out)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Returns soft-capped logits, float32 [R, V]."""
@@ -187,10 +194,10 @@ class TargetStack:
         return out
 
     def choose(
-        self, hidden_RD: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
+        self, hidden: Floats, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int]
     ) -> list[int]:
-        """Returns the tokens of these rows of `hidden_RD`, float32 and contiguous. No logits are stored."""
-        return self._stack.choose(floats(hidden_RD), rows, temperatures, keys)
+        """Returns the tokens of these rows of hidden states. No logits are stored."""
+        return self._stack.choose(hidden, rows, temperatures, keys)
 
 
 class DrafterStack:
@@ -311,16 +318,44 @@ def _moe(memory: Memory, moe: MoE) -> _native.MoE:
     return out
 
 
-def _layers(pool: KVPool, layers: Sequence[int] | None = None) -> _native.Caches:
-    """Returns the addresses of the pool's layers, of all or of some in their order; made once."""
-    key = tuple(pool.layers if layers is None else layers)
-    if key not in pool.handles:
+# What follows is kept with a pool and made once: between two calls PyTorch's code is in no cache, and to make a tensor
+# there takes 35 microseconds, and to ask one for its address 8.
+
+
+class _States(NamedTuple):
+    """Hidden states of a call, [rows, D], and their address."""
+
+    hidden_RD: Tensor
+    address: Floats
+    rows: int
+
+
+def _states(pool: KVPool, rows: int) -> _States:
+    """Returns memory for the states of a call: that of the pool's last call, where it had as many rows."""
+    known: _States | None = pool.handles.get(_States)
+    if known is None or known.rows != rows:
+        hidden_RD = torch.empty(rows, pool.config.hidden_size)
+        pool.handles[_States] = known = _States(hidden_RD, floats(hidden_RD), rows)
+    return known
+
+
+def _slots(pool: KVPool) -> Floats:
+    """Returns the address of the sequences' states."""
+    if _slots not in pool.handles:
+        pool.handles[_slots] = floats(pool.states)
+    address: Floats = pool.handles[_slots]
+    return address
+
+
+def _layers(pool: KVPool, layers: tuple[int, ...]) -> _native.Caches:
+    """Returns the addresses of some of the pool's layers, in their order."""
+    if layers not in pool.handles:
         caches = _native.Caches()
-        for layer in key:
+        for layer in layers:
             rows = pool.layers[layer]
             caches.add(floats(rows.keys), floats(rows.values), rows.keys.shape[1])
-        pool.handles[key] = caches
-    handle: _native.Caches = pool.handles[key]
+        pool.handles[layers] = caches
+    handle: _native.Caches = pool.handles[layers]
     return handle
 
 

@@ -128,11 +128,6 @@ def floats(tensor: Tensor | None) -> Floats:
     return tensor.data_ptr()  # type: ignore[return-value]
 
 
-def floats_of_row(tensor: Tensor, row: int) -> Floats:
-    """Returns the address of one row of a contiguous float32 matrix."""
-    return floats(tensor) + 4 * tensor.stride(0) * row  # type: ignore[return-value]
-
-
 def int64s(tensor: Tensor) -> Int64s:
     """Returns the address of a contiguous int64 tensor."""
     assert tensor.dtype is torch.int64 and tensor.is_contiguous() and tensor.is_cpu

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
-
 from gemma_mtp.chat.prompt import Conversation, chat_ids, thinking_variable
 from gemma_mtp.chat.turn import Event, Thought
 from gemma_mtp.decoding.draft_length import DraftTokens
@@ -161,8 +159,7 @@ class Answer:
 
     def _pieces(self, stopped: Callable[[], bool]) -> Iterator[Piece]:
         while not self._generation.ended:
-            with torch.inference_mode():
-                self._engine.step()
+            self._engine.step()
             for update in self._generation.take():
                 yield from self._read(update)
             if stopped() and not self._generation.ended:

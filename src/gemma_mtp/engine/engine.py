@@ -130,16 +130,13 @@ class Engine:
     def step(self) -> None:
         """Schedule, run, settle. Does nothing where nothing waits or runs.
 
-        What fails in what all share ends those that run; who waits goes on. Who steps many times may be in
-        `torch.inference_mode` already, which takes a while to enter.
+        What fails in what all share ends those that run; who waits goes on.
         """
-        if torch.is_inference_mode_enabled():
-            self._step()
-        else:
-            with torch.inference_mode():
-                self._step()
+        with torch.inference_mode():
+            self.play()
 
-    def _step(self) -> None:
+    def play(self) -> None:
+        """`step` for who is in `torch.inference_mode` already, which takes a while to enter and to ask for."""
         began = time.perf_counter()
         try:
             schedule = self._schedule()
@@ -210,21 +207,19 @@ class Engine:
             self.scheduler.register(job)
         delivered = [_delivered(job, outcome, seconds) for job, outcome in zip(jobs, outcomes, strict=True)]
         self._count(rounds, delivered)
-        for job, outcome, token_ids in zip(jobs, outcomes, delivered, strict=True):
-            if isinstance(token_ids, Exception):
-                self._fail(job, token_ids)
+        for job, outcome, brought in zip(jobs, outcomes, delivered, strict=True):
+            if isinstance(brought, Exception):
+                self._fail(job, brought)
                 continue
             if job.result.ended:  # before the reader knows, so that who waits for the end finds the blocks free
                 self._end(job, job.result.finish_reason)
             if outcome is not None:
-                job.tell(token_ids)
+                job.tell(brought)
 
     def _count(self, rounds: Items[RoundOutput], delivered: Items[list[int] | Exception]) -> None:
         with self._stats as stats:
             stats.steps += 1
-            for token_ids in delivered:
-                if isinstance(token_ids, list):
-                    stats.output_tokens += len(token_ids)
+            stats.output_tokens += sum([len(brought) for brought in delivered if isinstance(brought, list)])
             for output in rounds:
                 stats.rounds_of[output.drafted, output.accepted] += 1
 

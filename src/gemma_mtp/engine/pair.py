@@ -79,7 +79,7 @@ class Pair(LoadedPair):
         generation.leave_out_text()
         with torch.inference_mode():  # once: entering it takes a while
             while not generation.ended:
-                engine.step()
+                engine.play()
         for _ in generation.take():  # raises what the request failed with
             pass
         return generation.result

@@ -114,5 +114,5 @@ class EngineThread:
                     if self._stopping and self.engine.idle:
                         return
             self._step_began = time.monotonic()
-            self.engine.step()
+            self.engine.play()
             self._step_began = None

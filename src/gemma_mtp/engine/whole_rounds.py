@@ -25,9 +25,10 @@ def play_whole(backend: Backend, turns: Items[Turn], other: Sequence | None = No
 
     `other`: a sequence of the same pool. A backend that is ahead hears of every step, also of one without turns.
     """
+    assert backend.rounds is not None, "a backend that plays whole rounds"
     outputs: list[RoundOutput | None] = [None] * len(turns)
     anyone = turns[0].sequence if turns else other
-    if backend.rounds is None or anyone is None:
+    if anyone is None:
         return outputs
     places = [i for i, turn in enumerate(turns) if plays_whole(backend, turn)]
     calls = [_round_rows(backend, turns[i]) for i in places]
