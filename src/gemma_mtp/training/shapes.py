@@ -1,4 +1,4 @@
-"""The bundled pair's two configurations and how their weights are initialised."""
+"""The configuration of a new drafter, and how weights are initialised."""
 
 from __future__ import annotations
 
@@ -7,27 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma_mtp.config import FULL, SLIDING, DrafterConfig, LayerType, TargetConfig, TextConfig
+from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.config.presets import drafter_stack
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.layers import Attention, DecoderLayer
 from gemma_mtp.model.target import Target
-from gemma_mtp.training import bpe
 from gemma_mtp.weights.matrix import Embedding, Linear
-
-_TARGET_LAYERS: tuple[LayerType, ...] = ((SLIDING,) * 4 + (FULL,)) * 3
-
-#: E2B's shape, small: KV sharing, double-wide MLP, per-layer embeddings, softcap. Its weights are more than a
-#: processor's cache holds, so that decoding is bound by reading them, as any real target's is.
-BUNDLED_TARGET = TargetConfig(
-    TextConfig(
-        vocab_size=bpe.VOCAB_SIZE, hidden_size=320, intermediate_size=896, num_hidden_layers=15,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=64, global_head_dim=128, num_global_key_value_heads=1,
-        layer_types=_TARGET_LAYERS, sliding_window=128, num_kv_shared_layers=5, use_double_wide_mlp=True,
-        hidden_size_per_layer_input=32, vocab_size_per_layer_input=bpe.VOCAB_SIZE, final_logit_softcapping=30.0,
-        max_position_embeddings=2048, eos_token_ids=(bpe.EOS, bpe.TURN_CLOSE),
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,25 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bundled_pair import bpe
 from gemma_mtp.checkpoint import save_target
-from gemma_mtp.config import TargetConfig
+from gemma_mtp.config import FULL, SLIDING, TargetConfig, TextConfig
 from gemma_mtp.json_files import write_json
 from gemma_mtp.measure.acceptance import AcceptanceReport
 from gemma_mtp.model.target import Target
-from gemma_mtp.training import bpe
-from gemma_mtp.training.shapes import BUNDLED_TARGET, DrafterShape
+from gemma_mtp.training.shapes import DrafterShape
 
+#: E2B's shape, small: KV sharing, double-wide MLP, per-layer embeddings, softcap. Its weights are more than a
+#: processor's cache holds, so that decoding is bound by reading them, as any real target's is.
+BUNDLED_TARGET = TargetConfig(
+    TextConfig(
+        vocab_size=bpe.VOCAB_SIZE, hidden_size=320, intermediate_size=896, num_hidden_layers=15,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=64, global_head_dim=128, num_global_key_value_heads=1,
+        layer_types=((SLIDING,) * 4 + (FULL,)) * 3, sliding_window=128, num_kv_shared_layers=5,
+        use_double_wide_mlp=True, hidden_size_per_layer_input=32, vocab_size_per_layer_input=bpe.VOCAB_SIZE,
+        final_logit_softcapping=30.0, max_position_embeddings=2048, eos_token_ids=(bpe.EOS, bpe.TURN_CLOSE),
+    )
+)  # fmt: skip
 #: nothing on sampling: the command line is greedy, the server draws, unless asked otherwise
 GENERATION = {
     "bos_token_id": bpe.BOS,

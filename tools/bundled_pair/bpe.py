@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from bundled_pair.corpus import save_json
 from gemma_mtp.files.replace import replace_text
-from gemma_mtp.training.data import save_json
 
 VOCAB_SIZE = 4096
 PAD, EOS, BOS, UNK, MASK, TURN_OPEN, TURN_CLOSE = 0, 1, 2, 3, 4, 105, 106

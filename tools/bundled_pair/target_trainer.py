@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bundled_pair import corpus
 from gemma_mtp.config import TargetConfig
 from gemma_mtp.errors import TrainingError
 from gemma_mtp.model.layers import rope_for
 from gemma_mtp.model.target import Target
-from gemma_mtp.training import data
 from gemma_mtp.training.attention import TrainingKeyValues
 from gemma_mtp.training.log import RunLog
-from gemma_mtp.training.optim import Masters, Optimiser, choose_dtype, traceable, trapezoid
+from gemma_mtp.training.optim import Masters, Optimiser, choose_dtype, traceable
 from gemma_mtp.training.shapes import initialise
 from gemma_mtp.training.state import load_state, save_state
 
@@ -72,6 +72,13 @@ def compiled(loss_of: RowLoss) -> Callable[[Tensor], Tensor]:
     traceable()
     compiled_loss: Callable[[Tensor], Tensor] = torch.compile(loss_of.__call__, dynamic=False)
     return compiled_loss
+
+
+def trapezoid(progress: float, warmup: float = 0.02, decay: float = 0.45) -> float:
+    """Share of the peak learning rate at `progress` (0 to 1) of the run: up, flat, then linearly to zero."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return max(0.0, min(1.0, (1.0 - progress) / decay))
 
 
 class TargetTrainer:
@@ -129,8 +136,8 @@ class TargetTrainer:
 
 def train_target(
     config: TargetConfig,
-    training: data.TokenArray,
-    held_out: data.TokenArray,
+    training: corpus.TokenArray,
+    held_out: corpus.TokenArray,
     held_out_bytes: int,
     recipe: TargetRecipe,
     directory: Path,
@@ -148,7 +155,7 @@ def train_target(
         trainer.resume()
     loss_of = RowLoss(trainer.target, recipe.row_length)
     training_loss = compiled(loss_of) if recipe.compile else loss_of
-    batches = data.BatchOrder(data.rows(training, recipe.row_length), recipe.batch_size, recipe.seed)
+    batches = corpus.BatchOrder(corpus.rows(training, recipe.row_length), recipe.batch_size, recipe.seed)
     budget, last_checkpoint = recipe.minutes * 60, time.monotonic()
     with RunLog(directory, "target", trainer.step) as log:
         while (elapsed := trainer.seconds) < budget:
@@ -167,9 +174,9 @@ def train_target(
 
 
 @torch.no_grad()
-def held_out_loss(loss_of: RowLoss, held_out: data.TokenArray, batch_size: int = 8) -> float:
+def held_out_loss(loss_of: RowLoss, held_out: corpus.TokenArray, batch_size: int = 8) -> float:
     """Mean nats per token over every whole row of the held-out files."""
-    rows_NT = data.rows(held_out, loss_of.row_length)
+    rows_NT = corpus.rows(held_out, loss_of.row_length)
     losses, counts = [], []
     for start in range(0, len(rows_NT), batch_size):
         batch = torch.from_numpy(rows_NT[start : start + batch_size].astype("int64"))
