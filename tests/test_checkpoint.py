@@ -190,7 +190,7 @@ def test_vision_and_audio_tensors_are_skipped_with_one_notice(tmp_path: Path, ca
     with caplog.at_level(logging.DEBUG, logger="gemma_mtp"):
         loaded = load_target(tmp_path, torch.float32)
     assert [(record.name, record.levelname) for record in caplog.records] == [("gemma_mtp", "INFO")]
-    assert "skipped 3 tensors (1.3 MB)" in caplog.messages[0]
+    assert "skipped 3 tensors (1.30 MB)" in caplog.messages[0]
     same_weights(loaded.checkpoint_tensors(), target.checkpoint_tensors())
 
 

@@ -117,7 +117,7 @@ def test_written_text_is_kept_and_taken_up_again(tiny: Path, tmp_path: Path) -> 
     (store,) = (tmp_path / "cache").iterdir()
     first = store.read_text()
     with store.open("a") as file:
-        file.write('\n{"key": "cut off by a ki')
+        file.write('{"key": "cut off by a ki')
     train(tiny, tmp_path / "b", *options)
     assert store.read_text().startswith(first)
     assert len(store.read_text().splitlines()) == len(first.splitlines()) + 1  # nothing was written anew

@@ -165,7 +165,8 @@ class Display:
     def _due(self) -> bool:
         """Whether a line is worth its place: the last one is some time ago, and there is something new, or long ago."""
         passed, (name, share) = time.monotonic() - self._last_line, self._said
-        new = name != self.name or (self.share or 0.0) - share >= NEW_SHARE
+        gained = (self.share or 0.0) - share
+        new = name != self.name or gained >= NEW_SHARE or (gained > 0 and self.share == 1.0)
         return passed >= (LINE_SECONDS if new else SAME_SECONDS)
 
     def _new_bar(self) -> tuple[Progress, TaskID]:
