@@ -44,6 +44,9 @@ class EagerReplays:
     def mark(self) -> Callable[[], None]:
         return lambda: None
 
+    def give_back(self) -> None:
+        pass
+
 
 @dataclass
 class Run:
@@ -142,6 +145,9 @@ class _Counted:
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._replays.staging(shape, dtype)
+
+    def give_back(self) -> None:
+        self._replays.give_back()
 
     def mark(self) -> Callable[[], None]:
         wait = self._replays.mark()

@@ -21,7 +21,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 
 def compiled(task: dict[str, Any]) -> dict[str, Any]:
-    """What a kernel is on a card: registers, stack, shared memory, instructions; or the error."""
+    """What a kernel is on a card: registers, stack, shared memory, instructions; or the error. `flushed`: how many take
+    subnormal numbers for zero."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -40,6 +41,7 @@ def compiled(task: dict[str, Any]) -> dict[str, Any]:
         **task, **_resources(made.asm["cubin"]), "shared": made.metadata.shared,
         "products": sorted(set(re.findall(r"\b(mma\.sync|wgmma|tcgen05)\S*\.(?:mma|m\d+|aligned)", ptx))),
         "fused": len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),
+        "flushed": len(re.findall(r"\b(?:add|sub|mul|fma)(?:\.\w+)*\.ftz\.f32", ptx)),
     }  # fmt: skip
 
 

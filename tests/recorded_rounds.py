@@ -6,6 +6,7 @@ state or key shows. Its drafter is right in seven of ten cases.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -34,13 +35,18 @@ LOGITS = 3 * torch.randn(997, VOCAB, generator=_generator)
 class Recorder(TorchDispatchMode):
     """Stands for CUDA's graphs: keeps the calls of a function on tensors, and makes them again into the same memory.
 
-    Capturing changes nothing that was there before. `waits`: how often the host waited."""
+    Capturing changes nothing that was there before. `waits`: how often the host waited. `recordings`: those that
+    somebody holds. `refusal` is asked at each capture, and at each replay, for the error that ends it; a capture ends
+    in the middle."""
 
     def __init__(self, launch: Launch | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._launch = launch
         self._calls: list[Call] | None = None
-        self.captured = self.replayed = self.waits = 0
+        self._error: Exception | None = None
+        self.captured = self.replayed = self.waits = self.attempts = self.given_back = 0
+        self.recordings: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.refusal: Callable[[str], Exception | None] = lambda what: None
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Launches kernels, as part of what is recorded."""
@@ -53,22 +59,33 @@ class Recorder(TorchDispatchMode):
 
     def capture(self, body: Call) -> Call:
         calls: list[Call] = []
-        self._calls = calls
-        with self:
-            body()
-        self._calls = None
+        self._calls, self._error = calls, self.refusal("capture")
+        self.attempts += 1
+        try:
+            with self:
+                body()
+        finally:
+            self._calls = None
         self.captured += 1
 
         def replay() -> None:
+            if (error := self.refusal("replay")) is not None:
+                raise error
             self.replayed += 1
             for call in calls:
                 call()
 
+        self.recordings.add(replay)
         return replay
+
+    def give_back(self) -> None:
+        self.given_back += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         assert self._calls is not None
+        if self._error is not None and len(self._calls) == 20:
+            raise self._error
         assert func.name() not in ("aten::item", "aten::_local_scalar_dense"), "the host reads the device"
         if func._schema.is_mutable:
             self._calls.append(lambda: func(*args, **kwargs))

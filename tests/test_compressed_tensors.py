@@ -11,7 +11,7 @@ import torch
 from foreign import check_read, write_foreign
 from torch import Tensor
 
-from gemma_mtp.checkpoint import fp8_values, load_target, stored_tensors, text_headers
+from gemma_mtp.checkpoint import held_bytes, load_target, stored_tensors
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
 from gemma_mtp.weight_types import parse_weight_types
 from gemma_mtp.weights.fp8 import Fp8
@@ -123,7 +123,9 @@ def test_fp8_stays_for_kernels_that_multiply_it(name: str, tmp_path: Path, monke
     kept = [weight for weight in weights.values() if isinstance(weight, Fp8)]
     assert len(kept) == len(exact) and (kept == []) == (name not in ("FP8 in rows", "FP8 in one"))
     assert all(any(torch.equal(weight.values(), values) for values in exact) for weight in kept)
-    assert fp8_values(text_headers(tmp_path)) == sum(weight.numel() for weight in kept)
+    for fp8, model in ((False, plain), (True, target)):
+        held = sum(tensor.nbytes for matrix in model.checkpoint_tensors().values() for tensor in matrix.kept().values())
+        assert held_bytes(tmp_path, "target", torch.bfloat16, None, fp8) == held
     # what is quantised while loading is made of the values, where its columns allow, and what is saved is floats
     quantised = load_target(tmp_path, torch.bfloat16, types=parse_weight_types("target=int8"), fp8=True)
     left = [matrix.stored for matrix in matrices(quantised) if isinstance(matrix.stored, Fp8)]

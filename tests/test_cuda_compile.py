@@ -62,6 +62,7 @@ def check(found: dict[str, Any]) -> None:
         assert set(found["products"]) <= allowed, f"{what}: {found['products']}"
         if constants.get("BLOCK_M", 16) <= 16:
             assert found["products"] == ["mma.sync"], what
+    assert not found["flushed"], f"{what}: subnormal numbers, as small values of E4M3 begin, become zero"
     scaled = constants.get("KIND", DENSE) != DENSE and found["name"] in PRODUCTS
     assert (found["fused"] > 0) == scaled, f"{what}: {found['fused']} fused multiply-adds"
 

@@ -153,6 +153,7 @@ def test_rounds_are_recorded_one_at_a_time_on_their_card(monkeypatch: pytest.Mon
     for name, value in {
         "device": _Guard, "graph": Recording, "CUDAGraph": lambda: SimpleNamespace(replay=print),
         "Stream": lambda device: f"stream of {device}", "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda: None, "set_stream": lambda stream: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     replays = [CudaReplays(second), CudaReplays(second)]

@@ -14,7 +14,7 @@ from recorded_rounds import Recorder, plain_backend
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
-from gemma_mtp.backend.cuda.device_round import COUNTS, LEAST_REACH
+from gemma_mtp.backend.cuda.device_round import COUNTS
 from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.config.generation import GenerationDefaults
 from gemma_mtp.decoding.noise import STREAM_CHOICE, row_key, row_keys, signed, stream_key
@@ -27,6 +27,7 @@ from gemma_mtp.engine.sequence import Sequence, Turn, open_sequence
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.engine.whole_rounds import play_whole
 from gemma_mtp.kv.blocks import BLOCK_ROWS
+from gemma_mtp.sizes.card import LEAST_REACH
 
 TOKENS = [(7 * i * i + i) % VOCAB for i in range(90)]
 ROOM = 400

@@ -189,9 +189,9 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
         check_weights_fit(Path("x"), config, UNIFORM["int8"], torch.bfloat16, cpu)
     check_weights_fit(Path("x"), config, UNIFORM["int4"], torch.bfloat16, cpu)
     with pytest.raises(CheckpointError, match=r"take 32\.4 GB"):
-        check_weights_fit(Path("x"), config, UNIFORM["none"], torch.bfloat16, cpu, fp8_values=29 * 10**9)
+        check_weights_fit(Path("x"), config, UNIFORM["none"], torch.bfloat16, cpu, held=324 * 10**8)
     monkeypatch.setattr(start, "device_free_bytes", lambda device: 33 * 10**9)
-    check_weights_fit(Path("x"), config, UNIFORM["none"], torch.bfloat16, cpu, fp8_values=29 * 10**9)
+    check_weights_fit(Path("x"), config, UNIFORM["none"], torch.bfloat16, cpu, held=324 * 10**8)
 
 
 # downloading

@@ -46,7 +46,7 @@ from gemma_mtp.measure.plan_models import known_name, planned
 from gemma_mtp.sizes import machine
 from gemma_mtp.sizes.machine import cores, free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
-from gemma_mtp.sizes.weights import native_copies, target_read_bytes, weight_bytes
+from gemma_mtp.sizes.weights import target_read_bytes, weight_bytes, wide_copies
 from gemma_mtp.units import parse_bytes, shown_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, parse_weight_types
 
@@ -119,7 +119,7 @@ def test_what_native_operators_keep_beside_the_weights() -> None:
             if t.untyped_storage().data_ptr() not in own
         }
         scalars = 4 * config.text.num_hidden_layers  # a number each, which is no tensor
-        assert sum(kept.values()) == native_copies(config, 2) - scalars
+        assert sum(kept.values()) == wide_copies(config, 2) - scalars
 
 
 @pytest.mark.parametrize(("sequences", "context"), [(1, 40), (3, 200), (8, 1000)])

@@ -1,7 +1,6 @@
 """Checkpoints of targets and drafters: what they hold, loading and saving, whatever format they are stored in."""
 
-from gemma_mtp.checkpoint.kept import fp8_values
-from gemma_mtp.checkpoint.load import load_drafter, load_target
+from gemma_mtp.checkpoint.load import held_bytes, load_drafter, load_target
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import (
     check_headers,
@@ -32,7 +31,7 @@ __all__ = [
     "StoredTensor",
     "check_headers",
     "empty_model",
-    "fp8_values",
+    "held_bytes",
     "load_drafter",
     "load_target",
     "open_source",

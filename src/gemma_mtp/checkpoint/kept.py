@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -42,11 +41,6 @@ def keep_stored_(
                 matrix.convert_(form)
     weights = model.checkpoint_tensors()
     return {name: read[name] if isinstance(weights.get(name), Fp8) else header for name, header in headers.items()}
-
-
-def fp8_values(headers: Mapping[str, StoredTensor]) -> int:
-    """Returns how many values are stored as FP8 that `keep_stored_` can keep."""
-    return sum(math.prod(header.shape) for header in headers.values() if _as_stored(header) is not header)
 
 
 def _as_stored(header: StoredTensor) -> StoredTensor:

@@ -17,6 +17,7 @@ from gemma_mtp.checkpoint.read import (
     check_headers,
     empty_model,
     family_table,
+    read_config,
     read_contents,
     read_drafter_config,
     read_target_config,
@@ -27,6 +28,7 @@ from gemma_mtp.checkpoint.tensors import copy_tensors, nobody, stored_tensors, s
 from gemma_mtp.checkpoint.upload import uploads_to
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.locate import Role
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.units import shown_bytes
@@ -87,6 +89,18 @@ def planned_model(
         _check_ordering(source, contents)
     model.quantise_(types or WeightTypes())
     return model
+
+
+def held_bytes(
+    location: Location, role: Role, dtype: torch.dtype, types: WeightTypes | None = None, fp8: bool = False
+) -> int:
+    """Returns the bytes of a model's weights once it is loaded so; no weights are read, but for what `read_contents`
+    and a drafter's order of tokens need. Raises what loading does."""
+    source = open_source(location, role)
+    contents: Contents[Any] = read_contents(source, read_config(source))
+    model = planned_model(source, contents, dtype, types)
+    keep_stored_(model, contents.headers, fp8)
+    return sum(weight.nbytes for weight in model.checkpoint_tensors().values())
 
 
 def rounded(model: Target | Drafter, contents: Contents[Any]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Literal
 
 import torch
 
-from gemma_mtp.backend.cuda.usable import ASKED_BY, why_not_on
+from gemma_mtp.backend.cuda.asked import ASKED_BY
+from gemma_mtp.backend.cuda.usable import usable_on, why_not_on
 from gemma_mtp.backend.device_memory import device_free_bytes
 from gemma_mtp.backend.native import native_available, usable
 from gemma_mtp.backend.processor import processor
@@ -25,7 +26,7 @@ from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.engine.cost_cache import cache_directory
 from gemma_mtp.engine.pair import choose_device, choose_dtype
 from gemma_mtp.measure.plan import Load, takes
-from gemma_mtp.measure.plan_models import Planned, planned
+from gemma_mtp.measure.plan_models import Planned, held_of, planned
 from gemma_mtp.sizes.machine import cores, free_memory, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.units import shown_bytes, three_digits
@@ -164,7 +165,7 @@ def _installation_checks() -> list[Check]:
 def pair_checks(models: ExaminedPair) -> list[Check]:
     """Returns what configurations say of a pair: whether it fits together and into memory, and how it is stored."""
     given = None if models.drafter is None else str(models.drafter)
-    pair = planned(str(models.target), given, models.no_drafter)
+    pair = planned(str(models.target), given, models.no_drafter, others=True)
     types = merge(pair.types, parse_weight_types(models.quantize) if models.quantize else WeightTypes())
     device = choose_device(models.device)
     dtype = choose_dtype(models.dtype, device, open_source(str(models.target)))
@@ -191,10 +192,11 @@ def pair_checks(models: ExaminedPair) -> list[Check]:
 
 def as_loaded(pair: Planned, types: WeightTypes, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Returns the pair as the backend that would run it there keeps it."""
-    operators: Operators = "native" if usable(device, dtype) else "reference"
+    kernels = dtype is torch.bfloat16 and usable_on(device)
+    operators: Operators = "native" if usable(device, dtype) else "cuda" if kernels else "reference"
     return Loaded(
         pair.target, pair.drafter, types, dtype.itemsize, kv_dtype(device, dtype).itemsize, operators,
-        torch.get_num_threads(),
+        torch.get_num_threads(), held=held_of(pair, types, str(dtype).removeprefix("torch."), kernels),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gemma_mtp.backend.cuda.asked import asked
 from gemma_mtp.cli.console import console, print_table
 from gemma_mtp.cli.plan import LoadOptions, MachineOptions, OutputOptions, PlannedPair
 from gemma_mtp.decoding.round_costs import LONGEST
@@ -28,7 +29,7 @@ from gemma_mtp.measure.plan import (
     most_sequences,
     takes,
 )
-from gemma_mtp.measure.plan_models import Planned, planned
+from gemma_mtp.measure.plan_models import Planned, held_of, planned
 from gemma_mtp.measure.plan_plot import plot_plan
 from gemma_mtp.sizes.machine import cores, read_bandwidth, total_memory
 from gemma_mtp.sizes.run import Loaded, Operators, kv_element_bytes
@@ -61,7 +62,7 @@ class Row:
 
 def plan(models: PlannedPair, used: LoadOptions, machine: MachineOptions, output: OutputOptions) -> None:
     """Count what every choice of weights takes, and print it."""
-    pair = planned(models.model, models.drafter, models.no_drafter)
+    pair = planned(models.model, models.drafter, models.no_drafter, others=True)
     context = _check(used, machine, pair)
     load = Load(used.sequences, context, used.draft_tokens)
     memory, memory_from = memory_of(machine.memory, machine.device)
@@ -126,9 +127,11 @@ def _loaded(models: PlannedPair, machine: MachineOptions, pair: Planned, types: 
     narrow = machine.device == "cuda" or (native and pair.narrow)
     dtype = ("bfloat16" if narrow else "float32") if models.dtype == "auto" else models.dtype
     dense = _kind("--dtype", dtype)
-    operators: Operators = "native" if native else "reference"
+    kernels = machine.device == "cuda" and dtype == "bfloat16" and models.kv_type in ("auto", dtype) and asked()
+    operators: Operators = "native" if native else "cuda" if kernels else "reference"
     kv = kv_element_bytes(operators, dense) if models.kv_type == "auto" else _kind("--kv-type", models.kv_type)
-    return Loaded(pair.target, pair.drafter, types, dense, kv, operators, cores())
+    held = held_of(pair, types, dtype, kernels)
+    return Loaded(pair.target, pair.drafter, types, dense, kv, operators, cores(), held=held)
 
 
 def _kind(option_name: str, dtype: str) -> int:

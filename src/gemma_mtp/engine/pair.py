@@ -211,8 +211,8 @@ def load_pair(
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
     stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
     fp8 = chosen_dtype is torch.bfloat16 and usable_on(chosen_device)
-    kept = checkpoint.fp8_values(checkpoint.text_headers(source)) if fp8 and stored.target is None else 0
-    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device, kept)
+    held = checkpoint.held_bytes(source, "target", chosen_dtype, types, fp8) if fp8 else None
+    check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device, held)
     how = chosen_dtype, chosen_device, types, strict
     loaded_target = checkpoint.load_target(source, *how, functools.partial(on_bytes, "target"), fp8)
     loaded_drafter = None

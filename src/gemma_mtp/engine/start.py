@@ -44,12 +44,12 @@ def drafter_of(target: Location, config: TargetConfig) -> str | Path | None:
 
 def check_weights_fit(
     path: Path, config: TargetConfig, types: WeightTypes, dtype: torch.dtype, device: torch.device,
-    fp8_values: int = 0,
+    held: int | None = None,
 ) -> None:  # fmt: skip
     """Raise CheckpointError where a target's weights are larger than what the device has left, saying what would fit.
-    `fp8_values`: how many stay FP8."""
-    free, size = device_free_bytes(device), weight_bytes(config, types, dtype.itemsize)
-    size -= fp8_values * (dtype.itemsize - 1)
+    `held`: the bytes that they take where some stay as they are stored."""
+    free = device_free_bytes(device)
+    size = weight_bytes(config, types, dtype.itemsize) if held is None else held
     if free is None or size <= free:
         return
     smaller = {kind: weight_bytes(config, UNIFORM[kind], dtype.itemsize) for kind in ("int8", "int4")}

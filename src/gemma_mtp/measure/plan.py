@@ -12,7 +12,6 @@ from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.kv.blocks import block_bytes, layer_row_bytes
 from gemma_mtp.sizes.run import CUDA_CONTEXT_BYTES, PROCESS_BYTES, Loaded
-from gemma_mtp.sizes.weights import drafter_read_bytes, target_read_bytes
 
 #: drafts a round that gains are predicted for
 LONGEST_GAIN = 8
@@ -31,7 +30,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Takes:
-    """Bytes by part. `workspace`: rotary tables, hidden states, the tokenizer and
+    """Bytes by part. `workspace`: rotary tables, hidden states, the tokenizer, rounds recorded on a card and
     copies of weights that operators keep; `process`: what the program takes before anything is loaded."""
 
     weights: int
@@ -82,7 +81,11 @@ def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:
         kv_full=by_kind[FULL],
         kv_sliding=by_kind[SLIDING],
         activations=loaded.activation_bytes(load.sequences, load.draft_tokens, load.context),
-        workspace=loaded.rope_bytes(load.context) + loaded.target_copies() + states + host,
+        workspace=loaded.rope_bytes(load.context)
+        + loaded.target_copies()
+        + states
+        + host
+        + loaded.recorded_bytes(load.sequences),
         process=CUDA_CONTEXT_BYTES if gpu else PROCESS_BYTES,
     )
 
@@ -120,12 +123,12 @@ def gains(loaded: Loaded, load: Load, acceptance: float, bandwidth: float) -> li
     cache = n * kv_read_bytes(text, load.context, loaded.kv_bytes)
     step = 0.0
     if loaded.drafter is not None:
-        step = drafter_read_bytes(loaded.drafter, loaded.types, loaded.dense_bytes)
-        step += n * drafter_kv_read_bytes(text, loaded.drafter.text, load.context, loaded.kv_bytes)
+        step = n * drafter_kv_read_bytes(text, loaded.drafter.text, load.context, loaded.kv_bytes)
+        step += loaded.drafter_read_bytes()
     found: list[Gain] = []
     for k in range(LONGEST_GAIN + 1 if loaded.drafter is not None else 1):
         rows = n * (k + 1)
-        read = target_read_bytes(loaded.target, loaded.types, loaded.dense_bytes, rows) + cache + k * step
+        read = loaded.target_read_bytes(rows) + cache + k * step
         tokens, seconds = expected_tokens([acceptance] * k), read / bandwidth
         rate = n * tokens / seconds
         found.append(Gain(k, tokens, seconds, rate, rate / found[0].tokens_per_second if found else 1.0))

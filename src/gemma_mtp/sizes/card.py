@@ -105,5 +105,10 @@ def workspace_bytes(target: TextConfig, drafter: DrafterConfig | None, sequences
     at most: what is computed with, recorded rounds and rotary tables."""
     return (
         step_bytes(target, drafter, sequences) + round_bytes(target, drafter, sequences)
-        + recorded_rounds(sequences) * RECORDED_BYTES + rope_bytes(target, context) + SLACK_BYTES
+        + kept_bytes(sequences) + rope_bytes(target, context)
     )  # fmt: skip
+
+
+def kept_bytes(sequences: int) -> int:
+    """Returns the bytes that stay taken between steps: of recorded rounds, and the slack."""
+    return recorded_rounds(sequences) * RECORDED_BYTES + SLACK_BYTES

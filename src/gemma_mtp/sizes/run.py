@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.decoding.round_costs import LONGEST
-from gemma_mtp.sizes.weights import native_copies, weight_bytes
+from gemma_mtp.sizes import card
+from gemma_mtp.sizes.weights import (
+    drafter_read_bytes,
+    layers_read,
+    target_read_bytes,
+    weight_bytes,
+    wide_copies,
+)
 from gemma_mtp.weight_types import WeightTypes
 
-Operators = Literal["native", "reference"]
+Operators = Literal["native", "reference", "cuda"]
 #: prompt rows of one call, at most. Native: enough to use the cores, few enough that activations stay in the caches
 NATIVE_CHUNK_ROWS, REFERENCE_CHUNK_ROWS = 128, 512
-CHUNK_ROWS: Mapping[Operators, int] = {"native": NATIVE_CHUNK_ROWS, "reference": REFERENCE_CHUNK_ROWS}
+CHUNK_ROWS: Mapping[Operators, int] = {
+    "native": NATIVE_CHUNK_ROWS, "reference": REFERENCE_CHUNK_ROWS, "cuda": card.CARD_CHUNK_ROWS,
+}  # fmt: skip
 #: what Python and PyTorch take once something has been decoded, the models and the pool left out: measured with
 #: PyTorch 2.13 for CPUs (`tests/test_plan_resident.py` prints it); a CUDA context comes on top of it on the host
 PROCESS_BYTES = 295_000_000
@@ -28,14 +37,28 @@ BLOCK = 16  # rows that the reference computes at once
 
 
 def kv_element_bytes(operators: Operators, dense_bytes: int) -> int:
-    """Returns the bytes of a cached number: the native operators keep float32, the reference the weights' dtype
-    (`backend.select.kv_dtype`, which needs PyTorch)."""
+    """Returns the bytes of a cached number: the native operators keep float32, the others the weights' dtype
+    (`backend.select.kv_dtype`, which needs PyTorch); the GPU's kernels have no other than bfloat16."""
     return FLOAT_BYTES if operators == "native" else dense_bytes
+
+
+class Held(NamedTuple):
+    """The bytes of a target's and a drafter's weights once they are loaded; None where the types say them."""
+
+    target: int | None = None
+    drafter: int | None = None
+
+
+NOT_MEASURED = Held()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pair as it is loaded: its types, the bytes of a dense weight and of a cached number, and what runs it."""
+    """A pair as it is loaded: its types, the bytes of a dense weight and of a cached number, and what runs it.
+
+    `held`: the bytes of weights where a checkpoint's own files say them, because some stay as they are stored; else
+    they follow from the types.
+    """
 
     target: TargetConfig
     drafter: DrafterConfig | None
@@ -45,33 +68,55 @@ class Loaded:
     operators: Operators
     threads: int = 1
     tokenizer: bool = True
+    held: Held = NOT_MEASURED
 
     @property
     def chunk_rows(self) -> int:
         return CHUNK_ROWS[self.operators]
 
     def target_weights(self) -> int:
-        return weight_bytes(self.target, self.types, self.dense_bytes)
+        of_types = weight_bytes(self.target, self.types, self.dense_bytes)
+        return of_types if self.held.target is None else self.held.target
 
     def drafter_weights(self) -> int:
         """Returns the drafter's bytes, its reordered head included."""
         if self.drafter is None:
             return 0
-        return weight_bytes(self.drafter, self.types, self.dense_bytes) + self._copies(self.drafter)
+        of_types = weight_bytes(self.drafter, self.types, self.dense_bytes)
+        return (of_types if self.held.drafter is None else self.held.drafter) + self._copies(self.drafter)
+
+    def target_read_bytes(self, rows: int) -> float:
+        """Returns the bytes of the target's weights that a call of so many rows reads. What stays as it is stored is
+        taken to be spread evenly over what can be quantised."""
+        read = target_read_bytes(self.target, self.types, self.dense_bytes, rows)
+        saved = weight_bytes(self.target, self.types, self.dense_bytes) - self.target_weights()
+        return read - (saved * layers_read(self.target, self.types, self.dense_bytes, rows) if saved else 0.0)
+
+    def drafter_read_bytes(self) -> float:
+        """Returns the bytes of the drafter's weights that one draft reads."""
+        assert self.drafter is not None
+        read = drafter_read_bytes(self.drafter, self.types, self.dense_bytes)
+        return (
+            read
+            if self.held.drafter is None
+            else read * self.held.drafter / weight_bytes(self.drafter, self.types, self.dense_bytes)
+        )
 
     def target_copies(self) -> int:
         return self._copies(self.target)
 
     def _copies(self, config: TargetConfig | DrafterConfig) -> int:
-        return native_copies(config, self.dense_bytes) if self.operators == "native" else 0
+        return 0 if self.operators == "reference" else wide_copies(config, self.dense_bytes)
 
     def tokenizer_bytes(self) -> int:
         return self.target.text.vocab_size * TOKENIZER_BYTES if self.tokenizer else 0
 
     def rope_bytes(self, context: int) -> int:
         """Returns the bytes of rotary tables: the native operators keep those of every position, in advance of twice
-        as many; the reference computes a call's own."""
+        as many, and the GPU's kernels too; the reference computes a call's own."""
         text = self.target.text
+        if self.operators == "cuda":
+            return card.rope_bytes(text, context)
         per_position = 2 * FLOAT_BYTES * sum(_head_dims(text))
         if self.operators == "reference":
             return self.chunk_rows * per_position
@@ -79,7 +124,11 @@ class Loaded:
         return max(rows, min(2 * rows, text.max_position_embeddings)) * per_position
 
     def activation_bytes(self, sequences: int, draft_tokens: int, context: int) -> int:
-        """Returns the bytes of what a step computes, at most: a prompt's rows beside a round of every sequence."""
+        """Returns the bytes of what a step computes, at most: a prompt's rows beside a round of every sequence. On a
+        card rounds have memory of their own, and as many drafts as there can be."""
+        if self.operators == "cuda":
+            text = self.target.text
+            return card.step_bytes(text, self.drafter, sequences) + card.round_bytes(text, self.drafter, sequences)
         if self.operators == "native":
             rows = self.chunk_rows + sequences * (draft_tokens + 1)
             target = _native_shared(self.target.text, rows) + self.threads * _native_scratch(self.target.text, rows)
@@ -88,6 +137,10 @@ class Loaded:
             text = self.drafter.text
             return target + _native_shared(text, sequences)  # a thread's own buffers are shared by both models
         return _reference_activations(self.target.text, context, self.kv_bytes)
+
+    def recorded_bytes(self, sequences: int) -> int:
+        """Returns the bytes that rounds recorded on a card take, and what is lost there between pieces of memory."""
+        return card.kept_bytes(sequences) if self.operators == "cuda" else 0
 
 
 def _head_dims(text: TextConfig) -> list[int]:

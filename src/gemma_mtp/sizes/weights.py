@@ -88,8 +88,8 @@ def weight_bytes(config: TargetConfig | DrafterConfig, types: WeightTypes, dense
     return sum(shape.nbytes(types, dense_bytes) for shape in shapes_of(config))
 
 
-def native_copies(config: TargetConfig | DrafterConfig, dense_bytes: int) -> int:
-    """Returns what the native operators keep beside the weights: vectors as float32."""
+def wide_copies(config: TargetConfig | DrafterConfig, dense_bytes: int) -> int:
+    """Returns what the native operators and the GPU's kernels keep beside the weights: vectors as float32."""
     wide = 0 if dense_bytes == 4 else 4
     return sum(shape.numel * wide for shape in shapes_of(config) if shape.kind == "vector")
 
@@ -97,12 +97,23 @@ def native_copies(config: TargetConfig | DrafterConfig, dense_bytes: int) -> int
 def target_read_bytes(config: TargetConfig, types: WeightTypes, dense_bytes: int, rows: int) -> float:
     """Returns the bytes of weights that a call of so many rows reads: experts as often as rows choose different ones,
     if each chooses evenly."""
-    text = config.text
-    chosen = 1.0
+    shares = _shares(config, rows)
+    return sum(shape.nbytes(types, dense_bytes) * shares[shape.read] for shape in target_shapes(config))
+
+
+def layers_read(config: TargetConfig, types: WeightTypes, dense_bytes: int, rows: int) -> float:
+    """Returns which share of the bytes of a target's matrices, tables and head left out, such a call reads."""
+    shares = _shares(config, rows)
+    matrices = [shape for shape in target_shapes(config) if shape.kind == "matrix" and shape.part == "target"]
+    whole = sum(shape.nbytes(types, dense_bytes) for shape in matrices)
+    return sum(shape.nbytes(types, dense_bytes) * shares[shape.read] for shape in matrices) / whole
+
+
+def _shares(config: TargetConfig, rows: int) -> dict[Read, float]:
+    text, chosen = config.text, 1.0
     if text.enable_moe_block:
         chosen = 1 - (1 - text.top_k_experts / text.num_experts) ** rows
-    shares: dict[Read, float] = {"whole": 1.0, "rows": 0.0, "experts": chosen}
-    return sum(shape.nbytes(types, dense_bytes) * shares[shape.read] for shape in target_shapes(config))
+    return {"whole": 1.0, "rows": 0.0, "experts": chosen}
 
 
 def drafter_read_bytes(config: DrafterConfig, types: WeightTypes, dense_bytes: int) -> float:

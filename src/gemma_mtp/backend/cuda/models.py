@@ -17,7 +17,7 @@ from gemma_mtp.backend.cuda.launch import Launch
 from gemma_mtp.backend.cuda.layer import device_layer, run_layer, vector
 from gemma_mtp.backend.cuda.linear import linear
 from gemma_mtp.backend.cuda.rows import added, embed, norm, per_layer_inputs
-from gemma_mtp.backend.cuda.weights import device_weight, of_module
+from gemma_mtp.backend.cuda.weights import device_weight, of_module, reorder_
 from gemma_mtp.config import LayerType, TextConfig
 from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.model.drafter import CentroidHead, Drafter
@@ -196,6 +196,7 @@ class PairCalls:
 
 def _centroids(drafter: Drafter, head: CentroidHead) -> DeviceCentroids:
     ordering = head.token_ordering.contiguous()
+    reorder_(drafter.head)
     drafter.head.order_rows_(ordering)
     return DeviceCentroids(of_module(head.centroids), device_weight(drafter.head.lying), ordering, head.top_k)
 

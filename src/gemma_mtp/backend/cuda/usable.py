@@ -12,21 +12,20 @@ from pathlib import Path
 
 import torch
 
+from gemma_mtp.backend.cuda.asked import ASKED_BY, asked
 from gemma_mtp.config import LayerOptions
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 
 #: compute capability that the kernels' bf16 products need
 LEAST_CAPABILITY = (8, 0)
-#: asks for the kernels: they have been seen on no card yet, so nothing runs on them unasked
-ASKED_BY = "GEMMA_MTP_CUDA"
 #: options of layers that the kernels honour; norms multiply in float32 whatever their weights are kept as
 HONOURED = {"value_norm", "score_scale", "layer_scalar", "float32_norms"}
 
 
 def asked_for(device: torch.device) -> bool:
     """Whether the environment asks for the kernels, for models on a card."""
-    return device.type == "cuda" and os.environ.get(ASKED_BY) == "1"
+    return device.type == "cuda" and asked()
 
 
 def usable_on(device: torch.device) -> bool:

@@ -62,10 +62,15 @@ def device_weight(weight: Weight) -> DeviceWeight:
     )
 
 
-def of_module(matrix: Matrix) -> DeviceWeight:
-    """Returns the weight of a module, which holds it in the kernels' order from now on: there is no room for both."""
+def reorder_(matrix: Matrix) -> None:
+    """Let a module hold its weight in the kernels' order from now on: there is no room for both."""
     if (form := REORDERED.get(type(matrix.stored))) is not None:
         matrix.convert_(form)
+
+
+def of_module(matrix: Matrix) -> DeviceWeight:
+    """Returns the weight of a module, which holds it in the kernels' order from now on."""
+    reorder_(matrix)
     return device_weight(matrix.stored)
 
 
