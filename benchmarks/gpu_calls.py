@@ -4,6 +4,7 @@ bytes that they must read."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from array import array
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
@@ -154,16 +155,19 @@ def batch_of(config: TextConfig, rows: int, sequences: int, context: int, device
     return make_batch(config, parts, device), pool
 
 
-def measure_models(run: Run) -> Iterator[Measured]:
+def measure_models(run: Run) -> None:
     """Target calls, then plain and drafted rounds, of every size and kind of weights, until time is spent."""
+
+    def measure(*what: Any) -> None:
+        for found in _measure_model(run, *what):
+            run.timed(5, *found)
+
     for weights in WEIGHTS:
         for name, (text, drafter) in run.scale.models.items():
             if run.spent():
                 return
-            try:
-                yield from _measure_model(run, f"{name} {weights}", weights, text, drafter)
-            except torch.OutOfMemoryError:
-                run.add(Line(5, f"{name} {weights}: what is missing did not fit"))
+            what = f"{name} {weights}"
+            run.attempt(5, what, functools.partial(measure, what, weights, text, drafter))
             run.free()
 
 
@@ -176,7 +180,12 @@ def _measure_model(
     target, drafter = random_target(text, weights, run.device), random_drafter(drafter_config, run.device)
     backend = CudaBackend(target, drafter, run.launch, None, run.replays())
     yield from measure_calls(run, name, backend, note)
+    recorded, beside = run.recorded, run.beside()
     yield from measure_rounds(run, name, backend, note)
+    if run.recorded > recorded:
+        count = run.recorded - recorded
+        each = (run.beside() - beside) / count / 1e6
+        run.add(Line(5, f"{name}, {count} recorded rounds", note=f"{each:.1f} MB each beside PyTorch's"))
 
 
 def measure_calls(run: Run, name: str, backend: CudaBackend, note: str) -> Iterator[Measured]:

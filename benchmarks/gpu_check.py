@@ -32,7 +32,7 @@ if __name__ == "__main__" and "--interpret" in sys.argv:  # before kernels are d
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from gpu_run import Line, Run
+from gpu_run import Line, Run, first_line
 from gpu_scale import full, tiny
 from gpu_watch import watch
 from rich.console import Console
@@ -172,8 +172,10 @@ def check_attention(run: Run, H: int, G: int, d: int, window: int, context: int)
     alone = call([everyone[-1]])
     run.add(Line(3, what, compared + alone.numel(), wrong + differing(alone, whole[-1:])))
     several, attention.MOST_SCRATCH = attention.MOST_SCRATCH, 0
-    joined = call(everyone)
-    attention.MOST_SCRATCH = several
+    try:
+        joined = call(everyone)
+    finally:
+        attention.MOST_SCRATCH = several
     run.add(Line(3, f"{what}, joined", joined.numel(), differing(joined, whole)))
 
 
@@ -209,10 +211,10 @@ def measure_product(run: Run, name: str, kind: str, N: int, K: int, product: str
 
 
 def part_1(run: Run) -> None:
-    run.add(measure_copy(run))
-    check_instructions(run, *run.scale.instructions)
+    run.attempt(1, "copy", lambda: run.add(measure_copy(run)))
+    run.attempt(1, "instructions", lambda: check_instructions(run, *run.scale.instructions))
     major = torch.cuda.get_device_capability(run.device)[0] if run.on_card else 9
-    check_model(run, "Hopper" if major >= 9 else "Ada")
+    run.attempt(1, "the NumPy model", lambda: check_model(run, "Hopper" if major >= 9 else "Ada"))
 
 
 def part_2(run: Run) -> None:
@@ -224,9 +226,11 @@ def part_2(run: Run) -> None:
                 for N, K in shapes if kind in KINDS else shapes[:1]:
                     if run.spent():
                         return
-                    check_product(run, kind, N, K, scale.rows, name=name, product=product)
+                    what = f"{name} {product} {kind} {N} x {K}"
+                    check = functools.partial(check_product, run, kind, N, K, scale.rows, 2, name, product)
+                    run.attempt(2, what, check)
                     if kind in KINDS:
-                        measure_product(run, name, kind, N, K, product)
+                        run.attempt(2, what, functools.partial(measure_product, run, name, kind, N, K, product))
                 if kind not in KINDS:
                     break
 
@@ -237,23 +241,22 @@ def part_3(run: Run) -> None:
         for context in (*run.scale.contexts, *edges):
             if run.spent():
                 return
-            check_attention(run, H, G, d, window, context)
+            what = f"attention {H}/{G} heads of {d}, {context} rows"
+            run.attempt(3, what, functools.partial(check_attention, run, H, G, d, window, context))
 
 
 def part_4(run: Run) -> None:
     """A pair: its logits beside float32's, and generations plain, drafted and in batches."""
     from gpu_generations import check_generations
 
-    for what, compared, wrong, note in check_generations(run):
-        run.add(Line(4, what, compared, wrong, note=note))
+    check_generations(run)
 
 
 def part_5(run: Run) -> None:
     """Target calls and whole rounds of the five sizes."""
     from gpu_calls import measure_models
 
-    for found in measure_models(run):
-        run.timed(5, *found)
+    measure_models(run)
 
 
 PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 5: part_5}
@@ -281,19 +284,17 @@ def play(run: Run, number: int, begun: float) -> None:
     try:
         with torch.inference_mode():
             if number != 1:
-                measure_copy(run)
+                run.attempt(number, "copy", lambda: measure_copy(run))
             PARTS[number](run)
     except torch.OutOfMemoryError as error:
-        run.add(Line(number, f"the rest did not fit: {_first_line(error)}"))
+        run.add(Line(number, f"the rest did not fit: {first_line(error)}"))
     except Exception as error:
         traceback.print_exc()
-        run.add(Line(number, f"the rest did not run: {type(error).__name__}: {_first_line(error)}", failed=True))
+        run.add(Line(number, f"the rest did not run: {type(error).__name__}: {first_line(error)}", failed=True))
+    for reason in dict.fromkeys(run.unrecorded):
+        run.add(Line(number, f"rounds were played launch by launch, not as recorded: {reason}", failed=True))
     if run.spent():
         run.add(Line(number, "the budget was spent: what is left of the part did not run"))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def _run(interpret: bool) -> Run | str:

@@ -3,11 +3,12 @@ log-probabilities."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from gpu_run import Run
+from gpu_run import Line, Run
 
 from gemma_mtp.backend.cuda.backend import CudaBackend
 from gemma_mtp.backend.reference import ReferenceBackend
@@ -80,7 +81,7 @@ def prompts_of(pair: Pair, count: int, longest: int) -> list[list[int]]:
     ]
 
 
-def check_generations(run: Run) -> Iterator[Found]:
+def check_generations(run: Run) -> None:
     """A pair in bfloat16 on the card: the bundled one."""
     scale = run.scale
     loaded = scale.pair(run.device)
@@ -89,14 +90,24 @@ def check_generations(run: Run) -> Iterator[Found]:
     pair = replace(loaded, backend=backend)
     prompts = prompts_of(pair, scale.prompts, scale.prompt_tokens)
     if run.on_card:
-        yield logits_beside(pair, prompts[0])
+        run.attempt(4, "logits beside float32", lambda: _add(run, logits_beside(pair, prompts[0])))
     drafts = DRAFTS if run.on_card else scale.drafts
     settings = EngineSettings(max_running=scale.sequences, max_tokens=400 if run.on_card else 40, kv_memory_mb=6)
-    for kind in KINDS:
+
+    def check(kind: str) -> None:
         for found in compare(pair, kind, prompts, scale.tokens, drafts, settings):
-            yield found
+            _add(run, found)
             if run.spent():
                 return
+
+    for kind in KINDS:
+        if not run.spent():
+            run.attempt(4, kind, functools.partial(check, kind))
+
+
+def _add(run: Run, found: Found) -> None:
+    what, compared, wrong, note = found
+    run.add(Line(4, what, compared, wrong, note=note))
 
 
 def logits_beside(pair: Pair, prompt: Sequence[int]) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,10 @@ class Line:
     failed: bool = False
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
 class EagerReplays:
     """Plays recorded work by doing it again, where there is no card."""
 
@@ -50,7 +55,8 @@ class EagerReplays:
 
 @dataclass
 class Run:
-    """`launched` kernels so far, and `waits` of the host for rounds. `report` is given each line as it is found."""
+    """`launched` kernels so far, `waits` of the host for rounds, and how many rounds were `recorded`; of those that
+    could not be, why. `report` is given each line as it is found."""
 
     device: torch.device
     launch_by: Launch
@@ -61,6 +67,8 @@ class Run:
     lines: list[Line] = field(default_factory=list)
     launched: int = 0
     waits: int = 0
+    recorded: int = 0
+    unrecorded: list[str] = field(default_factory=list)
 
     @property
     def on_card(self) -> bool:
@@ -79,6 +87,23 @@ class Run:
         """Add a line, which is reported at once."""
         self.lines.append(line)
         self.report(line)
+
+    def attempt(self, part: int, what: str, call: Callable[[], object]) -> None:
+        """Make a call. What goes wrong in it is a line, and what comes after it runs all the same. Raises where the
+        device does nothing any more."""
+        try:
+            call()
+        except torch.OutOfMemoryError as error:
+            self.add(Line(part, f"{what}: the rest did not fit: {first_line(error)}"))
+        except Exception as error:
+            traceback.print_exc()
+            self.add(
+                Line(part, f"{what}: the rest did not run: {type(error).__name__}: {first_line(error)}", failed=True)
+            )
+        else:
+            return
+        self.seconds()
+        self.free()
 
     def spent(self) -> bool:
         return time.monotonic() > self.until
@@ -121,6 +146,15 @@ class Run:
         """Returns the card's bytes."""
         return float(torch.cuda.mem_get_info(self.device)[1]) if self.on_card else 1e9
 
+    def beside(self) -> float:
+        """Returns the card's bytes in use that PyTorch does not count: of the driver, of kernels, of recorded rounds,
+        and of other processes."""
+        if not self.on_card:
+            return 0.0
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return float(total - free - torch.cuda.memory_reserved(self.device))
+
     def free(self) -> None:
         """Give back what nobody uses."""
         gc.collect()
@@ -141,7 +175,13 @@ class _Counted:
         self._run, self._replays = run, replays
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
-        return self._replays.capture(body)
+        try:
+            replay = self._replays.capture(body)
+        except RuntimeError as error:  # the round goes on without
+            self._run.unrecorded.append(f"{type(error).__name__}: {first_line(error)}")
+            raise
+        self._run.recorded += 1
+        return replay
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._replays.staging(shape, dtype)

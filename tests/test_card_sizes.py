@@ -24,7 +24,9 @@ from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.backend.cuda.tiles import MOST_PARTS, PARALLEL_ROWS
 from gemma_mtp.checkpoint import empty_model
 from gemma_mtp.decoding.round_costs import LONGEST
+from gemma_mtp.engine import costs
 from gemma_mtp.engine.pool_size import pool_blocks
+from gemma_mtp.engine.sequence import Sequence
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.measure.plan import Load, largest_context, takes
@@ -59,14 +61,27 @@ def tensors_in(found: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(vars(found))
 
 
+def made_up(backend: CudaBackend, count: int) -> list[Sequence]:
+    """The sequences that rounds are measured with."""
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setattr(costs, "prefill", lambda *args: None)
+        return costs._made_up_sequences(backend, costs.CHOICES["argmax"], count)
+
+
 def nbytes(*found: Any) -> int:
     """What lies in memory of them, each piece once."""
     storages = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors_in(list(found))}
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("kind", [*TYPES, "fp8"])
-@pytest.mark.parametrize("size", SIZES)
+#: the features of all sizes are in these two; the others are for `-m slow`
+OFTEN = ("E2B", "26B-A4B")
+FEW = [pytest.param(size, marks=() if size in OFTEN else pytest.mark.slow) for size in SIZES]
+
+
+@pytest.mark.parametrize("kind", ["fp8", *(pytest.param(kind, marks=() if kind == "int4" else pytest.mark.slow)
+                                           for kind in TYPES)])  # fmt: skip
+@pytest.mark.parametrize("size", FEW)
 def test_a_card_holds_what_is_planned(size: str, kind: str) -> None:
     """Weights in the kernels' order, and norms beside them in float32, of whole pairs: to the byte. FP8 is kept as
     `keep_stored_` keeps it: in all matrices but tables, heads and routers."""
@@ -88,7 +103,7 @@ def test_a_card_holds_what_is_planned(size: str, kind: str) -> None:
         assert run.target_read_bytes(1) < 0.75 * plain.target_read_bytes(1)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW)
 def test_a_round_takes_what_is_planned_at_most(size: str) -> None:
     """Of the sequences and reaches that take most: no more, and not much less."""
     backend = CudaBackend(*pair_of(size, "none"), quiet)
@@ -97,9 +112,9 @@ def test_a_round_takes_what_is_planned_at_most(size: str) -> None:
     tables = dict.fromkeys(("sliding_attention", "full_attention"), (torch.empty(2, 2, device=META),) * 2)
     calls = PairCalls(quiet, backend.on_device, backend.drafts, tables)  # type: ignore[arg-type]
     most = 0
-    for sequences in (1, 16, 48):
+    for sequences, reaches in ((1, (131072,)), (16, (1024, 8192)), (48, (1024, 131072))):
         places, expected = card.places_of(sequences), card.round_bytes(target.config, drafter.config, sequences)
-        for reach in (1024, 8192, 131072):
+        for reach in reaches:
             shape = Shape(LONGEST, places, "filtered", reach)
             buffers = Buffers(shape, target.config, drafter.config.text, META)
             pool = KVPool(target.config, dict.fromkeys(tables, 8), places, torch.bfloat16, META)  # type: ignore[arg-type]
@@ -111,7 +126,7 @@ def test_a_round_takes_what_is_planned_at_most(size: str) -> None:
     assert most > 0.6 * expected
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW)
 def test_a_step_takes_what_is_planned_at_most(size: str) -> None:
     """A chunk of a prompt beside the rows of sixteen sequences, and a chunk alone."""
     backend = CudaBackend(*pair_of(size, "none"), quiet)
@@ -130,6 +145,10 @@ def test_a_step_takes_what_is_planned_at_most(size: str) -> None:
 
 def test_the_numbers_are_the_kernels() -> None:
     assert card.PART_ROWS == MOST_PARTS * PARALLEL_ROWS
+    backend = CudaBackend(*pair_of("31B", "none"), quiet)
+    pool = made_up(backend, 12)[0].cache.pool
+    held = nbytes([[rows.keys, rows.values] for rows in pool.layers.values()])
+    assert held <= card.measured_bytes(backend.target.config, 12) < 2 * held
     for size in SIZES:
         text = preset(size)[0].text
         for context in (300, 5000, 131072):

@@ -15,7 +15,7 @@ import gpu_check
 import pytest
 import torch
 from gpu_check import check_attention, check_instructions, check_model, check_product
-from gpu_run import Line, Run
+from gpu_run import EagerReplays, Line, Run
 from gpu_scale import full, tiny
 from gpu_watch import watch
 from recorded_launches import META, Recorder
@@ -205,6 +205,59 @@ def test_an_error_is_a_line_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None
         (2, True, "the rest did not run"), (2, False, "the budget was spent"),
         (3, False, "the rest did not fit"), (3, False, "the budget was spent"),
     ]  # fmt: skip
+
+
+def test_what_fails_in_a_part_leaves_its_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product that does not compile, and one that does not fit: the rest is compared. Not so where the device has
+    failed."""
+    errors = {"int8": RuntimeError("PTX assembly aborted\nand more"), "int4": torch.OutOfMemoryError("out of memory")}
+
+    def checking(run: Run, kind: str, *what: object) -> None:
+        if kind in errors:
+            raise errors[kind]
+        run.add(Line(2, kind, 5))
+
+    monkeypatch.setattr(gpu_check, "check_product", checking)
+    monkeypatch.setattr(gpu_check, "measure_product", lambda *what: None)
+    monkeypatch.setitem(gpu_check.BUDGETS, 2, float("inf"))
+    run = interpreted()
+    gpu_check.play(run, 2, 0.0)
+    compared = {line.what for line in run.lines if line.compared}
+    assert compared == {*gpu_check.KINDS, *gpu_check.FEW_KINDS} - errors.keys()
+    failed = [line for line in run.lines if not line.compared]
+    assert sum(line.failed for line in failed) == len(failed) / 2
+    assert any(line.what.endswith("did not run: RuntimeError: PTX assembly aborted") for line in failed)
+
+    def dead() -> float:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lost = interpreted()
+    lost.seconds = dead  # type: ignore[method-assign]
+    gpu_check.play(lost, 2, 0.0)
+    assert "the rest did not run: RuntimeError: CUDA error: an illegal memory access" in lost.lines[-1].what
+    assert len(lost.lines) < len(run.lines)
+
+
+def test_rounds_that_are_not_recorded_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are played all the same, so that only a line shows it."""
+
+    class Refusing(EagerReplays):
+        def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def recording(run: Run) -> None:
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                run.replays().capture(lambda: None)
+
+    monkeypatch.setattr("gpu_run.EagerReplays", Refusing)
+    monkeypatch.setattr(gpu_check, "PARTS", {5: recording})
+    monkeypatch.setitem(gpu_check.BUDGETS, 5, float("inf"))
+    run = interpreted()
+    gpu_check.play(run, 5, 0.0)
+    (line,) = run.lines
+    assert line.failed and "launch by launch" in line.what and "not permitted when stream" in line.what
+    assert (run.recorded, len(run.unrecorded)) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 #: most drafts of a round that are considered
 LONGEST = 16
+#: rows before the rounds that are measured
+CONTEXT_ROWS = 32
 #: indexes behind the verify factors of 0 to LONGEST drafts
 FIRST, STEP, LOAD = LONGEST + 1, LONGEST + 2, LONGEST + 3
 #: how far measured costs may be off, as standard deviations of factors: of the first draft and further ones alike; of

@@ -11,7 +11,7 @@ import torch
 from gemma_mtp.backend.base import Backend
 from gemma_mtp.cpu_clock import CpuClock
 from gemma_mtp.decoding.params import ChoiceKind, SamplingParams
-from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
+from gemma_mtp.decoding.round_costs import CONTEXT_ROWS, LONGEST, RoundCosts
 from gemma_mtp.engine.cost_cache import cache_directory, cost_key, load_costs, store_costs
 from gemma_mtp.engine.draft import propose
 from gemma_mtp.engine.round import prefill, verify_round
@@ -25,7 +25,7 @@ BUDGET_SECONDS = 0.3
 FIRST_ROUNDS = 0.2
 #: lengths in the order they are measured: costs of the others lie between, or on the line that the last two begin
 ORDER = (0, 4, 1, 2, 8, LONGEST, 6, 12, 3, 5, 7, 10, 14)
-CONTEXT_ROWS, REPEATS = 32, 12
+REPEATS = 12
 #: share of the cores' time that other processes may take while costs are measured that are kept
 MOST_ELSEWHERE = 0.1
 #: what stands for all parameters that choose in one way

@@ -7,7 +7,8 @@ estimates: no card has shown them yet.
 from __future__ import annotations
 
 from gemma_mtp.config import DrafterConfig, TextConfig
-from gemma_mtp.decoding.round_costs import LONGEST
+from gemma_mtp.decoding.round_costs import CONTEXT_ROWS, LONGEST
+from gemma_mtp.kv.blocks import block_bytes, block_counts
 
 #: positions that the smallest recorded round and rotary tables reach
 LEAST_REACH = 1024
@@ -91,13 +92,21 @@ def _projections(drafter: DrafterConfig, rows: int) -> int:
     return FLOAT * max(rows, PART_ROWS) * max(D, drafter.text.hidden_size) + 8 * rows * D
 
 
+def measured_bytes(target: TextConfig, sequences: int) -> int:
+    """Returns the bytes that it takes to measure what rounds of so many sequences cost: a pool of their own."""
+    of_one = block_counts(target.sliding_window, CONTEXT_ROWS + 1 + LONGEST, CONTEXT_ROWS)
+    pool = sum(count * block_bytes(target, kind, HALF) for kind, count in of_one.items())
+    return places_of(sequences) * pool + call_bytes(target, CONTEXT_ROWS)
+
+
 def step_bytes(target: TextConfig, drafter: DrafterConfig | None, sequences: int) -> int:
-    """Returns the bytes that a step outside of recorded rounds takes at most: a chunk of prompts beside all sequences'
-    rows, and choices of logits that are processed one sequence after another."""
+    """Returns the bytes that what is not a recorded round takes at most: a chunk of prompts beside all sequences' rows,
+    choices of logits that are processed one sequence after another, or measuring, which comes before."""
     rows = LONGEST + 1 if drafter is not None else 1
     V = target.vocab_size
     choices = FLOAT * sequences * rows * V + CHOICE_BYTES * rows * V
-    return max(call_bytes(target, CARD_CHUNK_ROWS + sequences * rows), choices)
+    measured = 0 if drafter is None else measured_bytes(target, sequences)
+    return max(call_bytes(target, CARD_CHUNK_ROWS + sequences * rows), choices, measured)
 
 
 def workspace_bytes(target: TextConfig, drafter: DrafterConfig | None, sequences: int, context: int) -> int:

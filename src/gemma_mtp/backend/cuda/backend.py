@@ -82,7 +82,7 @@ class CudaBackend:
         return card.workspace_bytes(self.target.config, drafter, sequences, context)
 
     def make_pool(self, counts: Mapping[LayerType, int], slots: int) -> KVPool:
-        return KVPool(self.target.config, counts, slots, self.kv_dtype, self.device)
+        return self._with_room(lambda: KVPool(self.target.config, counts, slots, self.kv_dtype, self.device))
 
     def _with_room(self, call: Callable[[], _Made]) -> _Made:
         """Returns what a call gives that may be made again; what is recorded makes room for it."""
