@@ -123,7 +123,7 @@ def test_a_round_takes_what_is_planned_at_most(size: str) -> None:
                 play_round(calls, buffers, state, pool)
             assert live.most <= expected, (sequences, reach)
             most = max(most, live.most)
-    assert most > 0.6 * expected
+    assert most > 0.5 * expected
 
 
 @pytest.mark.parametrize("size", FEW)
@@ -148,7 +148,8 @@ def test_the_numbers_are_the_kernels() -> None:
     backend = CudaBackend(*pair_of("31B", "none"), quiet)
     pool = made_up(backend, 12)[0].cache.pool
     held = nbytes([[rows.keys, rows.values] for rows in pool.layers.values()])
-    assert held <= card.measured_bytes(backend.target.config, 12) < 2 * held
+    text = backend.target.config
+    assert held <= card.measured_bytes(text, 12) - card.call_bytes(text, 33) < 2 * held
     for size in SIZES:
         text = preset(size)[0].text
         for context in (300, 5000, 131072):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint import held_bytes, load_target, stored_tensors
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
+from gemma_mtp.cli import main
 from gemma_mtp.weight_types import parse_weight_types
 from gemma_mtp.weights.fp8 import Fp8
 from gemma_mtp.weights.matrix import matrices
@@ -131,6 +133,31 @@ def test_fp8_stays_for_kernels_that_multiply_it(name: str, tmp_path: Path, monke
     left = [matrix.stored for matrix in matrices(quantised) if isinstance(matrix.stored, Fp8)]
     assert all(weight.shape[-1] % 64 for weight in left) and len(left) < max(1, len(exact))
     assert all(tensor.dtype == torch.bfloat16 for tensor in stored_tensors(weights).values())
+
+
+@pytest.mark.parametrize("name", ["FP8 in rows", "FP8 in blocks"])
+def test_a_plan_counts_what_stays_as_it_is_stored(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a card with kernels that multiply FP8: to the byte; and floats on a CPU and with PyTorch's operators."""
+    format, arguments = FORMATS[name]
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.bfloat16(), format, arguments)
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
+
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, also=["embed_tokens.weight"])
+    sizes = []
+    for asked, fp8, types in (("0", False, "none"), ("1", True, "none"), ("1", True, "target=int8")):
+        monkeypatch.setenv("GEMMA_MTP_CUDA", asked)
+        arguments_of = ["plan", str(tmp_path), "--device", "cuda", "--no-drafter", "--quantize", types, "--json"]
+        assert main([*arguments_of, "--bandwidth", "1GB"]) == 0
+        read = json.loads(capsys.readouterr().out)
+        target = load_target(tmp_path, torch.bfloat16, types=parse_weight_types(types), fp8=fp8)
+        held = sum(weight.nbytes for weight in target.checkpoint_tensors().values())
+        assert read["choices"][0]["takes"]["weights"] == held
+        sizes.append((held, read["gains"][0]["round_seconds"]))
+    assert (sizes[1] < sizes[0]) == (name == "FP8 in rows")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the extra gpu-test is not installed")

@@ -261,6 +261,24 @@ def test_experts(kind: str, R: int) -> None:
     close(experts.mixture(RUN, residual, sparse, dense, moe, EPS)[0], expected, 2 * BF16)
 
 
+def test_nan_leads_to_no_table_that_there_is_not() -> None:
+    """Of weights that are broken: a drafter's only cost speed, so no kernel may read beyond its memory for them."""
+    clusters, size, D = 13, 70, 64
+    scores, table, ids = weight_of("bf16", clusters, D)[0], weight_of("bf16", clusters * size, D)[0], torch.arange(910)
+    head, hidden = centroids.DeviceCentroids(scores, table, ids, 3), randn(2, D).bfloat16()
+    hidden[1] = torch.nan
+    found = centroids.candidates(RUN, hidden, head)
+    assert 0 <= int(found[1].min()) and int(found[1].max()) < clusters * size
+    assert all(
+        torch.equal(one[:1], alone)
+        for one, alone in zip(found, centroids.candidates(RUN, hidden[:1], head), strict=True)
+    )
+    E, ones = 6, torch.ones(D)
+    moe = experts.DeviceExperts(randn(E, D).bfloat16(), ones, torch.ones(E), table, table, 2, ones, ones, ones)
+    chosen, _ = experts.route(RUN, torch.full((1, D), torch.nan), moe, EPS)
+    assert 0 <= int(chosen.min()) and int(chosen.max()) < E
+
+
 def test_the_model_of_a_tensor_core_is_one() -> None:
     """Small numbers beside a large one are cut: 25 bits on Hopper, 24 on Ada, which takes 8 products at once."""
     a, b = torch.zeros(1, 16).double().numpy(), torch.ones(16, 1).double().numpy()

@@ -235,8 +235,9 @@ def test_filtered_choices_are_the_general_ones(size: int | None, monkeypatch: py
     assert sum(count > 1 for count in tied) > len(tied) / 2
 
 
-def test_a_head_chooses_filtered() -> None:
-    """Of rows in another order, from logits of its own; and a row of NaN gets a token that there is."""
+def test_a_head_chooses_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows in another order, from logits of its own, all at once or a few at a time; and a row of NaN gets a token
+    that there is."""
     run, params = Interpreter(), SamplingParams(temperature=0.9, top_k=5, seed=3)
     hidden, weight = scores_with_ties(4, 130)
     hidden[3] = torch.nan
@@ -244,6 +245,10 @@ def test_a_head_chooses_filtered() -> None:
     keys = [row_key(3, row, STREAM_CHOICE) for row in (2, 0, 3)]
     draws = draws_on(torch.device("cpu"), [0.9] * 3, keys, [params.filters] * 3)
     found = choice.choose(run, hidden, weight, 30.0, torch.tensor([2, 0, 3], dtype=torch.int32), draws).tolist()
+    monkeypatch.setattr(choice, "FILTERED_ROWS", 2)
+    run.launches.clear()
+    assert choice.choose(run, hidden, weight, 30.0, torch.tensor([2, 0, 3], dtype=torch.int32), draws).tolist() == found
+    assert run.launches.count("draw_kernel") == 2
     places = torch.tensor([2, 0])
     assert found[:2] == general_choice(process(logits[[2, 0]], params), params, places).tolist()
     assert 0 <= found[2] < 130

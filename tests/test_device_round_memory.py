@@ -16,7 +16,7 @@ from test_device_round import TOKENS, pair_of, sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_mtp.backend import device_memory
-from gemma_mtp.backend.cuda.device_round import COUNTS, DeviceRounds
+from gemma_mtp.backend.cuda.device_round import COUNTS
 from gemma_mtp.backend.cuda.replay import CudaReplays
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.engine.sequence import Sequence, Turn
@@ -145,18 +145,21 @@ class Short(TorchDispatchMode):
 
 @torch.inference_mode()
 def test_a_round_that_lacked_memory_anywhere_can_be_played_again() -> None:
-    """Whatever call it is that fails: nothing that the round reads has changed. In the end what is recorded makes room,
-    and without anything recorded it is the error that it is."""
-    ours, theirs = plain_backend(Recorder()), plain_backend(None)
+    """Whatever call it is that fails: nothing that the round reads has changed."""
+    recorder = Recorder()
+    recorder.refusal = lambda what: ended()  # launch by launch
+    ours, theirs = plain_backend(recorder), plain_backend(None)
     recorded, eager = (sequences(backend, [0.0, 0.9], 0) for backend in (ours, theirs))
-    rounds = ours.rounds
-    assert isinstance(rounds, DeviceRounds)
-    pool = rounds._of_pool(recorded[0].cache.pool)
-    for most in (3, 2, 0):
-        for calls in (1, 5, 12, 20, 33, 47, 60):
-            with Short(calls), pytest.raises(torch.OutOfMemoryError):
+    for most in (3, 0):
+        check_rounds(ours, theirs, recorded, eager, [most])
+        with Short(10**9) as counter:
+            play_whole(ours, [Turn(one, most) for one in recorded])
+        play_rounds(theirs, [Turn(one, most) for one in eager])
+        calls = 10**9 - counter.left
+        assert calls > 30
+        for enough in (*range(0, calls - 6, 11), *range(calls - 6, calls)):
+            with Short(enough), pytest.raises(torch.OutOfMemoryError):
                 play_whole(ours, [Turn(one, most) for one in recorded])
-            assert pool.ahead is None
         check_rounds(ours, theirs, recorded, eager, [most])
 
 
