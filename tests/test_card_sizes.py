@@ -94,7 +94,7 @@ def test_a_card_holds_what_is_planned(size: str, kind: str) -> None:
                 if not isinstance(matrix, Chooser | Embedding):
                     matrix.convert_(Fp8)
             held = Held(*(sum(weight.nbytes for weight in model.checkpoint_tensors().values()) for model in models))
-        backend = CudaBackend(*models, quiet)  # type: ignore[arg-type]
+        backend = CudaBackend(*models, quiet)  # type: ignore[arg-type, call-arg]
     run = loaded(size, types, held=held)
     counted = run.target_weights() + run.target_copies() + run.drafter_weights()
     assert counted == nbytes(*models, backend.on_device, backend.drafts)

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +375,10 @@ def test_a_text_that_names_a_file_is_a_text_and_is_said_to_be(
 ) -> None:
     (tmp_path / "prompt.txt").write_text("from a file")
     monkeypatch.chdir(tmp_path)
-    for read in (lambda text: PromptOptions(prompt=text).given, lambda text: TextOptions(text=text).given):
+    ways: list[Callable[[str], object]] = [
+        lambda text: PromptOptions(prompt=text).given, lambda text: TextOptions(text=text).given,
+    ]  # fmt: skip
+    for read in ways:
         assert read("prompt.txt") == "prompt.txt"
         assert "to read that file, give --file prompt.txt" in capsys.readouterr().err
         for text in ("absent.txt", "x" * 9000, "a\0b", "."):

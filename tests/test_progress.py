@@ -85,7 +85,7 @@ def test_a_pipe_hears_of_work_that_says_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_a_pipe_gets_a_line_where_there_is_something_new_or_long_was_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a load that takes half an hour and says something ten times a second, and of work that says nothing."""
     now, told = [0.0], []
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("gemma_mtp.progress.time.monotonic", lambda: now[0])
     stream = console(monkeypatch, terminal=False)
     display = Display("loading")
     for tick in range(18_000):

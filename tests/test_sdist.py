@@ -77,7 +77,7 @@ def test_without_an_address_all_is_built_and_nothing_released(tmp_path: Path, mo
     wheel = tmp_path / "gemma_mtp-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("gemma_mtp-1.dist-info/METADATA", f"Metadata-Version: 2.4\n\n{README}")
-    check = [sys.executable, ROOT / "tools" / "project_address.py", wheel]
+    check = [sys.executable, str(ROOT / "tools" / "project_address.py"), str(wheel)]
     told = subprocess.run(check, capture_output=True, text=True, check=False)
     assert told.returncode == 1 and f"{wheel.name}: it does not say where the project is" in told.stderr
     assert f"{wheel.name}: its README links to docs/explain/exactness.md" in told.stderr
