@@ -31,8 +31,9 @@ from gemma_mtp.config import LayerType
 from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.engine.round import forward
 from gemma_mtp.engine.sequence import Sequence
+from gemma_mtp.huge_pages import HUGE_PAGE_BYTES
 from gemma_mtp.kv.blocks import BLOCK_ROWS, Blocks, BlockTable, OutOfBlocksError, block_counts, block_names
-from gemma_mtp.kv.pool import HUGE_PAGE_BYTES, KVPool
+from gemma_mtp.kv.pool import KVPool
 from gemma_mtp.ops import reference as ops
 
 PROMPT = [(7 * i) % VOCAB for i in range(21)]

@@ -14,8 +14,8 @@ import gemma_mtp
 PACKAGE = Path(gemma_mtp.__file__).parent
 #: a part may import those on lower levels, and its own; nothing imports upwards
 LEVELS = {
-    "errors": 0, "interrupts": 0, "units": 0, "progress": 0, "cpu_clock": 0, "freed_memory": 0, "_native": 0,
-    "files": 0, "json_files": 0, "locate": 0, "hub": 1,
+    "errors": 0, "interrupts": 0, "units": 0, "progress": 0, "cpu_clock": 0, "freed_memory": 0, "huge_pages": 0,
+    "_native": 0, "files": 0, "json_files": 0, "locate": 0, "hub": 1,
     "families": 0, "text": 1, "chat": 1, "config": 1, "weight_types": 1, "tokenizer": 1, "ops": 1, "weights": 1,
     "datasets": 2, "model": 2, "kv": 2, "decoding": 2, "sizes": 2,
     "checkpoint": 3, "backend": 3, "interop": 4,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.errors import EngineError
+from gemma_mtp.huge_pages import SideBySide
 from gemma_mtp.sizes.machine import cores
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.matrix import Matrix, matrices
@@ -86,6 +87,7 @@ class Memory:
     """Tensors whose addresses were handed out."""
 
     tensors: list[Tensor] = field(default_factory=list)
+    room: SideBySide = field(default_factory=SideBySide)  # for what is reordered
 
     def matrix(self, weight: Weight) -> _native.Weight:
         """A weight [rows, cols]; experts' [E, rows, cols] lie one below the other."""
@@ -100,7 +102,7 @@ class Memory:
 
     def multiplied(self, matrix: Matrix) -> _native.Weight:
         """The weight of a linear layer or a head, which the model keeps in panels from now on where it fits."""
-        matrix.convert_(Panels)
+        matrix.convert_(Panels, self.room)
         return self.matrix(matrix.stored)
 
     def ordered(self, matrix: Matrix, order_V: Tensor) -> _native.Weight:

@@ -26,7 +26,7 @@ from gemma_mtp.errors import CheckpointError
 from gemma_mtp.json_files import write_json
 
 #: of the file's layout and of what is measured; a file of another version is measured anew
-VERSION = 3
+VERSION = 4
 #: costs older than a day are measured anew: the machine may have been slower then
 MAX_AGE_SECONDS = 24 * 3600.0
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.config import LAYER_TYPES, LayerType, TextConfig
+from gemma_mtp.huge_pages import zeros
 from gemma_mtp.kv.blocks import BLOCK_ROWS, Blocks, BlockTable
-
-HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass
@@ -44,7 +41,10 @@ class KVPool:
             for layer in range(config.first_kv_shared_layer)
         ]
         sizes = [math.prod(shape) for shape in shapes for _ in ("keys", "values")]
-        parts = iter(_zeros(sum(sizes), dtype, self.device).split(sizes))
+        # blocks lie far apart; and what attention masks must be finite, so nothing is left uninitialised
+        on_cpu = self.device.type == "cpu"
+        whole = zeros([sum(sizes)], dtype) if on_cpu else torch.zeros(sum(sizes), dtype=dtype, device=self.device)
+        parts = iter(whole.split(sizes))
         self.layers = {i: LayerRows(next(parts).view(s), next(parts).view(s)) for i, s in enumerate(shapes)}
         self.states = torch.zeros(slots, config.hidden_size, dtype=dtype, device=self.device)
         self.free_slots = list(reversed(range(slots)))
@@ -83,15 +83,3 @@ class KVCache:
     def state(self) -> Tensor:
         """The target's hidden state after the final norm that produced the last token, [D]: a view of the slot."""
         return self.pool.states[self.slot]
-
-
-def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns zeros, on a CPU in huge pages where the system has them: blocks lie far apart, and the addresses of many
-    small pages take time to look up. What attention masks must be finite, so nothing is left uninitialised."""
-    size = count * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(count, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)  # keeps the memory alive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,12 @@ class Matrix(nn.Module):
     def device(self) -> torch.device:
         return self.stored.device
 
-    def convert_(self, form: type[Weight]) -> None:
+    def convert_(self, form: type[Weight], *how: Any) -> None:
         """Keep the weight in this format from now on where it fits; what it was kept as is freed. It can not be trained
-        after."""
+        after. `how`: what the format's `of` is told beside the weight."""
         stored = self.stored
         if stored.format != form.format and form.fits(stored):
-            self._hold(form.of(stored))
+            self._hold(form.of(stored, *how))
 
     def order_rows_(self, order_V: Tensor) -> None:
         """Keep the rows in this order from now on: first row `order_V[0]`. It can not be trained after."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_mtp.huge_pages import SideBySide, zeros
 from gemma_mtp.weights.base import NativeLayout, Weight
 from gemma_mtp.weights.dense import Dense
 
@@ -47,9 +48,11 @@ class Panels(Weight):
         return rows % panel_rows == 0 and columns % 32 == 0
 
     @classmethod
-    def of(cls, weight: Weight) -> Panels:
+    def of(cls, weight: Weight, room: SideBySide | None = None) -> Panels:
+        """`room`: where the values are to lie, beside those of other weights."""
         dense = weight.dense().detach()
-        panels = cls(torch.empty_like(dense, memory_format=torch.contiguous_format))
+        made = zeros if room is None else room.zeros
+        panels = cls(made(dense.shape, dense.dtype))
         panels.copy_(dense)
         return panels
 
