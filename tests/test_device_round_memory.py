@@ -12,7 +12,7 @@ import torch
 from mixed_load import play, requests
 from models import play_rounds
 from recorded_rounds import Recorder, plain_backend
-from test_device_round import TOKENS, pair_of, sequences
+from test_device_round import ROOM, TOKENS, pair_of, sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_mtp.backend import device_memory
@@ -165,12 +165,13 @@ def test_a_round_that_lacked_memory_anywhere_can_be_played_again() -> None:
 
 @torch.inference_mode()
 def test_what_is_recorded_makes_room_for_a_call() -> None:
-    """Of the backend: before it fails for lack of memory, recordings are given up, and it is made once more."""
+    """Of the backend: before it fails for lack of memory, recordings are given up, that of a round under way too, and it
+    is made once more."""
     recorder = Recorder()
     backend = plain_backend(recorder)
-    made = sequences(backend, [0.0], 0)
+    made = sequences(backend, [0.0], ROOM)
     play_whole(backend, [Turn(made[0], 2)])
-    assert len(recorder.recordings) == 1
+    assert len(recorder.recordings) == 1 and recorder.replayed == 1
     left = [short()]
     own = backend.on_device.forward
 
