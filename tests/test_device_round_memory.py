@@ -165,8 +165,8 @@ def test_a_round_that_lacked_memory_anywhere_can_be_played_again() -> None:
 
 @torch.inference_mode()
 def test_what_is_recorded_makes_room_for_a_call() -> None:
-    """Of the backend: before it fails for lack of memory, recordings are given up, that of a round under way too, and it
-    is made once more."""
+    """Of the backend: before it fails for lack of memory, recordings are given up, that of a round under way too. Then
+    it is made once more."""
     recorder = Recorder()
     backend = plain_backend(recorder)
     made = sequences(backend, [0.0], ROOM)
