@@ -53,20 +53,38 @@ def _constants(kernel: Any) -> frozenset[str]:
     return frozenset(name for name, kind in annotations.items() if "constexpr" in str(kind))
 
 
+_types: dict[str, Any] = {}  # of NumPy, by the name of Triton's: the interpreter asks several times an operation
+
+
+def _numpy_type(of: Any, own: Any = interpreter._get_np_dtype) -> Any:
+    name = of.scalar.name
+    if name not in _types:
+        _types[name] = own(of)
+    return _types[name]
+
+
+interpreter._get_np_dtype = _numpy_type
+
+
 @contextmanager
 def _language(fn: Any, core: Core) -> Iterator[None]:
-    builder, patch = interpreter.InterpreterBuilder, interpreter._patch_lang
+    builder = interpreter.InterpreterBuilder
     own = builder.create_dot, builder.cast_impl
-    scopes = [patch(fn), patch(tl.zeros.fn)]  # a kernel sees `triton.language`, the language's own functions its core
+    _patched(fn)
+    patch, interpreter._patch_lang = interpreter._patch_lang, lambda fn: None
     builder.create_dot, builder.cast_impl = _create_dot(core), _create_cast(own[1])
-    interpreter._patch_lang = lambda fn: None
     try:
         yield
     finally:
         interpreter._patch_lang = patch
         builder.create_dot, builder.cast_impl = own
-        for scope in reversed(scopes):
-            scope.restore()
+
+
+@functools.cache
+def _patched(fn: Any) -> None:
+    """The language is interpreted from now on, as a kernel sees it, and as its own functions see its core."""
+    interpreter._patch_lang(fn)
+    interpreter._patch_lang(tl.zeros.fn)
 
 
 def _create_dot(core: Core) -> Any:
