@@ -41,9 +41,17 @@ def pair() -> Pair:
     return load_pair(dtype="float32")
 
 
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as much as a user's is measured on, and fewer prompts of the command's: what is made wrong shows in it."""
+    monkeypatch.setattr("gemma_mtp.measure.diagnosis.WRITTEN_TOKENS", 48)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_run.PROMPTS", 2)
+    monkeypatch.setattr("gemma_mtp.cli.doctor_run.PROMPT_TOKENS", 96)
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return prompts_of(load_pair(), spread([bundled_directory() / "heldout_prompts.jsonl"], "*", 2), 160)
+    return prompts_of(load_pair(use_drafter=False), spread([bundled_directory() / "heldout_prompts.jsonl"], "*", 2), 96)
 
 
 def found(findings: list[Finding]) -> Iterator[tuple[str, str]]:
