@@ -150,9 +150,9 @@ def native_logits(target: Target, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
     """To a millionth where all activations are rounded alike; one that lies halfway may go either way, and then a row
-    and those after it differ by more. Of four rows of six models, most have none."""
+    and those after it differ by more. Of four rows of four models, most have none."""
     alike = []
-    for seed in range(6):
+    for seed in range(4):
         target, tokens = quantised_target(WIDE[name], kinds, seed), TOKENS[:, 2 * seed : 2 * seed + 4]
         expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
         difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
@@ -177,7 +177,7 @@ def test_the_comparison_sees_activations_that_are_not_rounded() -> None:
 def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
     """Fed-back states and candidates' logits of one step, as above."""
     alike = []
-    for seed in range(8):
+    for seed in range(6):
         target, drafter = random_target(seed, PLE), wide_drafter(PLE, centroids, seed)
         drafter.quantise_(parse_weight_types(kinds))
         native = CpuBackend(target, drafter)
@@ -234,7 +234,7 @@ def test_quantised_while_loading_is_quantised_after(
         same_weights(load(directory, torch.float32, types=types).checkpoint_tensors(), expected.checkpoint_tensors())
         with monkeypatch.context() as small:
             small.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 3000)
-            small.setattr(grouped, "PIECE_ELEMENTS", 200)
+            small.setattr(grouped, "PIECE_ELEMENTS", 1000)
             loaded = load(directory, torch.float32, types=types)
         same_weights(loaded.checkpoint_tensors(), expected.checkpoint_tensors())
 
@@ -288,7 +288,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux' /proc")
-@pytest.mark.parametrize("kinds", ["int8", "int4,embeddings=int4"])
+@pytest.mark.parametrize("kinds", [pytest.param("int8", marks=pytest.mark.slow), "int4,embeddings=int4"])
 def test_peak_memory_of_loading(large: Path, tmp_path: Path, kinds: str) -> None:
     """The quantised weights, 32 MB of mapped file and 32 MB for the piece that is quantised; pages of mapped files
     count as resident. The full weights would not fit in that."""
