@@ -180,7 +180,7 @@ def calls_of_the_trainer(at: Callable[[int], object]) -> Iterator[None]:
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
     """SIGKILL at a random call of each part of the way; the weights are those of an unbroken run."""
-    options = ["--drafter", tiny / "drafter", "--steps", 20, "--lr", 3e-3, "--checkpoint-steps", 4, "--gate-steps", 8,
+    options = ["--drafter", tiny / "drafter", "--steps", 12, "--lr", 3e-3, "--checkpoint-steps", 3, "--gate-steps", 5,
                "--force", "--resume", "--threads", 1]  # fmt: skip
     calls: list[int] = []
     with calls_of_the_trainer(calls.append):
@@ -201,46 +201,47 @@ def _without_speed(path: Path) -> object:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(path.open())]
 
 
+#: the command, and whether threads of its group's are there while sums are made, and when it has ended
+WATCHED = """
+import os, sys
+from gemma_mtp.cli import main
+from gemma_mtp.training.parallel import World
+
+def gloo():
+    tasks = os.listdir("/proc/self/task") if os.path.exists("/proc/self/task") else []
+    return sum("gloo" in open(f"/proc/self/task/{task}/comm").read() for task in tasks)
+
+def sum_(world, tensors, own=World.sum_):
+    own(world, tensors)
+    within.append(gloo())
+
+within = []
+World.sum_ = sum_
+code = main(sys.argv[2:])
+# at once: the other process writes to the same place
+os.write(1, f"\\nthreads of the group, within: {min(within) > 0}, after: {gloo()}\\n".encode())
+sys.exit(code)
+"""
+
+
 def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
+    """And no thread of their group outlives it: one that still let go of a message while Python ended has aborted a
+    process that had done its work."""
     options = ["--drafter", tiny / "drafter", "--steps", 12, "--lr", 3e-3, "--force", "--batch", 6, "--threads", 1]
     assert train(tiny, tmp_path / "one", *options) == 0
-    process = run_process(tiny, tmp_path / "two", *options, launcher=[*TORCHRUN, "-m"])
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
+    process = run_process(tiny, tmp_path / "two", *options, launcher=[*TORCHRUN, str(script)])
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    if Path("/proc/self/task").exists():
+        assert re.findall("threads of the group, .*", output) == ["threads of the group, within: True, after: 0"] * 2
     one, two = (load_file(tmp_path / n / "training" / "checkpoint.safetensors") for n in ("one", "two"))
     start = load_file(tiny / "drafter" / "model.safetensors")
     moved = (one["masters.pre_projection.weight"] - start["pre_projection.weight"]).abs().max()
     assert moved > 1e-3
     for name in (n for n in one if n.startswith("masters.")):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5)
-
-
-LEAVING = """
-import os, torch
-from gemma_mtp.training.parallel import joined_world
-
-def gloo():
-    return sum("gloo" in open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task"))
-
-weight = torch.nn.Parameter(torch.ones(3))
-weight.grad = torch.ones(3)
-with joined_world(torch.device("cpu")) as world:
-    world.sum_([weight.grad])
-    torch.optim.AdamW([weight]).step()  # imports what would keep the group
-    assert weight.grad.tolist() == [2.0] * 3
-    within = gloo()
-os.write(1, f"{within > 0} {gloo()}\\n".encode())  # at once: the other process writes to the same place
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
-def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
-    """One that still let go of a message while Python ended has aborted a process that had done its work."""
-    script = tmp_path / "leaving.py"
-    script.write_text(LEAVING)
-    shown = subprocess.run([*TORCHRUN, str(script)], env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines() == ["True 0"] * 2
 
 
 def test_a_run_of_other_settings_is_not_resumed(tiny: Path, tmp_path: Path, capfd) -> None:  # type: ignore[no-untyped-def]
@@ -392,17 +393,18 @@ def test_two_runs_do_not_write_to_one_place(tiny: Path, tmp_path: Path, capfd) -
     assert not out.exists()
 
 
-def test_a_full_disk_says_so_and_leaves_no_half_file(tiny: Path, tmp_path: Path) -> None:
+def test_a_full_disk_says_so_and_leaves_no_half_file(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A limit on the size of files stands for a full disk: the checkpoint does not fit."""
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); " \
-              "from gemma_mtp.cli import main; sys.exit(main(sys.argv[1:]))"  # fmt: skip
-    more = ["--drafter", tiny / "drafter", "--steps", 3, "--checkpoint-steps", 1]
-    ran = subprocess.run(
-        [sys.executable, "-c", limited, *arguments(tiny, tmp_path, *more)], capture_output=True, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 2, ran.stderr
-    assert "checkpoint.safetensors can not be written" in ran.stderr
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        code = train(tiny, tmp_path, "--drafter", tiny / "drafter", "--steps", 3, "--checkpoint-steps", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, "checkpoint.safetensors can not be written" in capfd.readouterr().err) == (2, True)
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("checkpoint.safetensors"))
 
 
