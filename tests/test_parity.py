@@ -1,5 +1,6 @@
 """Our models against transformers 5.22.2: logits, drafter states, and greedy text, in fp32, on every backend."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def oracles() -> Callable[[str], PreTrainedModel]:
     return lambda family: built.setdefault(family, build_target(family))
 
 
+@pytest.fixture(scope="module")
+def greedy_tokens(oracles: Oracles) -> Callable[[str], list[int]]:
+    """64 tokens of transformers' plain decoding, made once a family."""
+
+    @functools.cache
+    @torch.inference_mode()
+    def tokens(family: str) -> list[int]:
+        made = oracles(family).generate(PROMPT, max_new_tokens=64, do_sample=False, eos_token_id=None)
+        found: list[int] = made[0, PROMPT.shape[1] :].tolist()
+        return found
+
+    return tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_sequence_logits(checkpoints: Checkpoints, oracles: Oracles, family: str) -> None:
@@ -71,13 +86,13 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles: Orac
 @on_every_backend
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("draft_tokens", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_greedy_text(checkpoints: Checkpoints, oracles: Oracles, family: str, draft_tokens: int, name: str) -> None:
+def test_greedy_text(
+    checkpoints: Checkpoints, greedy_tokens: Callable[[str], list[int]], family: str, draft_tokens: int, name: str
+) -> None:
     """64 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
     backend = backend_of(checkpoints, family, name)
-    with torch.inference_mode():
-        theirs = oracles(family).generate(PROMPT, max_new_tokens=64, do_sample=False, eos_token_id=None)
     ours = play(backend, PROMPT[0].tolist(), SamplingParams(max_tokens=64), draft_tokens)
-    assert ours.tokens == theirs[0, PROMPT.shape[1] :].tolist()
+    assert ours.tokens == greedy_tokens(family)
 
 
 @on_every_backend
