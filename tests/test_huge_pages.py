@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
+from models import PLE, random_target
 
+from gemma_mtp.checkpoint import load_target, save_target
+from gemma_mtp.config import TargetConfig
 from gemma_mtp.huge_pages import CHUNK_BYTES, HUGE_PAGE_BYTES, LINE_BYTES, SideBySide, zeros
+from gemma_mtp.weight_types import parse_weight_types
 
 
 @pytest.mark.parametrize("rows", [0, 3, HUGE_PAGE_BYTES // 8, HUGE_PAGE_BYTES // 8 + 1])
@@ -35,3 +43,16 @@ def test_tensors_side_by_side_are_apart() -> None:
         tensor.fill_(number)
     assert all((tensor == number).all() for number, tensor in enumerate(made, start=1))
     assert made[0].untyped_storage().data_ptr() == made[2].untyped_storage().data_ptr()
+
+
+def test_a_loaded_model_lies_in_pages_that_quantised_weights_share(tmp_path: Path) -> None:
+    """No tensor lies where another one does, and dense weights have memory of their own, which can be given back."""
+    save_target(random_target(config=PLE), TargetConfig(PLE), tmp_path)
+    target = load_target(tmp_path, torch.float32, types=parse_weight_types("target=int8"))
+    tensors = [*target.parameters(), *target.buffers()]
+    places = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+    assert all(place + size <= after for (place, size), (after, _) in itertools.pairwise(places))
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    shared = [tensor for tensor in tensors if storages[tensor.untyped_storage().data_ptr()] > 1]
+    assert {tensor.dtype for tensor in shared} == {torch.int8, torch.float32}  # numbers and their scales
+    assert not any(isinstance(tensor, torch.nn.Parameter) for tensor in shared)

@@ -18,11 +18,14 @@ LINE_BYTES = 64
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Returns zeros on the CPU, in huge pages where they fill some."""
+    """Returns zeros on the CPU, in huge pages where they fill some. Raises MemoryError."""
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(error.strerror) from None
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)  # keeps the memory alive

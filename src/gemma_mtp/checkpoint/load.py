@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gemma_mtp.checkpoint.blocks import READ
 from gemma_mtp.checkpoint.kept import keep_stored_
@@ -28,6 +29,7 @@ from gemma_mtp.checkpoint.tensors import copy_tensors, nobody, stored_tensors, s
 from gemma_mtp.checkpoint.upload import uploads_to
 from gemma_mtp.config import DrafterConfig, TargetConfig
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.huge_pages import SideBySide, zeros
 from gemma_mtp.locate import Role
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
@@ -172,11 +174,26 @@ def _log(contents: Contents[Any]) -> None:
         logger.info("skipped %d tensors (%s) that text decoding does not use", len(skipped), size)
 
 
+def _in_huge_pages(model: Target | Drafter) -> Target | Drafter:
+    """Returns the model with memory on the CPU.
+
+    Small quantised weights, which PyTorch moves as bytes, share pages: they stay. Others are trained, or given up one
+    by one for panels.
+    """
+    room = SideBySide()
+
+    def made(tensor: Tensor) -> Tensor:
+        return (room.zeros if tensor.dtype == torch.uint8 else zeros)(tensor.shape, tensor.dtype)
+
+    moved: Target | Drafter = model._apply(made)  # type: ignore[no-untyped-call]
+    return moved
+
+
 def _with_memory(model: Target | Drafter, source: Source, device: torch.device | str) -> Target | Drafter:
     """Returns the model with memory on a device. Raises CheckpointError where it does not have so much."""
     nbytes = sum(weight.nbytes for weight in model.checkpoint_tensors().values())
     try:
-        return model.to_empty(device=device)
+        return model.to_empty(device=device) if torch.device(device).type != "cpu" else _in_huge_pages(model)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise CheckpointError(
             f"{source.path} takes {shown_bytes(nbytes)} of memory, which {device} does not give"
