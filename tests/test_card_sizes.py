@@ -23,7 +23,11 @@ from gemma_mtp.backend.cuda.models import PairCalls, RopeTables
 from gemma_mtp.backend.cuda.round import Buffers, Shape, SlotState, play_round
 from gemma_mtp.backend.cuda.tiles import MOST_PARTS, PARALLEL_ROWS
 from gemma_mtp.checkpoint import empty_model
+from gemma_mtp.decoding.history import TokenHistory
+from gemma_mtp.decoding.params import SamplingParams
 from gemma_mtp.decoding.round_costs import LONGEST
+from gemma_mtp.decoding.sampling import choose, probabilities, process, ranks, top_logprobs
+from gemma_mtp.decoding.verify import verify_block, verify_rejection
 from gemma_mtp.engine import costs
 from gemma_mtp.engine.pool_size import pool_blocks
 from gemma_mtp.engine.sequence import Sequence
@@ -157,6 +161,33 @@ def test_the_numbers_are_the_kernels() -> None:
             found = [tables.reaching(n) for n in (1, context // 2, context)]  # all of them may be recorded with
             assert nbytes(list(found[-1].values())) * 2 >= nbytes([list(one.values()) for one in found])
             assert nbytes(list(found[-1].values())) * 2 == card.rope_bytes(text, context)
+
+
+def test_choices_outside_of_rounds_take_what_is_planned_at_most() -> None:
+    """Of each logit, whatever parameters there are. A card's sort takes two keys more, of 8 bytes."""
+    R, V, most = 17, 2000, 0.0
+    logits, ids = torch.randn(R, V), torch.zeros(R, dtype=torch.int64)
+    history = TokenHistory([1, 2, 3], V, torch.device("cpu"))
+    everything = SamplingParams(
+        temperature=0.9, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={3: 1.0}
+    )
+
+    def choose_by(params: SamplingParams) -> None:
+        counts = history.rows(ids[1:]) if params.uses_history else None
+        choose(process(logits, params, counts=counts), params, ids)
+
+    def verify(block: bool) -> None:
+        probs = probabilities(process(logits, SamplingParams(temperature=0.9)), SamplingParams(temperature=0.9), V)
+        (verify_block if block else verify_rejection)(probs, probs[1:], ids[1:], 3, torch.tensor(5))
+
+    for call in (
+        lambda: choose_by(SamplingParams(temperature=1.0, top_k=64)), lambda: choose_by(everything),
+        lambda: top_logprobs(logits, ids, 5), lambda: ranks(logits, ids), lambda: verify(True), lambda: verify(False),
+    ):  # fmt: skip
+        with LiveBytes() as live:
+            call()
+        most = max(most, live.most / (R * V))
+    assert card.CHOICE_BYTES / 2 < most <= card.CHOICE_BYTES - 16
 
 
 def test_a_plan_and_an_engine_agree_on_what_fits() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from gemma_mtp.backend.device_memory import CARD_RESERVE_BYTES
 from gemma_mtp.config import FULL, PRESETS, LayerType
-from gemma_mtp.engine.pool_size import pool_blocks
+from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.errors import EngineError
 from gemma_mtp.kv.blocks import BLOCK_ROWS, block_bytes
@@ -55,6 +55,17 @@ def test_what_would_fit_is_said_and_fits() -> None:
         blocks("31B", "int4", 24, most + 64)
 
 
+def test_what_decoding_takes_beside_is_said_where_a_request_does_not_fit() -> None:
+    """And that fewer sequences take less, where more than one may run."""
+    config = PRESETS["gemma-4-31B-it"].text
+    for running, advice in (
+        (16, "lower the most tokens, let fewer run together, or free"),
+        (1, "most tokens, or free"),
+    ):
+        with pytest.raises(EngineError, match=rf"1\.00 GB .* free beside 2\.00 GB for decoding {running} .*{advice}"):
+            pool_blocks(config, EngineSettings(max_running=running), 8192, 512, 2, 10**9, 2 * 10**9)
+
+
 def test_a_pool_takes_no_more_than_is_wanted_nor_than_is_there() -> None:
     small, free = blocks("E2B", "bf16", 141, 4096)
     config = PRESETS["gemma-4-E2B-it"].text
@@ -63,3 +74,12 @@ def test_a_pool_takes_no_more_than_is_wanted_nor_than_is_there() -> None:
     assert sum(count * block_bytes(config, kind, 2) for kind, count in asked.items()) <= 1000 * 10**6
     with pytest.raises(EngineError, match=r"20\.0 GB were asked for keys and values, but"):
         blocks("E2B", "bf16", 24, 4096, kv_memory_mb=20000)
+
+
+def test_the_megabytes_of_a_request_hold_it() -> None:
+    """Whatever its bytes come to, divided by a million and multiplied again."""
+    config = PRESETS["gemma-4-31B-it"].text
+    for tokens in range(512, 40000, 512):
+        counts = sequence_blocks(config, tokens, 512)
+        settings = EngineSettings(kv_memory_mb=pool_bytes(config, counts, 2) / 10**6, max_running=1)
+        assert pool_blocks(config, settings, tokens, 512, 2) == counts

@@ -52,8 +52,9 @@ class Engine:
         context = config.max_position_embeddings
         self.max_tokens = min(context, self.settings.max_tokens or context)
         element = backend.kv_dtype.itemsize
-        free = free_for_pool(backend.device, backend.workspace_bytes(self.settings.max_running, self.max_tokens))
-        counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element, free)
+        workspace = backend.workspace_bytes(self.settings.max_running, self.max_tokens)
+        free = free_for_pool(backend.device, workspace)
+        counts = pool_blocks(config, self.settings, self.max_tokens, backend.chunk_rows, element, free, workspace)
         self.pool = backend.make_pool(counts, self.settings.max_running)
         self.scheduler: Scheduler[Job] = Scheduler(self.settings, backend.chunk_rows, config.sliding_window)
         self.policy = DraftPolicy(pair.round_costs, backend.watches_drafts, pair.policies)

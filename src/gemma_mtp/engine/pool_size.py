@@ -27,13 +27,13 @@ def pool_bytes(config: TextConfig, counts: Mapping[LayerType, int], element_byte
 
 def pool_blocks(
     config: TextConfig, settings: EngineSettings, max_tokens: int, chunk_rows: int, element_bytes: int,
-    free_bytes: int | None = None,
+    free_bytes: int | None = None, workspace: int = 0,
 ) -> Counts:  # fmt: skip
     """Returns the blocks of each kind: room for one request of `max_tokens` at least, and as much as the settings give.
 
     `chunk_rows`: rows written at once. `free_bytes`: what the device has for them, where that is known; a pool whose
-    size the settings leave open keeps within it. Raises EngineError, saying what would fit, where the memory does not
-    hold one request.
+    size the settings leave open keeps within it. `workspace`: what decoding so many sequences takes beside. Raises
+    EngineError, saying what would fit, where the memory does not hold one request.
     """
     least = sequence_blocks(config, max_tokens, chunk_rows)
 
@@ -52,12 +52,17 @@ def pool_blocks(
         if free_bytes is None or size(wanted) <= free_bytes:
             return wanted
         if free_bytes < size(least):
+            beside = (
+                f" beside {shown_bytes(workspace)} for decoding {settings.max_running} together" if workspace else ""
+            )
+            fewer = ", let fewer run together" if workspace and settings.max_running > 1 else ""
             raise EngineError(
-                f"{shown_bytes(free_bytes)} of memory are free, which do not hold the keys and values of one request of"
-                f" {max_tokens} tokens, {shown_bytes(size(least))}; {fits(free_bytes)}, or free some memory."
+                f"{shown_bytes(free_bytes)} of memory are free{beside}, which do not hold the keys and values of one"
+                f" request of {max_tokens} tokens, {shown_bytes(size(least))}; {fits(free_bytes)}{fewer}, or free some"
+                " memory."
             )
         return _within(config, settings.max_running, max_tokens, chunk_rows, element_bytes, free_bytes)
-    room = settings.kv_memory_mb * 10**6
+    room = round(settings.kv_memory_mb * 10**6)  # whole bytes: what they were divided from comes out again
     if room < size(least):
         raise EngineError(
             f"{shown_bytes(room)} do not hold the keys and values of one request of {max_tokens} tokens,"

@@ -21,11 +21,11 @@ FILTERED_ROWS = 64
 #: rows of a product's float32 result in parts, at most: a call of more rows has them added already
 PART_ROWS = 128
 #: rounds that a pool keeps recorded for each number of places, in all, and what the driver keeps of each
-RECORDED_EACH, MOST_RECORDED, RECORDED_BYTES = 12, 48, 16_000_000
+RECORDED_EACH, MOST_RECORDED, RECORDED_BYTES = 12, 32, 10_000_000
 #: code of kernels, and what the allocator's pieces leave unused
 SLACK_BYTES = 200_000_000
-#: numbers of a row of logits that choices outside of a round take beside them: keys, masks, masses, noise
-CHOICE_BYTES = 40
+#: of each logit that is chosen from outside of a round: what its keys, masses, noise and a sort of them take
+CHOICE_BYTES = 80
 FLOAT, HALF = 4, 2
 
 
@@ -104,7 +104,7 @@ def step_bytes(target: TextConfig, drafter: DrafterConfig | None, sequences: int
     choices of logits that are processed one sequence after another, or measuring, which comes before."""
     rows = LONGEST + 1 if drafter is not None else 1
     V = target.vocab_size
-    choices = FLOAT * sequences * rows * V + CHOICE_BYTES * rows * V
+    choices = 2 * FLOAT * sequences * rows * V + CHOICE_BYTES * rows * V  # logits of the target and of drafts
     measured = 0 if drafter is None else measured_bytes(target, sequences)
     return max(call_bytes(target, CARD_CHUNK_ROWS + sequences * rows), choices, measured)
 
