@@ -162,7 +162,7 @@ def test_against_another_drafter_and_with_speeds(tiny: Path, capsys: pytest.Capt
     assert speeds["ratio"] == pytest.approx(speeds["drafted_tokens_per_second"] / speeds["plain_tokens_per_second"])
     assert main(["acceptance", *arguments, "--against", str(tiny / "stranger")]) == 0
     out = capsys.readouterr().out
-    assert "against the other drafter's" in out and "; measured at 3: " in out
+    assert "against the other drafter's" in out and "; measured at 3 drafts: " in out
 
 
 def test_the_tables_say_what_was_measured(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
