@@ -112,6 +112,8 @@ def test_the_package_needs_no_test_dependency() -> None:
         "for name in ('transformers', 'scipy', 'hypothesis', 'pytest', 'fastapi', 'uvicorn', 'llguidance',\n"
         "             'safetensors'):\n"
         "    sys.modules[name] = None\n"
+        "from gemma_mtp import progress\n"
+        "progress.LINE_SECONDS = 3600.0\n"  # which a busy machine would show
         "from gemma_mtp.cli import main\n"
         "sys.exit(main(['generate', 'import', '-n', '4', '-q']))"
     )
