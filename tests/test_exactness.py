@@ -78,16 +78,22 @@ def test_generations_drawn_at_random(pairs: dict[str, Pair], count: int) -> None
 
 
 CONTROL = """
+from gemma_mtp.engine import costs
 from gemma_mtp.engine.pair import load_pair
+from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp import _native
-from test_exactness import play
+import mixed_load, test_engine, test_exactness
 assert _native.isa() == "control"
+costs.BUDGET_SECONDS = 0.05
 pairs = {dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}
-print(any(mismatch for *_, mismatch in play(pairs, 40)))
+alone = any(mismatch for *_, mismatch in test_exactness.play(pairs, 40))
+load = test_engine.bundled_load(pairs["bfloat16"], 4)
+print(alone, bool(mixed_load.play(pairs["bfloat16"], load, EngineSettings(max_running=8, max_tokens=250)).mismatches))
 """
 
 
 @native_only
 def test_another_order_of_sums_is_seen() -> None:
-    """Operators that sum the products of several rows in another order than one row's must fail the test above."""
-    assert with_other_sums(CONTROL) == "True"
+    """Operators that sum the products of several rows in another order than one row's must fail the test above, and
+    that of the bundled pair under load in test_engine.py."""
+    assert with_other_sums(CONTROL) == "True True"

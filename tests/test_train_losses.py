@@ -132,7 +132,8 @@ def doubled_step(objective: Objective) -> tuple[DraftStep, Drafter]:
 
 @pytest.mark.parametrize("kind", ["kl", "ce", "tv", "lk-log"])
 def test_gradients_are_finite_differences(kind: LossKind, batch: Batch) -> None:
-    """Every parameter along a random direction, central differences in float64, through three unrolled steps.
+    """Every parameter along a random direction, central differences in float64, through three unrolled steps; of all
+    losses but one every fourth, for what is below the loss is the same.
 
     With the sequence's tokens fed and weights that do not depend on the drafter (`own_tokens` 0), the loss's value is
     what its gradient is of; `lk` and `own_tokens` above 0 hold some of it constant, see the next test.
@@ -142,7 +143,7 @@ def test_gradients_are_finite_differences(kind: LossKind, batch: Batch) -> None:
     stats = StepStats.zeros(3, torch.device("cpu"))
     gradients = gradients_of(step, drafter, [batch], counts, stats)
     generator, h = torch.Generator().manual_seed(1), 5e-7
-    for name, parameter in drafter.named_parameters():
+    for name, parameter in list(drafter.named_parameters())[:: 1 if kind == "kl" else 4]:
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         slope = []
         for sign in (1, -1):
