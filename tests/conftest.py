@@ -109,9 +109,9 @@ def copied(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "pair")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair() -> Pair:
-    """The bundled pair, where a module has no `pair` of its own."""
+    """The bundled pair, where a module has no `pair` of its own. What a test changes of it, it puts back."""
     from gemma_mtp.engine.pair import load_pair
 
     return load_pair()

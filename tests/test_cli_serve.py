@@ -52,7 +52,18 @@ def test_the_command_drains_and_ends_with_zero() -> None:
 
 def test_a_terminal_is_told_where_to_look_and_gets_lines_to_read() -> None:
     main, other = os.openpty()
-    command = [sys.executable, "-m", "gemma_mtp", "serve", "--port", "0", "--host", "0.0.0.0", "--no-auth"]
+    command = [
+        sys.executable,
+        "-m",
+        "gemma_mtp",
+        "serve",
+        "--port",
+        "0",
+        "--host",
+        "0.0.0.0",
+        "--no-auth",
+        "--no-drafter",
+    ]
     process = subprocess.Popen([*command, "--max-running", "1"], stdout=other, stderr=other)
     os.close(other)
     said = ""
@@ -76,7 +87,7 @@ def test_a_terminal_is_told_where_to_look_and_gets_lines_to_read() -> None:
 
 def test_the_second_signal_ends_at_once() -> None:
     """And the other one drains, too."""
-    process, url = start("--drain-seconds", "1000", "--request-seconds", "1000")
+    process, url = start("--drain-seconds", "1000", "--request-seconds", "1000", "--no-drafter")
     body = {**LONG, "n": 16, "stream": True}
     with httpx.stream("POST", url + COMPLETIONS, json=body, timeout=SECONDS) as answer:
         lines = answer.iter_lines()  # kept: httpx hangs up when they are forgotten

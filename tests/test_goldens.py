@@ -35,7 +35,7 @@ def outputs(first: int, count: int) -> dict[str, str]:
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 16), pytest.param(16, COUNT - 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "count"), [(0, 8), pytest.param(8, COUNT - 8, marks=pytest.mark.slow)])
 def test_outputs_are_those_of_the_version_before(first: int, count: int) -> None:
     written = json.loads(FILE.read_text())
     assert len(written) == COUNT
