@@ -252,7 +252,8 @@ def test_quantising_rounds_to_the_nearest(form: type[Grouped]) -> None:
     if form.largest == 127:
         assert (error <= 0.501 * largest / 127).all()
     else:  # clipping the largest must have been worth it
-        plain = (w.view(9, -1, group) / (largest / 7).clamp(min=1e-30)).round() * largest / 7
+        most = form.largest
+        plain = (w.view(9, -1, group) / (largest / most).clamp(min=1e-30)).round() * largest / most
         assert (error.square().sum(-1) <= (plain - w.view(9, -1, group)).square().sum(-1) * 1.0001 + 1e-9).all()
 
 

@@ -44,6 +44,8 @@ class WeightType(enum.Enum):
 
     INT8_32 = 5
 
+    INT2 = 6
+
 def quantised_group(type: WeightType) -> int:
     """
     Returns how many columns of a quantised weight share a scale; 0 where the type has no scales.
@@ -54,8 +56,11 @@ class LayerKind(enum.Enum):
 
     FULL = 1
 
+class Rounding:
+    def __init__(self, end: int, input: float, output: float) -> None: ...
+
 class Weight:
-    def __init__(self, type: WeightType, data: Bytes, scales: Floats, rows: int, cols: int) -> None: ...
+    def __init__(self, type: WeightType, data: Bytes, scales: Floats, rows: int, cols: int, rounding: Sequence[Rounding] = []) -> None: ...
 
 class MoE:
     def __init__(self) -> None: ...

@@ -106,20 +106,25 @@ void bind_constants(nb::module_& m) {
         .value("INT8", WeightType::INT8)
         .value("INT4", WeightType::INT4)
         .value("PANELS", WeightType::PANELS)
-        .value("INT8_32", WeightType::INT8_32);
+        .value("INT8_32", WeightType::INT8_32)
+        .value("INT2", WeightType::INT2);
     m.def("quantised_group", &quantised_group, "type"_a,
           "Returns how many columns of a quantised weight share a scale; 0 where the type has no scales.");
     nb::enum_<LayerKind>(m, "LayerKind").value("SLIDING", LayerKind::SLIDING).value("FULL", LayerKind::FULL);
 }
 
 void bind_model(nb::module_& m) {
+    nb::class_<Rounding>(m, "Rounding")
+        .def(
+            "__init__",
+            [](Rounding* r, size_t end, float input, float output) { new (r) Rounding{end, input, output}; }, "end"_a,
+            "input"_a, "output"_a);
     nb::class_<Weight>(m, "Weight")
         .def(
             "__init__",
-            [](Weight* w, WeightType type, At<const void> data, At<const float> scales, size_t rows, size_t cols) {
-                new (w) Weight{type, data, scales, rows, cols};
-            },
-            "type"_a, "data"_a, "scales"_a, "rows"_a, "cols"_a);
+            [](Weight* w, WeightType type, At<const void> data, At<const float> scales, size_t rows, size_t cols,
+               const std::vector<Rounding>& rounding) { new (w) Weight{type, data, scales, rows, cols, rounding}; },
+            "type"_a, "data"_a, "scales"_a, "rows"_a, "cols"_a, "rounding"_a = std::vector<Rounding>{});
 
     nb::class_<MoE> moe(m, "MoE");
     moe.def(nb::init<>())

@@ -66,7 +66,7 @@ static Stored stored(WeightType type, size_t rows, size_t cols) {
     s.weight.data = s.data.data();
     if (const size_t group = quantised_group(type)) {
         for (uint8_t& byte : s.data) byte = (uint8_t)rng();
-        if (type != WeightType::INT4)
+        if (type != WeightType::INT4 && type != WeightType::INT2)
             for (uint8_t& byte : s.data)
                 if (byte == 128) byte = 127;
         s.scales.resize(rows * cols / group);
@@ -119,6 +119,30 @@ static void check_linear(const Kernels& kernels, WeightType type, const char* na
         const std::vector<float> together = product(kernels, s.weight, M, x.data());
         hold(!std::memcmp(together.data(), alone.data(), M * rows * sizeof(float)), kernels.name, name, M, cols);
     }
+}
+
+// Products that are rounded by static scales, part by part: whole steps of the last scale, and the same bits for a row.
+static void check_rounding(const Kernels& kernels, WeightType type, const char* name, size_t rows, size_t cols) {
+    constexpr size_t MOST = 9;
+    Stored s = stored(type, rows, cols);
+    const size_t middle = rows / 2 / PANEL_ROWS * PANEL_ROWS;
+    s.weight.rounding = {{middle, 0.01f, 0.0f}, {rows, 0.04f, 0.5f}};
+    const std::vector<float> x = gausses(MOST * cols);
+    const std::vector<float> together = product(kernels, s.weight, MOST, x.data());
+    const std::vector<float> expected = product(kernels_portable(), s.weight, MOST, x.data());
+    bool whole = true;
+    size_t apart = 0;
+    for (size_t m = 0; m < MOST; m++) {
+        const float *ours = &together[m * rows], *theirs = &expected[m * rows];
+        const std::vector<float> row = product(kernels, s.weight, 1, x.data() + m * cols);
+        hold(!std::memcmp(row.data(), ours, rows * sizeof(float)), kernels.name, name, m, cols);
+        hold(close(ours, theirs, middle, 2e-6 * std::sqrt((double)cols)), kernels.name, name, m, cols);
+        for (size_t n = middle; n < rows; n++) {
+            whole &= std::fabs(ours[n]) <= 64.0f && ours[n] * 2 == std::nearbyint(ours[n] * 2);
+            apart += ours[n] != theirs[n];  // halfway between steps
+        }
+    }
+    hold(whole && 50 * apart <= MOST * rows, kernels.name, name, apart, cols);
 }
 
 static void check_attention(const Kernels& kernels, size_t d, int64_t length) {
@@ -191,7 +215,12 @@ int main() {
             check_linear(*kernels, WeightType::INT8, "int8", 37, cols);
             check_linear(*kernels, WeightType::INT8_32, "int8 by 32", 37, cols);
             check_linear(*kernels, WeightType::INT4, "int4", 37, cols);
+            check_linear(*kernels, WeightType::INT2, "int2", 37, cols);
             check_linear(*kernels, WeightType::PANELS, "panels", 144, cols);
+            check_rounding(*kernels, WeightType::F32, "float32, rounded", 37, cols);
+            check_rounding(*kernels, WeightType::INT8, "int8, rounded", 37, cols);
+            check_rounding(*kernels, WeightType::INT2, "int2, rounded", 37, cols);
+            check_rounding(*kernels, WeightType::PANELS, "panels, rounded", 144, cols);
         }
         check_linear(*kernels, WeightType::F32, "float32", 5, 21);
         check_linear(*kernels, WeightType::BF16, "bfloat16", 5, 21);

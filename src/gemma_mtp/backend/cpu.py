@@ -217,7 +217,7 @@ class DrafterStack:
             stack.head = memory.multiplied(drafter.head)
         else:
             self._ordering = head.token_ordering.contiguous()
-            centroids = memory.matrix(head.centroids.stored)
+            centroids = memory.matrix(head.centroids.stored, head.centroids.activations)
             draft.centroids = _native.Centroids(config.num_centroids, head.top_k, centroids, int64s(self._ordering))
             stack.head = memory.ordered(drafter.head, self._ordering)  # cluster by cluster: each is one block
         layers = [_layer(memory, cast(DecoderLayer, layer), text, i, i) for i, layer in enumerate(drafter.layers)]
@@ -308,7 +308,7 @@ def _layer(memory: Memory, layer: DecoderLayer, config: TextConfig, index: int, 
 def _moe(memory: Memory, moe: MoE) -> _native.MoE:
     out, experts = _native.MoE(), moe.experts
     out.experts, out.top_k, out.width = experts.experts, moe.router.top_k, experts.down_proj.stored.shape[2]
-    out.router = memory.matrix(moe.router.proj.stored)
+    out.router = memory.matrix(moe.router.proj.stored, moe.router.proj.activations)
     out.gate_up, out.down = memory.matrix(experts.gate_up_proj.stored), memory.matrix(experts.down_proj.stored)
     out.router_scale = memory.vector(moe.router.scale)
     out.expert_scale = memory.vector(moe.router.per_expert_scale)

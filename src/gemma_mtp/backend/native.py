@@ -8,6 +8,7 @@ multiplied with: they are reordered into panels, one after another. Vectors are 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import warnings
 from array import array
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from gemma_mtp.errors import EngineError
 from gemma_mtp.huge_pages import SideBySide
 from gemma_mtp.sizes.machine import cores
+from gemma_mtp.weights.activations import ActivationScales
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.matrix import Matrix, matrices
 from gemma_mtp.weights.panels import Panels
@@ -89,8 +91,9 @@ class Memory:
     tensors: list[Tensor] = field(default_factory=list)
     room: SideBySide = field(default_factory=SideBySide)  # for what is reordered
 
-    def matrix(self, weight: Weight) -> _native.Weight:
-        """A weight [rows, cols]; experts' [E, rows, cols] lie one below the other."""
+    def matrix(self, weight: Weight, activations: Sequence[ActivationScales] = ()) -> _native.Weight:
+        """A weight [rows, cols], and what its products are rounded by; experts' [E, rows, cols] lie one below the
+        other."""
         from gemma_mtp import _native
 
         layout = weight.native()
@@ -98,17 +101,20 @@ class Memory:
         scales = None if layout.scales is None else self._kept(layout.scales)
         data = cast("Bytes", self._kept(layout.data).data_ptr())
         rows, cols = weight.shape[:-1].numel(), weight.shape[-1]
-        return _native.Weight(_native.WeightType[layout.type], data, floats(scales), rows, cols)
+        ends = itertools.accumulate(part.rows for part in activations)
+        rounding = [_native.Rounding(end, part.input, part.output) for end, part in zip(ends, activations, strict=True)]
+        return _native.Weight(_native.WeightType[layout.type], data, floats(scales), rows, cols, rounding)
 
     def multiplied(self, matrix: Matrix) -> _native.Weight:
         """The weight of a linear layer or a head, which the model keeps in panels from now on where it fits."""
-        matrix.convert_(Panels, self.room)
-        return self.matrix(matrix.stored)
+        if whole_panels(matrix.activations):
+            matrix.convert_(Panels, self.room)
+        return self.matrix(matrix.stored, matrix.activations)
 
     def ordered(self, matrix: Matrix, order_V: Tensor) -> _native.Weight:
         """The weight with its rows in this order, which the model keeps them in from now on."""
         matrix.order_rows_(order_V)
-        return self.matrix(matrix.lying)
+        return self.matrix(matrix.lying, matrix.activations)
 
     def vector(self, tensor: Tensor | None) -> Floats:
         """Address of a float32 vector; 0 for none."""
@@ -117,6 +123,15 @@ class Memory:
     def _kept(self, tensor: Tensor) -> Tensor:
         self.tensors.append(tensor.contiguous())
         return self.tensors[-1]
+
+
+def whole_panels(activations: Sequence[ActivationScales]) -> bool:
+    """Whether parts of a weight that are multiplied apart, because they round their inputs otherwise, are whole panels
+    of rows."""
+    from gemma_mtp import _native
+
+    alike = len({part.input for part in activations}) <= 1
+    return alike or all(part.rows % _native.PANEL_ROWS == 0 for part in activations)
 
 
 # Calls take some addresses each: what follows is kept short.

@@ -15,7 +15,7 @@ from gemma_mtp.ops import reference as ops
 from gemma_mtp.weight_types import WeightTypes, merge
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.dense import Dense
-from gemma_mtp.weights.matrix import Chooser, Linear
+from gemma_mtp.weights.matrix import Chooser, Linear, Matrix
 
 
 class CentroidHead(nn.Module):
@@ -32,12 +32,12 @@ class CentroidHead(nn.Module):
         self.centroids = Chooser(config.text.hidden_size, config.num_centroids)
         self.register_buffer("token_ordering", torch.zeros(config.text.vocab_size, dtype=torch.int64))
 
-    def candidates(self, hidden_RH: Tensor, table_VH: Weight) -> tuple[Tensor, Tensor]:
+    def candidates(self, hidden_RH: Tensor, table_VH: Matrix) -> tuple[Tensor, Tensor]:
         """Logits and token ids of the tokens in each row's best clusters, each [R, top_k * V / num_centroids]."""
         scores: Tensor = self.centroids(hidden_RH)
         clusters = scores.topk(self.top_k, dim=-1).indices
         token_ids = self.token_ordering.view(scores.shape[-1], -1)[clusters].flatten(-2)
-        return table_VH.gathered_linear(hidden_RH, token_ids), token_ids
+        return table_VH.gathered_product(hidden_RH, token_ids), token_ids
 
 
 class Drafter(Stack):
@@ -73,13 +73,13 @@ class Drafter(Stack):
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits over the whole vocabulary [..., V] (training; decoding uses `candidates`)."""
-        return self.head.stored.linear(state)
+        return self.head.product(state)
 
     def candidates(self, state_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [R, C] to choose from and their token ids [R, C], or None where every token is a candidate."""
         if self.masked_embedding is None:
             return self.logits(state_RH), None
-        return self.masked_embedding.candidates(state_RH, self.head.stored)
+        return self.masked_embedding.candidates(state_RH, self.head)
 
     def quantise_(self, types: WeightTypes) -> None:
         """Quantise the parts that `types` names. The model can not be trained after.

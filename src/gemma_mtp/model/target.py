@@ -77,7 +77,7 @@ class Target(Stack):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Returns the logits [..., V] before they are soft-capped."""
-        return self.head.stored.linear(hidden)
+        return self.head.product(hidden)
 
     def forward_sequence(self, token_ids_BT: Tensor) -> SequenceOutput:
         """Whole sequences at once, without a cache: the slow, obvious reference of decoding and training."""

@@ -79,6 +79,20 @@ class Grouped(Weight):
         data = torch.empty(*leading, int(K * cls.data_per_value), dtype=cls.data_dtype, device=device)
         return cls(data, torch.empty(*leading, K // cls.group, device=device), dtype)
 
+    @classmethod
+    def of_rows(cls, rows: Tensor, groups: int, dtype: torch.dtype) -> Self:
+        """Returns the weight of rows as they are read: uint8 [..., 4 groups + bytes of data], the float32 scales of so
+        many groups and then the data."""
+        size = groups * torch.float32.itemsize
+        scales = rows[..., :size].contiguous().view(torch.float32)
+        return cls(rows[..., size:].contiguous().view(cls.data_dtype), scales, dtype)
+
+    @classmethod
+    def as_rows(cls, numbers_NK: Tensor, scales: Tensor) -> Tensor:
+        """Returns rows as `of_rows` takes them, of int8 numbers [N, K] that the format holds and float32 scales [N, G]
+        of their groups."""
+        return torch.cat([part.contiguous().view(torch.uint8) for part in (scales, cls.packed(numbers_NK))], -1)
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.scales.shape[:-1], self.scales.shape[-1] * self.group))

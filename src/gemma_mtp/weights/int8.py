@@ -1,4 +1,4 @@
-"""int8 in groups of 64: value = data * scale, data in -127 .. 127."""
+"""int8 in groups of 64: value = data * scale, data in -127 .. 127, and -128 where a file has it."""
 
 from __future__ import annotations
 

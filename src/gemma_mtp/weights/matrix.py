@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_mtp.weight_types import Quantisation
+from gemma_mtp.weights.activations import ActivationScales, rounded
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.dense import Dense
 from gemma_mtp.weights.formats import QUANTISED
@@ -39,7 +40,11 @@ class Held(nn.Module):
 
 
 class Matrix(nn.Module):
-    """A weight [..., out, in]. It begins dense, as the parameter `weight`, which is gone in any other format."""
+    """A weight [..., out, in]. It begins dense, as the parameter `weight`, which is gone in any other format.
+
+    `activations`: what its products are rounded by, part by part of its rows, whatever format it is kept in; empty
+    where a checkpoint has no such scales.
+    """
 
     weight: nn.Parameter
 
@@ -48,6 +53,7 @@ class Matrix(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape))
         self.held: Held | None = None
         self._order: Tensor | None = None
+        self.activations: tuple[ActivationScales, ...] = ()
 
     @property
     def stored(self) -> Weight:
@@ -89,6 +95,26 @@ class Matrix(nn.Module):
         if self.held is not None:
             self._hold(Dense(self.stored.dense()))
 
+    def product(self, x: Tensor) -> Tensor:
+        """Returns x [..., in] times the transpose of the matrix [out, in]: [..., out] of the dtype of x, rounded where
+        `activations` say so."""
+        if not self.activations:
+            return self.stored.linear(x)
+        sizes = [part.rows for part in self.activations]
+        if len({part.input for part in self.activations}) == 1:
+            products = list(self.stored.linear(rounded(x, self.activations[0].input)).split(sizes, -1))
+        else:
+            parts = zip(self.stored.split(sizes), self.activations, strict=True)
+            products = [weight.linear(rounded(x, part.input)) for weight, part in parts]
+        return torch.cat([rounded(y, part.output) for y, part in zip(products, self.activations, strict=True)], -1)
+
+    def gathered_product(self, x_MK: Tensor, index: Tensor) -> Tensor:
+        """Returns each row's product with rows of its own, [M, N]; `index` [M, N] picks them. Rounded as `product`."""
+        if not self.activations:
+            return self.stored.gathered_linear(x_MK, index)
+        (part,) = self.activations
+        return rounded(self.stored.gathered_linear(rounded(x_MK, part.input), index), part.output)
+
     def _hold(self, weight: Weight, order_V: Tensor | None = None) -> None:
         self._parameters.pop("weight", None)
         self.held, self._order = None, order_V
@@ -105,7 +131,7 @@ class Linear(Matrix):
         super().__init__(out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stored.linear(x)
+        return self.product(x)
 
 
 class Chooser(Linear):

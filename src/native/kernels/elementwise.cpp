@@ -16,6 +16,9 @@ inline float inverse_rms(const float* x, float eps, size_t n) {
     return 1.0f / std::sqrt(sum(squares) / (float)n + eps);
 }
 
+// What is no number stays none: so it is the second operand.
+inline V whole_steps(V v, V scale) { return min(set1(127.0f), max(set1(-128.0f), round(div(v, scale)))); }
+
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float eps, size_t n, float* out) {
@@ -48,6 +51,18 @@ void gated(const float* gate, const float* up, size_t n, float* out) {
 
 void scale(float* x, float factor, size_t n) {
     each(n, [&](size_t i, int w) { put(x + i, mul(take(x + i, w), set1(factor)), w); });
+}
+
+void steps(const float* x, float scale, size_t n, float* out) {
+    each(n, [&](size_t i, int w) { put(out + i, whole_steps(take(x + i, w), set1(scale)), w); });
+}
+
+void rounded(float* x, float factor, float scale, size_t n) {
+    each(n, [&](size_t i, int w) {
+        V v = mul(take(x + i, w), set1(factor));
+        if (scale != 0) v = mul(whole_steps(v, set1(scale)), set1(scale));
+        put(x + i, v, w);
+    });
 }
 
 void axpy(float* y, float factor, const float* x, size_t n) {

@@ -29,6 +29,10 @@ void add_rms_norm(float* residual, const float* x, const float* weight, float ep
 void rotate(float* x, const float* cos, const float* sin, size_t n);
 void gated(const float* gate, const float* up, size_t n, float* out);
 void scale(float* x, float factor, size_t n);
+// out = clamp(round(x / scale), -128, 127)
+void steps(const float* x, float scale, size_t n, float* out);
+// x = clamp(round(x * factor / scale), -128, 127) * scale, or x * factor where the scale is 0
+void rounded(float* x, float factor, float scale, size_t n);
 void axpy(float* y, float factor, const float* x, size_t n);
 void softcap(float* x, float cap, size_t n);
 float largest(const float* x, size_t n);

@@ -19,6 +19,7 @@ struct Activations {
     Buffer<int8_t> values;            // quantised by row and group, in the order of the quantised weights
     Buffer<float> scales;             // one for each group
     Buffer<int32_t> starts;           // what a lane's sum begins with, for each group; see `start_of`
+    std::vector<Activations> more;    // the same rows in the other ways that a weight wants, see `Weight::inputs`
 };
 
 // A rectangle of activations: rows m0 .. m1 and columns k0 .. k1. Columns come in blocks of AREA_COLS; the last block
@@ -86,7 +87,7 @@ struct Kernels {
     void (*prepare)(const Weight& w, size_t M, const Area& area, const float* x, size_t ldx, Activations& out);
     // Reserves and prepares all M rows. It may leave them in place, so x must not change before the product.
     void (*prepare_all)(const Weight& w, size_t M, const float* x, size_t ldx, Activations& out);
-    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1
+    // y[m, n - n0] = x[m] . w[n] for n0 <= n < n1, rounded where the weight says so
     void (*linear)(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
                    const Next& then);
     // out = x / rms(x) * weight. `weight` may be null; `out` may be x.

@@ -27,14 +27,14 @@ bool panels_read_in_place(size_t M, size_t ldx);
 void linear_panels(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
                    const Next& then);
 
-// quantised.cpp: INT8, INT8_32 and INT4 weights
+// quantised.cpp: INT8, INT8_32, INT4 and INT2 weights. `whole`: the activations are whole numbers from -128 to 127.
 template <WeightType T>
 void reserve_quantised(size_t M, size_t K, Activations& out);
 template <WeightType T>
-void prepare_quantised(size_t M, size_t K, const Area& area, const float* x, size_t ldx, Activations& out);
+void prepare_quantised(size_t M, size_t K, const Area& area, bool whole, const float* x, size_t ldx, Activations& out);
 template <WeightType T>
-void linear_quantised(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, float* y, size_t ldy,
-                      const void* then);
+void linear_quantised(const Weight& w, const Activations& x, size_t M, size_t n0, size_t n1, bool whole, float* y,
+                      size_t ldy, const void* then);
 // out[i] = a row of the table as floats, times factor
 template <WeightType T>
 void gather_quantised(const Weight& table, size_t row, float factor, float* out);
