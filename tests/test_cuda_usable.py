@@ -24,6 +24,9 @@ from gemma_mtp.backend.reference import ReferenceBackend
 from gemma_mtp.config import LayerOptions
 from gemma_mtp.engine.pair import choose_device
 from gemma_mtp.errors import CheckpointError, DeviceError
+from gemma_mtp.weights.activations import ActivationScales
+from gemma_mtp.weights.int2 import Int2
+from gemma_mtp.weights.matrix import Linear, Matrix
 
 CARD = torch.device("cuda", 0)
 #: needs Triton and a card; what takes its place is looked up where it would be imported from
@@ -37,11 +40,16 @@ class Strange(LayerOptions):
     parallel_branches: bool = False
 
 
-def model(dtype: torch.dtype = torch.bfloat16, device: torch.device = CARD, options: LayerOptions | None = None) -> Any:
+def model(
+    dtype: torch.dtype = torch.bfloat16, device: torch.device = CARD, options: LayerOptions | None = None,
+    matrix: Matrix | None = None,
+) -> Any:  # fmt: skip
     """What is looked at of a model, on a card that is not there."""
     options = options or LayerOptions(value_norm=False, score_scale=0.1, layer_scalar=False)
     config = SimpleNamespace(options=options, text=SimpleNamespace(options=options))
-    return SimpleNamespace(embed_tokens=SimpleNamespace(device=device, dtype=dtype), config=config)
+    parts = [] if matrix is None else [matrix]
+    table = SimpleNamespace(device=device, dtype=dtype)
+    return SimpleNamespace(embed_tokens=table, config=config, modules=lambda: parts)
 
 
 @pytest.fixture
@@ -182,6 +190,11 @@ def test_models_that_do_not_fit_are_named(card: pytest.MonkeyPatch) -> None:
         (model(), model(options=Strange(parallel_branches=True))),
     ):
         assert "do not know the layers' option parallel_branches = True" in str(why_not(*pair))
+    two_bits, rounding = Linear(64, 8), Linear(64, 8)
+    two_bits.convert_(Int2)
+    rounding.activations = (ActivationScales(8, 0.1, 0.0),)
+    assert "do not multiply weights of 2 bits" in str(why_not(model(), model(matrix=two_bits)))
+    assert "do not round activations by static scales" in str(why_not(model(matrix=rounding), None))
     assert "cuda:1 and not beside its target" in str(why_not(model(), model(device=torch.device("cuda", 1))))
 
 

@@ -13,13 +13,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from byte_fallback import CHARACTERS, FIRST_BYTE, gemma_like
 from gemma3 import IDS, build
-from models import WIDE, random_target, save_pair, wide_drafter
+from models import WIDE, backends, open_caches, random_target, run_rows, save_pair, wide_drafter
 from runtimes import llama_server, llama_tokens, played
 from safetensors.torch import load_file, save_file
+from test_mobile import check_alike
 
 from gemma_mtp import SamplingParams, load_pair
+from gemma_mtp.checkpoint import load_target
 from gemma_mtp.cli import main
 from gemma_mtp.engine.pair import Pair, bundled_directory
 from gemma_mtp.interop.directory import export_directory
@@ -27,6 +30,7 @@ from gemma_mtp.interop.gguf import export_gguf
 from gemma_mtp.recipes.fill import fill
 from gemma_mtp.recipes.given import Drafts, given
 from gemma_mtp.recipes.read import read_recipe
+from gemma_mtp.weights.matrix import matrices
 
 pytestmark = pytest.mark.interop
 
@@ -184,6 +188,18 @@ def test_transformers_decodes_compressed_tensors(prompts: Tokens, tmp_path: Path
     export_directory(TARGET, tmp_path / kind, "compressed-tensors", kind)
     made = played("transformers", "run_transformers.py", str(tmp_path / kind), "-", prompts, str(COUNT))
     assert made["plain"] == ours(tmp_path / kind, prompts)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_transformers_mobile_checkpoints(seed: int, tmp_path: Path) -> None:
+    """Of numbers of 2, 4 and 8 bits and static scales of activations, by its own layers and writer."""
+    made = played("transformers", "make_mobile.py", str(tmp_path), str(seed))
+    target, expected = load_target(tmp_path, torch.float32, strict=True), load_file(tmp_path / "expected.safetensors")
+    assert sum(len(matrix.activations) for matrix in matrices(target)) == made["layers"] - 1  # one is not calibrated
+    for backend in backends(target).values():
+        (cache,) = open_caches(backend, 1, len(expected["ids"][0]))
+        with torch.inference_mode():
+            check_alike(backend.logits(run_rows(backend, cache, expected["ids"][0].tolist())), expected["logits"][0])
 
 
 # -- MLX

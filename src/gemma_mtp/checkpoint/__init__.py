@@ -1,5 +1,7 @@
 """Checkpoints of targets and drafters: what they hold, loading and saving, whatever format they are stored in."""
 
+from gemma_mtp.checkpoint.derived import rounded_products
+from gemma_mtp.checkpoint.kept import kinds_of
 from gemma_mtp.checkpoint.load import held_bytes, load_drafter, load_target
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import (
@@ -32,6 +34,7 @@ __all__ = [
     "check_headers",
     "empty_model",
     "held_bytes",
+    "kinds_of",
     "load_drafter",
     "load_target",
     "open_source",
@@ -43,6 +46,7 @@ __all__ = [
     "read_target_config",
     "read_weight_types",
     "report",
+    "rounded_products",
     "save_drafter",
     "save_target",
     "stored_dtypes",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.adapter_config import FILE, AdapterConfig, parse_adapter_config
-from gemma_mtp.checkpoint.derived import DerivedTensor, Part, alias, derived, read_derived
+from gemma_mtp.checkpoint.derived import DerivedTensor, Part, activations_of, alias, derived, read_derived
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, MODEL, OUTSIDE_TEXT, PEFT
 from gemma_mtp.checkpoint.pieces import read_pieces
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Piece, Source
@@ -186,6 +186,11 @@ def _merged(name: str, base: StoredTensor, module: Module, adapter: Adapter) -> 
         raise CheckpointError(
             f"the checkpoint stores {base.name} as {base.dtype}, into which an adapter can not be merged; give the"
             " checkpoint before it was quantised, and --quantize."
+        )
+    if any(activations_of(base)):
+        raise CheckpointError(
+            f"the checkpoint rounds the activations of {base.name} by static scales, which do not hold for merged"
+            " weights; give the unquantised checkpoint that the adapter was trained on."
         )
     roles, file, config = dict(module.roles), adapter.file, adapter.config
     saved = roles.pop("saved", base)

@@ -5,8 +5,8 @@ What reads checkpoints sees them as it sees all others: by name, with the shape 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -38,14 +38,15 @@ class Part:
 class DerivedTensor(StoredTensor):
     """`dtype` is the float that the format's own tools give; `decode` gives float32, or what a part is stored as.
 
-    `nbytes` counts what its parts take in the files. `undecoded` gives rows of another dtype, `stored_as`, with nothing
-    computed, for a weight that is kept as it is stored; None where there is no such weight.
+    `nbytes` counts what its parts take in the files. `undecoded` gives rows with nothing computed, for a weight that is
+    kept as it is stored, by the dtypes that these rows can be read as; the smallest first. `activations`: the scales
+    that products with it are rounded by, before and after; 0 for none.
     """
 
     parts: tuple[Part, ...]
     decode: Decode
-    undecoded: Decode | None = None
-    stored_as: str = ""
+    undecoded: Mapping[str, Decode] = field(default_factory=dict)
+    activations: tuple[float, float] = (0.0, 0.0)
 
     @property
     def piece_bytes(self) -> int:
@@ -55,11 +56,9 @@ class DerivedTensor(StoredTensor):
             count *= size
         return max(count, self.nbytes)
 
-    def as_stored(self) -> DerivedTensor | None:
-        """Returns the same tensor, of which `undecoded` rows are read."""
-        if self.undecoded is None:
-            return None
-        return replace(self, dtype=self.stored_as, decode=self.undecoded, undecoded=None)
+    def as_stored(self, kind: str) -> DerivedTensor:
+        """Returns the same tensor, of which `undecoded` rows of that kind are read."""
+        return replace(self, dtype=kind, decode=self.undecoded[kind], undecoded={})
 
 
 def derived(name: str, shape: Sequence[int], dtype: str, parts: Sequence[Part], decode: Decode) -> DerivedTensor:
@@ -72,6 +71,24 @@ def derived(name: str, shape: Sequence[int], dtype: str, parts: Sequence[Part], 
 def alias(name: str, tensor: StoredTensor) -> DerivedTensor:
     """Returns the same values under another name."""
     return derived(name, tensor.shape, tensor.dtype, [Part(tensor)], lambda parts, rows: parts[0])
+
+
+def with_activations(tensor: StoredTensor, activations: tuple[float, float]) -> StoredTensor:
+    """Returns the same values, of which products are rounded by these scales."""
+    if not any(activations):
+        return tensor
+    made = tensor if isinstance(tensor, DerivedTensor) else alias(tensor.name, tensor)
+    return replace(made, activations=activations)
+
+
+def activations_of(tensor: StoredTensor) -> tuple[float, float]:
+    """Returns the scales that products with a tensor are rounded by, before and after; 0 for none."""
+    return tensor.activations if isinstance(tensor, DerivedTensor) else (0.0, 0.0)
+
+
+def rounded_products(tensors: Iterable[StoredTensor]) -> int:
+    """Returns of how many tensors products are rounded."""
+    return sum(any(activations_of(tensor)) for tensor in tensors)
 
 
 def read_derived(pieces: Iterable[Piece], read: Read) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.blocks import READ
-from gemma_mtp.checkpoint.kept import keep_stored_
+from gemma_mtp.checkpoint.kept import keep_stored_, set_activations_
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS
 from gemma_mtp.checkpoint.read import (
@@ -52,12 +52,13 @@ def load_target(
 ) -> Target:
     """Load a target's text model in inference mode. Every name and shape is checked before any weight is read.
 
-    `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks of
-    a kind that the operators multiply too, and with `fp8`, for kernels that multiply it, FP8 with a scale for each row
-    or tensor. What is not as it should be but can be loaded is logged, or refused with
-    `strict`. Peak memory: the weights as they are kept, plus a piece of 32 MB as it is stored and as much again where
-    it is quantised; on a card, where both happen, twice 64 MB of the host's beside. `on_bytes` is told how many stored
-    bytes are loaded, and of how many. Raises CheckpointError, ConfigError or QuantisationError.
+    `types` says which parts to quantise, piece by piece as they are read; what is stored quantised stays so, blocks and
+    rows of a kind that the operators multiply too, and with `fp8`, for kernels that multiply it, FP8 with a scale for
+    each row or tensor. Static scales of activations are set on what is loaded. What is not as it should be but can be
+    loaded is logged, or refused with `strict`. Peak memory: the weights as they are kept, plus a piece of 32 MB as it
+    is stored and as much again where it is quantised; on a card, where both happen, twice 64 MB of the host's beside.
+    `on_bytes` is told how many stored bytes are loaded, and of how many. Raises CheckpointError, ConfigError or
+    QuantisationError.
     """
     source = open_source(location)
     target = _load(source, read_target_config(source), dtype, device, types, strict, on_bytes, fp8)
@@ -89,6 +90,7 @@ def planned_model(
     check_headers(stored_tensors(model.checkpoint_tensors()), contents)
     if isinstance(model, Drafter):
         _check_ordering(source, contents)
+    set_activations_(model, contents.headers)
     model.quantise_(types or WeightTypes())
     return model
 

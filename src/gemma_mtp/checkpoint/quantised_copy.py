@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gemma_mtp.checkpoint.derived import rounded_products
 from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.read import Contents, read_config, read_contents, report, stored_dtypes
@@ -50,6 +51,7 @@ def write_quantised_copy(
         contents = read_contents(source, config)
         report(location, contents.notes, strict)
         config_to_hf(contents.config)  # or refused
+        _check_scales(source, contents)
         model = planned_model(source, contents, dtype, wanted)
         _write_weights(source, model, contents, directory, on_bytes, Int4Changes() if changes is None else changes)
         written: dict[str, Any] = {
@@ -81,6 +83,15 @@ def _write_weights(
     values = converted_tensors(source, views, contents.headers, {}, on_bytes, changes)
     named = ((stored_name(name, contents.config), first, rows) for name, first, rows in values)
     write_shards(directory, layout, named)
+
+
+def _check_scales(source: Source, contents: Contents[Any]) -> None:
+    """Raises QuantisationError for a checkpoint whose copy would be another model."""
+    if rounded_products(contents.headers.values()):
+        raise QuantisationError(
+            f"{source.path} rounds activations by static scales (input_activation_scale), for which a copy has no"
+            " place; quantise it while loading (generate --quantize), or copy the unquantised checkpoint."
+        )
 
 
 def _dtype(stored: set[str]) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.blocks import READ
+from gemma_mtp.checkpoint.derived import activations_of, with_activations
 from gemma_mtp.checkpoint.names import EMBEDDING, HEAD, missing_tensor, unused_tensors
 from gemma_mtp.checkpoint.open import open_source
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Location, Source
@@ -225,7 +226,8 @@ def _with_stored_head(
     alone = EMBEDDING not in headers
     if alone or all(table in headers and same_values(source, headers[table], headers[head]) for table, head in pairs):
         for table, head in pairs:
-            headers.setdefault(table, headers.pop(head))
+            stored = headers.pop(head)
+            headers[table] = with_activations(headers.get(table, stored), activations_of(stored))
         return config, []
     note = (
         f"config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} differs from it; the stored head"

@@ -24,6 +24,7 @@ from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
 from gemma_mtp.weight_types import WeightTypes, weight_types_to_hf
 from gemma_mtp.weights.base import SCALES
+from gemma_mtp.weights.matrix import matrices
 
 #: a new directory's weights are dealt out to files of so many bytes, as transformers long did
 SHARD_BYTES = 5_000_000_000
@@ -90,6 +91,10 @@ def _tensors_of(model: Target | Drafter, config: TargetConfig | DrafterConfig) -
 
     Raises CheckpointError where it is not what a loader would look for by the config.json beside it.
     """
+    if any(matrix.activations for matrix in matrices(model)):
+        raise CheckpointError(
+            "the model can not be saved: it rounds activations by static scales, which the layout has no place for."
+        )
     tensors = stored_tensors(model.checkpoint_tensors())
     planned = stored_tensors(empty_model(config, model.weight_types).checkpoint_tensors())
     for name in {**planned, **tensors}:

@@ -211,7 +211,8 @@ def load_pair(
     chosen_dtype = choose_dtype(dtype, chosen_device, source)
     stored = merge(checkpoint.read_weight_types(source), types or WeightTypes())
     fp8 = chosen_dtype is torch.bfloat16 and usable_on(chosen_device)
-    held = checkpoint.held_bytes(source, "target", chosen_dtype, types, fp8) if fp8 else None
+    kept = any(checkpoint.kinds_of(header, fp8) for header in checkpoint.text_headers(source).values())
+    held = checkpoint.held_bytes(source, "target", chosen_dtype, types, fp8) if kept else None
     check_weights_fit(source.path, target_config, stored, chosen_dtype, chosen_device, held)
     how = chosen_dtype, chosen_device, types, strict
     loaded_target = checkpoint.load_target(source, *how, functools.partial(on_bytes, "target"), fp8)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_mtp.checkpoint.derived import rounded_products
 from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.names import OUTSIDE_TEXT
 from gemma_mtp.checkpoint.open import open_source
@@ -118,7 +119,7 @@ def export_directory(
             (directory / GENERATION_FILE).unlink(missing_ok=True)  # of the other checkpoint
         source.copy_companions(directory)
         changed = _checked(plan, directory, on_checked)
-        losses = [*left, *_losses(changed, kind)]
+        losses = [*left, *activation_losses(contents), *_losses(changed, kind)]
         report(location, losses, strict)
         nbytes = sum(shape.numel() * dtype.itemsize for dtype, shape in plan.layout.values())
         made = Written(len(plan.packed), len(contents.headers) - len(plan.packed), nbytes, changed["packed"], losses)
@@ -178,6 +179,13 @@ class _Plan:
                 yield stored, first, part
         for name, rows, value in read_values(self.source, self.towers, self.towers, {}):
             yield name, 0 if rows is None else rows.start, value
+
+
+def activation_losses(contents: Contents[Any]) -> list[str]:
+    """Returns a sentence where a checkpoint rounds activations, which no format that is written does."""
+    if not rounded_products(contents.headers.values()):
+        return []
+    return ["the static scales that it rounds activations by are not written: what reads it does not round them."]
 
 
 def _towers(contents: Contents[Any]) -> tuple[list[StoredTensor], list[str]]:

@@ -34,6 +34,7 @@ from gemma_mtp.files.gguf import nbytes_of
 from gemma_mtp.files.gguf_write import GgufWriter
 from gemma_mtp.files.replace import replace_file, replace_text
 from gemma_mtp.interop.card import card
+from gemma_mtp.interop.directory import activation_losses
 from gemma_mtp.interop.gguf_keys import general_keys, is_gemma3, model_keys, rope_divisors
 from gemma_mtp.interop.gguf_tokenizer import tokenizer_metadata
 from gemma_mtp.locate import GGUF
@@ -162,7 +163,7 @@ def _losses(
     contents: Contents[Any], metadata: Mapping[str, Any], kind: str, layout: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> list[str]:
     """A sentence on each thing that is not written as it is."""
-    losses = []
+    losses = activation_losses(contents)
     written = {name: layout[_name(name)][0] for name in contents.headers if not name.startswith("masked_embedding.")}
     stored = {contents.headers[name].dtype for name, dtype in written.items() if dtype == kind}
     wide = sorted(dtype for dtype in stored if not _holds(kind, dtype))

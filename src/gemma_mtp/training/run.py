@@ -104,7 +104,7 @@ class Run:
         with loading(quiet=not world.leads) as on_bytes:
             self.target = checkpoint.load_target(source, self.dtype, self.device, settings.quantize, settings.strict,
                                                  partial(on_bytes, "target"))  # fmt: skip
-            quantised = any(matrix.stored.quantised for matrix in matrices(self.target))
+            quantised = any(matrix.stored.quantised or matrix.activations for matrix in matrices(self.target))
             self.target.dequantise_()
         self.target_name = _target_name(settings)
         self.pair = self._engine_pair(quantised)

@@ -122,8 +122,12 @@ def check_output(settings: RunSettings, state: Path) -> None:
 
 
 def check_unquantised(drafter: Path) -> None:
-    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote, or whose file has quantised blocks."""
-    if checkpoint.read_weight_types(drafter) or checkpoint.stored_dtypes(drafter) - FLOAT_DTYPES.keys():
+    """Raises TrainingError for a drafter that `gemma-mtp quantize` wrote, or whose file has quantised values that are
+    kept as they are, or rounds activations."""
+    headers = checkpoint.text_headers(checkpoint.open_source(drafter, "drafter"))
+    kept = any(checkpoint.kinds_of(header, fp8=False) for header in headers.values())
+    blocks = checkpoint.stored_dtypes(drafter) - FLOAT_DTYPES.keys()
+    if kept or blocks or checkpoint.read_weight_types(drafter) or checkpoint.rounded_products(headers.values()):
         raise TrainingError(
             f"{drafter} is a quantised drafter, which can not be trained; give the drafter it was made from, and"
             " --quantize to measure what is trained as it will be quantised."

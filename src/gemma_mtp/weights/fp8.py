@@ -14,9 +14,6 @@ from torch import Tensor
 from gemma_mtp.weights.base import Weight
 from gemma_mtp.weights.grouped import Grouped
 
-#: bytes of a row's scale, which lies before its values where rows are read as they are stored
-SCALE_BYTES = 4
-
 
 class Fp8(Grouped):
     """`data` uint8 [..., K], the bits of E4M3, and `scales` float32 [..., 1]: a row is one group."""
@@ -26,12 +23,6 @@ class Fp8(Grouped):
     data_dtype = torch.uint8
     native_type = ""
     __slots__ = ()
-
-    @classmethod
-    def of_rows(cls, rows: Tensor, dtype: torch.dtype) -> Self:
-        """Returns the weight of rows as they are read: uint8 [..., 4 + K], a float32 scale and then the values."""
-        scales = rows[..., :SCALE_BYTES].contiguous().view(torch.float32)
-        return cls(rows[..., SCALE_BYTES:], scales, dtype)
 
     @classmethod
     def fits(cls, weight: Weight) -> bool:

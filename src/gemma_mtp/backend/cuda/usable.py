@@ -16,6 +16,8 @@ from gemma_mtp.backend.cuda.asked import ASKED_BY, asked
 from gemma_mtp.config import LayerOptions
 from gemma_mtp.model.drafter import Drafter
 from gemma_mtp.model.target import Target
+from gemma_mtp.weights.int2 import Int2
+from gemma_mtp.weights.matrix import matrices
 
 #: compute capability that the kernels' bf16 products need
 LEAST_CAPABILITY = (8, 0)
@@ -59,6 +61,11 @@ def why_not(target: Target, drafter: Drafter | None) -> str | None:
             return f"the weights are {str(weight.dtype)[6:]} and not bfloat16 (give --dtype bfloat16)"
         if weight is not None and weight.device != target.embed_tokens.device:
             return f"the drafter is on {weight.device} and not beside its target"
+    multiplied = [matrix for model in (target, drafter) if model is not None for matrix in matrices(model)]
+    if any(matrix.activations for matrix in multiplied):
+        return "they do not round activations by static scales, as the checkpoint does"
+    if any(isinstance(matrix.lying, Int2) for matrix in multiplied):
+        return "they do not multiply weights of 2 bits"
     options = [target.config.options, *([] if drafter is None else [drafter.config.text.options])]
     unknown = next(filter(None, map(unknown_option, options)), None)
     return None if unknown is None else f"they do not know the layers' option {unknown}"

@@ -120,7 +120,7 @@ class Quantised:
         """Returns a derived tensor of FP8 with a scale for each row or for all, which a weight can be kept as."""
         parts = [Part(weight), Part(scale, 0 if scale.shape in ((), (1,)) else 1)]
         made = self.matrix(weight.name, weight.shape, parts, decode, dtype)
-        return replace(made, undecoded=fp8_rows, stored_as=FP8_ROWS)
+        return replace(made, undecoded={FP8_ROWS: fp8_rows})
 
     def matrix(
         self, name: str, shape: Sequence[int], parts: Sequence[Part], decode: Decode, dtype: str | None = None

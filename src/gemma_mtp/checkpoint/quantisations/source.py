@@ -6,6 +6,8 @@ import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gemma_mtp.checkpoint.derived import rounded_products
+from gemma_mtp.checkpoint.kept import kinds_of
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.known import FIELD, READERS, found_in
@@ -57,12 +59,19 @@ class QuantisedSource(WrappedSource):
         return [*self.inner.notes(), *self._reading.notes]
 
     def summary(self) -> list[str]:
-        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(self._reading.kinds.items()))
-        return [
-            *self.inner.summary(),
-            f"{self.quantised.method}: matrices are read as floats ({kinds}); values are those stored, rounded"
-            " to the dtype that they are loaded in",
+        reading, method = self._reading, self.quantised.method
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(reading.kinds.items()))
+        kept = any(kinds_of(tensor, fp8=False) for tensor in reading.tensors.values())
+        how = "matrices stay as they are stored where the operators can multiply them so, others are" if kept else (
+            "matrices are"
+        )  # fmt: skip
+        facts = [
+            f"{method}: {how} read as floats ({kinds}); values are those stored, rounded to the dtype that they are"
+            " loaded in"
         ]
+        if count := rounded_products(reading.tensors.values()):
+            facts.append(f"{method}: products with {count} of them are rounded to 8 bits by static scales")
+        return [*self.inner.summary(), *facts]
 
 
 def readable(source: Source) -> Source:
