@@ -56,7 +56,7 @@ def test_a_load_on_the_engine_has_its_outputs_and_counts(pair: Pair) -> None:
 
 def test_a_stream_from_the_engine_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not at its end: the engine goes on after some steps when the first text has been read."""
-    steps, seen, play, updates = itertools.count(), threading.Event(), Engine.step, Generation.updates
+    steps, seen, play, updates = itertools.count(), threading.Event(), Engine.play, Generation.updates
 
     def waiting(engine: Engine) -> None:
         assert next(steps) < 3 or seen.wait(SECONDS)
@@ -68,7 +68,7 @@ def test_a_stream_from_the_engine_is_read_as_it_comes(monkeypatch: pytest.Monkey
                 seen.set()
             yield update
 
-    monkeypatch.setattr(Engine, "step", waiting)
+    monkeypatch.setattr(Engine, "play", waiting)
     monkeypatch.setattr(Generation, "updates", noticed)
     pair = load_pair()
     requests = greedy(held_out(pair, 8), 24, 3)
@@ -76,7 +76,7 @@ def test_a_stream_from_the_engine_is_read_as_it_comes(monkeypatch: pytest.Monkey
         (record,) = asyncio.run(run_load(ClosedLoop(1), streamed_from_engine(engine, requests), Extent(1)))
     result = pair.generate(requests(0).prompt_token_ids, requests(0).params, draft_tokens=3)
     assert record.reply.output_tokens == 24 and record.reply.accepted_drafts == result.accepted
-    assert 1 < len(record.chunks) <= len(result.rounds)
+    assert next(steps) > 3 and 1 < len(record.chunks) <= len(result.rounds)
     assert list(record.chunks) == sorted(record.chunks)
 
 
@@ -84,7 +84,7 @@ def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     """As many run as may, while requests wait; outputs are compared."""
     most: dict[int, int] = {}
     submitted = Counter[Engine]()
-    step, add = Engine.step, Engine.add
+    play, add = Engine.play, Engine.add
 
     def counted(engine: Engine, job: Job) -> Generation:
         generation = add(engine, job)
@@ -94,11 +94,11 @@ def test_a_batch_is_measured_over_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     def watched(engine: Engine) -> None:
         allowed = engine.settings.max_running
         wait_for(lambda: submitted[engine] % (2 * allowed) == 0)  # all of a repeat's, before its first step
-        step(engine)
+        play(engine)
         most[allowed] = max(most.get(allowed, 0), engine.scheduler.ran_lately)
 
     monkeypatch.setattr(Engine, "add", counted)
-    monkeypatch.setattr(Engine, "step", watched)
+    monkeypatch.setattr(Engine, "play", watched)
     options = ["batch", "--sequences", "1", "3", "--requests", "2", "--max-tokens", "6", "--repeats", "2"]
     args = serving.parse([*options, "--prompt-tokens", "5"])
     content = serving.measure_batch(load_pair(), args)

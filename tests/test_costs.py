@@ -64,15 +64,14 @@ def test_costs_come_back_as_they_were_stored(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, said: str | None, name: str) -> None:
     def read(path: Path, encoding: str) -> str:
-        assert path == Path("/proc/cpuinfo")
-        if said is None:
+        if path != Path("/proc/cpuinfo") or said is None:
             raise FileNotFoundError
         return said
 
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr("gemma_mtp.backend.processor.platform.processor", lambda: "")
     monkeypatch.setattr("gemma_mtp.backend.processor.platform.machine", lambda: "riscv64")
-    assert processor_module.processor(torch.device("cpu")) == f"{name}{os.cpu_count()} cores"
+    assert processor_module.processor(torch.device("cpu")) == f"{name}{len(os.sched_getaffinity(0))} cores"
 
 
 DAMAGE = {

@@ -49,9 +49,14 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma_mtp.cli.doctor_run.PROMPT_TOKENS", 96)
 
 
+def heldout(tokens: int) -> list[Prompt]:
+    files = [bundled_directory() / "heldout_prompts.jsonl"]
+    return prompts_of(load_pair(use_drafter=False), spread(files, "*", 2), tokens)
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return prompts_of(load_pair(use_drafter=False), spread([bundled_directory() / "heldout_prompts.jsonl"], "*", 2), 96)
+    return heldout(96)
 
 
 def found(findings: list[Finding]) -> Iterator[tuple[str, str]]:
@@ -99,8 +104,10 @@ def test_wrong_donor_layers_are_found(pair: Pair, prompts: list[Prompt], monkeyp
     assert "restore layer_types" in findings[1].advice
 
 
-def test_another_fine_tune_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+def test_another_fine_tune_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A target that says another token in two of three cases, in the same state: the drafter still knows the text."""
+    prompts = heldout(160)
+    monkeypatch.setattr("gemma_mtp.measure.diagnosis.WRITTEN_TOKENS", 96)  # as much as of a user's
     target = pair.target
     table = target.embed_tokens.weight
     rows = torch.arange(len(table))
