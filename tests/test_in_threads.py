@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ def test_each_piece_has_a_thread_and_pytorch_keeps_its_own(three_threads: None) 
 
     assert in_threads(work, range(3), torch.device("cpu")) == [(0, 1), (1, 1), (2, 1)]
     assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 3
 
 
 def test_an_error_is_the_callers(three_threads: None) -> None:
