@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from gemma_mtp.decoding.draft_length import KEPT_GAIN, LOSS_SHARE, DraftLength, Plan
 from gemma_mtp.decoding.early_stop import StopRule, chance
 from gemma_mtp.decoding.round_costs import LONGEST, RoundCosts
+from gemma_mtp.engine import draft_policy
 from gemma_mtp.engine.round import RoundOutput
 
 
@@ -114,7 +116,7 @@ def mean_loss(
 
 
 @pytest.mark.parametrize("name", TRUE)
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.038, 0.052), (busy, 0.038, 0.052)])
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.036, 0.05), (busy, 0.044, 0.065)])
 def test_close_to_the_best_fixed_length(
     name: str, noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:
@@ -173,7 +175,7 @@ def corrected(noise: Callable[[random.Random], float], seeds: int) -> dict[tuple
     return lost
 
 
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.01, 0.075), (busy, 0.012, 0.06)])
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.009, 0.06), (busy, 0.013, 0.08)])
 def test_wrong_costs_are_put_right_within_fifty_rounds(
     noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:
@@ -225,3 +227,18 @@ def test_what_an_earlier_text_gained_is_not_lost_without_bound() -> None:
         policy.record(made, 0, [0.9] * made)
         lost += (drafting[made] + verify[made]) / verify[0] - 1
     assert lost <= KEPT_GAIN + LOSS_SHARE * rounds
+
+
+def test_making_a_plan_is_no_part_of_what_its_round_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at the costs takes a second here, as where they are measured for the first plan, and a round two."""
+    noted, now = list[float](), itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    costs = costs_of(*TRUE["flat"])
+    monkeypatch.setattr(costs, "note", lambda drafts, seconds, drafting: noted.append(seconds))
+    policy, own = draft_policy.DraftPolicy(lambda *_: costs, watches_drafts=True), draft_policy.Policies()
+    for seconds in (3.0, 2.5):
+        policy.begin_step(1)
+        made = policy.plan("argmax", own).longest
+        policy.plan("argmax", own)  # the same one, for a second job
+        policy.learn("argmax", [RoundOutput([], made, made, None, [0.9] * made)], seconds, 1.0)
+    assert noted == [2.0, 1.5]

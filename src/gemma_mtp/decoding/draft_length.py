@@ -20,7 +20,7 @@ DraftTokens = int | Literal["auto"]
 #: what is believed of the first position before anything was seen, and the rounds that this belief counts for
 PRIOR_ACCEPTANCE, PRIOR_ROUNDS = 0.7, 2.0
 #: a later position is believed to be as good as the one before it; the rounds that this counts for
-NEIGHBOUR_ROUNDS = 6.0
+NEIGHBOUR_ROUNDS = 12.0
 #: rounds that an earlier sequence's record counts for
 KEPT_ROUNDS = 4.0
 #: weight of a round against the next one's: text changes, and what was accepted long ago says little

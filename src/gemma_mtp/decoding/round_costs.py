@@ -1,17 +1,22 @@
 """What a round with 0, 1, ... drafts costs: measured once, then put right by every round that is played.
 
-A round takes `load * (drafting + verify[drafts])` seconds. Drafting is `first + (drafts - 1) * step`: the first draft
-begins a call, and finds the processor's caches full of the target. The first draft, a further step and the 17 verify
-costs are believed to be what was measured, times a factor near 1. Factors of neighbouring lengths err alike, because
-what disturbs a measurement lasts for some rounds. The load is what the machine's other work and a longer context do to
-all rounds alike. It wanders from round to round, and says nothing about the factors. A Kalman filter over the 19
-factors and the load takes in the seconds of rounds; time spent drafting is told apart where it is known.
+A round takes `drafting + verify[drafts]` seconds. Drafting is `first + (drafts - 1) * step`: the first draft begins a
+call, and finds the processor's caches full of the target. The first draft, a further step and the 17 verify costs are
+believed to be what was measured, times a factor near 1. Factors of neighbouring lengths err alike, because what
+disturbs a measurement lasts for some rounds. A Kalman filter over the logarithms of the 19 factors takes in the rounds.
+
+A machine's other work makes all rounds slower, from one round to the next or for minutes, and says nothing about the
+factors. So a round is compared with the rounds just before and after it: their median says how slow the machine was.
+Rounds of one length in a row teach nothing but how much of them is drafting, and one round that was held up is no news
+about the others. What more rows cost does change while a machine's memory is shared, so what was learnt long ago is
+forgotten.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,24 +27,27 @@ LONGEST = 16
 #: rows before the rounds that are measured
 CONTEXT_ROWS = 32
 #: indexes behind the verify factors of 0 to LONGEST drafts
-FIRST, STEP, LOAD = LONGEST + 1, LONGEST + 2, LONGEST + 3
+FIRST, STEP = LONGEST + 1, LONGEST + 2
 #: how far measured costs may be off, as standard deviations of factors: of the first draft and further ones alike; of
 #: either alone; of what more rows add, all alike; of neighbouring lengths (over about so many doublings of the number
 #: of rows); of each length alone
 DRAFTING_ERROR, STEP_ERROR, SLOPE_ERROR, ROWS_ERROR, ROWS_DOUBLINGS, LENGTH_ERROR = 0.35, 0.2, 0.35, 0.15, 1.5, 0.05
-#: the same of the load at the start, and of its change from one round to the next
-LOAD_ERROR, LOAD_CHANGE = 0.6, 0.1
+#: rounds after which as little is known of lengths that are not played as at the start
+FORGOTTEN_ROUNDS = 800
+#: rounds before and after one that it is compared with
+BEFORE, AFTER = 4, 1
 #: how far single rounds are off, at the start, and the least that is ever believed; how fast it is learnt
-NOISE, LEAST_NOISE, NOISE_WEIGHT = 0.3, 0.02, 0.1
-#: a round further off than so many standard deviations counts as this far, and as no faster than a share of a guess
-SURPRISES, LEAST_SHARE = 1.5, 0.1
-#: gains below this are not lowered any more: costs that change slowly are followed, and most rounds cost little to note
-LEAST_ROUND_GAIN = 0.01
-#: of a length whose rounds say little, one in HEARD is looked at: between rounds even this little work is felt.
-#: Little is less than the bound above until so many rounds were looked at, and then less than this one
-HEARD, KNOWN_ROUNDS, LEAST_HEARD_GAIN = 4, 64, 0.05
+NOISE, LEAST_NOISE, NOISE_RATE = 0.2, 0.02, 0.08
+#: share of what is normally distributed that is further off than one standard deviation
+BEYOND_ONE = 0.32
+#: a round further off than so many standard deviations counts as this far
+SURPRISES = 1.5
+#: a round that would say less than this share of what is not known is left out
+LEAST_GAIN = 0.01
 #: rounds that are noted before they are taken into account, at most
 MOST_NOTED = 16
+
+Vector = NDArray[np.float64]
 
 
 class RoundCosts:
@@ -59,118 +67,127 @@ class RoundCosts:
         first, step = _drafting_line(measured, drafting or {})
         verify = [measured[k] - (first + (k - 1) * step if k else 0.0) for k in known]
         verify = _rising(_without_outliers(verify))
-        self._measured = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [first, step, 1.0]
-        self._factors = np.ones(LOAD + 1)
-        self._errors = _prior_errors(self._measured)
+        parts = [_interpolated(known, verify, k) for k in range(LONGEST + 1)] + [first, step]
+        self._measured = np.array(parts)
+        self._logs = np.zeros(STEP + 1)  # of the factors
+        self._prior = _prior_errors(parts)
+        self._errors = self._prior.copy()
         self._noise = NOISE
-        self._heard = 0  # rounds that were looked at
-        self._unheard = [0] * (LONGEST + 1)  # rounds of each length to leave out
-        self._noted: list[tuple[int, float, float | None]] = []  # rounds that are not taken into account yet
-        self._seconds = self._believed()
+        self._noted: list[tuple[int, float, float | None]] = []  # the newest rounds
+        self._taken = 0  # how many of them are taken into account
+        self._believe()
 
     @property
     def seconds(self) -> list[float]:
-        """Of rounds with 0 to LONGEST drafts, at the load at which they were measured, by all that was noted."""
-        if self._noted:
-            self._take_in()
+        """Of rounds with 0 to LONGEST drafts, as fast as the machine was when they were measured, by all that was
+        noted but the last round."""
+        self._take_in()
         return self._seconds
-
-    def _take_in(self) -> None:
-        noted, self._noted = self._noted, []
-        for of_round in noted:
-            self._learn(*of_round)
-        self._seconds = self._believed()
-
-    def _believed(self) -> list[float]:
-        measured, factors = self._measured, self._factors.tolist()
-        first, step = measured[FIRST] * factors[FIRST], measured[STEP] * factors[STEP]
-        return [measured[k] * factors[k] + (first + (k - 1) * step if k else 0.0) for k in range(LONGEST + 1)]
 
     @property
     def drafting(self) -> list[float]:
         """What drafting takes of the seconds."""
         self._take_in()
-        first, step = (self._measured[i] * float(self._factors[i]) for i in (FIRST, STEP))
-        return [0.0] + [first + k * step for k in range(LONGEST)]
+        return [self._drafting(drafts) for drafts in range(LONGEST + 1)]
 
     def note(self, drafts: int, seconds: float, drafting: float | None = None) -> None:
         """Note a played round. `drafting`: how many of its seconds its drafts took, where that is known.
 
-        It is taken into account when the costs are asked for, with others noted since: between rounds, where caches are
-        cold, the same work takes several times as long. A busy machine or a longer context makes all rounds slower, and
-        says nothing about lengths that are not played.
+        It is taken into account when the costs are asked for and the round after it is known: between rounds, where
+        caches are cold, the same work takes several times as long.
         """
         self._noted.append((drafts, seconds, drafting))
-        if len(self._noted) == MOST_NOTED:
+        if len(self._noted) - self._taken >= MOST_NOTED:
             self._take_in()
-
-    def _learn(self, drafts: int, seconds: float, drafting: float | None) -> None:
-        self._errors[LOAD, LOAD] += LOAD_CHANGE**2
-        if self._unheard[drafts]:
-            self._unheard[drafts] -= 1
-            return
-        verify = self._measured[drafts] * float(self._factors[drafts])
-        first, step = (self._measured[i] * float(self._factors[i]) for i in (FIRST, STEP))
-        parts = {FIRST: first, STEP: (drafts - 1) * step} if drafts else {}
-        expected = sum(parts.values())
-        if drafting is not None and expected and 0 < drafting < seconds:
-            gain = self._take(drafting / expected, {LOAD: 1.0, **{i: part / expected for i, part in parts.items()}})
-            gain = max(gain, self._take((seconds - drafting) / verify, {LOAD: 1.0, drafts: 1.0}))
-        else:
-            parts[drafts] = verify
-            expected += verify
-            gain = self._take(seconds / expected, {LOAD: 1.0, **{i: part / expected for i, part in parts.items()}})
-        self._heard += 1
-        little = LEAST_ROUND_GAIN if self._heard < KNOWN_ROUNDS else LEAST_HEARD_GAIN
-        self._unheard[drafts] = HEARD - 1 if gain < little else 0
-
-    def _take(self, ratio: float, weights: Mapping[int, float]) -> float:
-        """One observation: `ratio` of what was seen to what the factors say at a load of 1. `weights`: how much each
-        factor's share is in it. Returns by how much of its surprise it moved the factor that it moved most."""
-        errors, factors = self._errors, self._factors
-        spread = errors[LOAD] * weights[LOAD]
-        for i, weight in weights.items():
-            if i != LOAD:
-                spread += errors[i] * weight
-        variance = self._noise**2
-        for i, weight in weights.items():
-            variance += float(spread[i]) * weight
-        limit = SURPRISES * math.sqrt(variance)
-        surprise = max(-min(limit, 1 - LEAST_SHARE), min(limit, ratio / float(factors[LOAD]) - 1))
-        self._noise += NOISE_WEIGHT * (max(LEAST_NOISE, 1.25 * abs(surprise)) - self._noise)
-        gains = spread / variance
-        self._factors = factors * (1 + gains * surprise)
-        most = float(abs(gains[:LOAD]).max())
-        if most < LEAST_ROUND_GAIN:
-            errors[LOAD, LOAD] -= gains[LOAD] * spread[LOAD]
-        else:
-            errors -= gains[:, None] * spread
-        return most
 
     def least_seconds(self, beside: int, errors: float) -> list[float]:
         """The seconds as low as they may well be, beside those of the length `beside`: by so many standard deviations
         of what is believed of the two together."""
         seconds = np.array(self.seconds)
-        parts = np.zeros((LONGEST + 1, LOAD + 1))  # the share of each factor in the seconds of each length
-        for k, verify in enumerate(self._measured[: LONGEST + 1]):
-            parts[k, k] = verify * self._factors[k]
-            if k:
-                parts[k, FIRST] = self._measured[FIRST] * self._factors[FIRST]
-                parts[k, STEP] = (k - 1) * self._measured[STEP] * self._factors[STEP]
-        parts /= seconds[:, None]
-        parts -= parts[beside].copy()
-        doubt = np.sqrt(np.maximum(0.0, np.einsum("ki,ij,kj->k", parts, self._errors, parts)))
-        return list((seconds * np.maximum(LEAST_SHARE, 1 - errors * doubt)).tolist())
+        shares = np.array([self._shares(drafts) for drafts in range(LONGEST + 1)])
+        shares -= shares[beside].copy()
+        doubt = np.sqrt(np.maximum(0.0, ((shares @ self._errors) * shares).sum(axis=1)))
+        return list((seconds * np.exp(-errors * doubt)).tolist())
 
     def loss(self, drafts: int) -> float:
         """What a round of which no draft is accepted takes longer than a plain one, in plain rounds, as it was believed
         when the costs were last asked for."""
         return self._seconds[drafts] / self._seconds[0] - 1
 
+    def _drafting(self, drafts: int) -> float:
+        return self._parts[FIRST] + (drafts - 1) * self._parts[STEP] if drafts else 0.0
+
+    def _believe(self) -> None:
+        """Work out the seconds that follow from the factors."""
+        self._parts: list[float] = (self._measured * np.exp(self._logs)).tolist()
+        self._seconds = [self._parts[drafts] + self._drafting(drafts) for drafts in range(LONGEST + 1)]
+        self._known_shares: dict[int, Vector] = {}
+
+    def _shares(self, drafts: int) -> Vector:
+        """Returns how much of a round's seconds each factor's part is."""
+        if drafts not in self._known_shares:
+            shares = np.zeros(STEP + 1)
+            shares[drafts] = self._parts[drafts]
+            if drafts:
+                shares[FIRST], shares[STEP] = self._parts[FIRST], (drafts - 1) * self._parts[STEP]
+            self._known_shares[drafts] = shares / self._seconds[drafts]
+        return self._known_shares[drafts]
+
+    def _take_in(self) -> None:
+        """Learn from the rounds of which the next one is known."""
+        until = len(self._noted) - AFTER
+        if until <= self._taken:
+            return
+        self._errors += (until - self._taken) / FORGOTTEN_ROUNDS * self._prior
+        for i in range(self._taken, until):
+            self._learn(i)
+        dropped = max(0, until - BEFORE)
+        del self._noted[:dropped]
+        self._taken = until - dropped
+
+    def _learn(self, i: int) -> None:
+        """Compare a noted round with those around it."""
+        drafts, seconds, drafting = self._noted[i]
+        around = self._noted[max(0, i - BEFORE) : i] + self._noted[i + 1 : i + 1 + AFTER]
+        load = statistics.median([took / self._seconds[of_one] for of_one, took, _ in around])
+        theirs = sum([self._shares(of_one) for of_one, _, _ in around]) / len(around)
+        noise = 1 + math.pi / 2 / len(around)  # of the round and of the median
+        of_drafts, verify = self._drafting(drafts), self._parts[drafts]
+        if drafting is None or not of_drafts or not 0 < drafting < seconds:
+            moves = [self._take(seconds / (load * self._seconds[drafts]), self._shares(drafts) - theirs, noise)]
+        else:
+            part = np.zeros(STEP + 1)
+            part[FIRST] = self._parts[FIRST] / of_drafts
+            part[STEP] = 1 - part[FIRST]
+            moves = [self._take(drafting / (load * of_drafts), part - theirs, noise)]
+            part = np.zeros(STEP + 1)
+            part[drafts] = 1.0
+            moves.append(self._take((seconds - drafting) / (load * verify), part - theirs, noise))
+        if any(moves):
+            self._believe()
+
+    def _take(self, ratio: float, weights: Vector, noise: float) -> bool:
+        """One observation: `ratio` of what was seen to what is believed. `weights`: how much each factor's logarithm
+        counts in it. `noise`: the variance of its noise to that of a single round's. Returns whether it moved them."""
+        spread = self._errors @ weights
+        doubt = float(spread @ weights)
+        variance = doubt + noise * self._noise**2
+        deviation, surprise = math.sqrt(variance), math.log(ratio)
+        # by how often it is exceeded, not by how far: some rounds are held up for many times as long as they take
+        calmer = NOISE_RATE * ((abs(surprise) > deviation) - BEYOND_ONE)
+        self._noise = min(1.0, max(LEAST_NOISE, self._noise * math.exp(calmer)))
+        if doubt < LEAST_GAIN * variance:
+            return False
+        limit = SURPRISES * deviation
+        gains = spread / variance
+        self._logs += gains * max(-limit, min(limit, surprise))
+        self._errors -= gains[:, None] * spread
+        return True
+
 
 def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
-    """Covariances of the factors before the first round."""
-    errors = [[0.0] * (LOAD + 1) for _ in range(LOAD + 1)]
+    """Covariances of the logarithms of the factors before the first round."""
+    errors = [[0.0] * (STEP + 1) for _ in range(STEP + 1)]
     doublings = [math.log2(k + 1) for k in range(LONGEST + 1)]
     added = [1 - measured[0] / measured[k] for k in range(LONGEST + 1)]
     for i in range(LONGEST + 1):
@@ -181,7 +198,6 @@ def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
     for i in (FIRST, STEP):
         errors[i][FIRST] = errors[i][STEP] = DRAFTING_ERROR**2
         errors[i][i] += STEP_ERROR**2
-    errors[LOAD][LOAD] = LOAD_ERROR**2
     return np.array(errors)
 
 

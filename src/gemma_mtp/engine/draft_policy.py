@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,11 +30,12 @@ class DraftPolicy:
     sequences: int = 1  # that run together in the step under way
     _in_force: Policies = field(default_factory=dict)
     _plans: dict[ChoiceKind, Plan] = field(default_factory=dict)
+    _planning: float = 0.0  # seconds that the step's plans took to make
 
     def begin_step(self, sequences: int) -> None:
         """Forget the last step's plans. `sequences`: how many run together."""
         self.sequences = sequences
-        self._in_force, self._plans = {}, {}
+        self._in_force, self._plans, self._planning = {}, {}, 0.0
 
     @property
     def planned(self) -> bool:
@@ -43,17 +45,21 @@ class DraftPolicy:
     def plan(self, choice: ChoiceKind, own: Policies) -> Plan:
         """Returns the plan of this step for jobs that choose so. `own`: the asking job's policies."""
         if choice not in self._plans:
+            began = time.perf_counter()
             self._in_force[choice] = self._policy(choice, own)
             self._plans[choice] = self._in_force[choice].choose()
+            self._planning += time.perf_counter() - began
         return self._plans[choice]
 
     def learn(self, choice: ChoiceKind, outputs: Sequence[RoundOutput], seconds: float, drafting: float) -> None:
         """Let the policy in force know what came of its plan.
 
-        `seconds` of the step, and of drafting in it; 0 where others took part in it.
+        `seconds` of the step, and of drafting in it; 0 where others took part in it. What making its plans took is no
+        part of what a length costs: lengths that are tried are those for which a plan is made anew, and the first plan
+        of all waits for the costs to be measured.
         """
         if choice in self._in_force:
-            self._in_force[choice].learn(outputs, seconds, drafting)
+            self._in_force[choice].learn(outputs, max(0.0, seconds - self._planning), drafting)
 
     def _policy(self, choice: ChoiceKind, own: Policies) -> DraftLength:
         """Returns the policy to ask."""
