@@ -42,8 +42,6 @@ NOISE, LEAST_NOISE, NOISE_RATE = 0.2, 0.02, 0.08
 BEYOND_ONE = 0.32
 #: a round further off than so many standard deviations counts as this far
 SURPRISES = 1.5
-#: a round that would say less than this share of what is not known is left out
-LEAST_GAIN = 0.01
 #: rounds that are noted before they are taken into account, at most
 MOST_NOTED = 16
 
@@ -75,6 +73,7 @@ class RoundCosts:
         self._noise = NOISE
         self._noted: list[tuple[int, float, float | None]] = []  # the newest rounds
         self._taken = 0  # how many of them are taken into account
+        self._alike = 0  # rounds among rounds of their length, since such were last learnt from
         self._believe()
 
     @property
@@ -150,39 +149,58 @@ class RoundCosts:
         drafts, seconds, drafting = self._noted[i]
         around = self._noted[max(0, i - BEFORE) : i] + self._noted[i + 1 : i + 1 + AFTER]
         load = statistics.median([took / self._seconds[of_one] for of_one, took, _ in around])
-        theirs = sum([self._shares(of_one) for of_one, _, _ in around]) / len(around)
         noise = 1 + math.pi / 2 / len(around)  # of the round and of the median
+        total = seconds / (load * self._seconds[drafts])
+        if all(of_one == drafts for of_one, _, _ in around):
+            self._learn_noise(math.log(total), math.sqrt(noise) * self._noise)
+            self._alike += 1
+            if self._alike > len(around):
+                self._alike = 0
+                self._learn_share(drafts, [self._noted[i], *around])
+            return
+        theirs = sum([self._shares(of_one) for of_one, _, _ in around]) / len(around)
         of_drafts, verify = self._drafting(drafts), self._parts[drafts]
         if drafting is None or not of_drafts or not 0 < drafting < seconds:
-            moves = [self._take(seconds / (load * self._seconds[drafts]), self._shares(drafts) - theirs, noise)]
+            self._take(total, self._shares(drafts) - theirs, noise)
         else:
-            part = np.zeros(STEP + 1)
-            part[FIRST] = self._parts[FIRST] / of_drafts
-            part[STEP] = 1 - part[FIRST]
-            moves = [self._take(drafting / (load * of_drafts), part - theirs, noise)]
-            part = np.zeros(STEP + 1)
-            part[drafts] = 1.0
-            moves.append(self._take((seconds - drafting) / (load * verify), part - theirs, noise))
-        if any(moves):
+            self._take(drafting / (load * of_drafts), self._drafting_shares(drafts) - theirs, noise)
+            of_rows = np.zeros(STEP + 1)
+            of_rows[drafts] = 1.0
+            self._take((seconds - drafting) / (load * verify), of_rows - theirs, noise)
+        self._believe()
+
+    def _learn_share(self, drafts: int, rounds: Sequence[tuple[int, float, float | None]]) -> None:
+        """Learn how much of rounds of one length is drafting, where that is known: all that they tell."""
+        shares = [drafting / seconds for _, seconds, drafting in rounds if drafting is not None and drafting < seconds]
+        share, believed = statistics.median(shares or [0.0]), self._drafting(drafts) / self._seconds[drafts]
+        if share and believed:
+            weights = self._drafting_shares(drafts) - self._shares(drafts)
+            self._take(share / believed, weights, math.pi / 2 / len(shares))
             self._believe()
 
-    def _take(self, ratio: float, weights: Vector, noise: float) -> bool:
+    def _drafting_shares(self, drafts: int) -> Vector:
+        """Returns how much of a round's drafting each factor's part is."""
+        shares = np.zeros(STEP + 1)
+        shares[FIRST] = self._parts[FIRST] / self._drafting(drafts)
+        shares[STEP] = 1 - shares[FIRST]
+        return shares
+
+    def _take(self, ratio: float, weights: Vector, noise: float) -> None:
         """One observation: `ratio` of what was seen to what is believed. `weights`: how much each factor's logarithm
-        counts in it. `noise`: the variance of its noise to that of a single round's. Returns whether it moved them."""
+        counts in it. `noise`: the variance of its noise to that of a single round's."""
         spread = self._errors @ weights
-        doubt = float(spread @ weights)
-        variance = doubt + noise * self._noise**2
+        variance = max(0.0, float(spread @ weights)) + noise * self._noise**2
         deviation, surprise = math.sqrt(variance), math.log(ratio)
-        # by how often it is exceeded, not by how far: some rounds are held up for many times as long as they take
-        calmer = NOISE_RATE * ((abs(surprise) > deviation) - BEYOND_ONE)
-        self._noise = min(1.0, max(LEAST_NOISE, self._noise * math.exp(calmer)))
-        if doubt < LEAST_GAIN * variance:
-            return False
+        self._learn_noise(surprise, deviation)
         limit = SURPRISES * deviation
         gains = spread / variance
         self._logs += gains * max(-limit, min(limit, surprise))
         self._errors -= gains[:, None] * spread
-        return True
+
+    def _learn_noise(self, surprise: float, deviation: float) -> None:
+        """By how often it is exceeded, not by how far: some rounds are held up for many times as long as they take."""
+        calmer = NOISE_RATE * ((abs(surprise) > deviation) - BEYOND_ONE)
+        self._noise = min(1.0, max(LEAST_NOISE, self._noise * math.exp(calmer)))
 
 
 def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
