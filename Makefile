@@ -14,9 +14,8 @@ demo: $(VENV)/.core        ## complete Python with the bundled pair: with and wi
 help:                      ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# bytecode is kept, whatever the environment says: each process that a test starts would compile the package again
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
+	$(BIN)/python -m pytest -q -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
 
 slow: $(VENV)/.dev build/json-schema-suite  ## what the default tests leave out: longer loads, more pairs of settings, whole suites
 	$(BIN)/python -m pytest -q -m slow

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import atexit
+import gc
+import os
+import sys
+
+# bytecode is kept, whatever the environment says: each worker and process that a test starts would compile all again
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import gemma_mtp.cli.environment  # isort: skip  (before PyTorch)
 
 import importlib.util
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +58,18 @@ collect_ignore = (
 )
 
 os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, and see none but what they wrote
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The modules and their million objects stay: to look for garbage among them takes half a second, in any test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # nanobind reports what is left over at the very end
 
 
 @pytest.fixture(autouse=True, scope="session")
