@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
-from hypothesis.errors import Unsatisfiable
 from live_server import SECONDS, Live, serving, wait_for
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -51,6 +50,8 @@ def test_made_up_requests(live: Live, schema: Any, mode: GenerationMode) -> None
     """Such as the description allows, and such as it does not."""
     played: Counter[str] = Counter()
     for operation in (found.ok() for found in schema.get_all_operations()):
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing can be wrong: a path takes any text
 
         @given(operation.as_strategy(generation_mode=mode))
         @MANY
@@ -60,10 +61,7 @@ def test_made_up_requests(live: Live, schema: Any, mode: GenerationMode) -> None
             streamed = "event-stream" in response.headers.get("content-type", [""])[0]
             case.validate_response(response, checks=CHECKS[:2] if streamed else CHECKS)
 
-        try:
-            play()
-        except Unsatisfiable:  # nothing can be wrong with a request without parameters
-            assert mode is GenerationMode.NEGATIVE
+        play()
     assert min(played[f"POST {path}"] for path in POSTED) >= CASES
 
 
