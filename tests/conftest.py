@@ -77,7 +77,7 @@ def rough_costs() -> Iterator[None]:
     """Hundreds of pairs measure what their rounds cost, and no test depends on what was found."""
     from gemma_mtp.engine import costs
 
-    budget, costs.BUDGET_SECONDS = costs.BUDGET_SECONDS, 0.05
+    budget, costs.BUDGET_SECONDS = costs.BUDGET_SECONDS, 0.01
     yield
     costs.BUDGET_SECONDS = budget
 

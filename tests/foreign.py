@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import PLE, random_target
+from models import PLE, F, S, random_target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from gemma_mtp.config import TargetConfig, TextConfig
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.weight_types import parse_weight_types
 
+#: a layer of each kind, and one that reads another's keys
+CONFIG = dataclasses.replace(PLE, num_hidden_layers=3, layer_types=(S, F, F), num_kv_shared_layers=1)
 SINGLE = "model.safetensors"
 EXPECTED = "expected.pt"
 #: what a tool stores of a weight [out, in], by what comes after `weight` in their names ("" for the weight itself;
@@ -28,7 +31,7 @@ Pack = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 def write_foreign(
     directory: Path, pack: Pack, changes: dict[str, Any], dtype: torch.dtype = torch.bfloat16,
-    config: TextConfig = PLE, also: Iterable[str] = (),
+    config: TextConfig = CONFIG, also: Iterable[str] = (),
 ) -> None:  # fmt: skip
     """Write a target whose linear layers are packed, and those named in `also`; `changes` go to config.json."""
     save_target(random_target(config=config), TargetConfig(config), directory, dtype)

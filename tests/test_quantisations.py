@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import check_read, write_foreign
-from models import PLE, random_target
+from foreign import CONFIG, check_read, write_foreign
+from models import random_target
 from torch import Tensor
 
 from gemma_mtp.checkpoint.quantisations.bits import E2M1, e4m3, e8m0
@@ -89,9 +89,8 @@ def test_mlx(mode: str, bits: int, group: int, tmp_path: Path, monkeypatch: pyte
 
     quantization: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
     if mode == "affine":
-        wide = [
-            name for name, weight in random_target(config=PLE).checkpoint_tensors().items() if weight.shape == (128, 64)
-        ]
+        weights = random_target(config=CONFIG).checkpoint_tensors()
+        wide = [name for name, weight in weights.items() if weight.shape == (128, 64)]
         quantization |= {name.removesuffix(".weight"): {"bits": 8, "group_size": 64} for name in wide}
     changes = {"quantization": quantization, "quantization_config": quantization}
     write_foreign(tmp_path, pack, changes, F32, also=["embed_tokens.weight"])

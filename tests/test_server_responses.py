@@ -208,9 +208,16 @@ def test_the_oldest_goes_first(live: Live, client: openai.OpenAI) -> None:
 
 def test_no_more_characters_are_kept_than_may_be() -> None:
     with serving(table_pair(), max_stored_characters=1000) as live:
-        small, large = (create(live, input=text)["id"] for text in ("TEXT " + "x" * 400, "TEXT " + "x" * 700))
-        assert [live.client.get(f"{PATH}/{each}").status_code for each in (small, large)] == [404, 200]
-        assert live.client.get(f"{PATH}/{create(live, input='x' * 1100)['id']}").status_code == 404
+
+        def created(text: str) -> str:
+            made: str = create(live, input=text, max_output_tokens=8)["id"]
+            return made
+
+        def statuses(*ids: str) -> list[int]:
+            return [live.client.get(f"{PATH}/{each}").status_code for each in ids]
+
+        assert statuses(created("TEXT " + "x" * 400), created("TEXT " + "x" * 700)) == [404, 200]
+        assert statuses(created("TEXT " + "x" * 1100)) == [404]
 
 
 def test_cancel() -> None:
