@@ -228,7 +228,7 @@ def test_cancel() -> None:
             body = {"input": "import", "max_output_tokens": 1900, "stream": True, "draft_tokens": 0}
             events: list[dict[str, Any]] = []
             async with (
-                httpx.AsyncClient(base_url=live.url, timeout=SECONDS) as client,
+                httpx.AsyncClient(base_url=live.url, timeout=SECONDS, verify=False) as client,
                 client.stream("POST", PATH, json=body) as answer,
             ):
                 async for line in answer.aiter_lines():
