@@ -227,7 +227,7 @@ sys.exit(code)
 def test_two_processes_give_what_one_gives(tiny: Path, tmp_path: Path) -> None:
     """And no thread of their group outlives it: one that still let go of a message while Python ended has aborted a
     process that had done its work."""
-    options = ["--drafter", tiny / "drafter", "--steps", 12, "--lr", 3e-3, "--force", "--batch", 6, "--threads", 1]
+    options = ["--drafter", tiny / "drafter", "--steps", 5, "--lr", 3e-3, "--force", "--batch", 6, "--threads", 1]
     assert train(tiny, tmp_path / "one", *options) == 0
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)
