@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping
 
 from gemma_mtp.config import LayerType, TextConfig
@@ -85,7 +86,7 @@ def largest_context(
         counts = sequence_blocks(config, tokens, chunk_rows, sequences)
         return pool_bytes(config, counts, element_bytes) <= room
 
-    return _most(fits, config.max_position_embeddings if most is None else most)
+    return largest(fits, config.max_position_embeddings if most is None else most)
 
 
 def most_sequences(config: TextConfig, tokens: int, room: float, chunk_rows: int, element_bytes: int) -> int:
@@ -104,18 +105,12 @@ def _within(
         each = sequence_blocks(config, tokens, chunk_rows, running)
         return {kind: max(each[kind], least[kind]) for kind in least}
 
-    tokens = _most(lambda n: pool_bytes(config, counts(n), element_bytes) <= room, max_tokens)
+    tokens = largest(lambda n: pool_bytes(config, counts(n), element_bytes) <= room, max_tokens)
     wanted = counts(tokens) if tokens else least
     share = room / pool_bytes(config, wanted, element_bytes)
     return {kind: int(share * count) for kind, count in wanted.items()}
 
 
-def _most(holds: Callable[[int], bool], limit: int) -> int:
-    """Returns the largest number up to `limit` for which `holds`, which no larger one does once one does not."""
-    if holds(limit):
-        return limit
-    low, high = 0, limit  # low holds or is 0, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Returns the largest number up to `limit` that fits, 0 for none, where no larger one does once one does not."""
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_mtp.config import FULL, SLIDING, LayerType, TextConfig
 from gemma_mtp.decoding.draft_length import best_length, expected_tokens
-from gemma_mtp.engine.pool_size import pool_blocks, pool_bytes, sequence_blocks
+from gemma_mtp.engine.pool_size import largest, pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.kv.blocks import block_bytes, layer_row_bytes
 from gemma_mtp.sizes.run import CUDA_CONTEXT_BYTES, PROCESS_BYTES, Loaded
@@ -93,12 +92,12 @@ def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:
 def largest_context(loaded: Loaded, load: Load, memory: float, gpu: bool = False) -> int:
     """Returns the most tokens that each of the load's sequences can have; 0 where not even one token fits."""
     most = loaded.target.text.max_position_embeddings
-    return _most(lambda n: takes(loaded, Load(load.sequences, n, load.draft_tokens), gpu).total <= memory, most)
+    return largest(lambda n: takes(loaded, replace(load, context=n), gpu).total <= memory, most)
 
 
 def most_sequences(loaded: Loaded, load: Load, memory: float, gpu: bool = False) -> int:
     """Returns how many sequences of the load's context fit, up to `MOST_SEQUENCES`."""
-    return _most(lambda n: takes(loaded, Load(n, load.context, load.draft_tokens), gpu).total <= memory, MOST_SEQUENCES)
+    return largest(lambda n: takes(loaded, replace(load, sequences=n), gpu).total <= memory, MOST_SEQUENCES)
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,3 @@ def drafter_kv_read_bytes(text: TextConfig, drafter: TextConfig, context: int, e
 def _layer_read(text: TextConfig, layer: int, context: int, element: int) -> int:
     seen = min(context, text.sliding_window) if text.is_sliding(layer) else context
     return seen * layer_row_bytes(text, layer, element)
-
-
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """Returns the largest number up to `limit` that fits, 0 for none, where no larger one does once one does not."""
-    if fits(limit):
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
