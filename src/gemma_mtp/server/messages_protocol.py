@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gemma_mtp.server.conversation import Strict, TextPart, ToolName, refuse_other_parts
-from gemma_mtp.server.protocol import OneTurnRequest, StopText
+from gemma_mtp.server.protocol import AnyRequest, StopText
 
 TextContent = Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)], BeforeValidator(refuse_other_parts)]
 
@@ -89,7 +89,7 @@ class CountRequest(Strict):
     thinking: Annotated[ThinkingOn | ThinkingOther, Field(discriminator="type")] | None = None
 
 
-class MessagesRequest(CountRequest, OneTurnRequest):
+class MessagesRequest(CountRequest, AnyRequest):
     max_tokens: int = Field(ge=1, lt=2**31)
     stop_sequences: Annotated[list[StopText], Field(fail_fast=True)] | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31)

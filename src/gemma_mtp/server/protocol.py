@@ -64,24 +64,38 @@ class Prediction(Strict):
     content: Content
 
 
-class GenerationRequest(Strict):
-    """What both ways to generate have in common. Fields that are not known are ignored, but for some that would change
-    the output, which are refused by name (`fields.REFUSED`)."""
+class AnyRequest(Strict):
+    """What all routes that generate take under the same names. Fields that are not known are ignored, but for some that
+    would change the output, which are refused by name (`fields.REFUSED`)."""
 
     model_config = ConfigDict(extra="allow")
 
+    stream: bool | None = Field(None, description="Answer by server-sent events, as the output comes.")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; default: the checkpoint's, else 1.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy; default: the checkpoint's, else 1 (off).")
+    seed: int | None = Field(
+        None, ge=-SEEDS, lt=SEEDS, description="The same seed gives the same output; choice i has the seed plus i."
+    )
+    draft_tokens: Drafts | None = Field(
+        None, description="Extension: drafts a round; 0 decodes plainly; default: the server's."
+    )
+    verification: Verification | None = Field(
+        None, description="Extension: exact (the default) gives the tokens of plain decoding."
+    )
+
+    def same_fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in AnyRequest.model_fields}
+
+
+class GenerationRequest(AnyRequest):
+    """What completions and chat have in common."""
+
     model: str | None = Field(None, description="The served model's name, which is also the default.")
-    stream: bool | None = Field(None, description="Answer by server-sent events, one chunk or more a round.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, lt=2**31, description="Choices for each prompt; default 1.")
     stop: str | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
         None, description="Text that ends the output, not part of it; the empty text is none."
     )
-    seed: int | None = Field(
-        None, ge=-SEEDS, lt=SEEDS, description="The same seed gives the same output; choice i has the seed plus i."
-    )
-    temperature: float | None = Field(None, ge=0, description="0 is greedy; default: the checkpoint's, else 1.")
-    top_p: float | None = Field(None, ge=0, le=1, description="0 is greedy; default: the checkpoint's, else 1 (off).")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenKey, Bias] | None = Field(
@@ -107,12 +121,6 @@ class GenerationRequest(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
         None, description="Extension: token ids that end the output."
     )
-    draft_tokens: Drafts | None = Field(
-        None, description="Extension: drafts a round; 0 decodes plainly; default: the server's."
-    )
-    verification: Verification | None = Field(
-        None, description="Extension: exact (the default) gives the tokens of plain decoding."
-    )
     prompt_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Extension: the prompt's log-probabilities, not together with stream."
     )
@@ -135,22 +143,6 @@ class GenerationRequest(Strict):
     @property
     def include_rounds(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_rounds)
-
-
-class OneTurnRequest(Strict):
-    """What routes that write one turn in a form of their own have in common with chat, under the same names."""
-
-    model_config = ConfigDict(extra="allow")
-
-    stream: bool | None = None
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-SEEDS, lt=SEEDS, description="Extension.")
-    draft_tokens: Drafts | None = Field(None, description="Extension: drafts a round.")
-    verification: Verification | None = Field(None, description="Extension.")
-
-    def same_fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in OneTurnRequest.model_fields}
 
 
 class CompletionRequest(GenerationRequest):

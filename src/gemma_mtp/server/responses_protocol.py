@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gemma_mtp.server.conversation import JsonObjectFormat, JsonSchema, Strict, TextFormat, ToolName, refuse_other_parts
-from gemma_mtp.server.protocol import OneTurnRequest, ReasoningEffort
+from gemma_mtp.server.protocol import AnyRequest, ReasoningEffort
 
 
 class InputText(Strict):
@@ -111,7 +111,7 @@ class ReasoningOptions(Strict):
     )
 
 
-class ResponsesRequest(OneTurnRequest):
+class ResponsesRequest(AnyRequest):
     """As OpenAI's. Fields of chat that are not here, and others that would change the output, are refused by name."""
 
     model: str | None = None
