@@ -117,14 +117,8 @@ class DonorKeyValues:
         kind = self.config.text.layer_types[layer]
         k, v = self.stored[kind]
         if kind not in self.masks:
-            window = None if kind == FULL else self.config.text.sliding_window
+            # what the row before it sees, of a window that is one row shorter: a query has no row of its own
+            window = None if kind == FULL else self.config.text.sliding_window - 1
             rows = torch.arange(k.shape[1], device=k.device)
-            self.masks[kind] = committed_rows(self.query_positions_T, rows, window)
+            self.masks[kind] = ops.visible_rows(self.query_positions_T - 1, rows, window)
         return ops.masked_attention(q_BTHd, k.transpose(1, 2), v.transpose(1, 2), self.masks[kind])
-
-
-def committed_rows(query_positions_T: Tensor, row_positions_S: Tensor, window: int | None) -> Tensor:
-    """[T, S] boolean: rows strictly before the query's position and nearer than `window` to it."""
-    distance = query_positions_T[:, None] - row_positions_S[None, :]
-    visible = distance >= 1
-    return visible if window is None else visible & (distance < window)
