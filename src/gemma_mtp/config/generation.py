@@ -110,7 +110,7 @@ def parse_generation_config(raw: Any, eos_token_ids: tuple[int, ...]) -> Generat
         min_p=_number(raw, "min_p"),
         repetition_penalty=_number(raw, "repetition_penalty"),
         max_new_tokens=_whole(raw, "max_new_tokens"),
-        stop=_texts(raw, "stop_strings"),
+        stop=_several(raw, "stop_strings", lambda text: isinstance(text, str) and text != "", "a text"),
         notes=tuple(_notes(raw)),
     )
 
@@ -157,17 +157,14 @@ def _whole(raw: Mapping[str, Any], name: str) -> int | None:
     return None if value is None else int(value)
 
 
+def _several(raw: Mapping[str, Any], name: str, fits: Callable[[Any], bool], one: str) -> tuple[Any, ...]:
+    """Returns what a field holds: one thing, a list of them, or nothing."""
+    value = raw.get(name)
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(map(fits, found)):
+        raise CheckpointError(f"{FILE} has {name} = {value!r}, but {one} or a list of them was expected.")
+    return tuple(found)
+
+
 def _ids(raw: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    value = raw.get(name)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{FILE} has {name} = {value!r}, but a token id or a list of them was expected.")
-    return tuple(ids)
-
-
-def _texts(raw: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    value = raw.get(name)
-    texts = [] if value is None else value if isinstance(value, list) else [value]
-    if any(not isinstance(text, str) or not text for text in texts):
-        raise CheckpointError(f"{FILE} has {name} = {value!r}, but a text or a list of them was expected.")
-    return tuple(texts)
+    return _several(raw, name, lambda value: type(value) is int, "a token id")
