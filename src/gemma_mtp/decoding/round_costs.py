@@ -7,7 +7,7 @@ disturbs a measurement lasts for some rounds. A Kalman filter over the logarithm
 
 A machine's other work makes all rounds slower, from one round to the next or for minutes, and says nothing about the
 factors. So a round is compared with the rounds just before and after it: their median says how slow the machine was.
-Rounds of one length in a row teach nothing but how much of them is drafting, and one round that was held up is no news
+Rounds of one length in a row teach nothing but how far single ones are off, and one round that was held up is no news
 about the others. What more rows cost does change while a machine's memory is shared, so what was learnt long ago is
 forgotten.
 """
@@ -73,7 +73,6 @@ class RoundCosts:
         self._noise = NOISE
         self._noted: list[tuple[int, float, float | None]] = []  # the newest rounds
         self._taken = 0  # how many of them are taken into account
-        self._alike = 0  # rounds among rounds of their length, since such were last learnt from
         self._believe()
 
     @property
@@ -153,37 +152,20 @@ class RoundCosts:
         total = seconds / (load * self._seconds[drafts])
         if all(of_one == drafts for of_one, _, _ in around):
             self._learn_noise(math.log(total), math.sqrt(noise) * self._noise)
-            self._alike += 1
-            if self._alike > len(around):
-                self._alike = 0
-                self._learn_share(drafts, [self._noted[i], *around])
             return
         theirs = sum([self._shares(of_one) for of_one, _, _ in around]) / len(around)
         of_drafts, verify = self._drafting(drafts), self._parts[drafts]
         if drafting is None or not of_drafts or not 0 < drafting < seconds:
             self._take(total, self._shares(drafts) - theirs, noise)
         else:
-            self._take(drafting / (load * of_drafts), self._drafting_shares(drafts) - theirs, noise)
-            of_rows = np.zeros(STEP + 1)
-            of_rows[drafts] = 1.0
-            self._take((seconds - drafting) / (load * verify), of_rows - theirs, noise)
+            part = np.zeros(STEP + 1)
+            part[FIRST] = self._parts[FIRST] / of_drafts
+            part[STEP] = 1 - part[FIRST]
+            self._take(drafting / (load * of_drafts), part - theirs, noise)
+            part = np.zeros(STEP + 1)
+            part[drafts] = 1.0
+            self._take((seconds - drafting) / (load * verify), part - theirs, noise)
         self._believe()
-
-    def _learn_share(self, drafts: int, rounds: Sequence[tuple[int, float, float | None]]) -> None:
-        """Learn how much of rounds of one length is drafting, where that is known: all that they tell."""
-        shares = [drafting / seconds for _, seconds, drafting in rounds if drafting is not None and drafting < seconds]
-        share, believed = statistics.median(shares or [0.0]), self._drafting(drafts) / self._seconds[drafts]
-        if share and believed:
-            weights = self._drafting_shares(drafts) - self._shares(drafts)
-            self._take(share / believed, weights, math.pi / 2 / len(shares))
-            self._believe()
-
-    def _drafting_shares(self, drafts: int) -> Vector:
-        """Returns how much of a round's drafting each factor's part is."""
-        shares = np.zeros(STEP + 1)
-        shares[FIRST] = self._parts[FIRST] / self._drafting(drafts)
-        shares[STEP] = 1 - shares[FIRST]
-        return shares
 
     def _take(self, ratio: float, weights: Vector, noise: float) -> None:
         """One observation: `ratio` of what was seen to what is believed. `weights`: how much each factor's logarithm
@@ -199,8 +181,8 @@ class RoundCosts:
 
     def _learn_noise(self, surprise: float, deviation: float) -> None:
         """By how often it is exceeded, not by how far: some rounds are held up for many times as long as they take."""
-        calmer = NOISE_RATE * ((abs(surprise) > deviation) - BEYOND_ONE)
-        self._noise = min(1.0, max(LEAST_NOISE, self._noise * math.exp(calmer)))
+        change = NOISE_RATE * ((abs(surprise) > deviation) - BEYOND_ONE)
+        self._noise = min(1.0, max(LEAST_NOISE, self._noise * math.exp(change)))
 
 
 def _prior_errors(measured: Sequence[float]) -> NDArray[np.float64]:
