@@ -23,12 +23,14 @@ from gemma_mtp.engine.pair import Pair, bundled_directory, load_pair
 from gemma_mtp.measure.acceptance import GREEDY, Prompt, measure_acceptance, prompts_of
 from gemma_mtp.measure.diagnosis import (
     Finding,
+    Written,
     compare_shares,
     diagnose,
     explains,
     first_drafts,
     knows_something,
     surely_above,
+    write,
 )
 from gemma_mtp.measure.plan_models import planned
 from gemma_mtp.model.drafter import Drafter
@@ -59,13 +61,21 @@ def prompts() -> list[Prompt]:
     return heldout(96)
 
 
+@pytest.fixture(scope="module")
+def written(prompts: list[Prompt]) -> Written:
+    """What the target writes in order. No test that takes it changes the target's weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gemma_mtp.measure.diagnosis.WRITTEN_TOKENS", 48)
+        return write(load_pair(dtype="float32"), prompts)
+
+
 def found(findings: list[Finding]) -> Iterator[tuple[str, str]]:
     return ((finding.name, finding.verdict) for finding in findings)
 
 
 def test_a_pair_in_order(pair: Pair, prompts: list[Prompt]) -> None:
     told: list[str] = []
-    verdicts = dict(found(diagnose(pair, prompts, prompts, told.append)))
+    verdicts = dict(found(diagnose(pair, write(pair, prompts, told.append), prompts, told.append)))
     assert told[:2] == ["the target writes text 1 of 2", "the target writes text 2 of 2"] and len(told) > 2
     assert verdicts == {
         "first drafts": "in order", "donor layers": "not it", "sliding window": "not it",
@@ -73,24 +83,26 @@ def test_a_pair_in_order(pair: Pair, prompts: list[Prompt]) -> None:
     }  # fmt: skip
 
 
-def test_first_drafts_are_accepted_as_in_the_engine(pair: Pair, prompts: list[Prompt]) -> None:
+def test_first_drafts_are_accepted_as_in_the_engine(pair: Pair, prompts: list[Prompt], written: Written) -> None:
     """The engine's rounds of one draft see the same positions where every second one is a bonus token; both shares are
     of some hundred drafts."""
-    share = float(first_drafts(pair, prompts).double().mean())
+    share = float(first_drafts(pair, written).double().mean())
     engine = measure_acceptance(pair, prompts, 1, replace(GREEDY, max_tokens=96)).pooled
     assert share == pytest.approx(engine.by_position[0], abs=0.08)
 
 
-def test_a_wrong_window_is_found(pair: Pair, prompts: list[Prompt]) -> None:
+def test_a_wrong_window_is_found(pair: Pair, prompts: list[Prompt], written: Written) -> None:
     assert pair.drafter is not None
     config = pair.drafter.config
     pair.drafter.config = replace(config, text=replace(config.text, sliding_window=2))
-    findings = diagnose(pair, prompts, prompts)
+    findings = diagnose(pair, written, prompts)
     assert dict(found(findings))["sliding window"] == "cause"
     assert "restore sliding_window" in findings[2].advice
 
 
-def test_wrong_donor_layers_are_found(pair: Pair, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_donor_layers_are_found(
+    pair: Pair, prompts: list[Prompt], written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The drafter is sent to another full layer; the target goes on as it did."""
     config = pair.target.config
     donors = config.donor_layers
@@ -98,7 +110,7 @@ def test_wrong_donor_layers_are_found(pair: Pair, prompts: list[Prompt], monkeyp
     other = next(i for i in range(config.first_kv_shared_layer) if not config.is_sliding(i) and i != donors[FULL])
     monkeypatch.setattr(TextConfig, "kv_layer", lambda self, layer: shared.get(layer, layer))
     monkeypatch.setitem(config.__dict__, "donor_layers", {**donors, FULL: other})
-    findings = diagnose(pair, prompts, prompts)
+    findings = diagnose(pair, written, prompts)
     assert dict(found(findings))["donor layers"] == "cause", findings
     assert f"with layer {donors[FULL]} in place of {other} (full_attention)" in findings[1].measured
     assert "restore layer_types" in findings[1].advice
@@ -116,14 +128,16 @@ def test_another_fine_tune_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch)
     head.weight = torch.nn.Parameter(table[torch.where(moved, rows - rows % 3 + (rows % 3 + 1) % 2, rows)], False)
     target.lm_head = head
     pair.backend = make_backend(target, pair.drafter)
-    findings = diagnose(pair, prompts, prompts)
+    findings = diagnose(pair, write(pair, prompts), prompts)
     assert dict(found(findings))["the target's fine-tune"] == "cause", findings
     assert dict(found(findings))["the drafter itself"] == "not it", findings
     assert "another fine-tune" in findings[4].advice
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_drafter_that_knows_nothing_has_no_other_cause(seed: int, pair: Pair, prompts: list[Prompt]) -> None:
+def test_a_drafter_that_knows_nothing_has_no_other_cause(
+    seed: int, pair: Pair, prompts: list[Prompt], written: Written
+) -> None:
     """Random weights guess one token everywhere, or nothing; other layers' keys and values make another guess of it."""
     assert pair.drafter is not None
     torch.manual_seed(seed)
@@ -132,20 +146,20 @@ def test_a_drafter_that_knows_nothing_has_no_other_cause(seed: int, pair: Pair, 
         if parameter.ndim > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
     pair.backend = make_backend(pair.target, stranger)
-    findings = diagnose(pair, prompts, prompts if seed == 0 else ())
+    findings = diagnose(pair, written, prompts if seed == 0 else ())
     causes = [finding.name for finding in findings if finding.verdict == "cause"]
     assert causes == ["first drafts", "the drafter itself"], findings
     assert "untrained, damaged or of another model" in findings[3].advice
 
 
-def test_a_drafter_that_knows_little_is_to_be_trained(pair: Pair, prompts: list[Prompt]) -> None:
+def test_a_drafter_that_knows_little_is_to_be_trained(pair: Pair, prompts: list[Prompt], written: Written) -> None:
     assert pair.drafter is not None
     torch.manual_seed(0)
     for name, parameter in pair.drafter.named_parameters():
         if "post_projection" not in name and parameter.ndim > 1:
             parameter.add_(0.65 * parameter.std() * torch.randn_like(parameter))
     pair.backend = make_backend(pair.target, pair.drafter)
-    findings = diagnose(pair, prompts, prompts)
+    findings = diagnose(pair, written, prompts)
     assert dict(found(findings))["the drafter itself"] == "cause", findings
     assert "train it longer" in findings[3].advice
 

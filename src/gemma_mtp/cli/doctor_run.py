@@ -17,7 +17,7 @@ from gemma_mtp.cli.doctor_checks import Check, Status, machine_checks, pair_chec
 from gemma_mtp.cli.progress import progress
 from gemma_mtp.engine.pair import Pair
 from gemma_mtp.measure.acceptance import Prompt, prompts_of
-from gemma_mtp.measure.diagnosis import Finding, compare_prompts, compare_types, diagnose
+from gemma_mtp.measure.diagnosis import Finding, compare_prompts, compare_types, diagnose, write
 
 QUESTIONS = (
     "Explain why the sky is blue.", "Write a short story about a lighthouse.", "What is a prime number?",
@@ -52,16 +52,18 @@ def _diagnosis(models: ExaminedPair, data: Sequence[Path] | None) -> list[Findin
         plain, templated, foreign = _prompts(pair, data)
         if not plain:
             return [Finding("first drafts", "not measured", "the target's directory has no tokenizer.json; add it")]
-        findings = diagnose(pair, templated or plain, foreign, say)
+        prompts = templated or plain
+        written = write(pair, prompts, say)
+        findings = diagnose(pair, written, foreign, say)
         if templated:
-            findings.append(compare_prompts(pair, plain, templated))
+            findings.append(compare_prompts(pair, write(pair, plain), written))
         else:
             findings.append(
                 Finding("chat template", "not measured", "the tokenizer has none, or the data has its own form")
             )
         if pair.target.weight_types and models.quantize:
             dense = replace(models, quantize=None).load()
-            findings.append(compare_types(pair, dense, templated or plain))
+            findings.append(compare_types(pair, written, dense, write(dense, prompts)))
         else:
             why = "the target is stored quantised" if pair.target.weight_types else "the target is not quantised"
             findings.append(Finding("the target's quantisation", "not measured", why))

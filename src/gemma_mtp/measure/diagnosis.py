@@ -63,40 +63,55 @@ class Rows:
     stored: Mapping[int, tuple[Tensor, Tensor]]
 
 
-@torch.inference_mode()
-def diagnose(
-    pair: Pair, prompts: Sequence[Prompt], foreign: Sequence[Prompt] = (),
-    tell: Callable[[str], object] = lambda what: None,
-) -> list[Finding]:  # fmt: skip
-    """Returns what was found of a pair with a drafter, the acceptance itself first.
+@dataclass(frozen=True)
+class Written:
+    """Prompts that the target went on from: each whole sequence, and where the target's own part of it begins."""
 
-    `prompts` are as the pair is used; `foreign` is text that the target did not write, at least 3 tokens each. Each
-    prompt is gone on from, greedily. `tell` is told what is under way.
-    """
-    drafter = pair.drafter
-    assert drafter is not None
+    rows: Sequence[Rows]
+    begins: Sequence[int]
+
+
+@torch.inference_mode()
+def write(pair: Pair, prompts: Sequence[Prompt], tell: Callable[[str], object] = lambda what: None) -> Written:
+    """Each prompt is gone on from, greedily: what costs most here, and is done once for all that is asked of it."""
     params = SamplingParams(max_tokens=WRITTEN_TOKENS, ignore_eos=True)
-    written = []
+    rows, begins = [], []
     for i, prompt in enumerate(prompts):
         tell(f"the target writes text {i + 1} of {len(prompts)}")
         ids = pair.encode(prompt.content)
-        written.append(target_rows(pair.target, [*ids, *pair.generate(ids, params, draft_tokens=0).token_ids]))
-    begins = [len(pair.encode(prompt.content)) for prompt in prompts]
-    base = hits(pair, drafter, written, begins)
+        rows.append(target_rows(pair.target, [*ids, *pair.generate(ids, params, draft_tokens=0).token_ids]))
+        begins.append(len(ids))
+    return Written(rows, begins)
+
+
+@torch.inference_mode()
+def diagnose(
+    pair: Pair, written: Written, foreign: Sequence[Prompt] = (), tell: Callable[[str], object] = lambda what: None
+) -> list[Finding]:
+    """Returns what was found of a pair with a drafter, the acceptance itself first.
+
+    `written` goes on from prompts as the pair is used; `foreign` is text that the target did not write, at least 3
+    tokens each. `tell` is told what is under way.
+    """
+    drafter = pair.drafter
+    assert drafter is not None
+    base = hits(pair, drafter, written)
     share, in_order = _share(base), not surely_above(ENOUGH - base.double())
     overall = Finding(
         "first drafts", "in order" if in_order else "cause",
         f"{share:.0%} of {len(base)} first drafts are the target's choice, on text that it wrote itself",
     )  # fmt: skip
     tell("drafting with other layers and windows")
-    wirings = [make(pair, drafter, written, begins, base) for make in (_donors, _window)]
+    wirings = [make(pair, drafter, written, base) for make in (_donors, _window)]
     found = [overall, *(finding for finding, _ in wirings)]
     if in_order:
         return [*found, *(Finding(name, "not it", overall.measured) for name in (ITSELF, FINE_TUNE))]
     if any(finding.verdict == "cause" for finding, _ in wirings):
         first = "another cause comes first: mend that, and look again"
         return [*found, *(Finding(name, "not measured", first) for name in (ITSELF, FINE_TUNE))]
-    choices = torch.cat([rows.choices_T[1:][max(0, begin - 1) :] for rows, begin in zip(written, begins, strict=True)])
+    choices = torch.cat(
+        [rows.choices_T[1:][max(0, begin - 1) :] for rows, begin in zip(written.rows, written.begins, strict=True)]
+    )
     tell("drafting text that others wrote")
     tried = [base, *(alternative for _, alternatives in wirings for alternative in alternatives)]
     return [*found, *_itself(pair, drafter, foreign, share, knows_something(choices, tried))]
@@ -111,18 +126,18 @@ def target_rows(target: Target, token_ids: Sequence[int]) -> Rows:
 
 
 def hits(
-    pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int],
+    pair: Pair, drafter: Drafter, written: Written,
     donors: Mapping[LayerType, int] | None = None, window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Returns whether the first draft at each position is the target's choice, boolean [positions].
 
     `donors`: the layers whose keys and values the drafter reads; `window`: of its sliding layers. Both are the pair's
-    own where they are None. Positions before `begins` are left out.
+    own where they are None. Positions before the target's own part are left out.
     """
     config = drafter.config if window is None else _with_window(drafter.config, window)
     layers = {**pair.target.config.donor_layers, **(donors or {})}
     found = []
-    for rows, begin in zip(written, begins, strict=True):
+    for rows, begin in zip(written.rows, written.begins, strict=True):
         T = len(rows.tokens_T)
         positions = torch.arange(1, T, device=rows.tokens_T.device)
         stored = {kind: rows.stored[layer] for kind, layer in layers.items()}
@@ -181,9 +196,7 @@ def knows_something(choices: Tensor, tried: Sequence[Tensor]) -> bool:
     return any(_share(hits) >= NEAR_ZERO and surely_above(hits.double() - constant, 0.0, len(tried)) for hits in tried)
 
 
-def _donors(
-    pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor
-) -> tuple[Finding, list[Tensor]]:
+def _donors(pair: Pair, drafter: Drafter, written: Written, base: Tensor) -> tuple[Finding, list[Tensor]]:
     """Whether the keys and values of other layers than the pair's donors suit the drafter better."""
     config = pair.target.config
     best, place, tried = base, "", list[Tensor]()
@@ -192,7 +205,7 @@ def _donors(
             continue
         for layer in range(config.first_kv_shared_layer):
             if config.layer_types[layer] == kind and layer != config.donor_layers[kind]:
-                found = hits(pair, drafter, written, begins, donors={kind: layer})
+                found = hits(pair, drafter, written, donors={kind: layer})
                 tried.append(found)
                 if found.sum() > best.sum():
                     best, place = found, f"layer {layer} in place of {config.donor_layers[kind]} ({kind})"
@@ -209,19 +222,17 @@ def _donors(
     return Finding(name, "cause", measured, advice), tried
 
 
-def _window(
-    pair: Pair, drafter: Drafter, written: Sequence[Rows], begins: Sequence[int], base: Tensor
-) -> tuple[Finding, list[Tensor]]:
+def _window(pair: Pair, drafter: Drafter, written: Written, base: Tensor) -> tuple[Finding, list[Tensor]]:
     """Whether another sliding window suits the drafter better."""
     name, window = "sliding window", drafter.config.text.sliding_window
-    longest = max(len(rows.tokens_T) for rows in written)
+    longest = max(len(rows.tokens_T) for rows in written.rows)
     if SLIDING not in drafter.config.text.layer_types:
         return Finding(name, "not measured", "the drafter has no sliding layers"), []
     others = (window // 4, window // 2, 2 * window, longest)
     tried = sorted({w for w in others if w >= 2 and min(w, longest) != min(window, longest)})
     if not tried:
         return Finding(name, "not measured", f"no text reaches beyond {window // 4} tokens; give longer prompts"), []
-    scores = {w: hits(pair, drafter, written, begins, window=w) for w in tried}
+    scores = {w: hits(pair, drafter, written, window=w) for w in tried}
     alternatives = list(scores.values())
     best = max(scores, key=lambda w: int(scores[w].sum()))
     measured = f"{_share(scores[best]):.0%} with a window of {best} tokens, {_share(base):.0%} with {window}"
@@ -244,7 +255,7 @@ def _itself(pair: Pair, drafter: Drafter, foreign: Sequence[Prompt], share: floa
             Finding(FINE_TUNE, "not measured", needed),
         ]
     texts = [replace(row, choices_T=torch.cat((row.tokens_T[1:], row.tokens_T[-1:]))) for row in rows]
-    right = hits(pair, drafter, [_cut(row) for row in texts], [1] * len(rows))
+    right = hits(pair, drafter, Written([_cut(row) for row in texts], [1] * len(rows)))
     targets = torch.cat([row.choices_T[1:-1] == row.tokens_T[2:] for row in rows])
     measured = (
         f"of others' text the drafter foretells {_share(right):.0%} of tokens and the target {_share(targets):.0%}"
@@ -278,18 +289,14 @@ def _cut(row: Rows) -> Rows:
     return Rows(row.tokens_T[:T], row.hidden_TD[:T], row.choices_T[:T], stored)
 
 
-def first_drafts(pair: Pair, prompts: Sequence[Prompt]) -> Tensor:
-    """Returns whether first drafts are the target's choice where it goes on from prompts, boolean [positions]."""
-    drafter = pair.drafter
-    assert drafter is not None
-    params = SamplingParams(max_tokens=WRITTEN_TOKENS, ignore_eos=True)
-    ids = [pair.encode(prompt.content) for prompt in prompts]
-    with torch.inference_mode():
-        rows = [target_rows(pair.target, [*own, *pair.generate(own, params, draft_tokens=0).token_ids]) for own in ids]
-        return hits(pair, drafter, rows, [len(own) for own in ids])
+@torch.inference_mode()
+def first_drafts(pair: Pair, written: Written) -> Tensor:
+    """Returns whether first drafts are the target's choice where it went on from prompts, boolean [positions]."""
+    assert pair.drafter is not None
+    return hits(pair, pair.drafter, written)
 
 
-def compare_prompts(pair: Pair, plain: Sequence[Prompt], templated: Sequence[Prompt]) -> Finding:
+def compare_prompts(pair: Pair, plain: Written, templated: Written) -> Finding:
     """Whether the drafter suits prompts through the chat template less than the same ones as plain text."""
     return compare_shares(
         "chat template", first_drafts(pair, templated), first_drafts(pair, plain), "through the chat template",
@@ -299,11 +306,11 @@ def compare_prompts(pair: Pair, plain: Sequence[Prompt], templated: Sequence[Pro
     )  # fmt: skip
 
 
-def compare_types(pair: Pair, unquantised: Pair, prompts: Sequence[Prompt]) -> Finding:
+def compare_types(pair: Pair, written: Written, unquantised: Pair, of_unquantised: Written) -> Finding:
     """Whether the drafter suits the target as it is quantised less than the target as it was."""
     return compare_shares(
-        "the target's quantisation", first_drafts(pair, prompts), first_drafts(unquantised, prompts), "quantised",
-        "unquantised",
+        "the target's quantisation", first_drafts(pair, written), first_drafts(unquantised, of_unquantised),
+        "quantised", "unquantised",
         "the drafter was made for other weights: use the drafter of the quantised checkpoint (QAT to QAT), a finer"
         " --quantize, or adapt the drafter with gemma-mtp train --quantize",
     )  # fmt: skip
