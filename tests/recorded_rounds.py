@@ -65,12 +65,15 @@ class Recorder(TorchDispatchMode):
             with self:
                 body()
         finally:
-            self._calls = None
+            self._calls = self._error = None
         self.captured += 1
 
         def replay() -> None:
             if (error := self.refusal("replay")) is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback has this frame, which would hold it, and this recording, in a circle
             self.replayed += 1
             for call in calls:
                 call()
