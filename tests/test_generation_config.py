@@ -91,6 +91,7 @@ def test_do_sample(raw: dict[str, Any], temperature: float | None) -> None:
     ("do_sample", "false"), ("do_sample", 0), ("top_k", 2.5), ("max_new_tokens", "many"), ("max_new_tokens", 2.5),
     ("min_p", "0"), ("repetition_penalty", [1]), ("stop_strings", 3), ("stop_strings", [""]), ("stop_strings", [1]),
     ("temperature", float("inf")), ("top_p", float("nan")),
+    ("suppress_tokens", [True]), ("suppress_tokens", [2.0]), ("eos_token_id", "1"),
 ])  # fmt: skip
 def test_values_of_the_wrong_kind_are_refused(field: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"generation_config\.json has {field} = .*\.$"):
