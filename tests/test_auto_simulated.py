@@ -115,8 +115,13 @@ def mean_loss(
     return statistics.fmean(sum(run[since:]) for run in runs)
 
 
-@pytest.mark.parametrize("name", TRUE)
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.036, 0.05), (busy, 0.044, 0.065)])
+@pytest.mark.parametrize(
+    ("name", "noise", "mean", "worst"),
+    [
+        ("flat", quiet, 0.03, 0.04), ("bf16", quiet, 0.03, 0.044), ("steps", quiet, 0.036, 0.05),
+        ("flat", busy, 0.031, 0.04), ("bf16", busy, 0.033, 0.046), ("steps", busy, 0.044, 0.065),
+    ],
+)  # fmt: skip
 def test_close_to_the_best_fixed_length(
     name: str, noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:
@@ -175,7 +180,7 @@ def corrected(noise: Callable[[random.Random], float], seeds: int) -> dict[tuple
     return lost
 
 
-@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.009, 0.06), (busy, 0.013, 0.08)])
+@pytest.mark.parametrize(("noise", "mean", "worst"), [(quiet, 0.009, 0.06), (busy, 0.012, 0.08)])
 def test_wrong_costs_are_put_right_within_fifty_rounds(
     noise: Callable[[random.Random], float], mean: float, worst: float
 ) -> None:
