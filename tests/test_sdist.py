@@ -66,8 +66,10 @@ def test_what_is_built_says_where_the_project_is(sdist: Path, tmp_path: Path, mo
     monkeypatch.delenv(VARIABLE, raising=False)
     with tarfile.open(sdist) as archive:
         for name in ("PKG-INFO", "README.md"):
-            archive.extract(f"{sdist.name.removesuffix('.tar.gz')}/{name}", tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path / sdist.name.removesuffix(".tar.gz"))
+            member = archive.extractfile(f"{sdist.name.removesuffix('.tar.gz')}/{name}")
+            assert member is not None
+            (tmp_path / name).write_bytes(member.read())
+    monkeypatch.chdir(tmp_path)
     made = dynamic_metadata({}, {"version": __version__})
     assert made == {"readme": {"content-type": "text/markdown", "text": text.decode()}, "urls": urls(message)}
 
