@@ -59,7 +59,7 @@ class GrammarCompiler:
 
     def start(self, grammar: Grammar | TurnRules, end_ids: Collection[int], device: torch.device | str) -> GrammarState:
         """The state before the first token. `end_ids`: tokens that may end the output where the text is complete."""
-        ends = frozenset(token_id for token_id in end_ids if token_id < self.vocab_size)
+        ends = frozenset(token_id for token_id in end_ids if 0 <= token_id < self.vocab_size)
         return GrammarState(functools.partial(self._cursor, grammar, ends), ends, self.vocab_size, device)
 
     def _cursor(self, grammar: Grammar | TurnRules, end_ids: Collection[int]) -> Cursor:
