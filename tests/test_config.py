@@ -244,13 +244,14 @@ def text_configs(draw: st.DrawFn) -> TextConfig:
         | st.builds(RopeConfig, theta, st.just("linear"), st.just(1.0), factor)
         | st.builds(RopeConfig, theta, st.just("proportional"), st.sampled_from([0.25, 0.5, 1.0]), factor)
     )
+    vocab = draw(size)
     return TextConfig(
-        vocab_size=draw(size), hidden_size=draw(size), intermediate_size=draw(size), num_attention_heads=heads,
+        vocab_size=vocab, hidden_size=draw(size), intermediate_size=draw(size), num_attention_heads=heads,
         num_hidden_layers=len(owned + shared), layer_types=tuple(owned + shared), num_kv_shared_layers=len(shared),
         num_key_value_heads=kv_heads, num_global_key_value_heads=draw(divisors) if k_eq_v else kv_heads,
-        head_dim=draw(size), global_head_dim=draw(size), sliding_window=draw(size), attention_k_eq_v=k_eq_v,
+        head_dim=2 * draw(size), global_head_dim=2 * draw(size), sliding_window=draw(size), attention_k_eq_v=k_eq_v,
         use_double_wide_mlp=draw(st.booleans()), hidden_size_per_layer_input=draw(st.integers(0, 9)),
-        vocab_size_per_layer_input=draw(size), enable_moe_block=draw(st.booleans()), num_experts=experts,
+        vocab_size_per_layer_input=vocab + draw(size), enable_moe_block=draw(st.booleans()), num_experts=experts,
         top_k_experts=draw(st.integers(1, experts)), moe_intermediate_size=draw(size),
         final_logit_softcapping=draw(st.none() | st.floats(1, 99)), rms_norm_eps=draw(st.floats(1e-9, 1e-3)),
         max_position_embeddings=draw(size), sliding_rope=draw(ropes), full_rope=draw(ropes),

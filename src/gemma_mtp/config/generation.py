@@ -7,10 +7,12 @@ named, unless its value turns it off.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_mtp.config.values import LARGEST, is_token_id, shown
 from gemma_mtp.errors import CheckpointError
 
 FILE = "generation_config.json"
@@ -122,7 +124,7 @@ def _temperature(raw: Mapping[str, Any]) -> float | None:
     """
     sample, temperature = raw.get("do_sample"), _number(raw, "temperature")
     if sample is not None and not isinstance(sample, bool):
-        raise CheckpointError(f"{FILE} has do_sample = {sample!r}, but true or false was expected.")
+        raise CheckpointError(f"{FILE} has do_sample = {shown(sample)}, but true or false was expected.")
     if sample is False:
         return 0.0
     return 1.0 if sample and temperature is None else temperature
@@ -137,7 +139,7 @@ def _notes(raw: Mapping[str, Any]) -> list[str]:
         known = name in NOT_HONOURED
         if not (NOT_HONOURED[name](value) if known else value is None):
             what = "is not honoured" if known else "is not known"
-            notes.append(f"{FILE} has the field {name} = {value!r}, which {what}; output is made without it.")
+            notes.append(f"{FILE} has the field {name} = {shown(value)}, which {what}; output is made without it.")
     return notes
 
 
@@ -145,15 +147,17 @@ def _number(raw: Mapping[str, Any], name: str) -> float | None:
     value = raw.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{FILE} has {name} = {value!r}, but a number was expected.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{FILE} has {name} = {shown(value)}, but a number was expected.")
     return value
 
 
 def _whole(raw: Mapping[str, Any], name: str) -> int | None:
     value = _number(raw, name)
-    if value is not None and value != int(value):
-        raise CheckpointError(f"{FILE} has {name} = {value!r}, but a whole number was expected.")
+    if value is not None and not (value == int(value) and abs(value) <= LARGEST):
+        raise CheckpointError(
+            f"{FILE} has {name} = {shown(value)}, but a whole number of {LARGEST} at most was expected."
+        )
     return None if value is None else int(value)
 
 
@@ -162,9 +166,9 @@ def _several(raw: Mapping[str, Any], name: str, fits: Callable[[Any], bool], one
     value = raw.get(name)
     found = [] if value is None else value if isinstance(value, list) else [value]
     if not all(map(fits, found)):
-        raise CheckpointError(f"{FILE} has {name} = {value!r}, but {one} or a list of them was expected.")
+        raise CheckpointError(f"{FILE} has {name} = {shown(value)}, but {one} or a list of them was expected.")
     return tuple(found)
 
 
 def _ids(raw: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    return _several(raw, name, lambda value: type(value) is int, "a token id")
+    return _several(raw, name, is_token_id, "a token id")

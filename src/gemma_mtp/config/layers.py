@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_mtp.config.text import FULL, LAYER_TYPES, SLIDING, LayerType
-from gemma_mtp.config.values import field_value
+from gemma_mtp.config.values import field_value, shown
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
 
@@ -89,13 +89,14 @@ def _check_layer_entry(key: str, entry: Any, raw: Mapping[str, Any], layer_types
     if key not in map(str, range(len(layer_types))):
         raise ConfigError(f"{where}, but the layers are 0 to {len(layer_types) - 1}.")
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where} = {entry!r}, but an object was expected.")
+        raise ConfigError(f"{where} = {shown(entry)}, but an object was expected.")
     full = layer_types[int(key)] == FULL
     for name, value in entry.items():
         if value != raw.get(name) and not (full and name in PER_LAYER_FIELDS):
             raise ConfigError(
-                f"{where} ({layer_types[int(key)]}) with {name} = {value!r}, but {name} = {raw.get(name)!r} for all;"
-                f" only {' and '.join(PER_LAYER_FIELDS)} of full-attention layers can differ."
+                f"{where} ({layer_types[int(key)]}) with {name} = {shown(value)}, but {name} ="
+                f" {shown(raw.get(name))} for all; only {' and '.join(PER_LAYER_FIELDS)} of full-attention layers can"
+                " differ."
             )
 
 

@@ -15,6 +15,9 @@ class TargetConfig:
     text: TextConfig
     model_type: str = "gemma4_text"
 
+    def __post_init__(self) -> None:
+        _check_target_config(self)
+
 
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -29,6 +32,18 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         _check_drafter_config(self)
+
+
+def _check_target_config(c: TargetConfig) -> None:
+    text = c.text
+    if text.first_kv_shared_layer == 0:
+        raise ConfigError(f"config.json has num_kv_shared_layers = {text.num_kv_shared_layers}, but a target needs"
+                          " layers with keys and values of their own: fewer than num_hidden_layers ="
+                          f" {text.num_hidden_layers} were expected.")  # fmt: skip
+    if text.hidden_size_per_layer_input and text.vocab_size_per_layer_input < text.vocab_size:
+        raise ConfigError(f"config.json has vocab_size_per_layer_input = {text.vocab_size_per_layer_input}, but every"
+                          f" token needs a per-layer embedding: vocab_size = {text.vocab_size} or more was expected;"
+                          " restore the one that is wrong.")  # fmt: skip
 
 
 def _check_drafter_config(c: DrafterConfig) -> None:

@@ -8,7 +8,7 @@ from gemma_mtp.config.layers import full_layer_sizes, parse_layer_types
 from gemma_mtp.config.models import DrafterConfig, TargetConfig
 from gemma_mtp.config.rope import parse_ropes
 from gemma_mtp.config.text import FULL, SLIDING, TextConfig
-from gemma_mtp.config.values import field_value
+from gemma_mtp.config.values import field_value, is_token_id, shown
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import drafter_types, family_of, names, target_types
@@ -60,7 +60,7 @@ def _family(model_type: str, kind: str, types: list[str], other: str) -> Family:
     if family is None or model_type not in types:
         hint = "" if family is None else f"; it is a {other}: pass it as the {other}"
         raise ConfigError(
-            f"config.json has model_type {model_type!r}, which is not a {names()} {kind}"
+            f"config.json has model_type {shown(model_type)}, which is not a {names()} {kind}"
             f" (expected one of {', '.join(types)}){hint}."
         )
     return family
@@ -132,7 +132,7 @@ def _refuse_other_layers(raw: dict[str, Any], outer: dict[str, Any], family: Fam
     activation = field_value(raw, "hidden_activation", str, "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise ConfigError(
-            f"config.json has hidden_activation {activation!r}, but {family.name} uses 'gelu_pytorch_tanh'."
+            f"config.json has hidden_activation {shown(activation)}, but {family.name} uses 'gelu_pytorch_tanh'."
         )
     if field_value(raw, "attention_bias", bool, False):
         raise ConfigError(f"config.json has attention_bias true, but {family.name} attention has no biases.")
@@ -140,13 +140,13 @@ def _refuse_other_layers(raw: dict[str, Any], outer: dict[str, Any], family: Fam
         raise ConfigError("config.json has use_bidirectional_attention 'all': such an encoder cannot decode text.")
     if outer.get("transformers_weights") is not None:
         raise ConfigError(
-            f"config.json has transformers_weights = {outer['transformers_weights']!r}, but weights are read from"
+            f"config.json has transformers_weights = {shown(outer['transformers_weights'])}, but weights are read from"
             " model.safetensors or model.safetensors.index.json; rename the file, and remove the field."
         )
 
 
 def _parse_eos(raw: Any) -> tuple[int, ...]:
     ids = [] if raw is None else raw if isinstance(raw, list) else [raw]
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise ConfigError(f"config.json has eos_token_id {raw!r}, but a token id or a list of them was expected.")
+    if not all(map(is_token_id, ids)):
+        raise ConfigError(f"config.json has eos_token_id {shown(raw)}, but a token id or a list of them was expected.")
     return tuple(ids)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gemma_mtp.config.values import field_value
+from gemma_mtp.config.values import check_range, field_value, shown
 from gemma_mtp.errors import ConfigError
 
 RopeType = Literal["default", "linear", "proportional"]
@@ -18,6 +17,10 @@ ROPE_FIELDS: dict[str, frozenset[str]] = {
     "linear": frozenset({"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}),
     "proportional": frozenset({"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}),
 }
+
+
+#: of these, float32 holds the angles of all positions
+THETAS, FACTORS = (1.0, 1e30), (1e-3, 1e30)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def parse_ropes(raw: Mapping[str, Any], used: Sequence[str]) -> dict[str, RopeCo
     if given is None:
         return dict(DEFAULT_ROPES)
     if not isinstance(given, dict):
-        raise ConfigError(f"config.json has {name} = {given!r}, but an object was expected.")
+        raise ConfigError(f"config.json has {name} = {shown(given)}, but an object was expected.")
     ropes = {kind: _parse_entry(given[kind], kind, name, raw) for kind in DEFAULT_ROPES if given.get(kind) is not None}
     missing = [kind for kind in DEFAULT_ROPES if kind in used and kind not in ropes]
     if missing:
@@ -73,7 +76,8 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
 
 def rope_type(entry: Mapping[str, Any]) -> Any:
     """The type that an entry names, `type` being the older name of the field."""
-    return entry.get("rope_type") or entry.get("type") or "default"
+    named = (entry.get(field) for field in ("rope_type", "type"))
+    return next((kind for kind in named if kind is not None), "default")
 
 
 def _given(raw: Mapping[str, Any]) -> tuple[str, Any]:
@@ -91,28 +95,30 @@ def _given(raw: Mapping[str, Any]) -> tuple[str, Any]:
 
 def _parse_entry(entry: Any, kind: str, name: str, raw: Mapping[str, Any]) -> RopeConfig:
     if not isinstance(entry, dict):
-        raise ConfigError(f"config.json has {name} entry {entry!r} for {kind}, but an object was expected.")
+        raise ConfigError(f"config.json has {name} entry {shown(entry)} for {kind}, but an object was expected.")
     if None not in (entry.get("rope_type"), entry.get("type")) and entry["rope_type"] != entry["type"]:
         raise ConfigError(
-            f"config.json has {name} for {kind} with rope_type {entry['rope_type']!r} and type {entry['type']!r};"
-            " keep one of them."
+            f"config.json has {name} for {kind} with rope_type {shown(entry['rope_type'])} and type"
+            f" {shown(entry['type'])}; keep one of them."
         )
     chosen = rope_type(entry)
     if chosen not in ROPE_TYPES:
         raise ConfigError(
-            f"config.json has rope_type {chosen!r} for {kind}, which can not be decoded with; supported are"
+            f"config.json has rope_type {shown(chosen)} for {kind}, which can not be decoded with; supported are"
             f" {', '.join(ROPE_TYPES)}."
         )
     for field in ("rope_theta", "partial_rotary_factor"):
         if field in ROPE_FIELDS[chosen] and entry.get(field) is None and raw.get(field) is not None:
             raise ConfigError(
-                f"config.json has {field} = {raw[field]!r} beside {name}, whose entry for {kind} has none; move it"
+                f"config.json has {field} = {shown(raw[field])} beside {name}, whose entry for {kind} has none; move it"
                 " into the entry."
             )
-    theta = _positive(entry, "rope_theta", field_value(entry, "rope_theta", float))
+    theta = field_value(entry, "rope_theta", float)
+    check_range("rope_theta", theta, *THETAS)
     if chosen == "default":
         return RopeConfig(theta)
-    factor = _positive(entry, "factor", field_value(entry, "factor", float, *([] if chosen == "linear" else [1.0])))
+    factor = field_value(entry, "factor", float, *([] if chosen == "linear" else [1.0]))
+    check_range("factor", factor, *FACTORS)
     share = field_value(entry, "partial_rotary_factor", float, 1.0)
     if not 0 < share <= 1:
         raise ConfigError(f"config.json has partial_rotary_factor = {share}, but it must lie above 0 and at most 1.")
@@ -122,9 +128,3 @@ def _parse_entry(entry: Any, kind: str, name: str, raw: Mapping[str, Any]) -> Ro
             " decoded with; rope_type 'proportional' rotates a part of the dimensions."
         )
     return RopeConfig(theta, chosen, share, factor)
-
-
-def _positive(entry: Mapping[str, Any], name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"config.json has {name} = {entry[name]}, but a positive number was expected.")
-    return value

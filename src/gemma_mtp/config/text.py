@@ -6,11 +6,11 @@ Field names are Hugging Face's, so that a reader of either finds the other.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from gemma_mtp.config.rope import DEFAULT_ROPES, RopeConfig
+from gemma_mtp.config.values import check_range
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import LayerOptions
 
@@ -18,6 +18,10 @@ LayerType = Literal["sliding_attention", "full_attention"]
 LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
 SLIDING: LayerType = "sliding_attention"
 FULL: LayerType = "full_attention"
+
+
+#: what float32 computes with: beyond, numbers vanish beside others, become infinite, or are all the same
+RANGES = {"rms_norm_eps": (1e-30, 1.0), "final_logit_softcapping": (1.0, 1000.0)}
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,22 @@ def _check_text_config(c: TextConfig) -> None:
     if c.hidden_size_per_layer_input < 0:
         raise ConfigError(f"config.json has hidden_size_per_layer_input = {c.hidden_size_per_layer_input}; expected 0"
                           " (none) or more.")  # fmt: skip
-    cap = c.final_logit_softcapping
-    for name, value in (("rms_norm_eps", c.rms_norm_eps), ("final_logit_softcapping", 1.0 if cap is None else cap)):
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"config.json has {name} = {value}, but a positive number was expected.")
+    for name in ("head_dim", "global_head_dim"):
+        if getattr(c, name) % 2:
+            raise ConfigError(f"config.json has {name} = {getattr(c, name)}, but an even number was expected: rotary"
+                              " embeddings turn pairs.")  # fmt: skip
+    for name, bounds in RANGES.items():
+        if getattr(c, name) is not None:
+            check_range(name, getattr(c, name), *bounds)
     for name in ("num_key_value_heads", "num_global_key_value_heads"):
         if c.num_attention_heads % getattr(c, name):
             raise ConfigError(f"config.json has {name} = {getattr(c, name)}, which does not divide num_attention_heads"
                               f" = {c.num_attention_heads}.")  # fmt: skip
     _check_kv_sharing(c)
     if c.enable_moe_block and not (0 < c.top_k_experts <= c.num_experts and c.moe_intermediate_size > 0):
-        raise ConfigError("config.json has enable_moe_block true without usable num_experts, top_k_experts and"
-                          " moe_intermediate_size.")  # fmt: skip
+        raise ConfigError(f"config.json has enable_moe_block true with num_experts = {c.num_experts}, top_k_experts ="
+                          f" {c.top_k_experts} and moe_intermediate_size = {c.moe_intermediate_size}, but positive"
+                          " numbers were expected, and top_k_experts of num_experts at most.")  # fmt: skip
 
 
 def _check_kv_sharing(c: TextConfig) -> None:

@@ -6,7 +6,6 @@ no scalar. The multimodal checkpoints' text model is the same one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,8 @@ DEFAULTS: Mapping[str, Any] = {
 DEFAULT_SCALAR, DEFAULT_PATTERN = 256, 6
 #: so many are refused as soon as they are counted
 MANY_LAYERS = 1 << 20
+#: of numbers
+LEAST, MOST = 1e-3, 1e30
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 #: fields of Gemma 4 that change a model, and that no Gemma 3 has
 OF_GEMMA4 = (
@@ -44,8 +45,10 @@ def _options(raw: Mapping[str, Any]) -> LayerOptions:
 
 def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
     value = default if raw.get(name) is None else raw[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"config.json has {name} = {value!r}, but a positive number was expected.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
+        raise ConfigError(
+            f"config.json has {name} = {repr(value)[:80]}, but a number from {LEAST:g} to {MOST:g} was expected."
+        )
     return value
 
 
