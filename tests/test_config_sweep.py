@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz_seeds import GEMMA3
-from models import TINY, VOCAB, WIDE, F, S, agreeing_pair, backends, letters, random_drafter, random_target, save_pair
+from models import TINY, VOCAB, F, S, agreeing_pair, backends, letters, random_drafter, random_target, save_pair
 
 from gemma_mtp import SamplingParams
 from gemma_mtp.checkpoint.read import empty_model
@@ -45,10 +45,14 @@ GREEDY = SamplingParams(max_tokens=2, ignore_eos=True)
 #: models of more numbers are not built, and fewer positions do not hold what is decoded
 MOST_NUMBERS, POSITIONS = 100_000, 64
 SMALL = dataclasses.replace(TINY, num_hidden_layers=4, layer_types=(S, F, S, F))
+EXPERTS = dataclasses.replace(
+    SMALL, hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False, enable_moe_block=True,
+    num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+)  # fmt: skip
 DRAFTED = random_drafter(SMALL, centroids=True).config
 RAW: dict[str, Raw] = {
     "per-layer inputs": config_to_hf(TargetConfig(SMALL)),
-    "experts": config_to_hf(TargetConfig(WIDE["moe"], "gemma4")),
+    "experts": config_to_hf(TargetConfig(EXPERTS, "gemma4")),
     "Gemma 3": config_to_hf(TargetConfig(GEMMA3, "gemma3_text")),
     "drafter": config_to_hf(DRAFTED),
 }
@@ -133,7 +137,7 @@ def decoded(config: TargetConfig | DrafterConfig) -> object:
 @pytest.mark.parametrize("kind", RAW)
 def test_any_field_is_refused_or_decodes_as_the_reference(kind: str) -> None:
     parse = parse_drafter_config if kind == "drafter" else parse_target_config
-    known, wrong, refused = {decoded(parse(RAW[kind]))}, {}, 0
+    known, wrong, refused, played = {decoded(parse(RAW[kind]))}, {}, 0, 0
     for change, raw in changed(RAW[kind]):
         try:
             config = parse(raw)
@@ -141,6 +145,7 @@ def test_any_field_is_refused_or_decodes_as_the_reference(kind: str) -> None:
                 continue
             known.add(decoded(config))
             models = pair_of(config)
+            played += models is not None
             found = None if models is None else fault(*models)
         except ConfigError as error:
             refused, message = refused + 1, str(error)
@@ -151,7 +156,7 @@ def test_any_field_is_refused_or_decodes_as_the_reference(kind: str) -> None:
             wrong[change] = found
     assert wrong == {}
     assert refused > 400
-    assert len(known) > 40
+    assert played > 20
 
 
 # -- through the commands
