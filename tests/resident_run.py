@@ -31,7 +31,7 @@ from gemma_mtp.engine.request import Request
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.measure.plan import Load, engine_settings, takes
 from gemma_mtp.measure.plan_models import planned
-from gemma_mtp.sizes.run import PROCESS_BYTES, Loaded, Operators
+from gemma_mtp.sizes.run import Loaded, Operators
 from gemma_mtp.weight_types import WeightTypes
 
 THREADS = 2
@@ -135,7 +135,7 @@ def main(case: str, kinds: WeightTypes) -> dict[str, Any]:
     weights = sum(t.nbytes for m in (pair.target, pair.drafter) for t in _tensors(m))
     pool = sum(2 * rows.keys.nbytes for rows in engine.pool.layers.values())
     return {
-        "before": before, "after": resident(), "weights": weights, "pool": pool, "process": PROCESS_BYTES,
+        "before": before, "after": resident(), "weights": weights, "pool": pool,
         "planned": takes(run, load).to_dict(),
     }  # fmt: skip
 

@@ -20,6 +20,8 @@ from gemma_mtp.errors import CheckpointError
 from gemma_mtp.files.safetensors import lay_out
 from gemma_mtp.json_files import read_json
 from gemma_mtp.measure.memory import inspect_checkpoint
+from gemma_mtp.sizes.machine import torch_build
+from gemma_mtp.sizes.run import PROCESS_BYTES
 from gemma_mtp.weight_types import parse_weight_types
 
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
@@ -75,6 +77,8 @@ from gemma_mtp.checkpoint import load_target
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.sizes.machine import torch_build
+from gemma_mtp.sizes.run import PROCESS_BYTES
 from gemma_mtp.weight_types import parse_weight_types
 
 small, source, out = map(Path, sys.argv[1:])
@@ -107,15 +111,16 @@ else:
 
 
 @linux
-def test_inspecting_official_sizes_takes_less_than_300_mb(tmp_path: Path) -> None:
-    """Together 160 GB of files, which take next to no room on the disk. PyTorch alone takes about 220 MB."""
+def test_inspecting_official_sizes_takes_less_than_decoding(tmp_path: Path) -> None:
+    """Together 160 GB of files, which take next to no room on the disk. What a process takes that decodes, its models
+    left out, is PyTorch but for some 70 MB."""
     names = [f"gemma-4-{size}-it{kind}" for size in SIZES for kind in ("", "-assistant")]
     paths = [write_sparse(PRESETS[name], tmp_path / name) for name in names]
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) > 150e9
     assert sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*")) < 20e6
     (most,) = measured(INSPECT, *paths)
     print(f"peak {most / 1e6:.0f} MB")
-    assert most < 300e6
+    assert most < PROCESS_BYTES[torch_build()]
 
 
 @pytest.mark.parametrize("size", OFFICIAL_BYTES)

@@ -44,8 +44,8 @@ from gemma_mtp.measure.plan import (
 )
 from gemma_mtp.measure.plan_models import known_name, planned
 from gemma_mtp.sizes import machine
-from gemma_mtp.sizes.machine import cores, free_memory, read_bandwidth, total_memory
-from gemma_mtp.sizes.run import Loaded, Operators
+from gemma_mtp.sizes.machine import Build, cores, free_memory, read_bandwidth, total_memory
+from gemma_mtp.sizes.run import PROCESS_BYTES, Loaded, Operators
 from gemma_mtp.sizes.weights import target_read_bytes, weight_bytes, wide_copies
 from gemma_mtp.units import parse_bytes, shown_bytes
 from gemma_mtp.weight_types import UNIFORM, WeightTypes, parse_weight_types
@@ -414,3 +414,19 @@ def test_a_plan_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("library", "build"), [("libtorch_cuda.so", "cuda"), ("torch_cuda.dll", "cuda"), ("libtorch_cpu.so", "cpu")]
+)
+def test_a_plan_knows_which_pytorch_is_installed(library: str, build: Build, tmp_path: Path) -> None:
+    """By its libraries: one that can not be imported is found too."""
+    (tmp_path / "torch/lib").mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('a plan imports PyTorch')\n")
+    (tmp_path / "torch/lib" / library).touch()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "gemma_mtp", "plan", "gemma-4-E2B-it", "--json"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    (choice, *_) = json.loads(ran.stdout)["choices"]
+    assert PROCESS_BYTES["cuda"] > PROCESS_BYTES["cpu"]
+    assert choice["takes"]["process"] == PROCESS_BYTES[build]

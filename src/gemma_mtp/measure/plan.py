@@ -10,6 +10,7 @@ from gemma_mtp.decoding.draft_length import best_length, expected_tokens
 from gemma_mtp.engine.pool_size import largest, pool_blocks, pool_bytes, sequence_blocks
 from gemma_mtp.engine.settings import EngineSettings
 from gemma_mtp.kv.blocks import block_bytes, layer_row_bytes
+from gemma_mtp.sizes.machine import torch_build
 from gemma_mtp.sizes.run import CUDA_CONTEXT_BYTES, PROCESS_BYTES, Loaded
 
 #: drafts a round that gains are predicted for
@@ -85,7 +86,7 @@ def takes(loaded: Loaded, load: Load, gpu: bool = False) -> Takes:
         + states
         + host
         + loaded.recorded_bytes(load.sequences),
-        process=CUDA_CONTEXT_BYTES if gpu else PROCESS_BYTES,
+        process=CUDA_CONTEXT_BYTES if gpu else PROCESS_BYTES[torch_build()],
     )
 
 

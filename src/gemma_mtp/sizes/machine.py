@@ -1,17 +1,22 @@
-"""What a machine has: cores, memory, and how fast it is read. None of it needs PyTorch."""
+"""What a machine has: cores, memory, how fast it is read, and which PyTorch. None of it imports PyTorch."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+#: of PyTorch
+Build = Literal["cpu", "cuda"]
 CGROUP = Path("/sys/fs/cgroup")
 #: of an array that no cache holds, in bytes a thread, and how often it is read
 PROBE_BYTES, PROBE_REPEATS = 64 << 20, 5
@@ -53,6 +58,14 @@ def read_bandwidth(threads: int | None = None) -> float:
             worker.join()
         best = max(best, count * PROBE_BYTES / (time.perf_counter() - began))
     return best
+
+
+@functools.cache
+def torch_build() -> Build:
+    """Returns which build of PyTorch this Python would import, by its libraries; "cpu" where there is none."""
+    spec = find_spec("torch")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return "cuda" if any(next(Path(folder, "lib").glob("*torch_cuda.*"), None) for folder in folders) else "cpu"
 
 
 def _meminfo() -> Mapping[str, int]:

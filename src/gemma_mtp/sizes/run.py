@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from gemma_mtp.config import DrafterConfig, TargetConfig, TextConfig
 from gemma_mtp.decoding.round_costs import LONGEST
 from gemma_mtp.sizes import card
+from gemma_mtp.sizes.machine import Build
 from gemma_mtp.sizes.weights import (
     drafter_read_bytes,
     layers_read,
@@ -24,9 +25,9 @@ NATIVE_CHUNK_ROWS, REFERENCE_CHUNK_ROWS = 128, 512
 CHUNK_ROWS: Mapping[Operators, int] = {
     "native": NATIVE_CHUNK_ROWS, "reference": REFERENCE_CHUNK_ROWS, "cuda": card.CARD_CHUNK_ROWS,
 }  # fmt: skip
-#: what Python and PyTorch take once something has been decoded, the models and the pool left out: measured with
-#: PyTorch 2.13 for CPUs (`tests/test_plan_resident.py` prints it); a CUDA context comes on top of it on the host
-PROCESS_BYTES = 295_000_000
+#: what Python and PyTorch take on the host once something has been decoded, the models and the pool left out: measured
+#: without a GPU with PyTorch 2.13 (`tests/test_plan_resident.py` prints it); a CUDA context comes on top of it
+PROCESS_BYTES: Mapping[Build, int] = {"cpu": 295_000_000, "cuda": 595_000_000}
 #: what CUDA's context and its libraries' workspaces take of a GPU, about
 CUDA_CONTEXT_BYTES = 700_000_000
 #: what a tokenizer takes, by token of its vocabulary: 193 MB of 262144 tokens and as many merges were measured
