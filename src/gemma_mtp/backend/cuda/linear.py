@@ -74,7 +74,8 @@ def gate_up_kernel(
     rows, row_mask, column_mask = row.to(tl.int64) * K, row < R, columns < N
     gate = chain(x, rows, row_mask, w, scales, columns, column_mask, 0, K, K, KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     up = chain(x, rows, row_mask, w, scales, columns + N, column_mask, 0, K, K, KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
-    places = out + row.to(tl.int64)[:, None] * N + columns[None, :]
+    corner = out + tl.program_id(1).to(tl.int64) * BLOCK_M * N + tl.program_id(0) * BLOCK_N
+    places = corner + tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]  # int32: fewer registers
     tl.store(places, (gelu(gate) * up).to(tl.bfloat16), mask=row_mask[:, None] & column_mask[None, :])
 
 
