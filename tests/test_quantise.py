@@ -149,14 +149,15 @@ def native_logits(target: Target, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("kinds", KINDS)
 @torch.inference_mode()
 def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
-    """To a millionth where all activations are rounded alike; one that lies halfway may go either way, and then a row
-    and those after it differ by more. Of four rows of four models, most have none."""
+    """To a millionth where all activations are rounded alike. One that lies halfway may go either way, and then its row
+    and those after it differ by more: of the rows of short sequences some in a hundred."""
     alike = []
     for seed in range(4):
-        target, tokens = quantised_target(WIDE[name], kinds, seed), TOKENS[:, 2 * seed : 2 * seed + 4]
-        expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
-        difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
-        alike += (difference < 1e-5).flatten().tolist()
+        target = quantised_target(WIDE[name], kinds, seed)
+        for tokens in TOKENS[:, 4 * seed : 4 * seed + 8].split(2, dim=1):
+            expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
+            difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
+            alike += (difference < 1e-5).flatten().tolist()
     assert sum(alike) >= 0.7 * len(alike)
 
 
