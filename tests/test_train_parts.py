@@ -181,7 +181,7 @@ def test_a_step_of_a_large_vocabulary_stays_within_the_memory_given(
     dtype: torch.dtype, top_p: float, limit_mb: int
 ) -> None:
     """What the allocator held at its peak, gradients included; and the plan is no idle guess from above."""
-    text = replace(TINY, vocab_size=65536, vocab_size_per_layer_input=61)
+    text = replace(TINY, vocab_size=65536, vocab_size_per_layer_input=65536)
     config = new_drafter_config(TargetConfig(text), DrafterShape(hidden=16, heads=4))
     drafter = Drafter(config).requires_grad_(True)
     initialise(drafter, 0)
@@ -382,7 +382,7 @@ def test_a_centroid_head_takes_one_copy_of_the_table_and_blocks(
     monkeypatch.setattr(centroids_module, "BLOCK_SCORES", 1 << 17)
     monkeypatch.setattr(centroids_module, "FIT_STEPS", 2)
     monkeypatch.setattr(centroids_module, "ITERATIONS", 2)
-    text = replace(TINY, vocab_size=1 << 15, vocab_size_per_layer_input=61)
+    text = replace(TINY, vocab_size=1 << 15, vocab_size_per_layer_input=1 << 15)
     shape = DrafterShape(hidden=64, heads=4, centroids=64)
     config = new_drafter_config(TargetConfig(text), shape)
     drafter = Drafter(replace(config, use_ordered_embeddings=False))
