@@ -59,7 +59,8 @@ def wanted(logits_NV: Tensor, choice: SamplingParams, hard_share: float) -> Want
     the rest stays as the target spreads it.
     """
     probs = _wanted_probs(logits_NV, choice, hard_share)
-    return Wanted(probs, torch.special.entr(probs).sum(-1))
+    tiny = torch.finfo(probs.dtype).tiny
+    return Wanted(probs, -(probs.clamp(min=tiny).log_().mul_(probs)).sum(-1))
 
 
 def _wanted_probs(logits_NV: Tensor, choice: SamplingParams, hard_share: float) -> Tensor:
@@ -119,12 +120,13 @@ def _loss_and_gradient(
 
 
 def _crossed(p: Tensor, log_q: Tensor) -> Tensor:
-    """-sum(p log q) of each row, the products not stored."""
-    return -torch.bmm(p.unsqueeze(1), log_q.unsqueeze(2)).view(-1)
+    """-sum(p log q) of each row."""
+    return -(p * log_q).sum(-1)
 
 
 def _total_variation_gradient(p: Tensor, q: Tensor) -> Tensor:
-    below = torch.where(q < p, q, 0.0)
+    # q where q < p, else 0: by signs, because `where` takes three times as long on a CPU
+    below = torch.sub(p, q).sign_().clamp_(min=0).mul_(q)
     return (q * below.sum(-1, keepdim=True)).sub_(below)
 
 
