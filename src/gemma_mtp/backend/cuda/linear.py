@@ -41,7 +41,8 @@ def linear_kernel(
             x, rows, row_mask, w, scales, columns, column_mask, begin, tl.minimum(begin + part_length, K), K,
             KIND, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    places = out + (part * R + row).to(tl.int64)[:, None] * N + columns[None, :]
+    corner = out + (part * R + tl.program_id(2) * BLOCK_M).to(tl.int64) * N + tl.program_id(0) * BLOCK_N
+    places = corner + tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(places, total, mask=row_mask[:, None] & column_mask[None, :])
 
 

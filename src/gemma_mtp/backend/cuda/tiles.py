@@ -40,8 +40,8 @@ def part_count(N: int, K: int) -> int:
 
 #: of decoding, of many sequences or a short chunk, and of prefill; 128 x 128 would not fit the registers of every card
 TILES = (Tile(16, NARROW, 64, 4, 6), Tile(64, NARROW, 64, 8, 3), Tile(128, NARROW, 32, 8, 4))
-#: a gate tile and its up tile together: two accumulators, beside which 64 deep would not fit the registers of sm_80 to 89
-#: with every compiler
+#: a gate tile and its up tile together: two accumulators, beside which 64 deep would not fit the registers of sm_80 to
+#: 89 with every compiler
 PAIRED_TILES = (Tile(16, 32, 64, 4, 6), Tile(64, 32, 64, 4, 3), Tile(128, 64, 32, 8, 5))
 #: of an expert's second product, whose rows lie apart: 64 x 64 would not fit the registers of sm_86 and 89 with int4
 EXPERT_TILES = (TILES[0], Tile(64, 32, 64, 8, 3))
