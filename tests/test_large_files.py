@@ -77,8 +77,6 @@ from gemma_mtp.checkpoint import load_target
 from gemma_mtp.checkpoint.quantised_copy import write_quantised_copy
 from gemma_mtp.cli import main
 from gemma_mtp.errors import CheckpointError
-from gemma_mtp.sizes.machine import torch_build
-from gemma_mtp.sizes.run import PROCESS_BYTES
 from gemma_mtp.weight_types import parse_weight_types
 
 small, source, out = map(Path, sys.argv[1:])
