@@ -211,6 +211,8 @@ def test_any_field_of_a_generation_config_is_refused_or_usable(name: str) -> Non
 
 def test_ends_that_no_token_has_are_no_ends_of_a_grammar(tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
-    compiler = GrammarCompiler(letters(tmp_path), VOCAB)
-    state = compiler.start(Grammar("regex", "A"), [-1, -300, VOCAB, 5, 2**31 - 1], "cpu")
-    assert state._end_ids == {5}
+    tokenizer = letters(tmp_path)
+    state = GrammarCompiler(tokenizer, VOCAB).start(Grammar("regex", "A"), [-4, -300, VOCAB, 5, 2**31 - 1], "cpu")
+    (letter,) = state.allowed([])[0].nonzero().flatten().tolist()
+    assert tokenizer.decode([letter]) == "A"
+    assert state.allowed([letter])[1].nonzero().flatten().tolist() == [5]
