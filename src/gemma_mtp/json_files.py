@@ -13,6 +13,11 @@ from gemma_mtp.files.replace import replace_text
 EXPECTED = "a directory in the Hugging Face layout, or a GGUF file, whose name ends in .gguf"
 
 
+def shown(value: Any) -> str:
+    """A value of a JSON file in a message, cut off where it is long."""
+    return repr(value)[:80]
+
+
 def existing(directory: str | Path) -> Path:
     """The directory as a path. Raises CheckpointError where it is none."""
     path = Path(directory)

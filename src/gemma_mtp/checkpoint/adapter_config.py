@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_mtp.checkpoint.module_patterns import first_matches, wrapped
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.json_files import shown
 
 FILE = "adapter_config.json"
 #: fields that say how training went, where, or on which modules, which the stored tensors say themselves
@@ -65,8 +66,8 @@ def parse_adapter_config(raw: Any) -> AdapterConfig:
         raise CheckpointError(f"{FILE} holds a {type(raw).__name__}, but a JSON object was expected.")
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{FILE} has peft_type {raw.get('peft_type')!r}, but only LORA adapters can be merged; merge it with PEFT"
-            " (merge_and_unload) where PEFT can, and give the merged checkpoint."
+            f"{FILE} has peft_type {shown(raw.get('peft_type'))}, but only LORA adapters can be merged; merge it with"
+            " PEFT (merge_and_unload) where PEFT can, and give the merged checkpoint."
         )
     for name, value in raw.items():
         if name not in NO_EFFECT | HONOURED and value not in (None, False, [], {}, ""):
@@ -99,7 +100,7 @@ def parse_adapter_config(raw: Any) -> AdapterConfig:
 def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{FILE} has {name} {value!r}, but an object of patterns was expected.")
+        raise CheckpointError(f"{FILE} has {name} {shown(value)}, but an object of patterns was expected.")
     for key in value:
         if len(key) > LONGEST_PATTERN:
             raise CheckpointError(f"{FILE} has {name} with a pattern of {len(key)} characters, but {LONGEST_PATTERN} at"
@@ -113,20 +114,20 @@ def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _rank(value: Any, name: str) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise CheckpointError(f"{FILE} has {name} {value!r}, but a whole number above 0 was expected.")
+        raise CheckpointError(f"{FILE} has {name} {shown(value)}, but a whole number above 0 was expected.")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e30:
-        raise CheckpointError(f"{FILE} has {name} {value!r}, but a number was expected.")
+        raise CheckpointError(f"{FILE} has {name} {shown(value)}, but a number was expected.")
     return float(value)
 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name)
     if value not in (True, False, None):
-        raise CheckpointError(f"{FILE} has {name} {value!r}, but true or false was expected.")
+        raise CheckpointError(f"{FILE} has {name} {shown(value)}, but true or false was expected.")
     return bool(value)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_mtp.config.values import LARGEST, is_token_id, shown
+from gemma_mtp.config.values import LARGEST, is_token_id
 from gemma_mtp.errors import CheckpointError
+from gemma_mtp.json_files import shown
 
 FILE = "generation_config.json"
 

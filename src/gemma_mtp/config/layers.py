@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_mtp.config.text import FULL, LAYER_TYPES, SLIDING, LayerType
-from gemma_mtp.config.values import field_value, shown
+from gemma_mtp.config.values import field_value
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
+from gemma_mtp.json_files import shown
 
 #: far more than any model has: each layer is built before its tensors are looked for
 MAX_LAYERS = 1024

@@ -8,10 +8,11 @@ from gemma_mtp.config.layers import full_layer_sizes, parse_layer_types
 from gemma_mtp.config.models import DrafterConfig, TargetConfig
 from gemma_mtp.config.rope import parse_ropes
 from gemma_mtp.config.text import FULL, SLIDING, TextConfig
-from gemma_mtp.config.values import field_value, is_token_id, shown
+from gemma_mtp.config.values import field_value, is_token_id
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family
 from gemma_mtp.families.known import drafter_types, family_of, names, target_types
+from gemma_mtp.json_files import shown
 
 
 def parse_target_config(raw: dict[str, Any]) -> TargetConfig:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gemma_mtp.config.values import check_range, field_value, shown
+from gemma_mtp.config.values import check_range, field_value
 from gemma_mtp.errors import ConfigError
+from gemma_mtp.json_files import shown
 
 RopeType = Literal["default", "linear", "proportional"]
 ROPE_TYPES: tuple[RopeType, ...] = get_args(RopeType)

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_mtp.errors import ConfigError
+from gemma_mtp.json_files import shown
 
 REQUIRED = object()
 #: no size is larger, and PyTorch takes no larger ones
 LARGEST = 2**31 - 1
-
-
-def shown(value: Any) -> str:
-    """A value of a JSON file in a message, cut off where it is long."""
-    return repr(value)[:80]
 
 
 def field_value(raw: Mapping[str, Any], name: str, kind: type, default: Any = REQUIRED) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_mtp.errors import ConfigError
 from gemma_mtp.families.base import Family, LayerOptions
+from gemma_mtp.json_files import shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 #: Gemma3TextConfig's own, for what a config.json leaves out: the hub's multimodal ones say little
@@ -47,7 +48,7 @@ def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
     value = default if raw.get(name) is None else raw[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not LEAST <= value <= MOST:
         raise ConfigError(
-            f"config.json has {name} = {repr(value)[:80]}, but a number from {LEAST:g} to {MOST:g} was expected."
+            f"config.json has {name} = {shown(value)}, but a number from {LEAST:g} to {MOST:g} was expected."
         )
     return value
 
@@ -60,7 +61,7 @@ def _translated(raw: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("config.json has use_bidirectional_attention: such an encoder cannot decode text.")
     foreign = next((name for name in OF_GEMMA4 if raw.get(name)), None)
     if foreign is not None:
-        raise ConfigError(f"config.json has {foreign} = {raw[foreign]!r}, which no Gemma 3 has; remove it.")
+        raise ConfigError(f"config.json has {foreign} = {shown(raw[foreign])}, which no Gemma 3 has; remove it.")
     text = {name: value for name, value in raw.items() if name not in (*OWN, *OF_GEMMA4) and value is not None}
     text = {**DEFAULTS, **text, "rope_parameters": _ropes(raw)}
     layers = text["num_hidden_layers"]
