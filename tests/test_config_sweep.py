@@ -193,7 +193,7 @@ def test_too_few_per_layer_embeddings_are_refused(
 
 def test_more_per_layer_embeddings_than_tokens_decode() -> None:
     more = dataclasses.replace(SMALL, vocab_size_per_layer_input=VOCAB + 3)
-    assert fault(random_target(config=more), None) is None
+    assert fault(random_target(config=parse_target_config(config_to_hf(TargetConfig(more))).text), None) is None
 
 
 # -- generation_config.json
