@@ -64,14 +64,15 @@ os.environ["GEMMA_MTP_CACHE"] = "0"  # tests leave the user's own cache alone, a
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Garbage is looked for once, and not again and again while the modules' million objects gather; afterwards
-    seldom, for tests make many objects and few circles of them."""
+    """Garbage is looked for once, and not again and again while the modules' million objects gather, which are out of
+    its sight from then on; afterwards seldom, for tests make many objects and few circles of them."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.enable()
         gc.collect()
+        gc.freeze()
         gc.set_threshold(50_000, 20, 20)
 
 

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,10 +34,21 @@ def ours() -> set[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that was told where the project is."""
-    directory = tmp_path_factory.mktemp("sdist")
+    """One that was told where the project is, built in a copy of the tree. What lies beside our files (environments,
+    builds) is there as a folder with one module: all of it would be looked through for ten seconds."""
+    directory, tree = tmp_path_factory.mktemp("sdist"), tmp_path_factory.mktemp("tree")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tree)
+        elif path.name in TOP:
+            shutil.copytree(path, tree / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tree / path.name).mkdir()
+            (tree / path.name / "module.py").touch()
+    (tree / "src" / "gemma_mtp" / "__pycache__").mkdir()
+    (tree / "src" / "gemma_mtp" / "__pycache__" / "cli.cpython-311.pyc").touch()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(ROOT)
+        monkeypatch.chdir(tree)
         monkeypatch.setenv(VARIABLE, f"{URL}/")
         monkeypatch.setattr(gzip, "GzipFile", functools.partial(gzip.GzipFile, compresslevel=0))  # who reads it is here
         return directory / str(backend.build_sdist(str(directory)))

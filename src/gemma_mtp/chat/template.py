@@ -70,6 +70,7 @@ def template_of(templates: Templates, with_tools: bool = False) -> str:
     return templates[DEFAULT]
 
 
+@functools.lru_cache(maxsize=16)  # every chat request asks twice
 def asked_for(template: str) -> frozenset[str]:
     """Names that a template asks its caller for. Raises TokenizerError where it is not valid Jinja."""
     try:
