@@ -140,7 +140,7 @@ def ends_well(arguments: list[str], stdin: bytes = b"") -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_any_arguments(command: str, place: Path) -> None:
-    @settings(max_examples=12, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, suppress_health_check=list(HealthCheck))
     @given(arguments(command))
     def check(drawn: list[str]) -> None:
         ends_well([command, *drawn], b"AB")

@@ -1,6 +1,7 @@
 """The package's shape: which part may import which, file by file, and what importing it costs."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -24,9 +25,14 @@ LEVELS = {
 }  # fmt: skip
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules of the package that a file imports, those imported in functions and for types alone too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gemma_mtp":
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -94,9 +100,8 @@ def test_who_counts_knows_no_tensors(name: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_are_written_by_one_helper(path: Path) -> None:
     """`files.replace`, which honours the umask. What makes temporary files of its own makes them private (0600)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in nodes_of(path) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes_of(path) if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in names} & {"tempfile", "safetensors"}
 
 

@@ -19,7 +19,7 @@ from gemma_mtp.engine.pair import load_pair
 #: short outputs, so that the time goes into requests
 LIMITS: dict[str, Any] = {"max_output_tokens": 6, "max_choices": 2}
 #: of each operation; the fuzzing of a release is `GEMMA_MTP_FUZZ=500 pytest tests/test_server_fuzz.py`
-CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "6"))
+CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "4"))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 MANY = settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 POSTED = (

@@ -58,7 +58,7 @@ def play(count: int, at_once: int) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 32])
 def test_a_share(at_once: int) -> None:
-    play(max(9, at_once), at_once)
+    play(max(5, at_once), at_once)
 
 
 @pytest.mark.slow
