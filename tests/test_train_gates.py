@@ -77,30 +77,39 @@ def decoding_logits(backend: Backend, tokens_T: Tensor) -> list[Tensor]:
     return [torch.stack(logits) for logits in steps]
 
 
-def differ(backend: Backend, tokens_BT: Tensor, of_training: list[Tensor]) -> float:
+def decoded(backend: Backend, tokens_BT: Tensor) -> list[list[Tensor]]:
+    """The same of both sequences."""
+    return [decoding_logits(backend, tokens_BT[b, :length]) for b, length in enumerate(LENGTHS)]
+
+
+def differ(of_decoding: list[list[Tensor]], of_training: list[Tensor]) -> float:
     """Largest difference to decoding over both sequences and all steps, where a row's inputs lie in its sequence."""
     largest = 0.0
     for b, length in enumerate(LENGTHS):
-        of_decoding = decoding_logits(backend, tokens_BT[b, :length])
         for i in range(STEPS):
             valid = length - 1 - i
-            largest = max(largest, float((of_training[i][b, :valid] - of_decoding[i][:valid]).abs().max()))
+            largest = max(largest, float((of_training[i][b, :valid] - of_decoding[b][i][:valid]).abs().max()))
     return largest
+
+
+@pytest.fixture(scope="module")
+def of_decoding(target: Target, drafter: Drafter, tokens_BT: Tensor) -> list[list[Tensor]]:
+    return decoded(ReferenceBackend(target, drafter), tokens_BT)
 
 
 # --- gate 1: training logits are decoding logits, padded, beyond the window, at every step
 
 
 def test_training_logits_are_decoding_logits(
-    target: Target, drafter: Drafter, rows: TargetRows, tokens_BT: Tensor
+    drafter: Drafter, rows: TargetRows, of_decoding: list[list[Tensor]]
 ) -> None:
     of_training = training_logits(drafter, rows, query_rope(drafter, LENGTH, torch.float64))
-    assert differ(ReferenceBackend(target, drafter), tokens_BT, of_training) < 1e-9
+    assert differ(of_decoding, of_training) < 1e-9
 
 
 @pytest.mark.parametrize("mistake", ["pairing", "future_kv", "window", "no_window", "position", "feedback"])
 def test_the_comparison_sees_the_usual_mistakes(
-    mistake: str, target: Target, drafter: Drafter, rows: TargetRows, tokens_BT: Tensor, monkeypatch: pytest.MonkeyPatch
+    mistake: str, drafter: Drafter, rows: TargetRows, of_decoding: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rope = query_rope(drafter, LENGTH, torch.float64)
     windows = {"window": TINY.sliding_window + 1, "no_window": LENGTH + 2}
@@ -115,9 +124,7 @@ def test_the_comparison_sees_the_usual_mistakes(
         rope = rope_for(drafter.config.text, torch.arange(LENGTH), torch.float64)
     elif mistake == "feedback":  # every step fed the target's state
         monkeypatch.setattr(Drafter, "forward", _without_feedback(Drafter.forward))
-    of_training = training_logits(drafter, rows, rope)
-    monkeypatch.undo()
-    assert differ(ReferenceBackend(target, drafter), tokens_BT, of_training) > 1e-3
+    assert differ(of_decoding, training_logits(drafter, rows, rope)) > 1e-3
 
 
 def _without_feedback(forward: Any) -> Any:
@@ -207,7 +214,8 @@ def trainer_acceptance(
     sums = []
     for b in (batch, later):
         stats = StepStats.zeros(step.objective.steps, torch.device("cpu"))
-        step.block(b, b.reached(step.objective.steps), stats, None)
+        if b is batch or drafts > 1:  # of a single draft there are no rows after it
+            step.block(b, b.reached(step.objective.steps), stats, None)
         sums.append(stats)
     return ((sums[0].reached_K - sums[1].reached_K).tolist(), (sums[0].accepted_K - sums[1].accepted_K).tolist())
 
@@ -253,7 +261,7 @@ def test_sampled_acceptance_in_the_trainer_is_the_engines_on_average(shift: int)
     step = DraftStep(target, drafter, Objective("kl", steps=1), 64)
     backend = make_backend(*agreeing_pair())
     observed, chances = [], []
-    for seed in range(6):
+    for seed in range(6 if shift == 0 else 2):  # a shift is found at once
         params = SamplingParams(temperature=1.0, max_tokens=50, seed=seed)
         tokens, rounds = engine_rounds(backend, params, PROMPT, 1)
         for length, accepted in rounds:
