@@ -83,7 +83,10 @@ def test_what_comes_back(wide: Path, tmp_path: Path, to: str, kind: str, part: s
     assert f"--to {to} --type {kind}" in card
 
 
-@pytest.mark.parametrize(("to", "kind"), [("safetensors", "BF16"), *PACKED], ids=str)
+@pytest.mark.parametrize(("to", "kind"), [
+    ("safetensors", "BF16"),
+    *(pytest.param(*each, marks=[pytest.mark.slow] * (each[1] in ("W8A16", "8BIT"))) for each in PACKED),
+], ids=str)  # fmt: skip
 def test_drafted_equals_plain(tmp_path: Path, to: str, kind: str) -> None:
     for part, directory in (("target", TARGET), ("drafter", DRAFTER)):
         export_directory(directory, tmp_path / part, to, kind)
@@ -139,14 +142,14 @@ def test_a_grid_stays_as_it_is(tmp_path: Path) -> None:
     assert made.packed > 5 and made.changed.changed == 0 and not made.losses
 
 
-def test_transformers_reads_what_is_packed(tmp_path: Path) -> None:
+def test_transformers_reads_what_is_packed(wide: Path, tmp_path: Path) -> None:
     """The same logits as its own model of the weights that we read back."""
     pytest.importorskip("compressed_tensors")
-    original = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(wide / "target", dtype=torch.float32)
     ids = torch.tensor([list(range(5, 30))])
     for kind in ("W4A16", "W8A16"):
         out = tmp_path / kind
-        export_directory(TARGET, out, "compressed-tensors", kind)
+        export_directory(wide / "target", out, "compressed-tensors", kind)
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         original.load_state_dict(values(out), strict=False)
         with torch.no_grad():

@@ -72,6 +72,19 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def files(wide: Path) -> Callable[[str], Path]:
+    """The tiny target as a file of a type, written once."""
+
+    def file(kind: str) -> Path:
+        made = wide / f"target-{kind}.gguf"
+        if not made.exists():
+            export_gguf(wide / "target", made, kind)
+        return made
+
+    return file
+
+
 def tokens(pair: Pair, draft_tokens: int = 0, **params: Any) -> list[int]:
     prompt: Any = PROMPT if pair.tokenizer is not None else [5, 6, 7, 8]
     chosen = SamplingParams(max_tokens=24, ignore_eos=True, **params)
@@ -232,10 +245,10 @@ def test_fused_tensors_that_can_not_be_split(wide: Path, tmp_path: Path) -> None
             inspect_checkpoint(file)
 
 
-def test_pieces_of_any_size(bundled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = load_target(bundled("Q4_0")[0], torch.float32).checkpoint_tensors()
-    monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 100_000)
-    same_weights(load_target(bundled("Q4_0")[0], torch.float32).checkpoint_tensors(), expected)
+def test_pieces_of_any_size(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_target(files("Q4_0"), torch.float32).checkpoint_tensors()
+    monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 3000)
+    same_weights(load_target(files("Q4_0"), torch.float32).checkpoint_tensors(), expected)
 
 
 def test_a_tensor_of_another_shape(wide: Path, tmp_path: Path) -> None:
@@ -328,8 +341,8 @@ def test_a_pair_of_blocks(bundled: Any, kind: str) -> None:
         assert [tokens(pair, K, **params) for K in (1, 3, 6)] == [plain] * 3
 
 
-def test_what_rounding_to_another_dtype_loses_is_said(bundled: Any, caplog: pytest.LogCaptureFixture) -> None:
-    target, _ = bundled("Q8_0")
+def test_what_rounding_to_another_dtype_loses_is_said(files: Any, caplog: pytest.LogCaptureFixture) -> None:
+    target = files("Q8_0")
     load_target(target, torch.float32, strict=True)
     load_target(target, torch.bfloat16)
     assert "its tensors of Q8_0 are rounded to bfloat16; float32 keeps their values" in caplog.text
@@ -351,8 +364,8 @@ def test_quantising_a_file_while_loading(bundled: Any, tmp_path: Path) -> None:
     assert copy.tokenizer().special_tokens == original.tokenizer().special_tokens
 
 
-def test_blocks_are_quantised_anew_where_asked(bundled: Any) -> None:
-    file = bundled("Q8_0")[0]
+def test_blocks_are_quantised_anew_where_asked(files: Any) -> None:
+    file = files("Q8_0")
     loaded = load_target(file, torch.float32, types=parse_weight_types("int4"))
     assert loaded.checkpoint_tensors()["model.layers.0.mlp.gate_proj.weight"].format == "int4"
     same = load_target(file, torch.float32, types=parse_weight_types("q8_0")).checkpoint_tensors()
@@ -379,10 +392,10 @@ def test_the_bundled_pair_comes_back(bundled: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_other_types_come_back(bundled: Any, kind: str) -> None:
-    """float32 holds all of bfloat16; float16 holds what it can of it."""
-    loaded = load_target(bundled(kind)[0], torch.float32).checkpoint_tensors()
-    original = load_target(TARGET, torch.float32).checkpoint_tensors()
+def test_other_types_come_back(wide: Path, files: Any, kind: str) -> None:
+    """float32 holds all of float32; float16 holds what it can of it."""
+    loaded = load_target(files(kind), torch.float32).checkpoint_tensors()
+    original = load_target(wide / "target", torch.float32).checkpoint_tensors()
     for name, weight in original.items():
         rounded = weight.values().half().float() if kind == "F16" and weight.ndim > 1 else weight.values()
         assert torch.equal(loaded[name].values(), rounded)
@@ -423,10 +436,10 @@ def test_exports_that_are_refused(wide: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_export_of_a_file(bundled: Any, tmp_path: Path) -> None:
+def test_export_of_a_file(files: Any, tmp_path: Path) -> None:
     """A file written again, and blocks made floats and blocks again, are the same."""
     for kind in ("BF16", "Q8_0"):
-        first = bundled(kind)[0]
+        first = files(kind)
         export_gguf(first, tmp_path / "second.gguf", kind)
         assert (tmp_path / "second.gguf").read_bytes() == first.read_bytes()
 
