@@ -77,10 +77,12 @@ def zero_target(config: TextConfig) -> Target:
     """In bf16; large ones are made faster than at random."""
     with torch.device("meta"):
         target = Target(config)
-    target = target.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in target.parameters():
-        parameter.zero_()
-    return target
+    return of_zeros(target.to(torch.bfloat16)).requires_grad_(False)
+
+
+def of_zeros(model: M) -> M:
+    """A model without memory, of zeros that are written; `to_empty` would import SymPy for it."""
+    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").zero_())
 
 
 def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = False) -> Drafter:

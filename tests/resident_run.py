@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import agreeing_pair
+from models import agreeing_pair, of_zeros
 
 from gemma_mtp.backend.native import native_available, set_threads
 from gemma_mtp.backend.select import make_backend
@@ -80,10 +80,7 @@ def zero_pair(target: TargetConfig, drafter: DrafterConfig, types: WeightTypes) 
     for config in (target, drafter):
         model = empty_model(config, WeightTypes()).to(torch.bfloat16)
         model.quantise_(types)
-        model = model.to_empty(device="cpu").eval().requires_grad_(False)
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.zero_()
-        models.append(model)
+        models.append(of_zeros(model).eval().requires_grad_(False))
     head = models[1].masked_embedding
     if head is not None:
         head.token_ordering.copy_(torch.arange(len(head.token_ordering)))

@@ -152,11 +152,12 @@ def test_the_native_model_is_the_reference(name: str, kinds: str) -> None:
     """To a millionth where all activations are rounded alike. One that lies halfway may go either way, and then its row
     and those after it differ by more: of the rows of short sequences some in a hundred."""
     alike = []
-    for seed in range(4):
+    for seed in range(2):
         target = quantised_target(WIDE[name], kinds, seed)
-        for tokens in TOKENS[:, 4 * seed : 4 * seed + 8].split(2, dim=1):
-            expected = target.logits(target.forward_sequence(tokens).hidden_BTD)
-            difference = (native_logits(target, tokens) - expected).abs().amax(-1) / expected.abs().max()
+        pairs_BT = TOKENS[0, 12 * seed : 12 * seed + 12].view(6, 2)
+        expected_BTV = target.logits(target.forward_sequence(pairs_BT).hidden_BTD)
+        for tokens, expected in zip(pairs_BT, expected_BTV, strict=True):
+            difference = (native_logits(target, tokens[None]) - expected).abs().amax(-1) / expected.abs().max()
             alike += (difference < 1e-5).flatten().tolist()
     assert sum(alike) >= 0.7 * len(alike)
 
@@ -178,7 +179,7 @@ def test_the_comparison_sees_activations_that_are_not_rounded() -> None:
 def test_native_drafter_steps(kinds: str, centroids: bool) -> None:
     """Fed-back states and candidates' logits of one step, as above."""
     alike = []
-    for seed in range(6):
+    for seed in range(4):
         target, drafter = random_target(seed, PLE), wide_drafter(PLE, centroids, seed)
         drafter.quantise_(parse_weight_types(kinds))
         native = CpuBackend(target, drafter)
@@ -202,7 +203,10 @@ def by_token(step: DraftStep) -> Tensor:
 @pytest.mark.parametrize(("kinds", "backend_name", "name"), [
     (KINDS[2], "reference", "ple"),
     *(pytest.param(KINDS[2], "reference", name, marks=pytest.mark.slow) for name in WIDE if name != "ple"),
-    *(pytest.param(kinds, "native", name, marks=native_only) for kinds in KINDS for name in WIDE),
+    *(pytest.param(kinds, "native", name, marks=native_only) for kinds in KINDS for name in ("ple", "moe")),
+    *(pytest.param(KINDS[2], "native", name, marks=native_only) for name in ("untied", "odd")),
+    *(pytest.param(kinds, "native", name, marks=[native_only, pytest.mark.slow])
+      for kinds in KINDS if kinds != KINDS[2] for name in ("untied", "odd")),
 ])  # fmt: skip
 def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: str) -> None:
     config, accepted = WIDE[name], 0
@@ -222,7 +226,10 @@ def test_drafted_tokens_are_plain_tokens(name: str, kinds: str, backend_name: st
 # -- loading
 
 
-@pytest.mark.parametrize(("kinds", "family"), [*(("int8", family) for family in FAMILIES), ("int4", "e2b")])
+@pytest.mark.parametrize(("kinds", "family"), [
+    *(pytest.param("int8", family, marks=[pytest.mark.slow] * (family not in ("e2b", "26b"))) for family in FAMILIES),
+    ("int4", "e2b"),
+])  # fmt: skip
 def test_quantised_while_loading_is_quantised_after(
     checkpoints: Checkpoints, family: str, kinds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,15 +283,15 @@ print(peak() - before, sum(tensor.nbytes for tensor in stored_tensors(target.che
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of 250 MB in bf16, of which two tensors alone are larger than what may be mapped at once."""
+    """A target of 160 MB in bf16, of which two tensors alone are larger than what may be mapped at once."""
     config = dataclasses.replace(
-        PLE, vocab_size=50_000, vocab_size_per_layer_input=50_000, hidden_size=1024, intermediate_size=8192,
+        PLE, vocab_size=36_000, vocab_size_per_layer_input=36_000, hidden_size=1024, intermediate_size=4096,
         num_hidden_layers=2, layer_types=TINY.layer_types[1:3], num_kv_shared_layers=0, use_double_wide_mlp=False,
         hidden_size_per_layer_input=256,
     )  # fmt: skip
     directory = tmp_path_factory.mktemp("large")
     checkpoint.save_target(zero_target(config), TargetConfig(config), directory)
-    assert (directory / SINGLE_FILE).stat().st_size > 240e6
+    assert (directory / SINGLE_FILE).stat().st_size > 155e6
     return directory
 
 

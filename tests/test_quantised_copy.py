@@ -70,8 +70,10 @@ def pair(copied: Path, tmp_path: Path) -> Path:
 # -- what is written
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(("kinds", "family"), [
+    *(pytest.param(kinds, family, marks=[pytest.mark.slow] * (kinds != KINDS[0] and family not in ("e2b", "26b")))
+      for kinds in KINDS for family in FAMILIES),
+])  # fmt: skip
 def test_a_copy_loads_as_its_source_quantised_while_loading(
     checkpoints: Checkpoints, family: str, kinds: str, tmp_path: Path
 ) -> None:
