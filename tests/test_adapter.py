@@ -1,10 +1,13 @@
 """LoRA adapters merged while loading: PEFT is the oracle, and what it can not merge exactly is refused."""
 
+from __future__ import annotations
+
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,9 +30,10 @@ from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.training.written import fingerprint
 from gemma_mtp.weight_types import parse_weight_types
 
-pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel, get_peft_model
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
 IDS = torch.arange(24)[None] * 7 % VOCAB
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TEXT = r".*(?<!tower)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -57,11 +61,20 @@ MERGED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def lora(**settings: Any) -> LoraConfig:
+    """PEFT is imported where it is run: it takes seconds, in every process that only looks for its tests, too."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 4, **settings})
+
+
 def adapted(family: str, directory: Path, **settings: Any) -> PeftModel:
     """A target with a random adapter, both saved."""
+    from peft import get_peft_model
+
     base = build_target(family)
     base.save_pretrained(directory / "base")
-    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
+    model = get_peft_model(base, lora(**{"lora_alpha": 6, **settings}))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,7 +130,7 @@ def test_weights_are_those_that_peft_merges(name: str, tmp_path: Path, monkeypat
     """Whatever is read at once."""
     family, settings = MERGED[name]
     theirs = adapted(family, tmp_path, **settings).merge_and_unload().state_dict()
-    for nbytes in (1 << 20, 500):
+    for nbytes in (1 << 20, 1500):
         monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", nbytes)
         ours = load_target(
             open_source(tmp_path / "base", adapter=tmp_path / "adapter"), torch.float32
@@ -242,12 +255,12 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
-FIELDS = st.sampled_from(sorted(vars(LoraConfig(r=4))))
+FIELDS = st.deferred(lambda: st.sampled_from(sorted(vars(lora()))))
 
 
 @given(st.dictionaries(FIELDS, JSON, max_size=4) | JSON)
 def test_any_configuration_is_read_or_refused(changes: Any) -> None:
-    raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA", **changes} if isinstance(changes, dict) else changes
+    raw = {**vars(lora()), "peft_type": "LORA", **changes} if isinstance(changes, dict) else changes
     try:
         config = parse_adapter_config(raw)
     except GemmaMtpError:
@@ -279,7 +292,7 @@ EXPLODING = (
 def test_patterns_that_explode_are_refused_soon(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, within a second of processor time, here a twentieth; PEFT would match for years."""
     monkeypatch.setattr("gemma_mtp.checkpoint.module_patterns.LIMIT_SECONDS", 0.05)
-    raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA", "rank_pattern": {"q_proj": 2, pattern: 3}}
+    raw = {**vars(lora()), "peft_type": "LORA", "rank_pattern": {"q_proj": 2, pattern: 3}}
     with pytest.raises(CheckpointError, match="takes more than"):
         parse_adapter_config(raw).of_modules(NAMES)
 
@@ -292,13 +305,13 @@ def test_patterns_that_explode_are_refused_soon(pattern: str, monkeypatch: pytes
 def test_patterns_match_as_pefts_do(pattern: str) -> None:
     from peft.utils.other import get_pattern_key
 
-    config = parse_adapter_config({**vars(LoraConfig(r=4)), "peft_type": "LORA", "rank_pattern": {pattern: 3}})
+    config = parse_adapter_config({**vars(lora()), "peft_type": "LORA", "rank_pattern": {pattern: 3}})
     expected = {name: 3 if get_pattern_key([pattern], name) == pattern else 4 for name in NAMES}
     assert config.of_modules(NAMES).ranks == expected
 
 
 def test_patterns_that_are_malformed_are_refused() -> None:
-    raw = {**vars(LoraConfig(r=4)), "peft_type": "LORA"}
+    raw = {**vars(lora()), "peft_type": "LORA"}
     for pattern, reason in (("a" * 3000, "3000 characters"), ("(", "no regular"), ("(?i)a", "no regular")):
         with pytest.raises(CheckpointError, match=reason):
             parse_adapter_config({**raw, "alpha_pattern": {pattern: 3}})

@@ -74,9 +74,9 @@ def test_finetuning_writes_a_checkpoint_that_decodes_as_transformers_does(
         monkeypatch.setattr(finetune, name, value)
     target, data = bundled_directory() / "target", tmp_path / "data"
     data.mkdir()
-    (data / "a.js").write_text("export const answer = question?.answer ?? 42;\n" * 60, encoding="utf-8")
+    (data / "a.js").write_text("export const answer = question?.answer ?? 42;\n" * 16, encoding="utf-8")
     before, after = finetune.main(
-        argparse.Namespace(target=target, data=data, held_out=data, out=tmp_path / "out", steps=12, threads=2)
+        argparse.Namespace(target=target, data=data, held_out=data, out=tmp_path / "out", steps=8, threads=2)
     )
     assert after < before / 2
     tuned, base = (load_pair(path, use_drafter=False, dtype="float32") for path in (tmp_path / "out", target))

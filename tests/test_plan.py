@@ -69,8 +69,10 @@ def loaded(size: str, kinds: str = "none", **changed: Any) -> Loaded:
     return replace(Loaded(target, drafter, parse_weight_types(kinds), 2, 4, "native", 2), **changed)
 
 
-@pytest.mark.parametrize("kinds", ["none", "int8", "int4", "target=int4", "embeddings=int8,drafter-head=int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kinds", "dtype"), [
+    ("none", torch.float32), ("none", torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.float32),
+    ("int4", torch.bfloat16), ("target=int4", torch.bfloat16), ("embeddings=int8,drafter-head=int4", torch.bfloat16),
+])  # fmt: skip
 def test_weights_are_those_of_the_models(kinds: str, dtype: torch.dtype) -> None:
     """All official geometries, and small ones whose rows can not all be quantised."""
     types = parse_weight_types(kinds)
@@ -417,7 +419,12 @@ def test_a_plan_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "build"), [("libtorch_cuda.so", "cuda"), ("torch_cuda.dll", "cuda"), ("libtorch_cpu.so", "cpu")]
+    ("library", "build"),
+    [
+        ("libtorch_cuda.so", "cuda"),
+        pytest.param("torch_cuda.dll", "cuda", marks=pytest.mark.slow),
+        ("libtorch_cpu.so", "cpu"),
+    ],
 )
 def test_a_plan_knows_which_pytorch_is_installed(library: str, build: Build, tmp_path: Path) -> None:
     """By its libraries: one that can not be imported is found too."""

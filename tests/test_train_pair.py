@@ -40,7 +40,7 @@ def test_some_steps_of_the_target_reduce_its_loss() -> None:
     optimiser = Optimiser(model, masters, 1e-2, 1e-2)
     loss_of, batches = RowLoss(model, LENGTH), corpus.BatchOrder(_toy_corpus(), 8)
     losses = []
-    for step in range(30):
+    for step in range(20):
         loss = loss_of(batches.batch(step))
         loss.backward()
         masters.clear()
@@ -57,10 +57,10 @@ def test_the_target_trains_within_its_budget_and_resumes(tmp_path: Path, monkeyp
     ticks = itertools.count()
     monkeypatch.setattr(target_trainer, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(ticks)))
     corpus = _toy_corpus().reshape(-1)
-    recipe = TargetRecipe(minutes=0.02, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
+    recipe = TargetRecipe(minutes=0.01, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
     first = train_target(TargetConfig(TINY), corpus, corpus, corpus.size, recipe, tmp_path)
-    assert first.steps == 40 and first.tokens == first.steps * 8 * LENGTH and first.held_out_nats_per_token > 0
-    longer = TargetRecipe(minutes=0.04, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
+    assert first.steps == 20 and first.tokens == first.steps * 8 * LENGTH and first.held_out_nats_per_token > 0
+    longer = TargetRecipe(minutes=0.02, row_length=LENGTH, threads=torch.get_num_threads(), compile=False)
     again = train_target(TargetConfig(TINY), corpus, corpus, corpus.size, longer, tmp_path, resume=True)
     assert again.steps > first.steps and again.held_out_nats_per_token < first.held_out_nats_per_token
     lines = (tmp_path / "target.csv").read_text().splitlines()

@@ -100,7 +100,7 @@ def test_models_load_through_it(kind: str, tmp_path: Path, monkeypatch: pytest.M
         export_gguf(tmp_path / "target", target, kind)
         export_gguf(tmp_path / "drafter", drafter, kind)
     types = UNIFORM.get(kind, UNIFORM["none"])
-    monkeypatch.setattr(tensors, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 7000)
 
     def loaded() -> list[dict[str, Tensor]]:
         models = (
