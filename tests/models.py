@@ -41,6 +41,7 @@ from gemma_mtp.weights.base import Weight
 
 native_only = pytest.mark.skipif(not native_available(), reason="the native operators were not built")
 M = TypeVar("M", Target, Drafter)
+Made = TypeVar("Made", bound=torch.nn.Module)
 VOCAB = 61
 S: LayerType = "sliding_attention"
 F: LayerType = "full_attention"
@@ -80,9 +81,14 @@ def zero_target(config: TextConfig) -> Target:
     return of_zeros(target.to(torch.bfloat16)).requires_grad_(False)
 
 
-def of_zeros(model: M) -> M:
+def of_zeros(model: Made) -> Made:
     """A model without memory, of zeros that are written; `to_empty` would import SymPy for it."""
-    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").zero_())
+
+    def made(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").zero_()
+
+    zeros: Made = model._apply(made)  # type: ignore[no-untyped-call]
+    return zeros
 
 
 def random_drafter(target: TextConfig = TINY, seed: int = 1, centroids: bool = False) -> Drafter:
