@@ -35,7 +35,7 @@ from gemma_mtp.kv.pool import KVPool
 CORES = {"Hopper": HOPPER, "Ada": ADA}
 MOST = 17
 #: rows of a call: alone, the decoding tile full and not, a row more, in another order, and twice
-CALLS: list[list[int]] = [*([row] for row in range(0, MOST, 4)), list(range(16)), list(range(MOST)), [16, 3, 11],
+CALLS: list[list[int]] = [*([row] for row in range(0, MOST, 8)), list(range(16)), list(range(MOST)), [16, 3, 11],
                           list(range(MOST))[::-1], [5] * 3, [*range(MOST)] * 4]  # fmt: skip
 
 
