@@ -79,8 +79,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if name.startswith("cuda") e
 
 
 def sized(name: str, rows: int) -> int:
-    """So many rows, or few where each call takes long."""
-    return min(rows, 6) if name.startswith("cuda") else min(rows, 45) if name.startswith("reference, moe") else rows
+    """So many rows, or fewer where each call takes long: of the reference, more than a block of its own."""
+    return min(rows, 6) if name.startswith("cuda") else min(rows, 40) if name.startswith("reference") else rows
 
 
 @torch.inference_mode()
@@ -213,13 +213,14 @@ def reference_pair(dtype: torch.dtype, family: str) -> Pair:
 @pytest.mark.parametrize("count", [3, pytest.param(34, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "family"),
-    [*((dtype, family) for dtype in (torch.float32, torch.bfloat16) for family in ("agreeing", "centroids")),
-     (torch.bfloat16, "moe"), pytest.param(torch.float32, "moe", marks=pytest.mark.slow)],
+    [(torch.float32, "agreeing"), (torch.bfloat16, "centroids"), (torch.bfloat16, "moe"),
+     *(pytest.param(*one, marks=pytest.mark.slow)
+       for one in ((torch.float32, "centroids"), (torch.bfloat16, "agreeing"), (torch.float32, "moe")))],
 )  # fmt: skip
 def test_plain_pytorch_is_exact(dtype: torch.dtype, family: str, count: int) -> None:
     """Drafted equals plain, tokens and log-probabilities, alone and in batches that preempt and reuse."""
     pair = reference_pair(dtype, family)
-    load = requests([TOKENS, TOKENS[::-1]], count, seed=2, longest=16)
+    load = requests([TOKENS[:50], TOKENS[49::-1]], count, seed=2, longest=16)
     for request in load:
         plain, drafted = lone(pair, request), pair.generate(request.prompt_token_ids, request.params, draft_tokens=5)
         assert (plain.token_ids, plain.logprobs) == (drafted.token_ids, drafted.logprobs)

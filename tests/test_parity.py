@@ -49,12 +49,12 @@ def oracles() -> Callable[[str], PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def greedy_tokens(oracles: Oracles) -> Callable[[str], list[int]]:
-    """64 tokens of transformers' plain decoding, made once a family."""
+    """32 tokens of transformers' plain decoding, made once a family."""
 
     @functools.cache
     @torch.inference_mode()
     def tokens(family: str) -> list[int]:
-        made = oracles(family).generate(PROMPT, max_new_tokens=64, do_sample=False, eos_token_id=None)
+        made = oracles(family).generate(PROMPT, max_new_tokens=32, do_sample=False, eos_token_id=None)
         found: list[int] = made[0, PROMPT.shape[1] :].tolist()
         return found
 
@@ -89,9 +89,9 @@ def test_cached_logits_beyond_the_window(checkpoints: Checkpoints, oracles: Orac
 def test_greedy_text(
     checkpoints: Checkpoints, greedy_tokens: Callable[[str], list[int]], family: str, draft_tokens: int, name: str
 ) -> None:
-    """64 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
+    """32 greedy tokens, plain and drafted, are transformers' plain greedy tokens."""
     backend = backend_of(checkpoints, family, name)
-    ours = play(backend, PROMPT[0].tolist(), SamplingParams(max_tokens=64), draft_tokens)
+    ours = play(backend, PROMPT[0].tolist(), SamplingParams(max_tokens=32), draft_tokens)
     assert ours.tokens == greedy_tokens(family)
 
 
