@@ -220,7 +220,7 @@ def reference_pair(dtype: torch.dtype, family: str) -> Pair:
 def test_plain_pytorch_is_exact(dtype: torch.dtype, family: str, count: int) -> None:
     """Drafted equals plain, tokens and log-probabilities, alone and in batches that preempt and reuse."""
     pair = reference_pair(dtype, family)
-    load = requests([TOKENS[:50], TOKENS[49::-1]], count, seed=2, longest=16)
+    load = requests([TOKENS[:50], TOKENS[49::-1]], count, seed=2, longest=10)
     for request in load:
         plain, drafted = lone(pair, request), pair.generate(request.prompt_token_ids, request.params, draft_tokens=5)
         assert (plain.token_ids, plain.logprobs) == (drafted.token_ids, drafted.logprobs)
