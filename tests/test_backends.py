@@ -101,7 +101,10 @@ def states(backend: Backend, lengths: list[int], cuts: list[int], together: bool
     return [torch.cat(parts) for parts in found]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name.startswith("cuda") or "untied" in name))
+             for name in BACKENDS]  # whose states no head of its own changes
+)  # fmt: skip
 def test_a_row_has_the_same_bits_whatever_shares_its_call(name: str) -> None:
     backend, rng, most = BACKENDS[name], random.Random(1), sized(name, 70)
     (alone,) = states(backend, [most], list(range(1, most)))  # one row at a time
@@ -165,9 +168,16 @@ def test_choices_are_the_general_ones(name: str, temperature: float) -> None:
     assert found == [expected[row] for row in some]
 
 
-@pytest.mark.parametrize("stop", [None, StopRule((0.0, 0.02, 0.05, 0.1), 0.5, 1.2)])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", NAMES)
+STOP = StopRule((0.0, 0.02, 0.05, 0.1), 0.5, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "stop"),
+    [pytest.param(name, temperature, stop,
+                  marks=[pytest.mark.slow] * (name.startswith("cuda") or (name.startswith("reference") and crossed)))
+     for name in BACKENDS
+     for temperature, stop, crossed in ((0.0, None, False), (0.8, STOP, False), (0.0, STOP, True), (0.8, None, True))],
+)  # fmt: skip
 @torch.inference_mode()
 def test_drafts_are_those_of_single_steps(name: str, temperature: float, stop: StopRule | None) -> None:
     """Drafted at once or step by step, alone or together."""

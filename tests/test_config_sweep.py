@@ -47,8 +47,8 @@ GREEDY = SamplingParams(max_tokens=2, ignore_eos=True)
 MOST_NUMBERS, POSITIONS = 100_000, 64
 SMALL = dataclasses.replace(TINY, num_hidden_layers=4, layer_types=(S, F, S, F))
 EXPERTS = dataclasses.replace(
-    SMALL, num_hidden_layers=2, layer_types=(S, F), hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False, enable_moe_block=True,
-    num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+    SMALL, num_hidden_layers=2, layer_types=(S, F), hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    use_double_wide_mlp=False, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16,
 )  # fmt: skip
 DRAFTED = random_drafter(SMALL, centroids=True).config
 RAW: dict[str, Raw] = {
@@ -118,7 +118,7 @@ def fault(target: Target, drafter: Drafter | None) -> str | None:
 
     @functools.cache  # of backends that decode the same
     def logits_of(made: tuple[int, ...]) -> torch.Tensor:
-        rows = target.forward_sequence(torch.tensor([prompt + [*made[:-1]]])).hidden_BTD[0, len(prompt) - 1 :]
+        rows = target.forward_sequence(torch.tensor([[*prompt, *made[:-1]]])).hidden_BTD[0, len(prompt) - 1 :]
         return target.logits(rows)
 
     for name, backend in backends(target, drafter).items():

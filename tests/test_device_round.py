@@ -125,13 +125,13 @@ def test_ends_inside_the_drafts_are_those_of_plain_rounds() -> None:
     eos = (3, 11)
     recorded, eager = pair_of(Recorder(), eos), pair_of(None, eos)
     ended = 0
-    for seed in range(12):
-        params = SamplingParams(temperature=seed % 3 * 0.5, seed=seed, max_tokens=30)
+    for seed in range(8):
+        params = SamplingParams(temperature=seed % 3 * 0.5, seed=seed, max_tokens=24)
         plain = eager.generate(TOKENS[seed : seed + 9], params, draft_tokens=0)
         drafted = recorded.generate(TOKENS[seed : seed + 9], params, draft_tokens=seed % 5)
         assert (plain.token_ids, plain.finish_reason) == (drafted.token_ids, drafted.finish_reason)
         ended += plain.finish_reason == "stop"
-    assert 0 < ended < 12
+    assert 0 < ended < 8
 
 
 @torch.inference_mode()

@@ -87,7 +87,7 @@ assert _native.isa() == "control"
 costs.BUDGET_SECONDS = 0.05
 pairs = {dtype: load_pair(dtype=dtype) for dtype in ("float32", "bfloat16")}
 alone = any(mismatch for *_, mismatch in test_exactness.play(pairs, 40))
-load = test_engine.bundled_load(pairs["bfloat16"], 4)
+load = test_engine.bundled_load(pairs["bfloat16"], 2)
 print(alone, bool(mixed_load.play(pairs["bfloat16"], load, EngineSettings(max_running=8, max_tokens=250)).mismatches))
 """
 

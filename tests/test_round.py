@@ -161,7 +161,7 @@ def test_coupled_drafts_agree_more_than_independent_ones(monkeypatch: pytest.Mon
 )  # fmt: skip
 def test_sequences_of_a_round_go_on_as_each_would_alone(name: str) -> None:
     """Not their tokens only, which a wrong state would leave as they are, but the drafts made from it."""
-    backend, count = PAIRS[name], 40 if name.endswith("native") else 20
+    backend, count = PAIRS[name], 40 if name.endswith("native") else 15
     ways: list[tuple[dict[str, Any], int]] = [
         ({}, 4),
         ({"temperature": 0.7}, 2),

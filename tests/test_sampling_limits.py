@@ -139,7 +139,7 @@ def check_row(
         torch.testing.assert_close(probs, torch.tensor(expected).double(), atol=1e-5 + slack, rtol=0)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=180)
 @given(
     filter_values=filters,
     penalty_values=st.one_of(st.just({}), penalties),
