@@ -139,11 +139,11 @@ def test_attention(core: str, window: int, behind: int, monkeypatch: pytest.Monk
     """Stacked with any rows, and with spans joined in one program or by another."""
     run = Interpreter(CORES[core])
     whole = attend_rows(run, range(MOST), window, behind)
-    calls = [[0], [11], [12], [16], [7, 8, 9], [13, 14, 2, 3], [11, 0, 5, 16, 12], [*range(12, 17), *range(12)]]
+    calls = [[11], [16], [7, 8, 9], [13, 14, 2, 3], [11, 0, 5, 16, 12], [*range(12, 17), *range(12)]]
     for call in calls:
         assert torch.equal(attend_rows(run, call, window, behind), whole[call])
     monkeypatch.setattr(attention, "MOST_SCRATCH", 0)
-    for call in (list(range(MOST)), calls[4]):
+    for call in (list(range(MOST)), calls[2]):
         assert torch.equal(attend_rows(run, call, window, behind), whole[call])
 
 

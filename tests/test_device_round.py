@@ -111,7 +111,7 @@ def test_an_engine_gives_each_request_what_it_gives_alone(reuse: bool) -> None:
     """Batches, preemption between rounds, cancellation, and requests whose choices stay with the host, beside whole
     rounds."""
     recorder = Recorder()
-    load = requests([TOKENS, TOKENS[::-1]], 24, seed=4, longest=40)
+    load = requests([TOKENS, TOKENS[::-1]], 24, seed=4, longest=30)
     settings = EngineSettings(max_running=5, max_tokens=140, kv_memory_mb=0.08, prefix_reuse=reuse)
     loaded = play(pair_of(recorder), load, settings)
     assert loaded.mismatches == []
