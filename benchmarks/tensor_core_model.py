@@ -36,20 +36,26 @@ def narrow(values: Floats) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+#: the exponent of zero, which is aligned to nothing
+NONE = -(10**6)
+
+
+def exponents_of(values: Floats) -> NDArray[np.int32]:
+    return np.where(values == 0, NONE, np.frexp(values)[1] - 1).astype(np.int32)
+
+
 def step(a_MK: Floats, b_KN: Floats, acc_MN: Floats, bits: int) -> Floats:
     """One instruction: the accumulator and `a` times `b`, float32 [M, N]. Operands hold bf16 values in float64."""
-    terms = np.concatenate((a_MK[:, :, None] * b_KN[None], acc_MN[:, None, :].astype(np.float64)), 1)
+    acc = acc_MN.astype(np.float64)
     # a product's exponent is the sum of its factors', one less than that of its value at times
-    exponents = np.full(terms.shape, -(10**6))
-    a_exponents, b_exponents = np.frexp(a_MK)[1], np.frexp(b_KN)[1]
-    exponents[:, :-1] = (a_exponents - 1)[:, :, None] + (b_exponents - 1)[None]
-    exponents[:, -1] = np.frexp(acc_MN.astype(np.float64))[1] - 1
-    exponents[terms == 0] = -(10**6)
-    largest = exponents.max(1)
-    some = largest > -(10**6)
-    unit = np.where(some, largest, 0) - bits
-    total = np.trunc(np.ldexp(terms, -unit[:, None, :])).sum(1)  # integers below 2**31: exact
-    return toward_zero(np.ldexp(total, unit))
+    products = (exponents_of(a_MK)[:, :, None] + exponents_of(b_KN)[None]).max(1)
+    largest = np.maximum(products, exponents_of(acc))
+    unit = np.where(largest > NONE // 2, largest, 0) - bits
+    scale = np.ldexp(1.0, -unit)  # a power of two, of which no factor leaves float64's range: exact
+    terms = a_MK[:, :, None] * b_KN[None]
+    terms *= scale[:, None, :]
+    total = np.trunc(terms, out=terms).sum(1) + np.trunc(acc * scale)  # integers below 2**31: exact
+    return toward_zero(total * np.ldexp(1.0, unit))
 
 
 def toward_zero(values: Floats) -> Floats:

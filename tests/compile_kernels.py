@@ -60,6 +60,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     tasks = [json.loads(line) for line in sys.stdin]
+    for module in {task["module"] for task in tasks}:  # once, and not by each worker
+        importlib.import_module(module)
     with multiprocessing.get_context("fork").Pool(int(sys.argv[1])) as pool:
         for found in pool.imap_unordered(compiled, tasks):
             print(json.dumps(found), flush=True)

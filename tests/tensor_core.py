@@ -5,6 +5,7 @@ The interpreter's own product multiplies the bit patterns of bf16 and lets a lib
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from tensor_core_model import HOPPER, Core, narrow, product, wide
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -64,6 +66,39 @@ def _numpy_type(of: Any, own: Any = interpreter._get_np_dtype) -> Any:
 
 
 interpreter._get_np_dtype = _numpy_type
+# it would work out for each sum and product of integers whether they overflow, a dozen operations for one, and, as its
+# assertions are off, look at none of that
+_builder = interpreter.interpreter_builder
+_builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
+
+_blocks: dict[Any, tuple[Any, Any, str]] = {}  # a block type's shape, size and name, by its elements and sizes
+_shapes: dict[Any, tuple[Any, Any]] = {}  # a tensor's shape and size, by those of its type: made for every operation
+
+
+def _block_type(self: Any, element_ty: Any, shape: Any, own: Any = tl.block_type.__init__) -> None:
+    key = element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    if key not in _blocks:
+        own(self, element_ty, shape)
+        _blocks[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor(self: Any, handle: Any, of: Any, own: Any = tl.tensor.__init__) -> None:
+    key = tuple(of.shape) if of.is_block() else ()
+    if key not in _shapes:
+        own(self, handle, of)
+        _shapes[key] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, of, of.scalar
+    self.shape, self.numel = _shapes[key]
+
+
+def _alike(self: Any, one: Any, other: Any, own: Any = TritonSemantic.broadcast_impl_value) -> Any:
+    same = one.type.is_block() and other.type.is_block() and tuple(one.type.shape) == tuple(other.type.shape)
+    return (one, other) if same else own(self, one, other)
+
+
+tl.block_type.__init__, tl.tensor.__init__, TritonSemantic.broadcast_impl_value = _block_type, _tensor, _alike
 
 
 @contextmanager

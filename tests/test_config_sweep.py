@@ -8,6 +8,7 @@ import array
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,8 +47,8 @@ GREEDY = SamplingParams(max_tokens=2, ignore_eos=True)
 MOST_NUMBERS, POSITIONS = 100_000, 64
 SMALL = dataclasses.replace(TINY, num_hidden_layers=4, layer_types=(S, F, S, F))
 EXPERTS = dataclasses.replace(
-    SMALL, hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False, enable_moe_block=True,
-    num_experts=4, top_k_experts=2, moe_intermediate_size=16,
+    SMALL, num_hidden_layers=2, layer_types=(S, F), hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    use_double_wide_mlp=False, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16,
 )  # fmt: skip
 DRAFTED = random_drafter(SMALL, centroids=True).config
 RAW: dict[str, Raw] = {
@@ -114,11 +115,16 @@ def pair_of(config: TargetConfig | DrafterConfig) -> tuple[Target, Drafter | Non
 def fault(target: Target, drafter: Drafter | None) -> str | None:
     """What is wrong with what the backends decode, from the last token of the vocabulary on, past a small window."""
     prompt = [max(0, target.config.vocab_size - 1 - i) for i in range(10)]
+
+    @functools.cache  # of backends that decode the same
+    def logits_of(made: tuple[int, ...]) -> torch.Tensor:
+        rows = target.forward_sequence(torch.tensor([[*prompt, *made[:-1]]])).hidden_BTD[0, len(prompt) - 1 :]
+        return target.logits(rows)
+
     for name, backend in backends(target, drafter).items():
         pair = Pair(backend, None, GenerationDefaults(()))
         made = pair.generate(prompt, GREEDY, draft_tokens=0 if drafter is None else 2).token_ids
-        rows = target.forward_sequence(torch.tensor([prompt + made[:-1]])).hidden_BTD[0, len(prompt) - 1 :]
-        logits = target.logits(rows)
+        logits = logits_of(tuple(made))
         if not logits.isfinite().all():
             return "logits are not finite"
         if logits.argmax(-1).tolist() != made:

@@ -87,8 +87,12 @@ def states(backend: Backend, ends: list[int]) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    # E4B's kernels are those of E2B, and 31B's run in what is drafted below
+    [pytest.param(name, family, marks=[pytest.mark.slow] * (name == "cuda" and family in ("E4B", "31B")))
+     for name in NAMES for family in FAMILIES],
+)  # fmt: skip
 @torch.inference_mode()
 def test_a_model_is_run_and_chosen_from(name: str, family: str) -> None:
     """A row's bits in any chunk; within bf16's rounding of float32; and choices of all kinds in one call."""
@@ -149,7 +153,7 @@ def is_default(name: str, family: str, way: str) -> bool:
     """The kernels' own part is in every other test; PyTorch's path takes seven times as long as the native one."""
     if name == "cuda":
         return family == "31B" and way in ("grammar", "block")
-    return name == "native" or (list(FAMILIES).index(family) + list(WAYS).index(way)) % 2 == 0
+    return name == "native" or (list(FAMILIES).index(family) + list(WAYS).index(way)) % 3 == 0
 
 
 CASES = [
