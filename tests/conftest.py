@@ -76,6 +76,10 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.set_threshold(50_000, 20, 20)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that what ends with Python can be let go of: nanobind complains about what is not
+
+
 @pytest.fixture(autouse=True, scope="session")
 def rough_costs() -> Iterator[None]:
     """Hundreds of pairs measure what their rounds cost, and no test depends on what was found."""
