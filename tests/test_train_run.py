@@ -144,8 +144,9 @@ def run_process(tiny: Path, out: Path, *more: object, launcher: list[str]) -> su
     return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-#: runs the command once for each number, in a process that kills itself at that call of a function of the trainer's, or
-#: at none where it is negative; says how each ended. They are forked where all is imported, and nothing has run
+#: runs the command once for each number, in a process that kills itself so many calls of the trainer's functions after
+#: its first checkpoint, or not at all where the number is negative; says how each ended. They are forked where
+#: all is imported, and nothing has run
 MORTALS = """
 import os, signal, sys
 import gemma_mtp.training.run, torch._dynamo
@@ -153,10 +154,16 @@ from test_train_run import calls_of_the_trainer
 from gemma_mtp.cli import main
 from gemma_mtp.engine import costs
 costs.BUDGET_SECONDS = 0.05
-for last in map(int, sys.argv[1].split()):
+for left in map(int, sys.argv[1].split()):
     child = os.fork()
     if not child:
-        with calls_of_the_trainer(lambda number: number == last and os.kill(os.getpid(), signal.SIGKILL)):
+        kept = []
+        def at(number, what):
+            if what == "return of DrafterTrainer.save":
+                kept.append(number)
+            if kept and number - kept[0] == left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        with calls_of_the_trainer(at):
             code = main(sys.argv[2:])
         sys.exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
@@ -164,13 +171,13 @@ for last in map(int, sys.argv[1].split()):
 
 
 @contextmanager
-def calls_of_the_trainer(at: Callable[[int], object]) -> Iterator[None]:
-    """`at` is called with the number of each call of a function in gemma_mtp.training, and where one returns."""
+def calls_of_the_trainer(at: Callable[[int, str], object]) -> Iterator[None]:
+    """`at` is told of each call of a function in gemma_mtp.training, and where one returns: the number, and which."""
     numbers = itertools.count()
 
     def watch(frame: FrameType, event: str, _: object) -> None:
         if event in ("call", "return") and "/gemma_mtp/training/" in frame.f_code.co_filename:
-            at(next(numbers))
+            at(next(numbers), f"{event} of {frame.f_code.co_qualname}")
 
     sys.setprofile(watch)
     try:
@@ -180,18 +187,22 @@ def calls_of_the_trainer(at: Callable[[int], object]) -> Iterator[None]:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny: Path, tmp_path: Path) -> None:
-    """SIGKILL at a random call of each part of the way; the weights are those of an unbroken run."""
+    """SIGKILL at a random call after the first checkpoint, and after the one that the second run keeps; the weights are
+    those of an unbroken run."""
     options = ["--drafter", tiny / "drafter", "--steps", 6, "--lr", 3e-3, "--checkpoint-steps", 2, "--gate-steps", 4,
                "--force", "--resume", "--threads", 1]  # fmt: skip
-    calls: list[int] = []
-    with calls_of_the_trainer(calls.append):
+    calls: list[str] = []
+    with calls_of_the_trainer(lambda _, what: calls.append(what)):
         assert train(tiny, tmp_path / "whole", *options) == 0
-    chooser, third = random.Random(1), len(calls) // 3
-    numbers = " ".join(str(chooser.randrange(third // 2, third)) for _ in range(2))
+    kept = [number for number, what in enumerate(calls) if what == "return of DrafterTrainer.save"]
+    chooser = random.Random(1)
+    gaps = [after - before for before, after in itertools.pairwise(kept[:3])]  # between steps 2, 4 and 6
+    numbers = " ".join(str(chooser.randrange(gap)) for gap in gaps)
     process = run_process(tiny, broken := tmp_path / "broken", *options,
                           launcher=[*PYTHON, "-c", MORTALS, f"{numbers} -1"])  # fmt: skip
     output, _ = process.communicate()
     assert re.findall(r"^-?\d+$", output, re.MULTILINE) == ["-9", "-9", "0"], output
+    assert output.count("beginning anew") == 1, output
     for name in ("model.safetensors", "training/drafter.csv"):
         assert _without_speed(tmp_path / "whole" / name) == _without_speed(broken / name)
 
