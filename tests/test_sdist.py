@@ -1,6 +1,5 @@
 """What the source distribution carries: our own files, and nothing that lies beside them."""
 
-import functools
 import gzip
 import re
 import shutil
@@ -9,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project_address import VARIABLE, address, described, dynamic_metadata, faults, urls
@@ -32,6 +32,12 @@ def ours() -> set[str]:
     }
 
 
+def stored(*where: Any, packed: Any = gzip.GzipFile, **how: Any) -> gzip.GzipFile:
+    """Without compressing, which takes five seconds; who reads it is here."""
+    file: gzip.GzipFile = packed(*where, **{**how, "compresslevel": 0})
+    return file
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that was told where the project is, built in a copy of the tree. What lies beside our files (environments,
@@ -50,7 +56,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tree)
         monkeypatch.setenv(VARIABLE, f"{URL}/")
-        monkeypatch.setattr(gzip, "GzipFile", functools.partial(gzip.GzipFile, compresslevel=0))  # who reads it is here
+        monkeypatch.setattr(gzip, "GzipFile", stored)
         return directory / str(backend.build_sdist(str(directory)))
 
 
