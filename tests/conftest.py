@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 os.environ["TRITON_INTERPRET"] = "1"  # as kernels are defined: there is no card
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 import gemma_mtp
@@ -43,6 +42,8 @@ if "GEMMA_MTP_BUILD" in os.environ:  # another build of the native operators tha
 
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each with its share of the cores
+    import torch  # here and below: who hands out tests needs none
+
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # and so the processes that it starts
 
@@ -94,6 +95,8 @@ def rough_costs() -> Iterator[None]:
 def threads_as_before() -> Iterator[None]:
     """The numbers of threads that a test sets are those before it again. With more than a worker's share, all tests
     after it would wait for the cores: some took twenty times as long."""
+    import torch
+
     threads, native = torch.get_num_threads(), sys.modules.get("gemma_mtp._native")
     of_native = native and native.threads()
     yield
