@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -198,10 +199,15 @@ def check_headers(stored: Mapping[str, Tensor], contents: Contents[Any]) -> None
             )
 
 
+@functools.lru_cache(maxsize=16)  # a pair that loads asks four times, and each time a model would be made
+def _needed(config: TargetConfig | DrafterConfig, types: WeightTypes) -> tuple[str, ...]:
+    """Official names of the stored tensors that a configuration calls for. Raises what `empty_model` does."""
+    return tuple(stored_tensors(empty_model(config, types).checkpoint_tensors()))
+
+
 def _named(source: Source, config: TargetConfig | DrafterConfig, types: WeightTypes) -> dict[str, StoredTensor]:
     """The stored tensors that a configuration calls for, and a head that it does not, by official name."""
-    family, stored = family_table(config), source.tensors()
-    needed = stored_tensors(empty_model(config, types).checkpoint_tensors())
+    family, stored, needed = family_table(config), source.tensors(), _needed(config, types)
     spelled = {family.stored_name(name): name for name in (*needed, HEAD, HEAD + SCALES)}
     places = source.places([family.stored_name(name) for name in needed], (HEAD, HEAD + SCALES))
     return {spelled[name]: stored[place] for name, place in places.items()}
