@@ -15,7 +15,7 @@ help:                      ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(VENV)/.dev         ## the default tests; those of the server's page need Chromium (apt-get install chromium)
-	$(BIN)/python -m pytest -q -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))') --dist worksteal
+	$(BIN)/python -m pytest -q -n $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count()))') --dist worksteal
 
 slow: $(VENV)/.dev build/json-schema-suite  ## what the default tests leave out: longer loads, more pairs of settings, whole suites
 	$(BIN)/python -m pytest -q -m slow

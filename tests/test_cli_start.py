@@ -144,9 +144,9 @@ runpy.run_module("gemma_mtp", run_name="__main__")
 
 @pytest.mark.parametrize(
     "where",
-    ["gemma_mtp.cli", "typer", "gemma_mtp.cli.generate_run", "torch", "torch._C", "gemma_mtp._native", "the end",
+    ["gemma_mtp.cli", "typer", "gemma_mtp.cli.generate_run", "torch", "torch._C", "the end",
      *(pytest.param(name, marks=pytest.mark.slow)
-       for name in ("gemma_mtp.cli.generate", "numpy", "torch.nn.functional", "tokenizers",
+       for name in ("gemma_mtp.cli.generate", "numpy", "torch.nn.functional", "tokenizers", "gemma_mtp._native",
                     "gemma_mtp.engine.engine"))],
 )  # fmt: skip
 def test_ctrl_c_at_any_moment_ends_with_130_and_no_traceback(where: str) -> None:

@@ -19,8 +19,8 @@ TOLERANCE = 0.03
     ("case", "kinds"),
     [
         ("bundled", "none"),
-        ("e2b", "int8"),
-        *(pytest.param(case, "none", marks=pytest.mark.slow) for case in ("small", "e2b")),
+        ("small", "int8"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("small", "none"), ("e2b", "none"), ("e2b", "int8"))),
     ],
 )
 def test_a_run_takes_what_was_planned(case: str, kinds: str) -> None:
