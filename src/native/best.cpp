@@ -79,14 +79,12 @@ void Best::take_best(float* scores, size_t count, const int64_t* ids, int64_t fi
 
 void Best::take_total(float* scores, size_t count) {
     if (!count) return;
-    float highest = scores[0];
-    for (size_t i = 1; i < count; i++) highest = std::max(highest, scores[i]);
-    if (highest == LOWEST) return;
-    const size_t at = std::find(scores, scores + count, highest) - scores;
-    kernels().softmax(scores, count);  // 1 / scores[at] is now the total of these scores
+    const float highest = kernels().largest(scores, count);
+    if (!(highest > LOWEST)) return;
+    kernels().softmax(scores, count);
     Best these;
     these.clear();
-    these.top = highest, these.total = 1 / scores[at];
+    these.top = highest, these.total = 1 / kernels().largest(scores, count);  // of the softmax that is exp(0) / total
     merge(these);
 }
 
