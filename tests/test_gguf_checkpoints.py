@@ -393,7 +393,7 @@ def test_the_bundled_pair_comes_back(bundled: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
 def test_other_types_come_back(wide: Path, files: Any, kind: str) -> None:
-    """float32 holds all of float32; float16 holds what it can of it."""
+    """float32 as it is; float16 holds what it can of it."""
     loaded = load_target(files(kind), torch.float32).checkpoint_tensors()
     original = load_target(wide / "target", torch.float32).checkpoint_tensors()
     for name, weight in original.items():

@@ -117,8 +117,8 @@ def random_text(compiler: GrammarCompiler, grammar: Grammar, seed: int) -> str |
 
 def random_texts(compiler: GrammarCompiler, grammar: Grammar) -> list[str]:
     """A dozen, or those of 25 seeds where many grow long."""
-    found = (random_text(compiler, grammar, seed) for seed in range(25))
-    return list(itertools.islice(filter(None, found), 12))
+    found = (text for seed in range(25) if (text := random_text(compiler, grammar, seed)) is not None)
+    return list(itertools.islice(found, 12))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

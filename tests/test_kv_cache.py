@@ -83,7 +83,9 @@ def test_discarded_rows_are_never_seen_again(draft_tokens: int, name: str) -> No
     assert (poisoned.tokens, poisoned.accepted, other) == (clean.tokens, clean.accepted, state)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "agreeing, reference"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "agreeing, reference")) for name in BACKENDS]
+)
 def test_poisoning_a_committed_row_is_noticed(name: str) -> None:
     """Control: the poison test fails when one row too many is hit."""
     backend = BACKENDS[name]

@@ -72,6 +72,8 @@ def loaded(size: str, kinds: str = "none", **changed: Any) -> Loaded:
 @pytest.mark.parametrize(("kinds", "dtype"), [
     ("none", torch.float32), ("none", torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.float32),
     ("int4", torch.bfloat16), ("target=int4", torch.bfloat16), ("embeddings=int8,drafter-head=int4", torch.bfloat16),
+    *(pytest.param(kinds, torch.float32, marks=pytest.mark.slow)
+      for kinds in ("int8", "target=int4", "embeddings=int8,drafter-head=int4")),
 ])  # fmt: skip
 def test_weights_are_those_of_the_models(kinds: str, dtype: torch.dtype) -> None:
     """All official geometries, and small ones whose rows can not all be quantised."""

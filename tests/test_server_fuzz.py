@@ -19,7 +19,7 @@ from gemma_mtp.engine.pair import load_pair
 #: short outputs, so that the time goes into requests
 LIMITS: dict[str, Any] = {"max_output_tokens": 6, "max_choices": 2}
 #: of each operation; the fuzzing of a release is `GEMMA_MTP_FUZZ=500 pytest tests/test_server_fuzz.py`
-CASES = int(os.environ.get("GEMMA_MTP_FUZZ", "4"))
+CASES, FEW = (int(os.environ.get("GEMMA_MTP_FUZZ", default)) for default in (4, 1))
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
 POSTED = (
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
@@ -42,7 +42,7 @@ def schema(live: Live) -> Any:
 @pytest.mark.parametrize(
     ("live", "mode", "cases"),
     # to make a request up takes longer than to answer it, and those for either model are the same
-    [("bundled", GenerationMode.POSITIVE, max(1, CASES // 4)), ("table", GenerationMode.POSITIVE, CASES),
+    [("bundled", GenerationMode.POSITIVE, FEW), ("table", GenerationMode.POSITIVE, CASES),
      ("table", GenerationMode.NEGATIVE, CASES),
      pytest.param("bundled", GenerationMode.NEGATIVE, CASES, marks=pytest.mark.slow)],  # most reach no model
     indirect=["live"], scope="module",
