@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import check_read, write_foreign
+from foreign import CONFIG, EXPERTS, check_read, one_by_one, write_foreign
 from torch import Tensor
 
 from gemma_mtp.checkpoint import held_bytes, load_target, stored_tensors
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
 from gemma_mtp.cli import main
+from gemma_mtp.config import TextConfig
 from gemma_mtp.weight_types import parse_weight_types
 from gemma_mtp.weights.fp8 import Fp8
 from gemma_mtp.weights.matrix import matrices
@@ -87,12 +88,13 @@ def config_of(format: str, arguments: dict[str, Any], **more: Any) -> dict[str, 
             "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None, **more}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), [
-    *((name, torch.bfloat16) for name in FORMATS),  # the library gives FP4 in bfloat16 alone
-    *((name, torch.float32) for name in ("w4a16 in groups of 32", "6 bits with zero points", "FP8 in blocks")),
+@pytest.mark.parametrize(("name", "dtype", "config"), [
+    *((name, torch.bfloat16, CONFIG) for name in FORMATS),  # the library gives FP4 in bfloat16 alone
+    *((name, torch.float32, CONFIG) for name in ("w4a16 in groups of 32", "6 bits with zero points", "FP8 in blocks")),
+    *((name, torch.bfloat16, EXPERTS) for name in FORMATS),
 ])  # fmt: skip
 def test_values_are_the_librarys(
-    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded in the scales' dtype, every weight is what the library unpacks; whatever is read at once."""
     format, arguments = FORMATS[name]
@@ -101,12 +103,30 @@ def test_values_are_the_librarys(
         packed, values = compressed(weight.to(dtype), format, arguments)
         return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values.to(dtype)
 
-    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, dtype)
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, dtype, config)
     check_read(tmp_path, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["FP8 in rows", "FP8 in one", "FP8 in blocks", "int8 in rows"])
-def test_fp8_stays_for_kernels_that_multiply_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_has_a_line_for_each_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    format, arguments = FORMATS["NVFP4"]
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.bfloat16(), format, arguments)
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
+
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, config=EXPERTS)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("experts are stored one by one") for line in lines)
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    *((name, CONFIG) for name in ("FP8 in rows", "FP8 in one", "FP8 in blocks", "int8 in rows")),
+    *((name, EXPERTS) for name in ("FP8 in rows", "FP8 in one", "FP8 in blocks")),
+])  # fmt: skip
+def test_fp8_stays_for_kernels_that_multiply_it(
+    name: str, config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where each row has one scale, with no value rounded; what kernels read of it are the bytes that are stored."""
     format, arguments = FORMATS[name]
     exact: list[Tensor] = []
@@ -117,14 +137,14 @@ def test_fp8_stays_for_kernels_that_multiply_it(name: str, tmp_path: Path, monke
             exact.append(packed["weight"].float() * packed["weight_scale"].float())
         return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
 
-    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)})
+    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, config=config)
     monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", 3000)
     plain, target = (load_target(tmp_path, torch.bfloat16, fp8=fp8) for fp8 in (False, True))
     weights = target.checkpoint_tensors()
     assert all(torch.equal(weights[key].dense(), weight.dense()) for key, weight in plain.checkpoint_tensors().items())
-    kept = [weight for weight in weights.values() if isinstance(weight, Fp8)]
-    assert len(kept) == len(exact) and (kept == []) == (name not in ("FP8 in rows", "FP8 in one"))
-    assert all(any(torch.equal(weight.values(), values) for values in exact) for weight in kept)
+    kept = one_by_one({key: weight.values() for key, weight in weights.items() if isinstance(weight, Fp8)})
+    assert len(kept) == len(exact) and (not kept) == (name not in ("FP8 in rows", "FP8 in one"))
+    assert all(any(torch.equal(weight, values) for values in exact) for weight in kept.values())
     for fp8, model in ((False, plain), (True, target)):
         held = sum(tensor.nbytes for matrix in model.checkpoint_tensors().values() for tensor in matrix.kept().values())
         assert held_bytes(tmp_path, "target", torch.bfloat16, None, fp8) == held

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign import CONFIG, check_read, write_foreign
+from foreign import CONFIG, EXPERTS, check_read, write_foreign
 from models import random_target
 from torch import Tensor
 
 from gemma_mtp.checkpoint.quantisations.bits import E2M1, e4m3, e8m0
+from gemma_mtp.config import TextConfig
 from gemma_mtp.measure.memory import inspect_checkpoint
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -23,10 +24,13 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("block", "storage"), [(64, torch.uint8), (128, torch.bfloat16)])
+@pytest.mark.parametrize(("block", "storage", "model"), [
+    (64, torch.uint8, CONFIG), (128, torch.bfloat16, CONFIG), (64, torch.uint8, EXPERTS),
+])  # fmt: skip
 def test_bitsandbytes_4_bits(
-    kind: str, nested: bool, block: int, storage: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind: str, nested: bool, block: int, storage: torch.dtype, model: TextConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     functional = pytest.importorskip("bitsandbytes.functional")
     from bitsandbytes.backends.default import ops as generic
 
@@ -48,7 +52,7 @@ def test_bitsandbytes_4_bits(
 
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
               "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}  # fmt: skip
-    write_foreign(tmp_path, pack, {"quantization_config": config}, F32)
+    write_foreign(tmp_path, pack, {"quantization_config": config}, F32, model)
     check_read(tmp_path, F32, monkeypatch, exact=False)
     assert f"of {kind} in blocks of {block}" in inspect_checkpoint(tmp_path).read_as[0]
 
@@ -121,8 +125,8 @@ def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> T
     return (iweights - izeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
 
 
-@pytest.mark.parametrize("group", [16, 32, -1])
-def test_awq(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("group", "model"), [(16, CONFIG), (32, CONFIG), (-1, CONFIG), (32, EXPERTS)])
+def test_awq(group: int, model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         size = weight.shape[1] if group == -1 else group
         numbers, zeros, scales = rounded(weight, size, 4)
@@ -132,7 +136,7 @@ def test_awq(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
               "modules_to_not_convert": None}  # fmt: skip
-    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16, model)
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
 
 
@@ -185,13 +189,15 @@ def gptq_packed(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any
     return packed
 
 
-@pytest.mark.parametrize(("bits", "group", "sorted_", "format"), [
-    (4, 32, False, "gptq"), (4, 16, True, "gptq"), (4, 32, True, "gptq_v2"), (8, -1, False, "gptq"),
-    (2, 16, False, "gptq_v2"), (3, 32, False, "gptq_v2"), (3, 32, True, "gptq"), (2, 16, True, "gptq"),
+@pytest.mark.parametrize(("bits", "group", "sorted_", "format", "model"), [
+    (4, 32, False, "gptq", CONFIG), (4, 16, True, "gptq", CONFIG), (4, 32, True, "gptq_v2", CONFIG),
+    (8, -1, False, "gptq", CONFIG), (2, 16, False, "gptq_v2", CONFIG), (3, 32, False, "gptq_v2", CONFIG),
+    (3, 32, True, "gptq", CONFIG), (2, 16, True, "gptq", CONFIG), (4, 32, True, "gptq", EXPERTS),
 ])  # fmt: skip
 def test_gptq(
-    bits: int, group: int, sorted_: bool, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bits: int, group: int, sorted_: bool, format: str, model: TextConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """A zero point of 0 is less than none in the first format, and borrows from the next."""
     ones = {2: [0x55555555], 3: [0x49249249, 0x92492492, 0x24924924], 4: [0x11111111], 8: [0x01010101]}[bits]
 
@@ -216,15 +222,15 @@ def test_gptq(
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": sorted_, "sym": False,
               "checkpoint_format": format, "damp_percent": 0.01, "true_sequential": True}  # fmt: skip
-    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16, model)
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
 
 
 # -- ModelOpt
 
 
-@pytest.mark.parametrize("in_config", [True, False])
-def test_modelopt_nvfp4(in_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("in_config", "model"), [(True, CONFIG), (False, CONFIG), (True, EXPERTS)])
+def test_modelopt_nvfp4(in_config: bool, model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("modelopt")
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -235,14 +241,15 @@ def test_modelopt_nvfp4(in_config: bool, tmp_path: Path, monkeypatch: pytest.Mon
 
     inner = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
     quantization = {"quantization_config": {**inner, "quant_method": "modelopt"}} if in_config else {}
-    write_foreign(tmp_path, pack, quantization, BF16)
+    write_foreign(tmp_path, pack, quantization, BF16, model)
     if not in_config:
         content = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": inner}
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
     check_read(tmp_path, F32, monkeypatch, exact=False, stored=BF16)
 
 
-def test_modelopt_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [CONFIG, EXPERTS])
+def test_modelopt_fp8(model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed as its FP8 is: weight / (amax / 448)."""
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -251,7 +258,7 @@ def test_modelopt_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"": packed, "_scale": scale, "/input_scale": torch.ones(())}, packed.float() * scale
 
     config = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}, "ignore": ["lm_head"]}
-    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16)
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16, model)
     with pytest.raises(Exception, match="activations"):
         check_read(tmp_path, F32, monkeypatch)
     check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)

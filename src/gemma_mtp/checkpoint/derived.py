@@ -22,21 +22,27 @@ VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor that values are computed from: `per_row` of its rows for each row, or all of it (0)."""
+    """A stored tensor that values are computed from: `per_row` of its rows for each row, or all of it (0), or all of it
+    for the row `only` and nothing for others."""
 
     tensor: StoredTensor
     per_row: int = 1
+    only: int | None = None
+
+    def belongs_to(self, rows: range) -> bool:
+        return self.only is None or self.only in rows
 
     def piece(self, rows: range) -> Piece:
         """What is read of it for these rows."""
-        if not self.per_row:
+        if not self.per_row or self.only is not None:
             return self.tensor, None
         return self.tensor, slice(rows.start * self.per_row, rows.stop * self.per_row)
 
 
 @dataclass(frozen=True)
 class DerivedTensor(StoredTensor):
-    """`dtype` is the float that the format's own tools give; `decode` gives float32, or what a part is stored as.
+    """`dtype` is the float that the format's own tools give; `decode` gives float32, or what a part is stored as, of
+    those parts that belong to its rows.
 
     `nbytes` counts what its parts take in the files. `undecoded` gives rows with nothing computed, for a weight that is
     kept as it is stored, by the dtypes that these rows can be read as; the smallest first. `activations`: the scales
@@ -57,8 +63,13 @@ class DerivedTensor(StoredTensor):
         return max(count, self.nbytes)
 
     def as_stored(self, kind: str) -> DerivedTensor:
-        """Returns the same tensor, of which `undecoded` rows of that kind are read."""
-        return replace(self, dtype=kind, decode=self.undecoded[kind], undecoded={})
+        """Returns the same tensor, of which `undecoded` rows of that kind are read, from parts that are read so too
+        where they are derived themselves."""
+        parts = tuple(
+            replace(part, tensor=part.tensor.as_stored(kind)) if isinstance(part.tensor, DerivedTensor) else part
+            for part in self.parts
+        )
+        return replace(self, dtype=kind, parts=parts, decode=self.undecoded[kind], undecoded={})
 
 
 def derived(name: str, shape: Sequence[int], dtype: str, parts: Sequence[Part], decode: Decode) -> DerivedTensor:
@@ -110,7 +121,8 @@ def read_derived(pieces: Iterable[Piece], read: Read) -> Iterator[Tensor]:
 
 def _computed(tensor: DerivedTensor, rows: slice | None, read: Read, whole: dict[int, Tensor]) -> Tensor:
     wanted = range(*(rows or slice(None)).indices(tensor.shape[0]))
-    places = [i for i in range(len(tensor.parts)) if i not in whole]
+    needed = [i for i, part in enumerate(tensor.parts) if part.belongs_to(wanted)]
+    places = [i for i in needed if i not in whole]
     found = dict(zip(places, read_derived([tensor.parts[i].piece(wanted) for i in places], read), strict=True))
     whole |= {i: value for i, value in found.items() if not tensor.parts[i].per_row}
-    return tensor.decode([found[i] if i in found else whole[i] for i in range(len(tensor.parts))], wanted)
+    return tensor.decode([found[i] if i in found else whole[i] for i in needed], wanted)

@@ -77,5 +77,5 @@ def _shown(value: object) -> str:
         names = {name: name.replace("_", " ") if name.islower() else name for name in value}  # a type is Q4_0
         return ", ".join(f"{names[name]} {_shown(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
-        return " ".join(_shown(part) for part in value)
+        return ("\n" if any(isinstance(part, str) for part in value) else " ").join(_shown(part) for part in value)
     return str(value)

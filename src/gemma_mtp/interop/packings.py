@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gemma_mtp.checkpoint.experts import PRODUCTS
 from gemma_mtp.checkpoint.quantisations.known import FIELD
-from gemma_mtp.checkpoint.quantisations.mlx import SWITCH, SWITCH_PARTS
+from gemma_mtp.checkpoint.quantisations.mlx import SWITCH
 from gemma_mtp.weights.grouped import Grouped
 from gemma_mtp.weights.int4 import Int4
 from gemma_mtp.weights.int8x32 import Int8x32
@@ -230,7 +231,7 @@ def _mlx_modules(module: str, rows: int) -> dict[str, int]:
     if not module.endswith(EXPERTS):
         return {module: rows}
     layer, _, name = module.rpartition(".")
-    names = [f"{layer}.{SWITCH}.{part}" for part in SWITCH_PARTS[name]]
+    names = [f"{layer}.{SWITCH}.{part}" for part in PRODUCTS[name]]
     return dict.fromkeys(names, rows // len(names))
 
 

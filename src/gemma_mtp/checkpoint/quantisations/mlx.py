@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part, derived
+from gemma_mtp.checkpoint.experts import PRODUCTS
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import e4m3, e8m0, fp4, grouped, unpacked
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES
@@ -21,9 +22,8 @@ from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 FIELDS = {"group_size": (16, 32, 64, 128), "bits": (2, 3, 4, 5, 6, 8), "mode": ("affine", "mxfp4", "mxfp8", "nvfp4")}
 #: bits and columns of a group of the modes that leave no choice
 FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-#: where mlx-lm keeps a layer's experts, and its names of what a checkpoint has as `gate_up_proj` and `down_proj`
+#: where mlx-lm keeps a layer's experts: each part of a product for all of them
 SWITCH = "switch_glu"
-SWITCH_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -47,10 +47,10 @@ def read(checkpoint: Quantised) -> Reading:
 
 def _join_experts(checkpoint: Quantised, reading: Reading) -> None:
     """Experts under the names that checkpoints have, gates before the rest of the same product."""
-    ends = tuple(f".{SWITCH}.{parts[0]}.weight" for parts in SWITCH_PARTS.values())
+    ends = tuple(f".{SWITCH}.{parts[0]}.weight" for parts in PRODUCTS.values())
     for first in [name for name in reading.tensors if name.endswith(ends)]:
         layer, _, part = first.removesuffix(".weight").rpartition(f".{SWITCH}.")
-        official, parts = next((name, parts) for name, parts in SWITCH_PARTS.items() if parts[0] == part)
+        official, parts = next((name, parts) for name, parts in PRODUCTS.items() if parts[0] == part)
         found = [reading.tensors.pop(f"{layer}.{SWITCH}.{name}.weight", None) for name in parts]
         matrices = [tensor for tensor in found if tensor is not None and len(tensor.shape) == 3]
         if len({tensor.shape for tensor in matrices}) != 1 or len(matrices) < len(parts):

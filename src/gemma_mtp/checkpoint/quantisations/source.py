@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gemma_mtp.checkpoint.derived import rounded_products
+from gemma_mtp.checkpoint.experts import ExpertsSource, has_experts
 from gemma_mtp.checkpoint.kept import kinds_of
 from gemma_mtp.checkpoint.names import find_tensors
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
@@ -75,9 +76,11 @@ class QuantisedSource(WrappedSource):
 
 
 def readable(source: Source) -> Source:
-    """Returns a source of weights that a loader knows: itself, or with another tool's quantisation taken off.
+    """Returns a source of weights that a loader knows: itself, or with another tool's quantisation taken off, and with
+    a model's experts put together.
 
     Raises CheckpointError where config.json is missing or malformed.
     """
     quantised = found_in(source)
-    return source if quantised is None else QuantisedSource(quantised)
+    plain = source if quantised is None else QuantisedSource(quantised)
+    return ExpertsSource(plain) if has_experts(source.config()) else plain
