@@ -36,6 +36,13 @@ def has_experts(config: Any) -> bool:
     return isinstance(text, dict) and bool(text.get("num_experts"))
 
 
+def separate_modules(module: str, expert: int) -> list[str]:
+    """Returns what the matrices of one expert are called, of those that `module` (`….experts.gate_up_proj`) has of
+    all, in the order of its rows."""
+    experts, _, product = module.rpartition(".")
+    return [f"{experts}.{expert}.{part}" for part in PRODUCTS[product]]
+
+
 class ExpertsSource(WrappedSource):
     """Experts that are stored one by one are put together as they are read."""
 

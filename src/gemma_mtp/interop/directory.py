@@ -5,7 +5,7 @@ Everything that is no part of the text model goes along as it is: towers, tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import rounded_products
+from gemma_mtp.checkpoint.experts import separate_modules
 from gemma_mtp.checkpoint.load import planned_model
 from gemma_mtp.checkpoint.names import OUTSIDE_TEXT
 from gemma_mtp.checkpoint.open import open_source
@@ -101,11 +102,14 @@ def export_directory(
     contents: Contents[Any] = read_contents(source, read_config(source))
     if contents.types:
         raise QuantisationError(f"{source.path} is quantised already; export the checkpoint that it was made of.")
-    experts = [name for name, header in contents.headers.items() if len(header.shape) > 2]
-    if experts and not packing.packs_experts:
+    odd = [
+        f"{name} of {list(header.shape)}" for name, header in contents.headers.items()
+        if packing.experts_apart and len(header.shape) > 2 and not packing.fits(name, header.shape)
+    ]  # fmt: skip
+    if odd:
         raise QuantisationError(
-            f"{source.path} has experts ({experts[0]}), for which no layout of {kind} is known that {to}'s own programs"
-            " read; export BF16, or to gguf or mlx."
+            f"{source.path} has {odd[0]}, but {kind} packs experts whose rows are whole groups; choose another type, or"
+            " export to gguf or mlx."
         )
     planned_model(source, contents, torch.float32, None)  # what is missing or of another shape is said first
     report(location, contents.notes, strict)
@@ -159,9 +163,35 @@ class _Plan:
 
     def _of(self, name: str, header: StoredTensor) -> list[tuple[str, tuple[torch.dtype, torch.Size]]]:
         if name in self.packed:
-            return list(self.packing.layout(self.modules[name], header.shape).items())
+            return [
+                item for module, shape in self._matrices(name, header.shape)
+                for item in self.packing.layout(module, shape).items()
+            ]  # fmt: skip
         dtype = TORCH_DTYPES[header.dtype] if header.dtype in INTEGER_DTYPES else self.packing.dtype
         return [(stored_name(name, self.contents.config), (dtype, torch.Size(header.shape)))]
+
+    def _apart(self, shape: Sequence[int]) -> bool:
+        return self.packing.experts_apart and len(shape) > 2
+
+    def _matrices(self, name: str, shape: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
+        """The modules that a packed tensor is written as, and the shape of each: itself, or every expert's."""
+        module = self.modules[name]
+        if not self._apart(shape):
+            return [(module, shape)]
+        experts, rows, columns = shape
+        names = [separate_modules(module, expert) for expert in range(experts)]
+        return [(part, (rows // len(parts), columns)) for parts in names for part in parts]
+
+    def _rows(self, name: str, first: int, value: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """The modules that some rows of a packed tensor belong to, with the first of their own rows, and these."""
+        module = self.modules[name]
+        if not self._apart(value.shape):
+            yield module, first, value
+            return
+        for expert, rows in enumerate(value, first):
+            parts = separate_modules(module, expert)
+            for part, own in zip(parts, rows.chunk(len(parts)), strict=True):
+                yield part, 0, own
 
     def values(self, on_bytes: OnBytes) -> Iterator[tuple[str, int, Tensor]]:
         """Yields the name of a tensor of the layout, the first of the rows that follow, and these."""
@@ -173,10 +203,12 @@ class _Plan:
                 yield stored, first, value.to(self.layout[stored][0])
                 continue
             if not first:
-                for stored, constant in self.packing.constants(self.modules[name], headers[name].shape).items():
-                    yield stored, 0, constant
-            for stored, part in self.packing.packed(self.modules[name], value).items():
-                yield stored, first, part
+                for module, shape in self._matrices(name, headers[name].shape):
+                    for stored, constant in self.packing.constants(module, shape).items():
+                        yield stored, 0, constant
+            for module, at, own in self._rows(name, first, value):
+                for stored, part in self.packing.packed(module, own).items():
+                    yield stored, at, part
         for name, rows, value in read_values(self.source, self.towers, self.towers, {}):
             yield name, 0 if rows is None else rows.start, value
 

@@ -44,13 +44,14 @@ class Packing(ABC):
     dtype: torch.dtype = torch.bfloat16
     #: whether tables of embeddings are packed too
     packs_tables: ClassVar[bool] = False
-    #: whether experts are packed too; where they are not, a model of experts is refused
-    packs_experts: ClassVar[bool] = False
+    #: whether each expert's matrices are packed by themselves, under names of their own; such that do not fit are
+    #: refused
+    experts_apart: ClassVar[bool] = False
 
     def fits(self, module: str, shape: Sequence[int]) -> bool:
         """Whether the matrix of this module is packed, or those of its experts."""
         if module.endswith(EXPERTS):
-            return self.packs_experts and self._divides(shape[-1])
+            return self._divides(shape[-1])
         kept = module.endswith(KEPT) or (module.endswith(TABLES) and not self.packs_tables)
         return len(shape) == 2 and not kept and self._divides(shape[1])
 
@@ -80,7 +81,6 @@ class Floats(Packing):
     """All tensors as one dtype of floating-point numbers."""
 
     dtype: torch.dtype
-    packs_experts = True  # which stay as they are, as all else does
 
     def fits(self, module: str, shape: Sequence[int]) -> bool:
         return False
@@ -93,9 +93,13 @@ class Floats(Packing):
 
 
 class _CompressedTensors(Packing):
-    """What a config.json of compressed-tensors says, for one group of modules: all of `torch.nn.Linear`."""
+    """What a config.json of compressed-tensors says, for one group of modules: all of `torch.nn.Linear`.
+
+    Experts are such modules once llm-compressor has taken them apart, and vLLM reads them so.
+    """
 
     format: ClassVar[str]
+    experts_apart = True
 
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         group = {"targets": ["Linear"], "weights": self.weights(), "input_activations": self.activations(),
@@ -188,7 +192,6 @@ class MlxAffine(Packing):
     bits: int
     worst = 0.3
     packs_tables = True
-    packs_experts = True
 
     def _divides(self, columns: int) -> bool:
         return columns % MLX_GROUP == 0
