@@ -198,8 +198,9 @@ def test_gptq(
     bits: int, group: int, sorted_: bool, format: str, model: TextConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A zero point of 0 is less than none in the first format, and borrows from the next."""
-    ones = {2: [0x55555555], 3: [0x49249249, 0x92492492, 0x24924924], 4: [0x11111111], 8: [0x01010101]}[bits]
+    """The first format holds zero points less one: of whole words, so that one of 0 borrows from the next; of 3 bits,
+    of each by itself (GPTQModel's utils/model.py, convert_gptq_v2_to_v1_format_module)."""
+    ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         size = weight.shape[1] if group == -1 else group
@@ -212,10 +213,10 @@ def test_gptq(
         values = (numbers - zeros[:, order]) * scales[:, order]
         if bits == 3 and len(zeros) % 32:  # GPTQModel packs whole threes of words alone
             return {"": weight}, weight
-        packed_zeros = gptq_packed(zeros.numpy(), bits)
-        if format == "gptq":
-            less = np.resize(np.array(ones, dtype=np.uint32), (len(packed_zeros), 1))
-            packed_zeros = packed_zeros - less
+        less_one = format == "gptq"
+        packed_zeros = gptq_packed((zeros.numpy() - (less_one and bits == 3)) & 2**bits - 1, bits)
+        if less_one and bits != 3:
+            packed_zeros = packed_zeros - np.uint32(ones[bits])
         parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": packed_zeros.T.copy()}
         made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
         return {**made, "/scales": scales.T.half(), "/g_idx": order.int()}, values

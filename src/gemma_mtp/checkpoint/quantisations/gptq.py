@@ -1,7 +1,8 @@
 """GPTQ (AutoGPTQ, GPTQModel): 2, 3, 4 or 8 bits with zero points, in groups of the input in any order, packed along it.
 
-Layout as in GPTQModel 7.7.0: nn_modules/qlinear. Files of its first format hold zero points less one: of whole packed
-words, so that a zero point of zero borrows from the next.
+Layout as in GPTQModel 7.7.0: nn_modules/qlinear. Files of its first format hold zero points less one
+(utils/model.py, convert_gptq_v2_to_v1_format_module): of whole packed words, so that a zero point of zero borrows from
+the next; of 3 bits, some of which lie in two words, of each by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
 from gemma_mtp.errors import QuantisationError
+from gemma_mtp.files.headers import StoredTensor
 
 CONFIG: dict[str, Collection[Any] | None] = {
     "quant_method": None, "bits": (2, 3, 4, 8), "group_size": None, "desc_act": None, "sym": None, "lm_head": None,
@@ -29,8 +31,8 @@ CONFIG: dict[str, Collection[Any] | None] = {
     "cache_block_outputs": None, "backend": None, "dynamic": ({},), "is_marlin_format": (False,), "mse": None,
     "act_group_aware": None,
 }  # fmt: skip
-#: one for each number of a word, by the words in turn
-ONES = {2: [0x55555555], 3: [0x49249249, 0x92492492, 0x24924924], 4: [0x11111111], 8: [0x01010101]}
+#: one for each number of a word
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -41,25 +43,34 @@ def read(checkpoint: Quantised) -> Reading:
     first_format = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
     reading = Reading()
     for module, packed in checkpoint.named(".qweight"):
-        checkpoint.fitting(packed, ("I32",))
-        if len(packed.shape) != 2 or not all(packed.shape) or 32 * packed.shape[0] % bits:
-            raise checkpoint.refused(f"{packed.name} of {list(packed.shape)}")
-        columns, outputs = 32 * packed.shape[0] // bits, packed.shape[1]
-        groups = 1 if size == -1 else -(-columns // size)
-        scales = checkpoint.beside(f"{module}.scales", packed, ("F16", "BF16", "F32"), (groups, outputs))
-        zeros = checkpoint.beside(f"{module}.qzeros", packed, ("I32",), (groups, -(-outputs * bits // 32)))
-        parts = [Part(tensor, 0) for tensor in (packed, zeros, scales)]
-        if f"{module}.g_idx" in checkpoint.stored:
-            parts.append(Part(checkpoint.beside(f"{module}.g_idx", packed, ("I32", "I64"), (columns,)), 0))
-        elif config.get("desc_act"):
+        ordered = f"{module}.g_idx" in checkpoint.stored
+        if config.get("desc_act") and not ordered:
             raise checkpoint.refused(f"desc_act, but without {module}.g_idx,")
-        name = f"{module}.weight"
-        decode = functools.partial(_columns, bits, size if size > 0 else columns, first_format, name)
-        reading.tensors[name] = checkpoint.matrix(name, (outputs, columns), parts, decode)
-        reading.used |= {part.tensor.name for part in parts}
-        order = ", in an order of their own" if config.get("desc_act") else ""
-        reading.kinds[f"{bits} bits in {'rows' if groups == 1 else f'groups of {size}'} with zero points{order}"] += 1
+        kind = read_matrix(checkpoint, module, packed, bits, size, first_format, reading)
+        reading.kinds[f"{kind}{', in an order of their own' if config.get('desc_act') else ''}"] += 1
     return reading
+
+
+def read_matrix(
+    checkpoint: Quantised, module: str, packed: StoredTensor, bits: int, size: int, first_format: bool, reading: Reading
+) -> str:
+    """Read one matrix of so many bits, in groups of `size` columns, or in rows (-1). Returns the kind that it is of.
+    Raises QuantisationError for what does not fit."""
+    checkpoint.fitting(packed, ("I32",))
+    if len(packed.shape) != 2 or not all(packed.shape) or 32 * packed.shape[0] % bits:
+        raise checkpoint.refused(f"{packed.name} of {list(packed.shape)}")
+    columns, outputs = 32 * packed.shape[0] // bits, packed.shape[1]
+    groups = 1 if size == -1 else -(-columns // size)
+    scales = checkpoint.beside(f"{module}.scales", packed, ("F16", "BF16", "F32"), (groups, outputs))
+    zeros = checkpoint.beside(f"{module}.qzeros", packed, ("I32",), (groups, -(-outputs * bits // 32)))
+    parts = [Part(tensor, 0) for tensor in (packed, zeros, scales)]
+    if f"{module}.g_idx" in checkpoint.stored:
+        parts.append(Part(checkpoint.beside(f"{module}.g_idx", packed, ("I32", "I64"), (columns,)), 0))
+    name = f"{module}.weight"
+    decode = functools.partial(_columns, bits, size if size > 0 else columns, first_format, name)
+    reading.tensors[name] = checkpoint.matrix(name, (outputs, columns), parts, decode)
+    reading.used |= {part.tensor.name for part in parts}
+    return f"{bits} bits in {'rows' if groups == 1 else f'groups of {size}'} with zero points"
 
 
 def _columns(bits: int, size: int, less_one: bool, name: str, parts: Sequence[Tensor], rows: range) -> Tensor:
@@ -70,9 +81,11 @@ def _columns(bits: int, size: int, less_one: bool, name: str, parts: Sequence[Te
         raise QuantisationError(
             f"the groups of {name} (g_idx) are not 0 to {groups - 1}; the checkpoint is damaged: copy it again."
         )
-    if less_one:
-        ones = torch.tensor(ONES[bits]).repeat(-(-zeros.shape[1] // len(ONES[bits])))[: zeros.shape[1]]
-        zeros = (zeros.long() + ones).to(torch.int32)
-    points = unpacked(zeros, bits, rows.stop)[:, rows.start :].T.float()
+    if less_one and bits in ONES:
+        zeros = (zeros.long() + ONES[bits]).to(torch.int32)
+    points = unpacked(zeros, bits, rows.stop)[:, rows.start :].T
+    if less_one and bits not in ONES:
+        points = (points + 1) & (1 << bits) - 1
+    points = points.float()
     values = unpacked(packed[:, rows.start : rows.stop].T, bits, columns).float()
     return (values - points[:, group]) * scales[:, rows.start : rows.stop].T.float()[:, group]
