@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import PLE, WIDE, F, S, random_target
@@ -24,6 +25,7 @@ from gemma_mtp.weight_types import parse_weight_types
 CONFIG = dataclasses.replace(PLE, num_hidden_layers=3, layer_types=(S, F, F), num_kv_shared_layers=1)
 #: whose experts are stored one by one, as tools do that quantise linear layers alone
 EXPERTS = dataclasses.replace(WIDE["moe"], num_hidden_layers=2, layer_types=(S, F), num_experts=3)
+AWQ_ORDER, AWQ_REVERSE_ORDER = [0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7]
 ONE_BY_ONE = "experts are stored one by one, and put together as they are read"
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 SINGLE = "model.safetensors"
@@ -35,14 +37,16 @@ Pack = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
 
 def write_foreign(
     directory: Path, pack: Pack, changes: dict[str, Any], dtype: torch.dtype = torch.bfloat16,
-    config: TextConfig = CONFIG, also: Iterable[str] = (),
+    config: TextConfig = CONFIG, also: Iterable[str] = (), apart: bool = True,
 ) -> None:  # fmt: skip
-    """Write a target whose linear layers are packed, those of experts one by one, and those named in `also`; `changes`
-    go to config.json."""
+    """Write a target whose linear layers are packed, those of experts one by one unless not `apart`, and those named in
+    `also`; `changes` go to config.json."""
     save_target(random_target(config=config), TargetConfig(config), directory, dtype)
     stored, expected = load_file(directory / SINGLE), {}
     written: dict[str, Tensor] = {}
-    for name, tensor in one_by_one(stored, between="moe." if dtype == torch.float16 else "").items():
+    if apart:
+        stored = one_by_one(stored, between="moe." if dtype == torch.float16 else "")
+    for name, tensor in stored.items():
         linear = tensor.ndim == 2 and ("_proj" in name or "_gate" in name or "per_layer_pro" in name) and (
             "router" not in name
         )  # fmt: skip
@@ -56,7 +60,7 @@ def write_foreign(
     save_file(written, directory / SINGLE)
     raw = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**raw, **changes}))
-    torch.save(together(expected), directory / EXPECTED)
+    torch.save(together(expected) if apart else expected, directory / EXPECTED)
 
 
 def one_by_one(tensors: dict[str, Tensor], between: str = "") -> dict[str, Tensor]:
@@ -119,9 +123,75 @@ def check_read(
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     assert stored_dtypes(directory) == {names[stored or dtype]}
     line, *more = inspect_checkpoint(directory).read_as
-    assert "read as floats" in line and more == ([ONE_BY_ONE] if any("experts." in name for name in expected) else [])
+    apart = any("experts.0." in name for name in load_file(directory / SINGLE))
+    assert "read as floats" in line and more == ([ONE_BY_ONE] if apart else [])
     write_quantised_copy(directory, directory / "copy", types)
     copied = load_target(directory / "copy", stored or dtype)
     ids = torch.arange(12)[None] * 5 % PLE.vocab_size
     with torch.inference_mode():
         assert torch.equal(*(each.logits(each.forward_sequence(ids).hidden_BTD) for each in (loaded, copied)))
+
+
+def awq_packed(numbers: Tensor) -> Tensor:
+    """As WQLinear_GEMM.from_linear."""
+    packed = torch.zeros(numbers.shape[0], numbers.shape[1] // 8, dtype=torch.int32)
+    for column in range(numbers.shape[1] // 8):
+        for i in range(8):
+            packed[:, column] |= numbers[:, column * 8 + AWQ_ORDER[i]] << (i * 4)
+    return packed
+
+
+def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
+    """As dequantize_gemm."""
+    shifts = torch.arange(0, 32, 4)
+    iweights = torch.bitwise_right_shift(qweight[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
+    izeros = torch.bitwise_right_shift(qzeros[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
+    order = torch.arange(iweights.shape[-1]).view(-1, 8)[:, AWQ_REVERSE_ORDER].view(-1)
+    iweights, izeros = iweights[:, order] & 15, izeros[:, order] & 15
+    return (iweights - izeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
+
+
+def rounded(weight: Tensor, size: int, bits: int, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers [out, in], zero points and scales [out, groups]; column i is of group order[i]."""
+    columns = weight.float() if order is None else weight.float()[:, torch.argsort(order, stable=True)]
+    groups = columns.unflatten(1, (-1, size))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-4)
+    zeros = (-low / scales).round().clamp(0, 2**bits - 1)
+    numbers = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 2**bits - 1).flatten(1).int()
+    if order is not None:
+        numbers = numbers[:, torch.argsort(torch.argsort(order, stable=True))]
+    return numbers, zeros.int(), scales
+
+
+def gptq_packed(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+    """Along the first dimension."""
+    packed = np.zeros((-(-numbers.shape[0] * bits // 32), numbers.shape[1]), dtype=np.uint32)
+    numbers = numbers.astype(np.uint32)
+    if bits != 3:
+        each = 32 // bits
+        for row in range(packed.shape[0]):
+            for j in range(min(each, numbers.shape[0] - row * each)):
+                packed[row] |= numbers[row * each + j] << np.uint32(bits * j)
+        return packed
+    i = row = 0
+    while row < packed.shape[0]:
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i))
+        i += 10
+        packed[row] |= numbers[i] << np.uint32(30)
+        row += 1
+        packed[row] |= (numbers[i] >> np.uint32(2)) & np.uint32(1)
+        i += 1
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 1)
+        i += 10
+        packed[row] |= numbers[i] << np.uint32(31)
+        row += 1
+        packed[row] |= (numbers[i] >> np.uint32(1)) & np.uint32(3)
+        i += 1
+        for j in range(i, i + 10):
+            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 2)
+        i += 10
+        row += 1
+    return packed

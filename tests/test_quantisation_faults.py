@@ -46,6 +46,11 @@ SOUND: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, {
         "m.weight": zeros(8, 32, dtype=U8), "m.weight_scale": zeros(8, 4, dtype=F8), "m.weight_scale_2": torch.ones(()),
     }),
+    "AutoRound": ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int",
+                   "packing_format": "auto_round:auto_gptq", "extra_config": {"n": {"bits": 8}}}, {
+        "m.qweight": zeros(8, 8), "m.qzeros": zeros(2, 1), "m.scales": zeros(2, 8, dtype=F32)}),
+    "FP8 of transformers": ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 32]}, {
+        "m.weight": zeros(8, 64, dtype=F8), "m.weight_scale_inv": zeros(1, 2, dtype=F32)}),
     "MLX": ({"group_size": 32, "bits": 4}, {
         "m.weight": zeros(8, 8, dtype=torch.uint32), "m.scales": zeros(8, 2, dtype=F32),
         "m.biases": zeros(8, 2, dtype=F32)}),

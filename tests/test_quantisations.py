@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from foreign import CONFIG, EXPERTS, check_read, write_foreign
+from foreign import (
+    CONFIG,
+    EXPERTS,
+    awq_packed,
+    awq_values,
+    check_read,
+    gptq_packed,
+    rounded,
+    write_foreign,
+)
 from models import random_target
 from torch import Tensor
 
+from gemma_mtp.checkpoint import load_target
 from gemma_mtp.checkpoint.quantisations.bits import E2M1, e4m3, e8m0
 from gemma_mtp.config import TextConfig
 from gemma_mtp.measure.memory import inspect_checkpoint
+from gemma_mtp.weights.fp8 import Fp8
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -103,27 +115,6 @@ def test_mlx(mode: str, bits: int, group: int, tmp_path: Path, monkeypatch: pyte
 
 # -- AWQ, packed as AutoAWQ 0.2.9 does (modules/linear/gemm.py, utils/packing_utils.py)
 
-AWQ_ORDER, AWQ_REVERSE_ORDER = [0, 2, 4, 6, 1, 3, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7]
-
-
-def awq_packed(numbers: Tensor) -> Tensor:
-    """As WQLinear_GEMM.from_linear."""
-    packed = torch.zeros(numbers.shape[0], numbers.shape[1] // 8, dtype=torch.int32)
-    for column in range(numbers.shape[1] // 8):
-        for i in range(8):
-            packed[:, column] |= numbers[:, column * 8 + AWQ_ORDER[i]] << (i * 4)
-    return packed
-
-
-def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
-    """As dequantize_gemm."""
-    shifts = torch.arange(0, 32, 4)
-    iweights = torch.bitwise_right_shift(qweight[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
-    izeros = torch.bitwise_right_shift(qzeros[:, :, None], shifts[None, None, :]).to(torch.int8).flatten(1)
-    order = torch.arange(iweights.shape[-1]).view(-1, 8)[:, AWQ_REVERSE_ORDER].view(-1)
-    iweights, izeros = iweights[:, order] & 15, izeros[:, order] & 15
-    return (iweights - izeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
-
 
 @pytest.mark.parametrize(("group", "model"), [(16, CONFIG), (32, CONFIG), (-1, CONFIG), (32, EXPERTS)])
 def test_awq(group: int, model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,53 +131,7 @@ def test_awq(group: int, model: TextConfig, tmp_path: Path, monkeypatch: pytest.
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
 
 
-def rounded(weight: Tensor, size: int, bits: int, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers [out, in], zero points and scales [out, groups]; column i is of group order[i]."""
-    columns = weight.float() if order is None else weight.float()[:, torch.argsort(order, stable=True)]
-    groups = columns.unflatten(1, (-1, size))
-    low, high = groups.amin(-1), groups.amax(-1)
-    scales = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-4)
-    zeros = (-low / scales).round().clamp(0, 2**bits - 1)
-    numbers = ((groups / scales[..., None]).round() + zeros[..., None]).clamp(0, 2**bits - 1).flatten(1).int()
-    if order is not None:
-        numbers = numbers[:, torch.argsort(torch.argsort(order, stable=True))]
-    return numbers, zeros.int(), scales
-
-
 # -- GPTQ, packed as GPTQModel 7.7.0 does (nn_modules/qlinear, pack_original)
-
-
-def gptq_packed(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """Along the first dimension."""
-    packed = np.zeros((-(-numbers.shape[0] * bits // 32), numbers.shape[1]), dtype=np.uint32)
-    numbers = numbers.astype(np.uint32)
-    if bits != 3:
-        each = 32 // bits
-        for row in range(packed.shape[0]):
-            for j in range(min(each, numbers.shape[0] - row * each)):
-                packed[row] |= numbers[row * each + j] << np.uint32(bits * j)
-        return packed
-    i = row = 0
-    while row < packed.shape[0]:
-        for j in range(i, i + 10):
-            packed[row] |= numbers[j] << np.uint32(3 * (j - i))
-        i += 10
-        packed[row] |= numbers[i] << np.uint32(30)
-        row += 1
-        packed[row] |= (numbers[i] >> np.uint32(2)) & np.uint32(1)
-        i += 1
-        for j in range(i, i + 10):
-            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 1)
-        i += 10
-        packed[row] |= numbers[i] << np.uint32(31)
-        row += 1
-        packed[row] |= (numbers[i] >> np.uint32(1)) & np.uint32(3)
-        i += 1
-        for j in range(i, i + 10):
-            packed[row] |= numbers[j] << np.uint32(3 * (j - i) + 2)
-        i += 10
-        row += 1
-    return packed
 
 
 @pytest.mark.parametrize(("bits", "group", "sorted_", "format", "model"), [
@@ -263,6 +208,75 @@ def test_modelopt_fp8(model: TextConfig, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(Exception, match="activations"):
         check_read(tmp_path, F32, monkeypatch)
     check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+
+
+# -- transformers' FP8, by its own operations
+
+
+@pytest.mark.parametrize(("block", "scales", "model"), [
+    ((16, 32), "float", CONFIG), ((8, 8), "ue8m0", CONFIG), (None, "float", CONFIG), ((16, 32), "float", EXPERTS),
+    ((64, 64), "ue8m0", EXPERTS), (None, "float", EXPERTS), ((8, 8), "ue8m0 in bytes", CONFIG),
+])  # fmt: skip
+def test_fp8(
+    block: tuple[int, int] | None, scales: str, model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices that are no whole blocks stay as they are; experts are packed together."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+    scale_format, *in_bytes = scales.split(" in ")
+    how = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=block, scale_fmt=scale_format))
+    seen = set()
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        made = Fp8Quantize(how)._quantize_one("weight", weight)
+        if "weight_scale_inv" not in made:
+            return {"": weight}, weight
+        seen.add(weight.ndim)
+        packed, scale = made["weight"], made["weight_scale_inv"]
+        scale = scale.view(torch.uint8) if in_bytes else scale
+        return {"": packed, "_scale_inv": scale}, Fp8Dequantize(how)._dequantize_one(packed, scale, F32)
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"],
+              "weight_block_size": None if block is None else list(block), "scale_fmt": scale_format,
+              "expert_dtype": "fp8"}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16, model, also=["experts."], apart=False)
+    assert seen == ({2, 3} if model is EXPERTS else {2})
+    with pytest.raises(Exception, match="activations"):
+        check_read(tmp_path, F32, monkeypatch)
+    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+
+
+def test_fp8_blocks_at_the_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSeek's tools write them: the last blocks of rows and columns are smaller."""
+    rows, columns = 24, 40
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        N, K = weight.shape
+        scale = torch.rand(-(-N // rows), -(-K // columns), generator=torch.Generator().manual_seed(N)) * 0.01 + 0.001
+        each = scale.repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
+        packed = (weight.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"": packed, "_scale_inv": scale}, packed.float() * each
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [rows, columns],
+              "fmt": "e4m3"}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16)
+    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+
+
+@pytest.mark.parametrize("end", ["_scale", "_scale_inv"])
+def test_fp8_with_one_scale(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can stay FP8 for kernels that multiply it."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = (weight.float().abs().amax() / 448).reshape(1)
+        packed = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {"": packed, end: scale, "/input_scale": torch.ones(1)}, packed.float() * scale
+
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16)
+    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+    kept = load_target(tmp_path, BF16, fp8=True).checkpoint_tensors().values()
+    assert sum(isinstance(weight, Fp8) for weight in kept) > 10
 
 
 # -- Google's mobile checkpoints, packed as the description of transformers' reader says (test_mobile has its own files)

@@ -27,6 +27,12 @@ def read(checkpoint: Quantised) -> Reading:
     """The reader. Raises QuantisationError for what is not known."""
     checkpoint.only(checkpoint.config, CONFIG)
     reading = Reading()
+    read_matrices(checkpoint, reading)
+    return reading
+
+
+def read_matrices(checkpoint: Quantised, reading: Reading) -> None:
+    """Read all that are packed so. Raises QuantisationError for what does not fit."""
     for module, packed in checkpoint.named(".qweight"):
         checkpoint.fitting(packed, ("I32",))
         if len(packed.shape) != 2:
@@ -42,7 +48,6 @@ def read(checkpoint: Quantised) -> Reading:
         reading.tensors[name] = checkpoint.matrix(name, (8 * words, columns), parts, _columns)
         reading.used |= {part.tensor.name for part in parts}
         reading.kinds[f"4 bits in groups of {columns // groups} with zero points"] += 1
-    return reading
 
 
 def _columns(parts: Sequence[Tensor], rows: range) -> Tensor:

@@ -50,6 +50,13 @@ def fp8_rows(parts: Sequence[Tensor], rows: range) -> Tensor:
     return torch.cat((each.view(torch.uint8), values.view(torch.uint8)), -1)
 
 
+def in_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], first: int = 0) -> Tensor:
+    """Returns values [..., N, K] times the scales of their blocks, [..., blocks of rows, blocks of columns]; `first` is
+    the number of the first row."""
+    rows = torch.arange(first, first + values.shape[-2]) // block[0]
+    return values * scales[..., rows, :].repeat_interleave(block[1], -1)[..., : values.shape[-1]]
+
+
 def e8m0(stored: Tensor) -> Tensor:
     """Returns powers of two, float32, of exponents stored in bytes with 127 added; 255 is no number."""
     exponents = stored.view(torch.uint8).int()

@@ -10,12 +10,11 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, grouped, unpacked
+from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, grouped, in_blocks, unpacked
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.files.headers import StoredTensor
 
@@ -161,8 +160,7 @@ def _scaled(parts: Sequence[Tensor], rows: range) -> Tensor:
 
 def _block_scaled(block: tuple[int, int], parts: Sequence[Tensor], rows: range) -> Tensor:
     values, scale = parts
-    each_row = scale.float()[torch.arange(rows.start, rows.stop) // block[0]]
-    return values.float() * each_row.repeat_interleave(block[1], -1)[..., : values.shape[-1]]
+    return in_blocks(values.float(), scale.float(), block, rows.start)
 
 
 def _fp4(scaled_by: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from gemma_mtp.checkpoint.quantisations import awq, bitsandbytes, compressed_tensors, gemma, gptq, mlx, modelopt
+from gemma_mtp.checkpoint.quantisations import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gemma,
+    gptq,
+    mlx,
+    modelopt,
+)
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reader
 from gemma_mtp.checkpoint.source import Source
 from gemma_mtp.json_files import read_json
@@ -19,6 +29,8 @@ READERS: dict[str, Reader] = {
     "awq": awq.read,
     "gptq": gptq.read,
     "modelopt": modelopt.read,
+    "auto-round": auto_round.read,
+    "fp8": fp8.read,
     "gemma": gemma.read,
     MLX: mlx.read,
 }
