@@ -89,8 +89,12 @@ def test_awq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_read(tmp_path, torch.float32, monkeypatch, stored=torch.float16)
 
 
-@pytest.mark.parametrize(("kind", "data_type"), [("NVFP4", "nv_fp4_with_static_gs"), ("MXFP4", "mx_fp")])
-def test_floats_of_4_bits(kind: str, data_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "data_type", "bits"), [
+    ("NVFP4", "nv_fp4_with_static_gs", 4), ("MXFP4", "mx_fp", 4), ("MXFP8", "mx_fp", 8),
+])  # fmt: skip
+def test_floats_of_few_bits(
+    kind: str, data_type: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("compressed_tensors")
     from test_compressed_tensors import FORMATS, compressed
 
@@ -99,8 +103,8 @@ def test_floats_of_4_bits(kind: str, data_type: str, tmp_path: Path, monkeypatch
         parts = {part.removeprefix("weight"): tensor for part, tensor in packed.items()}
         return {**parts, **({"/input_global_scale": torch.ones(1)} if kind == "NVFP4" else {})}, values
 
-    config = {**BASE, "packing_format": "auto_round:llm_compressor", "data_type": data_type, "act_bits": 4,
-              "act_dynamic": True, "act_data_type": data_type}  # fmt: skip
+    config = {**BASE, "packing_format": "auto_round:llm_compressor", "data_type": data_type, "bits": bits,
+              "act_bits": bits, "act_dynamic": True, "act_data_type": data_type}  # fmt: skip
     write_foreign(tmp_path, pack, {"quantization_config": config}, torch.bfloat16)
     with pytest.raises(Exception, match="activations"):
         check_read(tmp_path, torch.bfloat16, monkeypatch)
@@ -133,7 +137,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "odd exceptions": ({"extra_config": [1]}, r"with extra_config '\[1\]'"),
     "odd exception": ({"extra_config": {"a": 1}}, "with extra_config"),
     "odd group": ({"group_size": "32"}, r"o_proj\.qweight of \[8, 32\] and \S+ of \[2, 4\]"),
-    "no floats of 4 bits": ({"packing_format": "auto_round:llm_compressor"}, "with data_type 'int'"),
+    "no floats of 4 bits": ({"packing_format": "auto_round:llm_compressor"}, "with data_type 'int' of"),
     "not AWQ's bits": ({"packing_format": "auto_round:auto_awq"}, "with other than 4 bits as AWQ's"),
     "nothing packed so": ({"packing_format": "auto_round:fp8"}, "has none that are stored so"),
 }  # fmt: skip

@@ -35,6 +35,7 @@ INTEGERS: dict[str, dict[str, Any]] = {
     "3 bits": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": True},
     "6 bits with zero points": {"num_bits": 6, "strategy": "group", "group_size": 32, "symmetric": False},
 }
+MX = {"type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "scale_dtype": "torch.uint8"}
 E8 = {"num_bits": 8, "type": "float", "symmetric": True}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("pack-quantized", args) for name, args in INTEGERS.items()},
@@ -46,6 +47,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}),
     "MXFP4": ("mxfp4-pack-quantized", {
         "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}),
+    "MXFP6": ("mxfp6-pack-quantized", {**MX, "num_bits": 6}),
+    "MXFP8": ("mxfp8-quantized", {**MX, "num_bits": 8}),
 }  # fmt: skip
 
 
@@ -70,10 +73,11 @@ def parameters(weight: Tensor, args: QuantizationArgs, format: str, dtype: torch
     size = {"tensor": None, "channel": K}.get(args.strategy, args.group_size)
     groups = weight.reshape(1, 1, -1) if size is None else weight.unflatten(1, (-1, size))
     low, high = groups.amin(-1), groups.amax(-1)
-    if args.type == "float" and args.num_bits == 4:
+    if args.type == "float" and args.strategy in ("group", "tensor_group"):
         largest = torch.maximum(low.abs(), high.abs())
         if args.strategy == "group":
-            return {"weight_scale": torch.exp2(torch.floor(torch.log2(largest)) - 2).to(dtype)}
+            exponent = {4: 2, 6: 2, 8: 8}[args.num_bits]  # of the largest value
+            return {"weight_scale": torch.exp2(torch.floor(torch.log2(largest)) - exponent).to(dtype)}
         whole = 448 * 6 / weight.abs().amax().reshape(1)
         return {"weight_scale": (largest / 6 * whole).to(torch.float8_e4m3fn).float(), "weight_global_scale": whole}
     scale, zero = calculate_qparams(low, high, args)

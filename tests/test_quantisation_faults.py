@@ -36,6 +36,10 @@ SOUND: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "NVFP4": ({**CT, "format": "nvfp4-pack-quantized"}, {
         "m.weight_packed": zeros(8, 32, dtype=U8), "m.weight_scale": zeros(8, 4, dtype=F8),
         "m.weight_global_scale": torch.ones(1)}),
+    "MXFP6": ({**CT, "format": "mxfp6-pack-quantized"}, {
+        "m.weight_packed": zeros(8, 48, dtype=U8), "m.weight_scale": zeros(8, 2, dtype=U8)}),
+    "MXFP8": ({**CT, "format": "mxfp8-quantized"}, {
+        "m.weight": zeros(8, 64, dtype=F8), "m.weight_scale": zeros(8, 2, dtype=U8)}),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {
         "m.weight": zeros(256, 1, dtype=U8), "m.weight.absmax": zeros(8, dtype=F32),
         "m.weight.quant_map": zeros(16, dtype=F32), "m.weight.quant_state.bitsandbytes__nf4": STATE}),
@@ -119,7 +123,9 @@ JSON = st.recursive(
 @given(st.sampled_from(sorted(SOUND)), st.data())
 def test_any_configuration_is_read_or_refused(place: Path, name: str, data: st.DataObject) -> None:
     config, tensors = SOUND[name]
-    fields = sorted({*config, "bits", "group_size", "config_groups", "mode", "num_bits", "module_quant_configs"})
+    fields = sorted(
+        {*config, "bits", "group_size", "config_groups", "mode", "num_bits", "module_quant_configs", "dynamic"}
+    )
     changes = data.draw(st.dictionaries(st.sampled_from(fields), JSON, max_size=3))
     changed = {field: value for field, value in changes.items() if field != "quant_method"}
     directory = written(place, {**config, **changed}, tensors)

@@ -26,6 +26,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint import load_target
 from gemma_mtp.checkpoint.quantisations.bits import E2M1, e4m3, e8m0
 from gemma_mtp.config import TextConfig
+from gemma_mtp.errors import QuantisationError
 from gemma_mtp.measure.memory import inspect_checkpoint
 from gemma_mtp.weights.fp8 import Fp8
 
@@ -125,8 +126,8 @@ def test_awq(group: int, model: TextConfig, tmp_path: Path, monkeypatch: pytest.
                  "/scales": scales.T.half()}  # fmt: skip
         return parts, awq_values(parts["/qweight"], parts["/qzeros"], parts["/scales"].float(), size).T
 
-    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
-              "modules_to_not_convert": None}  # fmt: skip
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": group != 16, "version": "gemm",
+              "modules_to_not_convert": None, "provider": "auto-round"}  # fmt: skip
     write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16, model)
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
 
@@ -170,6 +171,38 @@ def test_gptq(
               "checkpoint_format": format, "damp_percent": 0.01, "true_sequential": True}  # fmt: skip
     write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16, model)
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
+
+
+def test_gptq_with_other_settings_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQModel's `dynamic` has bits and groups of some modules, and modules that stay as they are."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        bits, size = (8, 64) if weight.shape[1] == 128 else (4, 16)
+        if weight.shape[1] == 32:
+            return {"": weight}, weight
+        numbers, zeros, scales = rounded(weight, size, bits)
+        parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": gptq_packed(zeros.numpy(), bits).T.copy()}
+        made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
+        values = (numbers - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+        return {**made, "/scales": scales.T.half()}, values
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False,
+              "checkpoint_format": "gptq_v2", "provider": "auto-round", "autoround_version": "0.15.1",
+              "dynamic": {"-:.*router.*": {}, "+:.*down_proj.*": {"bits": 8, "group_size": 64}}}  # fmt: skip
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
+    line = inspect_checkpoint(tmp_path).read_as[0]
+    assert "of 4 bits in groups of 16" in line and "of 8 bits in groups of 64" in line
+    for dynamic, said in (
+        ({"+:.*down_proj.*": {"bits": 3}}, r"qweight of \[32, 64\] and .*qzeros of \[2, 16\]"),
+        ({"+:a": {"act_bits": 8}}, r"with dynamic\.\+:a\.act_bits '8'"), ([1], "with dynamic"),
+        ({"a": 1}, "with dynamic"),
+    ):  # fmt: skip
+        raw = json.loads((tmp_path / "config.json").read_text())
+        raw["quantization_config"]["dynamic"] = dynamic
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(QuantisationError, match=said):
+            load_target(tmp_path, F32)
 
 
 # -- ModelOpt

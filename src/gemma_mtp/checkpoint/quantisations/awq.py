@@ -5,7 +5,8 @@ Layout as in AutoAWQ 0.2.9: modules/linear/gemm.py and utils/packing_utils.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
+from gemma_mtp.checkpoint.quantisations.fp8 import RECORDS
 
-CONFIG = {
-    "quant_method": None, "bits": (4,), "w_bit": (4,), "group_size": None, "q_group_size": None, "zero_point": (True,),
+CONFIG: dict[str, Collection[Any] | None] = {
+    **RECORDS, "provider": None, "to_quant_block_names": None,
+    # zero points are stored and taken off either way
+    "quant_method": None, "bits": (4,), "w_bit": (4,), "group_size": None, "q_group_size": None, "zero_point": None,
     "version": ("gemm", "GEMM"), "modules_to_not_convert": None, "backend": ("autoawq", "auto"), "do_fuse": (False,),
     "exllama_config": None, "fuse_max_seq_len": None, "modules_to_fuse": None,
 }  # fmt: skip

@@ -12,6 +12,10 @@ FP8_ROWS = "FP8 rows"
 #: values of FP4 (E2M1), by their four bits
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
+#: values of FP6 (E2M3), by their six bits
+E2M3 = torch.tensor([sign * (m / 8 if not e else (1 + m / 8) * 2 ** (e - 1))
+                     for sign in (1, -1) for e in range(4) for m in range(8)])  # fmt: skip
+
 
 def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
     """Returns `count` numbers [..., count] of `bits` bits, as uint8, of a last dimension of whole words of any width.
@@ -35,6 +39,11 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
 def fp4(packed: Tensor, count: int) -> Tensor:
     """Returns float32 values of FP4, two a byte, the first in the low half."""
     return E2M1[unpacked(packed, 4, count).int()]
+
+
+def fp6(packed: Tensor, count: int) -> Tensor:
+    """Returns float32 values of FP6, four in three bytes, the first in the lowest bits."""
+    return E2M3[unpacked(packed, 6, count).int()]
 
 
 def e4m3(stored: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""compressed-tensors (llm-compressor, vLLM): packed integers, FP8, NVFP4 and MXFP4.
+"""compressed-tensors (llm-compressor, vLLM): packed integers, FP8, NVFP4, MXFP4, MXFP6 and MXFP8.
 
 How a matrix is packed is read off its tensors and held against the configuration's groups. Layouts as in
-compressed-tensors 0.20.1: compressors/pack_quantized, naive_quantized, nvfp4 and mxfp4.
+compressed-tensors 0.20.1: compressors/pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp6 and mxfp8.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, grouped, in_blocks, unpacked
+from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, fp6, grouped, in_blocks, unpacked
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.files.headers import StoredTensor
 
@@ -33,6 +33,8 @@ WEIGHTS = {
 ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point",
                "k_scale", "v_scale", "q_scale")  # fmt: skip
 FLOATS = tuple(FLOAT_DTYPES)
+#: columns that share a scale in the MX formats, and what such a scale, a power of two, is stored as
+MX_GROUP, POWERS = 32, ("U8", "F8_E8M0")
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -163,29 +165,28 @@ def _block_scaled(block: tuple[int, int], parts: Sequence[Tensor], rows: range) 
     return in_blocks(values.float(), scale.float(), block, rows.start)
 
 
-def _fp4(scaled_by: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]:
-    """NVFP4 (groups of 16, scales of FP8 and one for the tensor) or MXFP4 (groups of 32, powers of two)."""
-    nv = scaled_by == "NVFP4"
+def _packed_floats(kind: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]:
+    """NVFP4 (groups of 16, scales of FP8 and one for the tensor), MXFP4 or MXFP6 (groups of 32, powers of two)."""
+    nv, bits = kind == "NVFP4", int(kind[-1])
+    group, dtypes = (16, ("F8_E4M3",)) if nv else (MX_GROUP, POWERS)
 
     def read_all(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
         for name, packed in checkpoint.named("_packed"):
             if packed.dtype != "U8":
                 continue
-            shape = (*packed.shape[:-1], 2 * packed.shape[-1]) if packed.shape else ()
-            group = 16 if nv else 32
-            if len(shape) < 2 or shape[-1] % group:
+            shape = (*packed.shape[:-1], 8 * packed.shape[-1] // bits) if packed.shape else ()
+            if len(shape) < 2 or shape[-1] % group or 8 * packed.shape[-1] % bits:
                 raise checkpoint.refused(f"{packed.name} of {list(packed.shape)}")
-            dtypes = ("F8_E4M3",) if nv else ("U8", "F8_E8M0")
             scale = checkpoint.beside(f"{name}_scale", packed, dtypes, (*shape[:-1], shape[-1] // group))
             parts = [Part(packed), Part(scale)]
             if nv:
                 every = [(), (1,), (shape[0], 1, 1)] if len(shape) > 2 else [(), (1,)]
                 whole = checkpoint.beside(f"{name}_global_scale", packed, ("F32",), *every)
                 parts.append(Part(whole, int(len(whole.shape) > 1)))
-            decode = _nvfp4 if nv else _mxfp4
+            decode = _nvfp4 if nv else functools.partial(_mx, fp4 if bits == 4 else fp6, shape[-1])
             reading.tensors[name] = checkpoint.matrix(name, shape, parts, decode, checkpoint.dtype)
             reading.used |= {part.tensor.name for part in parts}
-            reading.kinds[scaled_by] += 1
+            reading.kinds[kind] += 1
 
     return read_all
 
@@ -195,9 +196,25 @@ def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() / whole)
 
 
-def _mxfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
+def _mx(values: Callable[[Tensor, int], Tensor], columns: int, parts: Sequence[Tensor], rows: range) -> Tensor:
     packed, scale = parts
-    return grouped(fp4(packed, 2 * packed.shape[-1]), e8m0(scale))
+    return grouped(values(packed, columns), e8m0(scale))
+
+
+def _mxfp8(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
+    """FP8 under its own name, in groups of 32 with powers of two."""
+    for name, tensor in list(checkpoint.stored.items()):
+        if tensor.dtype != "F8_E4M3" or f"{name}_scale" not in checkpoint.stored:
+            continue
+        if len(tensor.shape) < 2 or tensor.shape[-1] % MX_GROUP:
+            raise checkpoint.refused(f"{name} of {list(tensor.shape)}")
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // MX_GROUP)
+        scale = checkpoint.beside(f"{name}_scale", tensor, POWERS, shape)
+        parts = [Part(tensor), Part(scale)]
+        decode = functools.partial(_mx, lambda stored, columns: stored.float(), tensor.shape[-1])
+        reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, decode, checkpoint.dtype)
+        reading.used |= {name, scale.name}
+        reading.kinds["MXFP8"] += 1
 
 
 def _shape(checkpoint: Quantised, name: str, packed: StoredTensor) -> tuple[int, ...]:
@@ -222,5 +239,7 @@ def _scale(checkpoint: Quantised, name: str, tensor: StoredTensor, shape: Sequen
 
 FORMATS: dict[str, Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]] = {
     "pack-quantized": _packed_integers, "int-quantized": _stored_as_is, "float-quantized": _stored_as_is,
-    "naive-quantized": _stored_as_is, "nvfp4-pack-quantized": _fp4("NVFP4"), "mxfp4-pack-quantized": _fp4("MXFP4"),
+    "naive-quantized": _stored_as_is, "nvfp4-pack-quantized": _packed_floats("NVFP4"),
+    "mxfp4-pack-quantized": _packed_floats("MXFP4"), "mxfp6-pack-quantized": _packed_floats("MXFP6"),
+    "mxfp8-quantized": _mxfp8,
 }  # fmt: skip

@@ -8,7 +8,7 @@ the next; of 3 bits, some of which lie in two words, of each by itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +17,28 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
+from gemma_mtp.checkpoint.quantisations.fp8 import RECORDS
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.headers import StoredTensor
 
 CONFIG: dict[str, Collection[Any] | None] = {
-    "quant_method": None, "bits": (2, 3, 4, 8), "group_size": None, "desc_act": None, "sym": None, "lm_head": None,
+    **RECORDS, "provider": None,
+    "quant_method": None, "bits": None, "group_size": None, "desc_act": None, "sym": None, "lm_head": None,
     "checkpoint_format": ("gptq", "gptq_v2"), "format": ("gptq", "gptq_v2"), "pack_dtype": ("int32",),
     "static_groups": None, "true_sequential": None, "damp_percent": None, "damp_auto_increment": None, "meta": None,
     "model_name_or_path": None, "model_file_base_name": None, "dataset": None, "tokenizer": None, "quantizer": None,
     "modules_to_not_convert": None, "modules_in_block_to_quantize": None, "block_name_to_quantize": None,
     "module_name_preceding_first_block": None, "batch_size": None, "pad_token_id": None, "model_seqlen": None,
     "use_cuda_fp16": None, "use_exllama": None, "max_input_length": None, "exllama_config": None,
-    "cache_block_outputs": None, "backend": None, "dynamic": ({},), "is_marlin_format": (False,), "mse": None,
+    "cache_block_outputs": None, "backend": None, "dynamic": None, "is_marlin_format": (False,), "mse": None,
     "act_group_aware": None,
 }  # fmt: skip
+#: what may be said of some modules: their tensors tell the rest
+EXCEPTION: dict[str, Collection[Any] | None] = {
+    "bits": None, "group_size": None, "sym": None, "desc_act": None, "mse": None, "damp_percent": None,
+    "damp_auto_increment": None, "static_groups": None, "act_group_aware": None, "pack_dtype": ("int32",),
+}  # fmt: skip
+BITS = (2, 3, 4, 8)
 #: one for each number of a word
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
@@ -39,16 +47,52 @@ def read(checkpoint: Quantised) -> Reading:
     """The reader. Raises QuantisationError for what is not known."""
     config = checkpoint.config
     checkpoint.only(config, CONFIG)
-    bits, size = checkpoint.number(config, "bits", (2, 3, 4, 8)), checkpoint.number(config, "group_size")
+    bits, size = checkpoint.number(config, "bits", BITS), checkpoint.number(config, "group_size")
+    others = _exceptions(checkpoint)
     first_format = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
     reading = Reading()
     for module, packed in checkpoint.named(".qweight"):
         ordered = f"{module}.g_idx" in checkpoint.stored
         if config.get("desc_act") and not ordered:
             raise checkpoint.refused(f"desc_act, but without {module}.g_idx,")
+        if others:
+            size, bits = layout(checkpoint, module, packed, [config, *others])
         kind = read_matrix(checkpoint, module, packed, bits, size, first_format, reading)
         reading.kinds[f"{kind}{', in an order of their own' if config.get('desc_act') else ''}"] += 1
     return reading
+
+
+def _exceptions(checkpoint: Quantised) -> list[Mapping[str, Any]]:
+    """What is said of modules that have other settings than the rest; of such that stay as they are, nothing is said.
+
+    GPTQModel's `dynamic` has them by an expression for their names, which begins with "-:" for the latter.
+    """
+    dynamic = checkpoint.config.get("dynamic") or {}
+    if not (isinstance(dynamic, dict) and all(isinstance(entry, dict) for entry in dynamic.values())):
+        raise checkpoint.refused(f"dynamic {str(dynamic)[:60]!r}")
+    others = {name: entry for name, entry in dynamic.items() if not name.startswith("-:")}
+    for name, entry in others.items():
+        checkpoint.only(entry, EXCEPTION, f"dynamic.{name[:60]}.")
+    return list(others.values())
+
+
+def layout(
+    checkpoint: Quantised, module: str, packed: StoredTensor, settings: Collection[Mapping[str, Any]]
+) -> tuple[int, int]:
+    """Returns the columns of a group (-1: a row) and the bits of one matrix, by its shapes, of those that any of the
+    `settings` has. Raises QuantisationError where none fits, or more than one number of bits."""
+    bits = {width for entry in settings if type(width := entry.get("bits")) is int and width in BITS}
+    sizes = [size for entry in settings if type(size := entry.get("group_size")) is int and 0 < size < 1 << 31]
+    zeros = checkpoint.beside(f"{module}.qzeros", packed, ("I32",))
+    if len(packed.shape) == len(zeros.shape) == 2 and all((*packed.shape, *zeros.shape)):
+        (rows, outputs), (groups, words) = packed.shape, zeros.shape
+        found = [
+            (size, width) for width in sorted(bits) for size in (*dict.fromkeys(sizes), -1)
+            if words == -(-outputs * width // 32) and groups == (-(-32 * rows // width // size) if size > 0 else 1)
+        ]  # fmt: skip
+        if len({width for _, width in found}) == 1:
+            return found[0]
+    raise checkpoint.refused(f"{packed.name} of {list(packed.shape)} and {zeros.name} of {list(zeros.shape)}")
 
 
 def read_matrix(
