@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import torch
 from foreign import (
     CONFIG,
     EXPERTS,
+    SINGLE,
     awq_packed,
     awq_values,
     check_read,
@@ -21,6 +25,7 @@ from foreign import (
     write_foreign,
 )
 from models import random_target
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_mtp.checkpoint import load_target
@@ -188,7 +193,8 @@ def test_gptq_with_other_settings_of_some(tmp_path: Path, monkeypatch: pytest.Mo
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False,
               "checkpoint_format": "gptq_v2", "provider": "auto-round", "autoround_version": "0.15.1",
-              "dynamic": {"-:.*router.*": {}, "+:.*down_proj.*": {"bits": 8, "group_size": 64}}}  # fmt: skip
+              "dynamic": {"-:.*router.*": {}, "-:.*head.*": {"of no matter": 1},
+                          "+:.*down_proj.*": {"bits": 8, "group_size": 64}}}  # fmt: skip
     write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
     check_read(tmp_path, F32, monkeypatch, stored=torch.float16)
     line = inspect_checkpoint(tmp_path).read_as[0]
@@ -227,20 +233,72 @@ def test_modelopt_nvfp4(in_config: bool, model: TextConfig, tmp_path: Path, monk
     check_read(tmp_path, F32, monkeypatch, exact=False, stored=BF16)
 
 
-@pytest.mark.parametrize("model", [CONFIG, EXPERTS])
-def test_modelopt_fp8(model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed as its FP8 is: weight / (amax / 448)."""
+def modelopt_packed(weight: Tensor, algorithm: str) -> tuple[dict[str, Tensor], Tensor]:
+    """As its export does: weight / (amax / largest), of all, of a row, of a block or of 32 columns (a power of two)."""
+    N, K = weight.shape
+    values, largest = weight.float(), 127 if algorithm == "W8A16" else 448
+    if algorithm in ("MXFP8", "mxfp4"):
+        bits, top = (8, 8) if algorithm == "MXFP8" else (4, 2)
+        exponents = torch.floor(torch.log2(values.unflatten(1, (-1, 32)).abs().amax(-1))) - top
+        each = torch.exp2(exponents).repeat_interleave(32, 1)
+        stored = (exponents + 127).to(torch.uint8)
+        if bits == 8:
+            packed = (values / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return {"": packed, "_scale": stored}, packed.float() * each
+        codes = (values / each)[..., None].sub(E2M1).abs().argmin(-1)
+        return {"": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), "_scale": stored}, E2M1[codes] * each
+    if algorithm == "fp8_pb_wo":
+        padded = torch.nn.functional.pad(values, (0, -K % 128, 0, -N % 128))
+        blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).abs().amax((1, 3)) / largest
+        scale, each = blocks[:, None, :, None], blocks.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
+    else:
+        scale = values.abs().amax() if algorithm == "FP8" else values.abs().amax(1)
+        scale = scale / largest
+        each = scale if algorithm == "FP8" else scale[:, None]
+    packed = (values / each).round().to(torch.int8) if largest == 127 else (values / each).to(torch.float8_e4m3fn)
+    static = {"/input_scale": torch.ones(())} if algorithm == "FP8" else {}
+    return {"": packed, "_scale": scale, **static}, packed.float() * each
 
-    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        scale = weight.float().abs().amax() / 448
-        packed = (weight.float() / scale).to(torch.float8_e4m3fn)
-        return {"": packed, "_scale": scale, "/input_scale": torch.ones(())}, packed.float() * scale
 
-    config = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}, "ignore": ["lm_head"]}
-    write_foreign(tmp_path, pack, {"quantization_config": config}, BF16, model)
-    with pytest.raises(Exception, match="activations"):
-        check_read(tmp_path, F32, monkeypatch)
-    check_read(tmp_path, F32, monkeypatch, strict=False, stored=BF16)
+@pytest.mark.parametrize(("algorithm", "model"), [
+    *itertools.product(["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8", "mxfp4", "W8A16"], [CONFIG, EXPERTS]),
+    ("fp8_pb_wo", dataclasses.replace(CONFIG, intermediate_size=192)),  # blocks at the edges are smaller
+])  # fmt: skip
+def test_modelopt_by_formula(
+    algorithm: str, model: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 with one scale for a row or matrix can stay so for kernels that multiply it."""
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "producer": {"name": "modelopt"},
+        "ignore": ["lm_head"],
+    }
+    changes = {"quantization_config": config}
+    write_foreign(tmp_path, functools.partial(modelopt_packed, algorithm=algorithm), changes, BF16, model)
+    if algorithm == "FP8":
+        with pytest.raises(Exception, match="activations"):
+            check_read(tmp_path, F32, monkeypatch)
+    check_read(tmp_path, F32, monkeypatch, strict=algorithm != "FP8", stored=BF16)
+    kept, floats = (load_target(tmp_path, BF16, fp8=fp8).checkpoint_tensors() for fp8 in (True, False))
+    are_fp8 = [name for name, weight in kept.items() if isinstance(weight, Fp8)]
+    assert bool(are_fp8) == (algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"))
+    assert all(torch.equal(kept[name].dense(), floats[name].dense()) for name in are_fp8)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"x.pre_quant_scale": torch.ones(64)}, r"scales of inputs \(x\.pre_quant_scale\)"),
+    ({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(5)}, r"of F32 \[5\], but for modelopt F32 .* was expected"),
+    ({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(3, 1, 1, 1)}, r"weight_scale of \[3, 1, 1, 1\] for"),
+    ({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1, 2, 1, 1)}, r"\[1, 2, 1, 1\], but for modelopt"),
+    ({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(128, 3).byte()}, r"of U8 \[128, 3\], but for modelopt"),
+])  # fmt: skip
+def test_modelopt_refuses(change: dict[str, Tensor], said: str, tmp_path: Path) -> None:
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    write_foreign(tmp_path, functools.partial(modelopt_packed, algorithm="FP8"), {"quantization_config": config}, BF16)
+    save_file({**load_file(tmp_path / SINGLE), **change}, tmp_path / SINGLE)
+    with pytest.raises(QuantisationError, match=said):
+        load_target(tmp_path, F32)
 
 
 # -- transformers' FP8, by its own operations

@@ -76,7 +76,7 @@ def _read(
         reading.tensors[weight.name] = checkpoint.fp8_matrix(weight, scale, _whole, checkpoint.dtype)
         each = "tensor"
     else:
-        block = _fitting(checkpoint, weight, scale, said)
+        block = block_of(checkpoint, weight, scale, scale.shape, said)
         parts = [Part(weight), Part(scale, int(len(weight.shape) > 2))]
         decode = functools.partial(_blocks, block, len(weight.shape) == 2)
         reading.tensors[weight.name] = checkpoint.matrix(weight.name, weight.shape, parts, decode, checkpoint.dtype)
@@ -85,13 +85,13 @@ def _read(
     reading.kinds[f"FP8 with a scale for each {each}"] += 1
 
 
-def _fitting(
-    checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, said: tuple[int, int] | None
+def block_of(
+    checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, grid: Sequence[int], said: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """The size of the blocks: as the configuration says, the last ones perhaps smaller; or, as transformers takes it,
-    what the scales divide."""
+    """Returns the size of the blocks that a `grid` of scales is of: as the configuration says, the last ones perhaps
+    smaller; or, as transformers takes it, what the scales divide. Raises QuantisationError where neither fits."""
     *leading, rows, columns = weight.shape
-    *leading_scales, down, across = scale.shape if len(scale.shape) == len(weight.shape) else (0, 0)
+    *leading_scales, down, across = grid if len(grid) == len(weight.shape) else (0, 0)
     if leading == leading_scales and down and across:
         if said is not None and (down, across) == (-(-rows // said[0]), -(-columns // said[1])):
             return said

@@ -1,41 +1,58 @@
-"""NVIDIA's ModelOpt: NVFP4 and FP8.
+"""NVIDIA's ModelOpt: NVFP4, MXFP4, MXFP8, FP8 and int8.
 
-Layouts as in nvidia-modelopt 0.47.0: torch/quantization/qtensor/nvfp4_tensor.py and torch/export.
+Layouts as in nvidia-modelopt 0.47.0: torch/quantization/qtensor/nvfp4_tensor.py and torch/export. How a matrix is
+stored is read off its tensors.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import fp4, grouped
+from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, e8m0, fp4, fp8_rows, grouped, in_blocks
+from gemma_mtp.checkpoint.quantisations.fp8 import block_of
+from gemma_mtp.files.headers import StoredTensor
 
+ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8", "mxfp4", "W8A16",
+              "MIXED_PRECISION")  # fmt: skip
 CONFIG = {
-    "quant_method": None, "quant_algo": ("NVFP4", "FP8", "MIXED_PRECISION"), "config_groups": None, "ignore": None,
-    "producer": None, "kv_cache_scheme": None, "kv_cache_quant_algo": None, "group_size": (16,),
-    "exclude_modules": None, "quantized_layers": None,
+    "quant_method": None, "quant_algo": ALGORITHMS, "config_groups": None, "ignore": None, "producer": None,
+    "kv_cache_scheme": None, "kv_cache_quant_algo": None, "group_size": (16, 32), "exclude_modules": None,
+    "quantized_layers": None,
 }  # fmt: skip
-GROUP = 16
+GROUP, MX_GROUP = 16, 32
+#: rows and columns that share a scale of FP8
+BLOCK = 128, 128
 ACTIVATIONS = ("input_scale", "k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "output_scale")
+#: what inputs of a matrix are multiplied by before it, which no model here does
+SMOOTHED = ".pre_quant_scale"
 
 
 def read(checkpoint: Quantised) -> Reading:
     """The reader. Raises QuantisationError for what is not known."""
     config = checkpoint.config
     checkpoint.only(config, CONFIG)
+    smoothed = next((name for name in checkpoint.stored if name.endswith(SMOOTHED)), None)
+    if smoothed is not None:
+        raise checkpoint.refused(f"scales of inputs ({smoothed})")
     reading = Reading()
     for name, scale in checkpoint.named("_scale"):
         weight = checkpoint.stored.get(name)
-        if weight is not None and weight.dtype == "U8":
+        if weight is None or weight.dtype not in ("U8", "F8_E4M3", "I8"):
+            continue
+        if not all(weight.shape) or len(weight.shape) < 2:
+            raise checkpoint.refused(f"{name} of {list(weight.shape)}")
+        if scale.dtype == "U8" and weight.dtype != "I8":
+            _read_mx(checkpoint, weight, scale, reading)
+        elif weight.dtype == "U8":
             _read_nvfp4(checkpoint, name, reading)
-        elif weight is not None and weight.dtype == "F8_E4M3":
-            checkpoint.fitting(scale, ("F32",), (), (1,))
-            reading.tensors[name] = checkpoint.fp8_matrix(weight, scale, _fp8, checkpoint.dtype)
-            reading.used |= {name, scale.name}
-            reading.kinds["FP8 with a scale for each tensor"] += 1
+        else:
+            _read_8_bits(checkpoint, weight, scale, reading)
     activations = {f"{name}.{end}" for end in ACTIVATIONS for name, _ in checkpoint.named(f".{end}")}
     if activations:
         reading.notes.append("its own tools round activations too, by stored scales; here they stay as they are.")
@@ -45,9 +62,44 @@ def read(checkpoint: Quantised) -> Reading:
     return reading
 
 
+def _read_8_bits(checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, reading: Reading) -> None:
+    """FP8 or int8 with a scale for all, for each row, or, of FP8, for each block, as [blocks, 1, blocks, 1]."""
+    checkpoint.fitting(scale, ("F32",))
+    fp8 = weight.dtype == "F8_E4M3"
+    whole, by_row = scale.shape in ((), (1,)), scale.shape == weight.shape[:-1]
+    if whole or by_row:
+        parts = [Part(weight), Part(scale, int(not whole))]
+        made = checkpoint.matrix(weight.name, weight.shape, parts, _by_row, checkpoint.dtype)
+        reading.tensors[weight.name] = replace(made, undecoded={FP8_ROWS: _fp8_by_row} if fp8 else {})
+    elif fp8 and len(scale.shape) == 4 and len(weight.shape) == 2 and scale.shape[1::2] == (1, 1):
+        block = block_of(checkpoint, weight, scale, scale.shape[::2], BLOCK)
+        parts = [Part(weight), Part(scale, 0)]
+        decode = functools.partial(_in_blocks, block)
+        reading.tensors[weight.name] = checkpoint.matrix(weight.name, weight.shape, parts, decode, checkpoint.dtype)
+    else:
+        checkpoint.fitting(scale, ("F32",), (), (1,), weight.shape[:-1])
+    reading.used |= {weight.name, scale.name}
+    each = "tensor" if whole else "row" if by_row else "block"
+    reading.kinds[f"{'FP8' if fp8 else '8 bits'} with a scale for each {each}"] += 1
+
+
+def _read_mx(checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, reading: Reading) -> None:
+    """Groups of 32 with powers of two: two FP4 a byte, or FP8."""
+    each = 2 if weight.dtype == "U8" else 1
+    shape = (*weight.shape[:-1], each * weight.shape[-1])
+    if shape[-1] % MX_GROUP:
+        raise checkpoint.refused(f"{weight.name} of {list(weight.shape)}")
+    checkpoint.fitting(scale, ("U8",), (*shape[:-1], shape[-1] // MX_GROUP))
+    parts = [Part(weight), Part(scale)]
+    decode = _mxfp4 if each == 2 else _mxfp8
+    reading.tensors[weight.name] = checkpoint.matrix(weight.name, shape, parts, decode, checkpoint.dtype)
+    reading.used |= {weight.name, scale.name}
+    reading.kinds["MXFP4" if each == 2 else "MXFP8"] += 1
+
+
 def _read_nvfp4(checkpoint: Quantised, name: str, reading: Reading) -> None:
     packed = checkpoint.stored[name]
-    if len(packed.shape) < 2 or not all(packed.shape) or 2 * packed.shape[-1] % GROUP:
+    if 2 * packed.shape[-1] % GROUP:
         raise checkpoint.refused(f"{name} of {list(packed.shape)}")
     *leading, halves = packed.shape
     scale = checkpoint.beside(f"{name}_scale", packed, ("F8_E4M3",), (*leading, 2 * halves // GROUP))
@@ -63,6 +115,31 @@ def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() * whole)
 
 
-def _fp8(parts: Sequence[Tensor], rows: range) -> Tensor:
+def _mxfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
+    packed, scale = parts
+    return grouped(fp4(packed, 2 * packed.shape[-1]), e8m0(scale))
+
+
+def _mxfp8(parts: Sequence[Tensor], rows: range) -> Tensor:
     weight, scale = parts
+    return grouped(weight.float(), e8m0(scale))
+
+
+def _for_rows(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The values, and a scale for all of them, or one for each row."""
+    weight, scale = parts
+    return weight, scale.reshape(1) if scale.numel() == 1 else scale.reshape(*weight.shape[:-1], 1)
+
+
+def _by_row(parts: Sequence[Tensor], rows: range) -> Tensor:
+    weight, scale = _for_rows(parts)
     return weight.float() * scale
+
+
+def _fp8_by_row(parts: Sequence[Tensor], rows: range) -> Tensor:
+    return fp8_rows(_for_rows(parts), rows)
+
+
+def _in_blocks(block: tuple[int, int], parts: Sequence[Tensor], rows: range) -> Tensor:
+    weight, scale = parts
+    return in_blocks(weight.float(), scale[:, 0, :, 0], block, rows.start)
