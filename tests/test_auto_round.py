@@ -126,6 +126,29 @@ def test_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(inspect_checkpoint(tmp_path).notes) == 1
 
 
+@pytest.mark.parametrize(("method", "change"), [
+    ("auto-round", {"act_bits": 8}), ("auto-round", {"extra_config": {"model.layers.0.x": {"act_bits": 8}}}),
+    ("awq", {"act_bits": 8, "version": "gemm"}), ("gptq", {"act_bits": 8}),
+])  # fmt: skip
+def test_what_is_rounded_besides_is_said(method: str, change: dict[str, Any], tmp_path: Path) -> None:
+    """Also where AutoRound writes another method's format."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        numbers, zeros, scales = rounded(weight, 16, 4)
+        parts = {"/scales": scales.T.half()}
+        if method == "awq":
+            packed = {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous())}
+            return {**parts, **packed}, weight
+        arrays = {"/qweight": gptq_packed(numbers.T.numpy(), 4), "/qzeros": gptq_packed(zeros.numpy(), 4).T.copy()}
+        return {**parts, **{name: torch.from_numpy(array.view(np.int32)) for name, array in arrays.items()}}, weight
+
+    config = {**BASE, "quant_method": method, "group_size": 16, "static_kv_dtype": "fp8", **change}
+    config |= {"packing_format": "auto_round:auto_gptq"} if method == "auto-round" else {}
+    write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16)
+    activations, keys = inspect_checkpoint(tmp_path).notes
+    assert "activations" in activations and "keys and values" in keys
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no layout": ({"packing_format": None}, "with packing_format 'None'"),
     "another layout": ({"packing_format": "auto_round:exllamav9"}, "with packing_format 'auto_round:exllamav9'"),

@@ -12,12 +12,14 @@ from typing import Any
 
 from gemma_mtp.checkpoint.quantisations import awq, compressed_tensors, fp8, gptq
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
+from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
 
 CONFIG: dict[str, Collection[Any] | None] = {
-    **fp8.RECORDS, "quant_method": None, "packing_format": None, "backend": None, "activation_scheme": None,
+    **RECORDS, "quant_method": None, "packing_format": None, "backend": None, "activation_scheme": None,
     "fmt": ("e4m3",), "weight_block_size": None, "ignored_layers": None, "modules_to_not_convert": None,
     "quant_lm_head": None,
 }  # fmt: skip
+FP8 = "auto_round:fp8"
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -27,12 +29,10 @@ def read(checkpoint: Quantised) -> Reading:
     packing = config.get("packing_format")
     if not isinstance(packing, str) or packing not in PACKINGS:
         raise checkpoint.refused(f"packing_format {str(packing)[:60]!r}")
-    reading = Reading()
+    reading = Reading(notes=notes(checkpoint, _settings(checkpoint), rounds=packing == FP8))
     PACKINGS[packing](checkpoint, reading)
     for end in fp8.ACTIVATIONS:
         reading.used |= {f"{name}.{end}" for name, _ in checkpoint.named(f".{end}")}
-    if any(settings.get("act_bits") not in (None, 16, 32) for settings in _settings(checkpoint)):
-        reading.notes = [fp8.ROUNDS_ACTIVATIONS]
     return reading
 
 
@@ -78,5 +78,5 @@ def _few_bits(checkpoint: Quantised, reading: Reading) -> None:
 #: what reads each packing_format
 PACKINGS: dict[str, Callable[[Quantised, Reading], None]] = {
     "auto_round:auto_gptq": _integers(True), "auto_round": _integers(False), "auto_round:gptqmodel": _integers(False),
-    "auto_round:auto_awq": _awq, "auto_round:llm_compressor": _few_bits, "auto_round:fp8": fp8.read_matrices,
+    "auto_round:auto_awq": _awq, "auto_round:llm_compressor": _few_bits, FP8: fp8.read_matrices,
 }  # fmt: skip

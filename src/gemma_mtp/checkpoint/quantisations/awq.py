@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
-from gemma_mtp.checkpoint.quantisations.fp8 import RECORDS
+from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
 
 CONFIG: dict[str, Collection[Any] | None] = {
     **RECORDS, "provider": None, "to_quant_block_names": None,
@@ -30,7 +30,7 @@ ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 def read(checkpoint: Quantised) -> Reading:
     """The reader. Raises QuantisationError for what is not known."""
     checkpoint.only(checkpoint.config, CONFIG)
-    reading = Reading()
+    reading = Reading(notes=notes(checkpoint))
     read_matrices(checkpoint, reading)
     return reading
 

@@ -15,30 +15,21 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import e8m0, in_blocks
+from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
 from gemma_mtp.files.headers import StoredTensor
 
-#: what AutoRound tells of how it found the weights, whatever format it writes: nothing that they depend on
-RECORDS = dict.fromkeys((
-    "autoround_version", "data_type", "bits", "sym", "group_size", "block_name_to_quantize", "extra_config", "act_bits",
-    "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "batch_size", "enable_minmax_tuning",
-    "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "iters", "lr", "low_gpu_mem_usage",
-    "minmax_lr", "nsamples", "quant_block_list", "regex_config", "scale_dtype", "seqlen", "supported_types",
-    "static_attention_dtype", "static_kv_dtype", "static_attention_granularity", "static_kv_granularity", "dataset",
-))  # fmt: skip
 CONFIG: dict[str, Collection[Any] | None] = {
     **RECORDS, "quant_method": None, "activation_scheme": None, "weight_block_size": None, "dequantize": None,
     "modules_to_not_convert": None, "ignored_layers": None, "modules_to_convert": None, "scale_fmt": ("float", "ue8m0"),
     "expert_dtype": ("fp8",), "fmt": ("e4m3",), "packing_format": ("fp8",),
 }  # fmt: skip
 ACTIVATIONS = ("activation_scale", "input_scale", "k_scale", "v_scale")
-#: the note of a format whose own tools compute with rounded activations
-ROUNDS_ACTIVATIONS = "its own tools round activations too; here they stay as they are."
 
 
 def read(checkpoint: Quantised) -> Reading:
     """The reader. Raises QuantisationError for what is not known."""
     checkpoint.only(checkpoint.config, CONFIG)
-    reading = Reading()
+    reading = Reading(notes=notes(checkpoint, rounds=True))
     read_matrices(checkpoint, reading)
     return reading
 
@@ -53,7 +44,6 @@ def read_matrices(checkpoint: Quantised, reading: Reading) -> None:
                 _read(checkpoint, weight, scale, said, reading)
     for end in ACTIVATIONS:
         reading.used |= {f"{name}.{end}" for name, _ in checkpoint.named(f".{end}")}
-    reading.notes.append(ROUNDS_ACTIVATIONS)
 
 
 def _block(checkpoint: Quantised) -> tuple[int, int] | None:

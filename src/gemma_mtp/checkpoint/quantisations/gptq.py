@@ -17,7 +17,7 @@ from torch import Tensor
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import unpacked
-from gemma_mtp.checkpoint.quantisations.fp8 import RECORDS
+from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.headers import StoredTensor
 
@@ -50,7 +50,7 @@ def read(checkpoint: Quantised) -> Reading:
     bits, size = checkpoint.number(config, "bits", BITS), checkpoint.number(config, "group_size")
     others = _exceptions(checkpoint)
     first_format = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
-    reading = Reading()
+    reading = Reading(notes=notes(checkpoint))
     for module, packed in checkpoint.named(".qweight"):
         ordered = f"{module}.g_idx" in checkpoint.stored
         if config.get("desc_act") and not ordered:

@@ -16,10 +16,13 @@ from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
 from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, e8m0, fp4, fp8_rows, grouped, in_blocks
 from gemma_mtp.checkpoint.quantisations.fp8 import block_of
+from gemma_mtp.checkpoint.quantisations.records import ROUNDS_ACTIVATIONS, ROUNDS_KEYS
 from gemma_mtp.files.headers import StoredTensor
 
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8", "mxfp4", "W8A16",
               "MIXED_PRECISION")  # fmt: skip
+#: those whose activations are rounded by scales that are not stored
+DYNAMIC = ("FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "mxfp4")
 CONFIG = {
     "quant_method": None, "quant_algo": ALGORITHMS, "config_groups": None, "ignore": None, "producer": None,
     "kv_cache_scheme": None, "kv_cache_quant_algo": None, "group_size": (16, 32), "exclude_modules": None,
@@ -56,8 +59,10 @@ def read(checkpoint: Quantised) -> Reading:
     activations = {f"{name}.{end}" for end in ACTIVATIONS for name, _ in checkpoint.named(f".{end}")}
     if activations:
         reading.notes.append("its own tools round activations too, by stored scales; here they stay as they are.")
+    elif config.get("quant_algo") in DYNAMIC:
+        reading.notes.append(ROUNDS_ACTIVATIONS)
     if config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"):
-        reading.notes.append("it says how to quantise keys and values, which is not followed: they are kept as always.")
+        reading.notes.append(ROUNDS_KEYS)
     reading.used |= activations
     return reading
 
