@@ -76,3 +76,19 @@ def e8m0(stored: Tensor) -> Tensor:
 def grouped(values: Tensor, scales: Tensor) -> Tensor:
     """Returns values [..., K] times the scales [..., K / group] of their groups."""
     return (values.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)
+
+
+def mxfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
+    """Returns values of FP4 in groups with a power of two each, as the two functions below do of FP6 and FP8."""
+    packed, scale = parts
+    return grouped(fp4(packed, 2 * packed.shape[-1]), e8m0(scale))
+
+
+def mxfp6(parts: Sequence[Tensor], rows: range) -> Tensor:
+    packed, scale = parts
+    return grouped(fp6(packed, 8 * packed.shape[-1] // 6), e8m0(scale))
+
+
+def mxfp8(parts: Sequence[Tensor], rows: range) -> Tensor:
+    values, scale = parts
+    return grouped(values.float(), e8m0(scale))

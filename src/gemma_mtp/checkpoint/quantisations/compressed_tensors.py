@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import e8m0, fp4, fp6, grouped, in_blocks, unpacked
+from gemma_mtp.checkpoint.quantisations.bits import fp4, grouped, in_blocks, mxfp4, mxfp6, mxfp8, unpacked
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.files.headers import StoredTensor
 
@@ -169,6 +169,7 @@ def _packed_floats(kind: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]
     """NVFP4 (groups of 16, scales of FP8 and one for the tensor), MXFP4 or MXFP6 (groups of 32, powers of two)."""
     nv, bits = kind == "NVFP4", int(kind[-1])
     group, dtypes = (16, ("F8_E4M3",)) if nv else (MX_GROUP, POWERS)
+    decode = {"NVFP4": _nvfp4, "MXFP4": mxfp4, "MXFP6": mxfp6}[kind]
 
     def read_all(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
         for name, packed in checkpoint.named("_packed"):
@@ -183,7 +184,6 @@ def _packed_floats(kind: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]
                 every = [(), (1,), (shape[0], 1, 1)] if len(shape) > 2 else [(), (1,)]
                 whole = checkpoint.beside(f"{name}_global_scale", packed, ("F32",), *every)
                 parts.append(Part(whole, int(len(whole.shape) > 1)))
-            decode = _nvfp4 if nv else functools.partial(_mx, fp4 if bits == 4 else fp6, shape[-1])
             reading.tensors[name] = checkpoint.matrix(name, shape, parts, decode, checkpoint.dtype)
             reading.used |= {part.tensor.name for part in parts}
             reading.kinds[kind] += 1
@@ -196,11 +196,6 @@ def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() / whole)
 
 
-def _mx(values: Callable[[Tensor, int], Tensor], columns: int, parts: Sequence[Tensor], rows: range) -> Tensor:
-    packed, scale = parts
-    return grouped(values(packed, columns), e8m0(scale))
-
-
 def _mxfp8(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
     """FP8 under its own name, in groups of 32 with powers of two."""
     for name, tensor in list(checkpoint.stored.items()):
@@ -211,8 +206,7 @@ def _mxfp8(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: 
         shape = (*tensor.shape[:-1], tensor.shape[-1] // MX_GROUP)
         scale = checkpoint.beside(f"{name}_scale", tensor, POWERS, shape)
         parts = [Part(tensor), Part(scale)]
-        decode = functools.partial(_mx, lambda stored, columns: stored.float(), tensor.shape[-1])
-        reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, decode, checkpoint.dtype)
+        reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, mxfp8, checkpoint.dtype)
         reading.used |= {name, scale.name}
         reading.kinds["MXFP8"] += 1
 

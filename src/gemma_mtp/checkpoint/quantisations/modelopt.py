@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, e8m0, fp4, fp8_rows, grouped, in_blocks
+from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, fp4, fp8_rows, grouped, in_blocks, mxfp4, mxfp8
 from gemma_mtp.checkpoint.quantisations.fp8 import block_of
 from gemma_mtp.checkpoint.quantisations.records import ROUNDS_ACTIVATIONS, ROUNDS_KEYS
 from gemma_mtp.files.headers import StoredTensor
@@ -96,7 +96,7 @@ def _read_mx(checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, r
         raise checkpoint.refused(f"{weight.name} of {list(weight.shape)}")
     checkpoint.fitting(scale, ("U8",), (*shape[:-1], shape[-1] // MX_GROUP))
     parts = [Part(weight), Part(scale)]
-    decode = _mxfp4 if each == 2 else _mxfp8
+    decode = mxfp4 if each == 2 else mxfp8
     reading.tensors[weight.name] = checkpoint.matrix(weight.name, shape, parts, decode, checkpoint.dtype)
     reading.used |= {weight.name, scale.name}
     reading.kinds["MXFP4" if each == 2 else "MXFP8"] += 1
@@ -118,16 +118,6 @@ def _read_nvfp4(checkpoint: Quantised, name: str, reading: Reading) -> None:
 def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     packed, scale, whole = parts
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() * whole)
-
-
-def _mxfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
-    packed, scale = parts
-    return grouped(fp4(packed, 2 * packed.shape[-1]), e8m0(scale))
-
-
-def _mxfp8(parts: Sequence[Tensor], rows: range) -> Tensor:
-    weight, scale = parts
-    return grouped(weight.float(), e8m0(scale))
 
 
 def _for_rows(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
