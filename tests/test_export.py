@@ -137,9 +137,12 @@ def test_experts_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
 
     save_pair(tmp_path, random_target(config=WIDE["moe"]), wide_drafter(WIDE["moe"]))
     monkeypatch.setattr("gemma_mtp.checkpoint.tensors.PIECE_BYTES", piece)  # of several experts, and of one
-    export_directory(tmp_path / "target", tmp_path / "out", "compressed-tensors", kind)
+    made = export_directory(tmp_path / "target", tmp_path / "out", "compressed-tensors", kind)
     before, after = values(tmp_path / "target"), values(tmp_path / "out")
     assert read_config(tmp_path / "out") == read_config(tmp_path / "target") and before.keys() == after.keys()
+    assert made.packed == sum(
+        name.endswith("weight_scale") for name in load_file(tmp_path / "out" / "model.safetensors")
+    )
     experts = [name for name, tensor in after.items() if tensor.ndim == 3]
     for name in experts:
         error = float((before[name] - after[name]).norm() / before[name].norm())

@@ -126,7 +126,8 @@ def export_directory(
         losses = [*left, *activation_losses(contents), *_losses(changed, kind)]
         report(location, losses, strict)
         nbytes = sum(shape.numel() * dtype.itemsize for dtype, shape in plan.layout.values())
-        made = Written(len(plan.packed), len(contents.headers) - len(plan.packed), nbytes, changed["packed"], losses)
+        matrices = sum(len(plan.matrices(name, contents.headers[name].shape)) for name in plan.packed)
+        made = Written(matrices, len(contents.headers) - len(plan.packed), nbytes, changed["packed"], losses)
         of_target = isinstance(contents.config, TargetConfig)
         replace_text(directory / CARD, card(origin_of(source.path), to, kind, of_target, losses))
     return made
@@ -164,7 +165,7 @@ class _Plan:
     def _of(self, name: str, header: StoredTensor) -> list[tuple[str, tuple[torch.dtype, torch.Size]]]:
         if name in self.packed:
             return [
-                item for module, shape in self._matrices(name, header.shape)
+                item for module, shape in self.matrices(name, header.shape)
                 for item in self.packing.layout(module, shape).items()
             ]  # fmt: skip
         dtype = TORCH_DTYPES[header.dtype] if header.dtype in INTEGER_DTYPES else self.packing.dtype
@@ -173,8 +174,8 @@ class _Plan:
     def _apart(self, shape: Sequence[int]) -> bool:
         return self.packing.experts_apart and len(shape) > 2
 
-    def _matrices(self, name: str, shape: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
-        """The modules that a packed tensor is written as, and the shape of each: itself, or every expert's."""
+    def matrices(self, name: str, shape: Sequence[int]) -> list[tuple[str, Sequence[int]]]:
+        """Returns the modules that a packed tensor is written as, and the shape of each: itself, or every expert's."""
         module = self.modules[name]
         if not self._apart(shape):
             return [(module, shape)]
@@ -203,7 +204,7 @@ class _Plan:
                 yield stored, first, value.to(self.layout[stored][0])
                 continue
             if not first:
-                for module, shape in self._matrices(name, headers[name].shape):
+                for module, shape in self.matrices(name, headers[name].shape):
                     for stored, constant in self.packing.constants(module, shape).items():
                         yield stored, 0, constant
             for module, at, own in self._rows(name, first, value):
