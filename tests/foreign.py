@@ -141,6 +141,12 @@ def awq_packed(numbers: Tensor) -> Tensor:
     return packed
 
 
+def awq_parts(numbers: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """What AWQ stores of what `rounded` returns."""
+    return {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous()),
+            "/scales": scales.T.half()}  # fmt: skip
+
+
 def awq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int) -> Tensor:
     """As dequantize_gemm."""
     shifts = torch.arange(0, 32, 4)
@@ -195,3 +201,17 @@ def gptq_packed(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any
         i += 10
         row += 1
     return packed
+
+
+def gptq_parts(numbers: Tensor, zeros: Tensor, scales: Tensor, bits: int, less_one: bool = False) -> dict[str, Tensor]:
+    """What GPTQ stores of what `rounded` returns.
+
+    The first format holds zero points less one: of whole words, so that one of 0 borrows from the next; of 3 bits, of
+    each by itself (GPTQModel's utils/model.py, convert_gptq_v2_to_v1_format_module).
+    """
+    packed_zeros = gptq_packed((zeros.numpy() - (less_one and bits == 3)) & 2**bits - 1, bits)
+    if less_one and bits != 3:
+        packed_zeros = packed_zeros - np.uint32({2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
+    parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": packed_zeros.T.copy()}
+    made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
+    return {**made, "/scales": scales.T.half()}

@@ -10,17 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from foreign import (
     CONFIG,
     EXPERTS,
     ONE_BY_ONE,
-    awq_packed,
+    awq_parts,
     awq_values,
     check_read,
-    gptq_packed,
+    gptq_parts,
     one_by_one,
     rounded,
     write_foreign,
@@ -64,13 +63,8 @@ def test_integers(packing: str, group: int, model: TextConfig, tmp_path: Path, m
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         size = min(group, weight.shape[1])
         numbers, zeros, scales = rounded(weight, size, 4)
-        packed_zeros = gptq_packed(zeros.numpy(), 4)
-        if packing == "auto_round:auto_gptq":
-            packed_zeros = packed_zeros - np.uint32(0x11111111)
-        parts = {"/qweight": gptq_packed(numbers.T.numpy(), 4), "/qzeros": packed_zeros.T.copy()}
-        made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
         values = (numbers - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
-        return {**made, "/scales": scales.T.half()}, values
+        return gptq_parts(numbers, zeros, scales, 4, less_one=packing == "auto_round:auto_gptq"), values
 
     config = {**BASE, "packing_format": packing, "group_size": group, "sym": False}
     write_foreign(tmp_path, pack, {"quantization_config": config}, torch.float16, model)
@@ -80,8 +74,7 @@ def test_integers(packing: str, group: int, model: TextConfig, tmp_path: Path, m
 def test_awq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         numbers, zeros, scales = rounded(weight, 32, 4)
-        parts = {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous()),
-                 "/scales": scales.T.half()}  # fmt: skip
+        parts = awq_parts(numbers, zeros, scales)
         return parts, awq_values(parts["/qweight"], parts["/qzeros"], parts["/scales"].float(), 32).T
 
     config = {**BASE, "packing_format": "auto_round:auto_awq", "extra_config": {"model.layers.0.x": {"bits": 16}}}
@@ -96,11 +89,10 @@ def test_floats_of_few_bits(
     kind: str, data_type: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("compressed_tensors")
-    from test_compressed_tensors import FORMATS, compressed
+    from test_compressed_tensors import packer
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        packed, values = compressed(weight.bfloat16(), *FORMATS[kind])
-        parts = {part.removeprefix("weight"): tensor for part, tensor in packed.items()}
+        parts, values = packer(kind)(weight)
         return {**parts, **({"/input_global_scale": torch.ones(1)} if kind == "NVFP4" else {})}, values
 
     config = {**BASE, "packing_format": "auto_round:llm_compressor", "data_type": data_type, "bits": bits,
@@ -109,6 +101,7 @@ def test_floats_of_few_bits(
     with pytest.raises(Exception, match="activations"):
         check_read(tmp_path, torch.bfloat16, monkeypatch)
     check_read(tmp_path, torch.bfloat16, monkeypatch, strict=False)
+    assert len(inspect_checkpoint(tmp_path).notes) == 1  # that, and no tensor without a use
 
 
 def test_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +127,8 @@ def test_what_is_rounded_besides_is_said(method: str, change: dict[str, Any], tm
     """Also where AutoRound writes another method's format."""
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        numbers, zeros, scales = rounded(weight, 16, 4)
-        parts = {"/scales": scales.T.half()}
-        if method == "awq":
-            packed = {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous())}
-            return {**parts, **packed}, weight
-        arrays = {"/qweight": gptq_packed(numbers.T.numpy(), 4), "/qzeros": gptq_packed(zeros.numpy(), 4).T.copy()}
-        return {**parts, **{name: torch.from_numpy(array.view(np.int32)) for name, array in arrays.items()}}, weight
+        made = rounded(weight, 16, 4)
+        return awq_parts(*made) if method == "awq" else gptq_parts(*made, 4), weight
 
     config = {**BASE, "quant_method": method, "group_size": 16, "static_kv_dtype": "fp8", **change}
     config |= {"packing_format": "auto_round:auto_gptq"} if method == "auto-round" else {}

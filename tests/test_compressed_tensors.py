@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import CONFIG, EXPERTS, check_read, one_by_one, write_foreign
+from foreign import CONFIG, EXPERTS, Pack, check_read, one_by_one, write_foreign
 from torch import Tensor
 
 from gemma_mtp.checkpoint import held_bytes, load_target, stored_tensors
@@ -85,6 +85,16 @@ def parameters(weight: Tensor, args: QuantizationArgs, format: str, dtype: torch
     return {"weight_scale": scale.to(dtype), **({} if args.symmetric else {"weight_zero_point": zero.to(torch.int8)})}
 
 
+def packer(name: str, dtype: torch.dtype = torch.bfloat16) -> Pack:
+    """Returns what packs a weight of this dtype in one of `FORMATS`."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        packed, values = compressed(weight.to(dtype), *FORMATS[name])
+        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values.to(dtype)
+
+    return pack
+
+
 def config_of(format: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {**arguments, "dynamic": False, "actorder": None, "observer": "minmax"},
              "input_activations": None, "output_activations": None}  # fmt: skip
@@ -101,24 +111,14 @@ def test_values_are_the_librarys(
     name: str, dtype: torch.dtype, config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded in the scales' dtype, every weight is what the library unpacks; whatever is read at once."""
-    format, arguments = FORMATS[name]
-
-    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        packed, values = compressed(weight.to(dtype), format, arguments)
-        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values.to(dtype)
-
-    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, dtype, config)
+    changes = {"quantization_config": config_of(*FORMATS[name])}
+    write_foreign(tmp_path, packer(name, dtype), changes, dtype, config)
     check_read(tmp_path, dtype, monkeypatch)
 
 
 def test_inspect_has_a_line_for_each_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    format, arguments = FORMATS["NVFP4"]
-
-    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        packed, values = compressed(weight.bfloat16(), format, arguments)
-        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
-
-    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, config=EXPERTS)
+    changes = {"quantization_config": config_of(*FORMATS["NVFP4"])}
+    write_foreign(tmp_path, packer("NVFP4"), changes, config=EXPERTS)
     assert main(["inspect", str(tmp_path)]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("experts are stored one by one") for line in lines)
@@ -164,13 +164,8 @@ def test_a_plan_counts_what_stays_as_it_is_stored(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a card with kernels that multiply FP8: to the byte; and floats on a CPU and with PyTorch's operators."""
-    format, arguments = FORMATS[name]
-
-    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        packed, values = compressed(weight.bfloat16(), format, arguments)
-        return {part.removeprefix("weight"): tensor for part, tensor in packed.items()}, values
-
-    write_foreign(tmp_path, pack, {"quantization_config": config_of(format, arguments)}, also=["embed_tokens.weight"])
+    changes = {"quantization_config": config_of(*FORMATS[name])}
+    write_foreign(tmp_path, packer(name), changes, also=["embed_tokens.weight"])
     sizes = []
     for asked, fp8, types in (("0", False, "none"), ("1", True, "none"), ("1", True, "target=int8")):
         monkeypatch.setenv("GEMMA_MTP_CUDA", asked)

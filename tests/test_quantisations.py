@@ -17,10 +17,10 @@ from foreign import (
     CONFIG,
     EXPERTS,
     SINGLE,
-    awq_packed,
+    awq_parts,
     awq_values,
     check_read,
-    gptq_packed,
+    gptq_parts,
     rounded,
     write_foreign,
 )
@@ -127,8 +127,7 @@ def test_awq(group: int, model: TextConfig, tmp_path: Path, monkeypatch: pytest.
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         size = weight.shape[1] if group == -1 else group
         numbers, zeros, scales = rounded(weight, size, 4)
-        parts = {"/qweight": awq_packed(numbers.T.contiguous()), "/qzeros": awq_packed(zeros.T.contiguous()),
-                 "/scales": scales.T.half()}  # fmt: skip
+        parts = awq_parts(numbers, zeros, scales)
         return parts, awq_values(parts["/qweight"], parts["/qzeros"], parts["/scales"].float(), size).T
 
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": group != 16, "version": "gemm",
@@ -149,9 +148,7 @@ def test_gptq(
     bits: int, group: int, sorted_: bool, format: str, model: TextConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The first format holds zero points less one: of whole words, so that one of 0 borrows from the next; of 3 bits,
-    of each by itself (GPTQModel's utils/model.py, convert_gptq_v2_to_v1_format_module)."""
-    ones = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+    """A zero point of 0 is less than none in the first format."""
 
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         size = weight.shape[1] if group == -1 else group
@@ -164,13 +161,8 @@ def test_gptq(
         values = (numbers - zeros[:, order]) * scales[:, order]
         if bits == 3 and len(zeros) % 32:  # GPTQModel packs whole threes of words alone
             return {"": weight}, weight
-        less_one = format == "gptq"
-        packed_zeros = gptq_packed((zeros.numpy() - (less_one and bits == 3)) & 2**bits - 1, bits)
-        if less_one and bits != 3:
-            packed_zeros = packed_zeros - np.uint32(ones[bits])
-        parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": packed_zeros.T.copy()}
-        made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
-        return {**made, "/scales": scales.T.half(), "/g_idx": order.int()}, values
+        parts = gptq_parts(numbers, zeros, scales, bits, less_one=format == "gptq")
+        return {**parts, "/g_idx": order.int()}, values
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": sorted_, "sym": False,
               "checkpoint_format": format, "damp_percent": 0.01, "true_sequential": True}  # fmt: skip
@@ -186,10 +178,8 @@ def test_gptq_with_other_settings_of_some(tmp_path: Path, monkeypatch: pytest.Mo
         if weight.shape[1] == 32:
             return {"": weight}, weight
         numbers, zeros, scales = rounded(weight, size, bits)
-        parts = {"/qweight": gptq_packed(numbers.T.numpy(), bits), "/qzeros": gptq_packed(zeros.numpy(), bits).T.copy()}
-        made = {name: torch.from_numpy(array.view(np.int32)) for name, array in parts.items()}
         values = (numbers - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
-        return {**made, "/scales": scales.T.half()}, values
+        return gptq_parts(numbers, zeros, scales, bits), values
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False,
               "checkpoint_format": "gptq_v2", "provider": "auto-round", "autoround_version": "0.15.1",

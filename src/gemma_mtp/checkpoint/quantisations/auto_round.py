@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_mtp.checkpoint.quantisations import awq, compressed_tensors, fp8, gptq
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
+from gemma_mtp.checkpoint.quantisations.records import ACTIVATIONS, RECORDS, notes
 
 CONFIG: dict[str, Collection[Any] | None] = {
     **RECORDS, "quant_method": None, "packing_format": None, "backend": None, "activation_scheme": None,
@@ -31,8 +31,7 @@ def read(checkpoint: Quantised) -> Reading:
         raise checkpoint.refused(f"packing_format {str(packing)[:60]!r}")
     reading = Reading(notes=notes(checkpoint, _settings(checkpoint), rounds=packing == FP8))
     PACKINGS[packing](checkpoint, reading)
-    for end in fp8.ACTIVATIONS:
-        reading.used |= {f"{name}.{end}" for name, _ in checkpoint.named(f".{end}")}
+    reading.used |= checkpoint.of_modules(ACTIVATIONS)
     return reading
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Decode, DerivedTensor, Part, derived
-from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, fp8_rows
+from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, MX, MX_GROUP, fp8_rows
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES, Source
 from gemma_mtp.errors import QuantisationError
 from gemma_mtp.files.headers import StoredTensor
@@ -107,6 +107,20 @@ class Quantised:
             raise self.refused(f"{name} {str(value)[:60]!r}")
         return value
 
+    def block(self, size: Any, name: str) -> tuple[int, int] | None:
+        """Returns a block's rows and columns, which a field of that name gives; None where it says nothing. Raises
+        QuantisationError."""
+        if size is None:
+            return None
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in size)):
+            raise self.refused(f"{name} {str(size)[:60]!r}")
+        return size[0], size[1]
+
+    def of_modules(self, ends: Collection[str]) -> set[str]:
+        """Returns the names of all stored tensors that a module may have under one of these."""
+        dotted = tuple(f".{end}" for end in ends)
+        return {name for name in self.stored if name.endswith(dotted)}
+
     @property
     def dtype(self) -> str:
         """Of weights as the format's own tools give them, where scales do not say."""
@@ -121,6 +135,16 @@ class Quantised:
         parts = [Part(weight), Part(scale, 0 if scale.shape in ((), (1,)) else 1)]
         made = self.matrix(weight.name, weight.shape, parts, decode, dtype)
         return replace(made, undecoded={FP8_ROWS: fp8_rows})
+
+    def mx_matrix(self, name: str, packed: StoredTensor, bits: int) -> DerivedTensor:
+        """Returns a derived tensor of MXFP4, MXFP6 or MXFP8: groups with powers of two, stored beside it under the
+        weight's name. Raises QuantisationError for what does not fit."""
+        *leading, last = packed.shape or (0,)
+        columns = 8 * last // bits
+        if not leading or columns % MX_GROUP or 8 * last % bits:
+            raise self.refused(f"{packed.name} of {list(packed.shape)}")
+        scale = self.beside(f"{name}_scale", packed, ("U8", "F8_E8M0"), (*leading, columns // MX_GROUP))
+        return self.matrix(name, (*leading, columns), [Part(packed), Part(scale)], MX[bits], self.dtype)
 
     def matrix(
         self, name: str, shape: Sequence[int], parts: Sequence[Part], decode: Decode, dtype: str | None = None

@@ -51,12 +51,21 @@ def e4m3(stored: Tensor) -> Tensor:
     return stored.view(torch.float8_e4m3fn).float()
 
 
+def for_rows(scale: Tensor, values: Tensor) -> Tensor:
+    """Returns a scale for all values [..., K], [1], or one for each row, [..., 1], whatever dimensions of 1 it has."""
+    return scale.float().reshape(1) if scale.numel() == 1 else scale.float().reshape(*values.shape[:-1], 1)
+
+
 def fp8_rows(parts: Sequence[Tensor], rows: range) -> Tensor:
     """Returns rows as `weights.fp8` takes them, uint8 [..., 4 + K], of FP8 and of scales for each row or for all."""
     values, scale = parts
-    scales = scale.float().reshape(1) if scale.numel() == 1 else scale.float()
-    each = scales.expand(*values.shape[:-1], 1).contiguous()
+    each = for_rows(scale, values).expand(*values.shape[:-1], 1).contiguous()
     return torch.cat((each.view(torch.uint8), values.view(torch.uint8)), -1)
+
+
+def grid_of(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
+    """Returns how many blocks of rows and of columns a matrix has, the last ones perhaps smaller."""
+    return -(-rows // block[0]), -(-columns // block[1])
 
 
 def in_blocks(values: Tensor, scales: Tensor, block: tuple[int, int], first: int = 0) -> Tensor:
@@ -92,3 +101,7 @@ def mxfp6(parts: Sequence[Tensor], rows: range) -> Tensor:
 def mxfp8(parts: Sequence[Tensor], rows: range) -> Tensor:
     values, scale = parts
     return grouped(values.float(), e8m0(scale))
+
+
+#: the MX formats by their bits, and the columns that share a scale
+MX, MX_GROUP = {4: mxfp4, 6: mxfp6, 8: mxfp8}, 32

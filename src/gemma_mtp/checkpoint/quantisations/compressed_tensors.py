@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import fp4, grouped, in_blocks, mxfp4, mxfp6, mxfp8, unpacked
+from gemma_mtp.checkpoint.quantisations.bits import fp4, grid_of, grouped, in_blocks, unpacked
+from gemma_mtp.checkpoint.quantisations.records import ACTIVATIONS
 from gemma_mtp.checkpoint.source import FLOAT_DTYPES
 from gemma_mtp.files.headers import StoredTensor
 
@@ -29,12 +30,7 @@ WEIGHTS = {
     "strategy": ("tensor", "channel", "group", "tensor_group", "block"), "block_structure": None, "dynamic": (False,),
     "actorder": None, "observer": None, "observer_kwargs": None, "scale_dtype": None, "zp_dtype": None,
 }  # fmt: skip
-#: names of what else belongs to a module, which weights do not depend on
-ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point",
-               "k_scale", "v_scale", "q_scale")  # fmt: skip
 FLOATS = tuple(FLOAT_DTYPES)
-#: columns that share a scale in the MX formats, and what such a scale, a power of two, is stored as
-MX_GROUP, POWERS = 32, ("U8", "F8_E8M0")
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -46,8 +42,7 @@ def read(checkpoint: Quantised) -> Reading:
         if format not in FORMATS:
             raise checkpoint.refused(f"format {format!r}")
         FORMATS[format](checkpoint, groups, reading)
-    for end in ACTIVATIONS:
-        reading.used |= {f"{name}.{end}" for name, _ in checkpoint.named(f".{end}")}
+    reading.used |= checkpoint.of_modules(ACTIVATIONS)
     if any(group.get("input_activations") or group.get("output_activations") for group in groups):
         reading.notes.append(
             "its own tools round activations too, as its config_groups say; here they stay as they are."
@@ -110,7 +105,8 @@ def _integers(bits: int, columns: int, parts: Sequence[Tensor], rows: range) -> 
 
 def _stored_as_is(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
     """Weights of FP8 or int8 under their own names."""
-    blocks = {_sizes(checkpoint, group["weights"].get("block_structure")) for group in groups} - {()}
+    said = [checkpoint.block(group["weights"].get("block_structure"), "block_structure") for group in groups]
+    blocks = {block for block in said if block is not None}
     for name, tensor in list(checkpoint.stored.items()):
         if tensor.dtype not in ("F8_E4M3", "I8") or f"{name}_scale" not in checkpoint.stored:
             continue
@@ -137,19 +133,10 @@ def _stored_as_is(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], re
         reading.kinds[f"{kind} with a scale for each {each}"] += 1
 
 
-def _sizes(checkpoint: Quantised, structure: Any) -> tuple[int, ...]:
-    """A block's rows and columns; () where none are said."""
-    if structure is None:
-        return ()
-    if not (isinstance(structure, list) and len(structure) == 2 and all(type(n) is int and n > 0 for n in structure)):
-        raise checkpoint.refused(f"block_structure {str(structure)[:60]!r}")
-    return tuple(structure)
-
-
 def _block(shape: Sequence[int], scale: Sequence[int], blocks: set[Any]) -> tuple[int, int] | None:
     """The size of the blocks that share a scale, if there are such."""
     for block in blocks:
-        if len(shape) == 2 and tuple(scale) == tuple(-(-n // size) for n, size in zip(shape, block)):  # noqa: B905
+        if len(shape) == 2 and tuple(scale) == grid_of(shape[0], shape[1], block):
             return block
     return None
 
@@ -165,30 +152,21 @@ def _block_scaled(block: tuple[int, int], parts: Sequence[Tensor], rows: range) 
     return in_blocks(values.float(), scale.float(), block, rows.start)
 
 
-def _packed_floats(kind: str) -> Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]:
-    """NVFP4 (groups of 16, scales of FP8 and one for the tensor), MXFP4 or MXFP6 (groups of 32, powers of two)."""
-    nv, bits = kind == "NVFP4", int(kind[-1])
-    group, dtypes = (16, ("F8_E4M3",)) if nv else (MX_GROUP, POWERS)
-    decode = {"NVFP4": _nvfp4, "MXFP4": mxfp4, "MXFP6": mxfp6}[kind]
-
-    def read_all(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
-        for name, packed in checkpoint.named("_packed"):
-            if packed.dtype != "U8":
-                continue
-            shape = (*packed.shape[:-1], 8 * packed.shape[-1] // bits) if packed.shape else ()
-            if len(shape) < 2 or shape[-1] % group or 8 * packed.shape[-1] % bits:
-                raise checkpoint.refused(f"{packed.name} of {list(packed.shape)}")
-            scale = checkpoint.beside(f"{name}_scale", packed, dtypes, (*shape[:-1], shape[-1] // group))
-            parts = [Part(packed), Part(scale)]
-            if nv:
-                every = [(), (1,), (shape[0], 1, 1)] if len(shape) > 2 else [(), (1,)]
-                whole = checkpoint.beside(f"{name}_global_scale", packed, ("F32",), *every)
-                parts.append(Part(whole, int(len(whole.shape) > 1)))
-            reading.tensors[name] = checkpoint.matrix(name, shape, parts, decode, checkpoint.dtype)
-            reading.used |= {part.tensor.name for part in parts}
-            reading.kinds[kind] += 1
-
-    return read_all
+def _nvfp4_packed(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
+    """Groups of 16, scales of FP8 and one for the tensor, or for each of a tensor of experts."""
+    for name, packed in checkpoint.named("_packed"):
+        if packed.dtype != "U8":
+            continue
+        shape = (*packed.shape[:-1], 2 * packed.shape[-1]) if packed.shape else ()
+        if len(shape) < 2 or shape[-1] % 16:
+            raise checkpoint.refused(f"{packed.name} of {list(packed.shape)}")
+        scale = checkpoint.beside(f"{name}_scale", packed, ("F8_E4M3",), (*shape[:-1], shape[-1] // 16))
+        every = [(), (1,), (shape[0], 1, 1)] if len(shape) > 2 else [(), (1,)]
+        whole = checkpoint.beside(f"{name}_global_scale", packed, ("F32",), *every)
+        parts = [Part(packed), Part(scale), Part(whole, int(len(whole.shape) > 1))]
+        reading.tensors[name] = checkpoint.matrix(name, shape, parts, _nvfp4, checkpoint.dtype)
+        reading.used |= {part.tensor.name for part in parts}
+        reading.kinds["NVFP4"] += 1
 
 
 def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
@@ -196,19 +174,19 @@ def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() / whole)
 
 
-def _mxfp8(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
-    """FP8 under its own name, in groups of 32 with powers of two."""
-    for name, tensor in list(checkpoint.stored.items()):
-        if tensor.dtype != "F8_E4M3" or f"{name}_scale" not in checkpoint.stored:
-            continue
-        if len(tensor.shape) < 2 or tensor.shape[-1] % MX_GROUP:
-            raise checkpoint.refused(f"{name} of {list(tensor.shape)}")
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // MX_GROUP)
-        scale = checkpoint.beside(f"{name}_scale", tensor, POWERS, shape)
-        parts = [Part(tensor), Part(scale)]
-        reading.tensors[name] = checkpoint.matrix(name, tensor.shape, parts, mxfp8, checkpoint.dtype)
-        reading.used |= {name, scale.name}
-        reading.kinds["MXFP8"] += 1
+def _mx(bits: int) -> Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]:
+    """MXFP4 and MXFP6, packed, and MXFP8 under its own name."""
+    end, dtype = ("", "F8_E4M3") if bits == 8 else ("_packed", "U8")
+
+    def read_all(checkpoint: Quantised, groups: Sequence[Mapping[str, Any]], reading: Reading) -> None:
+        for name, packed in checkpoint.named(end):
+            if packed.dtype != dtype or (bits == 8 and f"{name}_scale" not in checkpoint.stored):
+                continue  # of another format
+            reading.tensors[name] = checkpoint.mx_matrix(name, packed, bits)
+            reading.used |= {packed.name, f"{name}_scale"}
+            reading.kinds[f"MXFP{bits}"] += 1
+
+    return read_all
 
 
 def _shape(checkpoint: Quantised, name: str, packed: StoredTensor) -> tuple[int, ...]:
@@ -233,7 +211,6 @@ def _scale(checkpoint: Quantised, name: str, tensor: StoredTensor, shape: Sequen
 
 FORMATS: dict[str, Callable[[Quantised, Sequence[Mapping[str, Any]], Reading], None]] = {
     "pack-quantized": _packed_integers, "int-quantized": _stored_as_is, "float-quantized": _stored_as_is,
-    "naive-quantized": _stored_as_is, "nvfp4-pack-quantized": _packed_floats("NVFP4"),
-    "mxfp4-pack-quantized": _packed_floats("MXFP4"), "mxfp6-pack-quantized": _packed_floats("MXFP6"),
-    "mxfp8-quantized": _mxfp8,
+    "naive-quantized": _stored_as_is, "nvfp4-pack-quantized": _nvfp4_packed, "mxfp4-pack-quantized": _mx(4),
+    "mxfp6-pack-quantized": _mx(6), "mxfp8-quantized": _mx(8),
 }  # fmt: skip

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import e8m0, in_blocks
-from gemma_mtp.checkpoint.quantisations.records import RECORDS, notes
+from gemma_mtp.checkpoint.quantisations.bits import e8m0, grid_of, in_blocks
+from gemma_mtp.checkpoint.quantisations.records import ACTIVATIONS, RECORDS, notes
 from gemma_mtp.files.headers import StoredTensor
 
 CONFIG: dict[str, Collection[Any] | None] = {
@@ -23,7 +23,6 @@ CONFIG: dict[str, Collection[Any] | None] = {
     "modules_to_not_convert": None, "ignored_layers": None, "modules_to_convert": None, "scale_fmt": ("float", "ue8m0"),
     "expert_dtype": ("fp8",), "fmt": ("e4m3",), "packing_format": ("fp8",),
 }  # fmt: skip
-ACTIVATIONS = ("activation_scale", "input_scale", "k_scale", "v_scale")
 
 
 def read(checkpoint: Quantised) -> Reading:
@@ -36,24 +35,13 @@ def read(checkpoint: Quantised) -> Reading:
 
 def read_matrices(checkpoint: Quantised, reading: Reading) -> None:
     """Read all that are stored so. Raises QuantisationError for what does not fit."""
-    said = _block(checkpoint)
+    said = checkpoint.block(checkpoint.config.get("weight_block_size"), "weight_block_size")
     for end in ("_scale_inv", "_scale"):
         for name, scale in checkpoint.named(end):
             weight = checkpoint.stored.get(name)
             if weight is not None and weight.dtype == "F8_E4M3" and len(weight.shape) > 1:
                 _read(checkpoint, weight, scale, said, reading)
-    for end in ACTIVATIONS:
-        reading.used |= {f"{name}.{end}" for name, _ in checkpoint.named(f".{end}")}
-
-
-def _block(checkpoint: Quantised) -> tuple[int, int] | None:
-    """Rows and columns of a block, where the configuration says so."""
-    size = checkpoint.config.get("weight_block_size")
-    if size is None:
-        return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in size)):
-        raise checkpoint.refused(f"weight_block_size {str(size)[:60]!r}")
-    return size[0], size[1]
+    reading.used |= checkpoint.of_modules(ACTIVATIONS)
 
 
 def _read(
@@ -83,7 +71,7 @@ def block_of(
     *leading, rows, columns = weight.shape
     *leading_scales, down, across = grid if len(grid) == len(weight.shape) else (0, 0)
     if leading == leading_scales and down and across:
-        if said is not None and (down, across) == (-(-rows // said[0]), -(-columns // said[1])):
+        if said is not None and (down, across) == grid_of(rows, columns, said):
             return said
         if rows % down == 0 and columns % across == 0:
             return rows // down, columns // across

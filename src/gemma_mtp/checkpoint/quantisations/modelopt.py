@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from gemma_mtp.checkpoint.derived import Part
 from gemma_mtp.checkpoint.quantisations.base import Quantised, Reading
-from gemma_mtp.checkpoint.quantisations.bits import FP8_ROWS, fp4, fp8_rows, grouped, in_blocks, mxfp4, mxfp8
+from gemma_mtp.checkpoint.quantisations.bits import for_rows, fp4, grouped, in_blocks
 from gemma_mtp.checkpoint.quantisations.fp8 import block_of
-from gemma_mtp.checkpoint.quantisations.records import ROUNDS_ACTIVATIONS, ROUNDS_KEYS
+from gemma_mtp.checkpoint.quantisations.records import ACTIVATIONS, ROUNDS_ACTIVATIONS, ROUNDS_KEYS
 from gemma_mtp.files.headers import StoredTensor
 
 ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "fp8_pb_wo", "MXFP8", "mxfp4", "W8A16",
@@ -28,10 +27,9 @@ CONFIG = {
     "kv_cache_scheme": None, "kv_cache_quant_algo": None, "group_size": (16, 32), "exclude_modules": None,
     "quantized_layers": None,
 }  # fmt: skip
-GROUP, MX_GROUP = 16, 32
+GROUP = 16
 #: rows and columns that share a scale of FP8
 BLOCK = 128, 128
-ACTIVATIONS = ("input_scale", "k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "output_scale")
 #: what inputs of a matrix are multiplied by before it, which no model here does
 SMOOTHED = ".pre_quant_scale"
 
@@ -51,12 +49,15 @@ def read(checkpoint: Quantised) -> Reading:
         if not all(weight.shape) or len(weight.shape) < 2:
             raise checkpoint.refused(f"{name} of {list(weight.shape)}")
         if scale.dtype == "U8" and weight.dtype != "I8":
-            _read_mx(checkpoint, weight, scale, reading)
+            bits = 4 if weight.dtype == "U8" else 8
+            reading.tensors[name] = checkpoint.mx_matrix(name, weight, bits)
+            reading.used |= {name, scale.name}
+            reading.kinds[f"MXFP{bits}"] += 1
         elif weight.dtype == "U8":
             _read_nvfp4(checkpoint, name, reading)
         else:
             _read_8_bits(checkpoint, weight, scale, reading)
-    activations = {f"{name}.{end}" for end in ACTIVATIONS for name, _ in checkpoint.named(f".{end}")}
+    activations = checkpoint.of_modules(ACTIVATIONS)
     if activations:
         reading.notes.append("its own tools round activations too, by stored scales; here they stay as they are.")
     elif config.get("quant_algo") in DYNAMIC:
@@ -73,9 +74,12 @@ def _read_8_bits(checkpoint: Quantised, weight: StoredTensor, scale: StoredTenso
     fp8 = weight.dtype == "F8_E4M3"
     whole, by_row = scale.shape in ((), (1,)), scale.shape == weight.shape[:-1]
     if whole or by_row:
-        parts = [Part(weight), Part(scale, int(not whole))]
-        made = checkpoint.matrix(weight.name, weight.shape, parts, _by_row, checkpoint.dtype)
-        reading.tensors[weight.name] = replace(made, undecoded={FP8_ROWS: _fp8_by_row} if fp8 else {})
+        if fp8:
+            made = checkpoint.fp8_matrix(weight, scale, _by_row, checkpoint.dtype)
+        else:
+            parts = [Part(weight), Part(scale, int(not whole))]
+            made = checkpoint.matrix(weight.name, weight.shape, parts, _by_row, checkpoint.dtype)
+        reading.tensors[weight.name] = made
     elif fp8 and len(scale.shape) == 4 and len(weight.shape) == 2 and scale.shape[1::2] == (1, 1):
         block = block_of(checkpoint, weight, scale, scale.shape[::2], BLOCK)
         parts = [Part(weight), Part(scale, 0)]
@@ -86,20 +90,6 @@ def _read_8_bits(checkpoint: Quantised, weight: StoredTensor, scale: StoredTenso
     reading.used |= {weight.name, scale.name}
     each = "tensor" if whole else "row" if by_row else "block"
     reading.kinds[f"{'FP8' if fp8 else '8 bits'} with a scale for each {each}"] += 1
-
-
-def _read_mx(checkpoint: Quantised, weight: StoredTensor, scale: StoredTensor, reading: Reading) -> None:
-    """Groups of 32 with powers of two: two FP4 a byte, or FP8."""
-    each = 2 if weight.dtype == "U8" else 1
-    shape = (*weight.shape[:-1], each * weight.shape[-1])
-    if shape[-1] % MX_GROUP:
-        raise checkpoint.refused(f"{weight.name} of {list(weight.shape)}")
-    checkpoint.fitting(scale, ("U8",), (*shape[:-1], shape[-1] // MX_GROUP))
-    parts = [Part(weight), Part(scale)]
-    decode = mxfp4 if each == 2 else mxfp8
-    reading.tensors[weight.name] = checkpoint.matrix(weight.name, shape, parts, decode, checkpoint.dtype)
-    reading.used |= {weight.name, scale.name}
-    reading.kinds["MXFP4" if each == 2 else "MXFP8"] += 1
 
 
 def _read_nvfp4(checkpoint: Quantised, name: str, reading: Reading) -> None:
@@ -120,19 +110,9 @@ def _nvfp4(parts: Sequence[Tensor], rows: range) -> Tensor:
     return grouped(fp4(packed, 2 * packed.shape[-1]), scale.float() * whole)
 
 
-def _for_rows(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The values, and a scale for all of them, or one for each row."""
-    weight, scale = parts
-    return weight, scale.reshape(1) if scale.numel() == 1 else scale.reshape(*weight.shape[:-1], 1)
-
-
 def _by_row(parts: Sequence[Tensor], rows: range) -> Tensor:
-    weight, scale = _for_rows(parts)
-    return weight.float() * scale
-
-
-def _fp8_by_row(parts: Sequence[Tensor], rows: range) -> Tensor:
-    return fp8_rows(_for_rows(parts), rows)
+    weight, scale = parts
+    return weight.float() * for_rows(scale, weight)
 
 
 def _in_blocks(block: tuple[int, int], parts: Sequence[Tensor], rows: range) -> Tensor:

@@ -1,4 +1,4 @@
-"""What AutoRound tells in config.json of how it found the weights, whatever format it writes them in."""
+"""What files tell besides weights: how AutoRound found them, in whatever format, and what else tools round."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ RECORDS = dict.fromkeys((
     "minmax_lr", "nsamples", "quant_block_list", "regex_config", "scale_dtype", "seqlen", "supported_types",
     "static_attention_dtype", "static_kv_dtype", "static_attention_granularity", "static_kv_granularity", "dataset",
 ))  # fmt: skip
+#: names of what else belongs to a module in files of several tools, which weights do not depend on
+ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale",
+               "output_zero_point", "k_scale", "v_scale", "q_scale")  # fmt: skip
 #: notes on what a format's own tools would do besides
 ROUNDS_ACTIVATIONS = "its own tools round activations too; here they stay as they are."
 ROUNDS_KEYS = "it says how to quantise keys and values, which is not followed: they are kept as always."
